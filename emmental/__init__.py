@@ -1,0 +1,19 @@
+"""Movement pruning: fine-pruning of BERT with masks over its encoder's linear layers."""
+
+from .configuration_bert_masked import MaskedBertConfig
+from .modeling_bert_masked import (
+    MaskedBertForMultipleChoice,
+    MaskedBertForQuestionAnswering,
+    MaskedBertForSequenceClassification,
+    MaskedBertForTokenClassification,
+    MaskedBertModel,
+)
+
+__all__ = [
+    "MaskedBertConfig",
+    "MaskedBertForMultipleChoice",
+    "MaskedBertForQuestionAnswering",
+    "MaskedBertForSequenceClassification",
+    "MaskedBertForTokenClassification",
+    "MaskedBertModel",
+]

@@ -1,0 +1,224 @@
+"""Load a checkpoint, and refuse in one line what does not fit.
+
+transformers initialises what a checkpoint lacks and ignores what it has too much; a score or a head
+that silently starts from random values costs a researcher a day. Here every gap is looked at.
+"""
+
+import logging
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoTokenizer, BertConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from . import modeling_bert_masked
+from .configuration_bert_masked import MaskedBertConfig
+
+logger = logging.getLogger(__name__)
+
+HEADS = ("QuestionAnswering", "SequenceClassification", "TokenClassification", "MultipleChoice")
+
+
+class LoadError(ValueError):
+    """A checkpoint or tokenizer that does not exist, is broken, or is of another kind."""
+
+
+def read_config(name_or_path: str, cache_dir: str | None = None) -> dict:
+    """The `config.json` of a BERT or masked BERT checkpoint. Raises LoadError for anything else."""
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(name_or_path, cache_dir=cache_dir)
+    except (OSError, ValueError) as error:
+        raise LoadError(
+            f"no checkpoint found at {name_or_path!r}: it must be a folder with a config.json, "
+            f"or a model name that the hub can serve ({first_line(error)})"
+        ) from error
+    model_type = config.get("model_type", "bert" if "hidden_size" in config else None)
+    if model_type not in ("bert", "masked_bert"):
+        raise LoadError(f"{name_or_path} is a checkpoint of type {model_type!r}; these scripts take BERT checkpoints only")
+    return config
+
+
+def head_of(name_or_path: str, config: dict) -> str:
+    """Which of the four heads a checkpoint was saved with. Raises LoadError if it does not say."""
+    for architecture in config.get("architectures") or []:
+        head = architecture.removeprefix("Masked").removeprefix("BertFor")
+        if head in HEADS:
+            return head
+    raise LoadError(
+        f"{name_or_path}/config.json names no fine-tuned head: its `architectures` is "
+        f"{config.get('architectures')}, expected one of {', '.join(f'MaskedBertFor{head}' for head in HEADS)}"
+    )
+
+
+def load_model(
+    name_or_path: str,
+    head: str,
+    *,
+    masked: bool,
+    trained: bool = False,
+    config_name: str | None = None,
+    cache_dir: str | None = None,
+    num_labels: int | None = None,
+    **overrides,
+) -> PreTrainedModel:
+    """A `BertFor<head>` or `MaskedBertFor<head>` in float32, in evaluation mode.
+
+    trained: the checkpoint must hold the head and, if its method has any, the scores; else they may be
+        fresh. num_labels: outputs of the head, when not those of the configuration. overrides: values
+        that replace those of the configuration.
+    Raises LoadError for what is missing, broken, of another architecture, or masked where a plain BERT
+    is asked for and the other way round.
+    """
+    config_source = config_name or name_or_path
+    values = read_config(config_source, cache_dir)
+    is_masked = read_config(name_or_path, cache_dir).get("model_type") == "masked_bert"
+    if is_masked and not masked:
+        raise LoadError(
+            f"{name_or_path} is a masked checkpoint: use model type masked_bert, or convert it with bertarize.py first"
+        )
+    if trained and masked and not is_masked:
+        raise LoadError(f"{name_or_path} is a plain BERT without masks: use model type bert")
+    stale = ["model_type", "architectures", "transformers_version", "dtype", "torch_dtype"]
+    if num_labels is not None:
+        stale += ["id2label", "label2id", "num_labels"]
+        overrides["num_labels"] = num_labels
+    values = {name: value for name, value in values.items() if name not in stale} | overrides
+    library = modeling_bert_masked if masked else transformers
+    model_class = getattr(library, f"{'Masked' if masked else ''}BertFor{head}")
+    try:
+        config = (MaskedBertConfig if masked else BertConfig).from_dict(values)
+        model, info = model_class.from_pretrained(
+            name_or_path,
+            config=config,
+            cache_dir=cache_dir,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, with the name of the matrix
+        )
+    except Exception as error:  # broken files raise the errors of three libraries
+        raise LoadError(f"cannot load the checkpoint {name_or_path}: {first_line(error)}") from error
+    _check_loaded(name_or_path, model, info, trained and masked, trained)
+    return model.eval()
+
+
+def load_masked(
+    folder: str, pruning_method: str | None = None, threshold: float | None = None, global_topk: bool | None = None
+) -> PreTrainedModel:
+    """A fine-pruned masked model of any head, with its masks computed, in evaluation mode.
+
+    What is None is taken from the checkpoint's config.json; a value that contradicts it is used, with a
+    warning. Raises LoadError when the checkpoint is not masked, or method or threshold are not known.
+    """
+    config = read_config(folder)
+    if config.get("model_type") != "masked_bert":
+        raise LoadError(f"{folder} is a plain BERT without masks: give the fine-pruned masked_bert checkpoint")
+    asked = {"pruning_method": pruning_method, "threshold": threshold, "global_topk": global_topk}
+    overrides = {name: value for name, value in asked.items() if value is not None}
+    for name, value in overrides.items():
+        if config.get(name, value) not in (value, None):
+            logger.warning("%s %s contradicts %s of the checkpoint; %s is used", name, value, config[name], value)
+    model = load_model(folder, head_of(folder, config), masked=True, trained=True, **overrides)
+    method = model.config.pruning_method
+    if model.config.threshold is None and method != "l0":
+        raise LoadError(f"{folder} does not record the threshold that it was trained at: give --threshold")
+    try:
+        model.update_masks()
+    except ValueError as error:
+        raise LoadError(f"{folder}: {error}") from error
+    return model
+
+
+def _check_loaded(name_or_path: str, model: PreTrainedModel, info: dict, need_scores: bool, need_head: bool) -> None:
+    mismatched = {entry[0]: entry[1:] for entry in info["mismatched_keys"]}
+    missing = set(info["missing_keys"]) | set(mismatched)
+    scores = {key for key in missing if key.endswith(".mask_scores")}
+    body = {key for key in missing - scores if key.startswith(("bert.encoder.", "bert.embeddings."))}
+    head = {key for key in missing - scores - body if not key.startswith("bert.")}
+    for key in sorted(body | (scores & set(mismatched))):
+        why = f"has another shape there ({mismatched[key]})" if key in mismatched else "lacks it"
+        raise LoadError(f"{name_or_path} does not fit its configuration: the model needs {key}, the checkpoint {why}")
+    if need_scores and scores:
+        raise LoadError(
+            f"{name_or_path} holds no scores for pruning_method {model.config.pruning_method} "
+            f"({min(scores)} is missing): give the method that it was trained with"
+        )
+    if need_head and head:
+        raise LoadError(
+            f"{name_or_path} has no trained {type(model).__name__} head ({min(head)} is missing): "
+            "fine-tune it first with --do_train"
+        )
+
+
+def load_tokenizer(name_or_path: str, do_lower_case: bool = False, cache_dir: str | None = None) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a checkpoint; `do_lower_case` only ever switches lower-casing on.
+
+    Raises LoadError when there is none, or none that is fast.
+    """
+    options = {"do_lower_case": True} if do_lower_case else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, cache_dir=cache_dir, use_fast=True, **options)
+    except Exception as error:  # a missing vocabulary surfaces as many things
+        raise LoadError(
+            f"no tokenizer found at {name_or_path!r}: give one with --tokenizer_name ({first_line(error)})"
+        ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers invents one where there is none
+        raise LoadError(f"no tokenizer found at {name_or_path!r}: give one with --tokenizer_name (there is no vocabulary)")
+    if not tokenizer.is_fast:
+        raise LoadError(f"the tokenizer at {name_or_path} is not a fast one: these scripts need its offsets")
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel, name_or_path: str) -> None:
+    """Raises LoadError when the tokenizer does not fit the model: ids too large, or no [CLS] and [SEP]."""
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if highest >= model.config.vocab_size:
+        raise LoadError(
+            f"the tokenizer at {name_or_path} does not fit the model: it has ids up to {highest}, "
+            f"the model's vocabulary has {model.config.vocab_size} entries"
+        )
+    lacking = [name for name in ("cls_token", "sep_token", "pad_token") if getattr(tokenizer, f"{name}_id") is None]
+    if lacking:
+        raise LoadError(f"the tokenizer at {name_or_path} is none of a BERT: it has no {', '.join(lacking)}")
+
+
+def load_teacher(
+    name_or_path: str,
+    head: str,
+    *,
+    masked: bool,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    cache_dir: str | None = None,
+) -> PreTrainedModel:
+    """The distillation teacher, frozen and in evaluation mode.
+
+    Raises LoadError when its vocabulary or its labels are not the student's.
+    """
+    teacher = load_model(name_or_path, head, masked=masked, trained=True, cache_dir=cache_dir)
+    for what in ("vocab_size", "num_labels"):
+        ours, theirs = getattr(student.config, what), getattr(teacher.config, what)
+        if ours != theirs:
+            raise LoadError(f"the teacher {name_or_path} does not fit the student: {what} {theirs} against {ours}")
+    try:
+        vocabulary = load_tokenizer(name_or_path, cache_dir=cache_dir).get_vocab()
+    except LoadError:
+        logger.warning("the teacher %s has no tokenizer of its own; its vocabulary cannot be compared", name_or_path)
+    else:
+        if vocabulary != tokenizer.get_vocab():
+            raise LoadError(f"the teacher {name_or_path} does not fit the student: their vocabularies differ")
+    return teacher.requires_grad_(False)
+
+
+def first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]
+
+
+def require_folder(path: str, what: str) -> Path:
+    """`path` if it is a checkpoint folder. Raises LoadError otherwise."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise LoadError(f"{what} {path} is no folder")
+    if not (folder / "config.json").is_file():
+        raise LoadError(f"{what} {path} holds no config.json: is it a checkpoint folder?")
+    return folder

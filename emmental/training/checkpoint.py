@@ -1,0 +1,227 @@
+"""Checkpoints: one state that holds all that an exact resume needs, written whole or not at all.
+
+A `checkpoint-<step>` folder is a normal model folder (config.json, model.safetensors, tokenizer) with
+`training_args.json` and `training_state.pt` beside: optimiser, gradient scaler, random states of every
+rank, global cut-off, completed updates. It is read with `weights_only=True`; nothing in it is ever
+executed.
+"""
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from .args import UsageError
+from .distributed import World
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "training_state.pt"
+ARGS_FILE = "training_args.json"
+
+# Arguments that may change when a run is continued, because its weights do not depend on them.
+FREE_ARGUMENTS = {
+    "output_dir", "model_name_or_path", "do_eval", "evaluate_during_training", "eval_all_checkpoints",
+    "overwrite_output_dir", "overwrite_cache", "resume_from_checkpoint", "cache_dir", "config_name", "tokenizer_name",
+    "per_gpu_eval_batch_size", "logging_steps", "save_steps", "save_total_limit", "num_workers", "local_rank",
+    "teacher_name_or_path", "data_dir", "train_file", "predict_file", "threads", "verbose_logging", "n_best_size",
+    "max_answer_length", "null_score_diff_threshold", "fp16_opt_level", "server_ip", "server_port", "lang_id",
+}  # fmt: skip
+
+
+@dataclass
+class TrainingState:
+    """What training changes, whole: saved and loaded together."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    mask_generator: torch.Generator
+    world: World
+    lengths: np.ndarray = field(repr=False)  # of the training examples, to recognise the data
+    step: int = 0
+    cutoff: float | None = None  # global cut-off in force, see --global_topk_frequency_compute
+
+    def save(self, folder: Path, args: argparse.Namespace, save_model: Callable[[Path], None]) -> None:
+        """Write the checkpoint `folder`; every rank must call this."""
+        random_states = self.world.gather(_random_state(self.world.device))
+        if self.world.is_main:
+            state = {
+                "step": self.step,
+                "cutoff": self.cutoff,
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "mask_generator": self.mask_generator.get_state(),
+                "random_states": random_states,
+                "data": self._data_digest(),
+            }
+
+            def fill(place: Path) -> None:
+                save_model(place)
+                write_json(place / ARGS_FILE, vars(args))
+                torch.save(state, place / STATE_FILE)
+
+            write_folder(folder, fill)
+        self.world.barrier()
+
+    def load(self, folder: Path, args: argparse.Namespace) -> None:
+        """Continue from the checkpoint `folder`; the model's weights must have been loaded from there.
+
+        Raises UsageError when the folder is no such checkpoint, or of a run with other arguments, other
+        data or another number of processes.
+        """
+        saved_args = _read_args(folder)
+        differing = [
+            f"--{name} {saved_args.get(name)} there, {value} now"
+            for name, value in sorted(json.loads(json.dumps(vars(args))).items())
+            if name not in FREE_ARGUMENTS and saved_args.get(name) != value
+        ]
+        if differing:
+            raise UsageError(f"cannot continue {folder} exactly, the arguments differ: {'; '.join(differing)}")
+        try:
+            saved = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a broken archive raises
+            raise UsageError(f"cannot read {folder / STATE_FILE}: {str(error).splitlines()[0]}") from error
+        if saved["data"] != self._data_digest():
+            raise UsageError(f"cannot continue {folder} exactly: the training data has changed")
+        if len(saved["random_states"]) != self.world.size:
+            raise UsageError(
+                f"cannot continue {folder} exactly: it was written by {len(saved['random_states'])} processes, "
+                f"and this run has {self.world.size}"
+            )
+        self.step = saved["step"]
+        self.cutoff = saved["cutoff"]
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        self.mask_generator.set_state(saved["mask_generator"])
+        _set_random_state(saved["random_states"][self.world.rank], self.world.device)
+
+    def _data_digest(self) -> str:
+        return hashlib.sha256(np.asarray(self.lengths, dtype=np.int64).tobytes()).hexdigest()
+
+
+def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _read_args(folder: Path) -> dict:
+    try:
+        return json.loads((folder / ARGS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder} is no checkpoint to resume from: {ARGS_FILE} is missing or broken") from error
+
+
+def find_checkpoints(output_dir: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    found = {}
+    for folder in output_dir.glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+        if match and (folder / STATE_FILE).is_file():
+            found[int(match[1])] = folder
+    return [found[step] for step in sorted(found)]
+
+
+def find_resume_folder(args: argparse.Namespace) -> Path | None:
+    """The checkpoint that --resume_from_checkpoint means; None to start from the beginning.
+
+    Raises UsageError when the given folder is no checkpoint.
+    """
+    if not args.resume_from_checkpoint:
+        return None
+    if args.resume_from_checkpoint == "latest":
+        checkpoints = find_checkpoints(Path(args.output_dir))
+        if not checkpoints:
+            logger.warning("%s holds no checkpoint yet: training starts from the beginning", args.output_dir)
+            return None
+        return checkpoints[-1]
+    folder = Path(args.resume_from_checkpoint)
+    if not (folder / STATE_FILE).is_file():
+        raise UsageError(
+            f"--resume_from_checkpoint {folder} is no checkpoint (it holds no {STATE_FILE}): "
+            "give a checkpoint-<step> folder, or 'latest'"
+        )
+    return folder
+
+
+def remove_old_checkpoints(output_dir: Path, limit: int | None) -> None:
+    """Keep the newest `limit` checkpoints of a run."""
+    if limit is not None:
+        for folder in find_checkpoints(output_dir)[:-limit]:
+            shutil.rmtree(folder)
+
+
+def clear_output(output_dir: Path) -> None:
+    """Remove what an earlier run left that a new one could be mixed up with."""
+    for folder in find_checkpoints(output_dir):
+        shutil.rmtree(folder)
+    for events in output_dir.glob("events.out.tfevents.*"):
+        events.unlink()
+
+
+def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
+    """Make the folder `target` through `fill(place)`: written aside, then renamed, replacing an old one."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    place = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        fill(place)
+        _open_to_others(place)
+        if target.exists():
+            shutil.rmtree(target)
+        place.rename(target)
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+
+
+def write_into(target: Path, fill: Callable[[Path], None]) -> None:
+    """Put the files that `fill(place)` makes into the folder `target`, each whole."""
+    target.mkdir(parents=True, exist_ok=True)
+    place = Path(tempfile.mkdtemp(prefix=".writing-", dir=target))
+    try:
+        fill(place)
+        _open_to_others(place)
+        for file in sorted(place.iterdir()):
+            os.replace(file, target / file.name)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def write_json(path: Path, value) -> None:
+    """Write `value` as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8, whole or not at all."""
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _open_to_others(place: Path) -> None:
+    """Give a folder made in private the permissions that the user's umask allows."""
+    mask = os.umask(0)
+    os.umask(mask)
+    place.chmod(0o777 & ~mask)
+    for file in place.iterdir():
+        file.chmod(0o666 & ~mask)

@@ -1,0 +1,77 @@
+"""One process or many: device, rank, and the few exchanges that training and evaluation need."""
+
+import argparse
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from .args import UsageError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: its device, its rank and how many there are."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @contextmanager
+    def main_first(self):
+        """Rank 0 runs the block (and fills the caches) before the others do."""
+        if self.size > 1 and not self.is_main:
+            dist.barrier()
+        yield
+        if self.size > 1 and self.is_main:
+            dist.barrier()
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def gather(self, value) -> list:
+        """`value` of every rank, in order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of `tensor` over all ranks."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+
+def join_world(args: argparse.Namespace) -> World:
+    """Find the device and, under torchrun, join the other processes (nccl on GPUs, gloo on CPUs).
+
+    Raises UsageError for --fp16 without a GPU, and for more processes on a node than it has GPUs.
+    """
+    use_cuda = torch.cuda.is_available() and not args.no_cuda
+    if args.fp16 and not use_cuda:
+        raise UsageError("--fp16 needs a GPU: use --bf16 on a CPU, or full precision")
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", max(args.local_rank, 0)))
+    if use_cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise UsageError(f"process {local_rank} has no GPU of its own: this node has {torch.cuda.device_count()}")
+        torch.cuda.set_device(local_rank)
+    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if size > 1:
+        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timedelta(hours=2))
+    return World(device, int(os.environ.get("RANK", 0)), size)
+
+
+def leave_world() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

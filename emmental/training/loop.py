@@ -1,0 +1,287 @@
+"""The training loop and the evaluation pass. Neither knows a task: hooks bring its logits and its loss."""
+
+import argparse
+import itertools
+import logging
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+
+from ..losses import distillation_loss, regularization
+from ..modules.masked_nn import masked_layers
+from ..schedule import learning_rate_factor, schedule_threshold
+from .args import TrainingError, UsageError, check_plateaus, regularization_mode
+from .batches import BatchPlan, LocalBatches, evaluation_batches
+from .checkpoint import TrainingState, clear_output, remove_old_checkpoints
+from .distributed import World
+from .optim import build_optimizer, set_learning_rates
+from .runlog import RunLog, progress_bar, remaining_fraction
+
+logger = logging.getLogger(__name__)
+
+MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+PATIENCE_FP16 = 50  # updates in a row that the gradient scaler may skip
+
+
+def train(
+    args: argparse.Namespace,
+    world: World,
+    model: nn.Module,
+    teacher: nn.Module | None,
+    train_set: Dataset,
+    lengths: np.ndarray,
+    *,
+    collate: Callable[[list[dict]], dict[str, Tensor]],
+    task_logits: Callable,
+    task_loss: Callable,
+    save_model: Callable[[Path], None],
+    evaluate: Callable[[nn.Module, int], dict[str, float]] | None = None,
+    distil_loss: Callable = distillation_loss,
+    resume_folder: Path | None = None,
+) -> dict[str, float]:
+    """Fine-prune (or, without masked layers, fine-tune) `model` in place.
+
+    lengths: tokens of each training example. task_logits(outputs, batch): tuple of logits of a model's
+    outputs. task_loss(logits, batch): the task's own loss, a mean over the examples of the batch.
+    save_model(folder): writes model, configuration and tokenizer. evaluate(model, step): metrics.
+
+    Returns figures of the run for its summary. Raises UsageError when the schedule does not fit the
+    data or the checkpoint does not fit the run, TrainingError when a loss is no longer finite.
+    """
+    plan = BatchPlan(lengths, args.per_gpu_train_batch_size * world.size, args.gradient_accumulation_steps, args.seed)
+    total = args.max_steps if args.max_steps > 0 else plan.total_updates(args.num_train_epochs)
+    masked = bool(masked_layers(model))
+    if masked and (problems := check_plateaus(args, total)):
+        raise UsageError(problems[0])
+
+    output_dir = Path(args.output_dir)
+    model.to(world.device).train()
+    if teacher:
+        teacher.to(world.device).eval()
+    optimizer = build_optimizer(
+        model, args.learning_rate, args.mask_scores_learning_rate, args.weight_decay, args.adam_epsilon
+    )
+    state = TrainingState(
+        model=model,
+        optimizer=optimizer,
+        scaler=torch.amp.GradScaler(world.device.type, enabled=args.fp16),
+        mask_generator=torch.Generator(world.device).manual_seed(args.seed),  # alike on all ranks
+        world=world,
+        lengths=lengths,
+    )
+    torch.manual_seed(args.seed + world.rank)  # dropout differs between ranks
+    if resume_folder:
+        state.load(resume_folder, args)
+    elif world.is_main:
+        clear_output(output_dir)
+    started_at, started = state.step, time.perf_counter()
+    logger.info(
+        "training: %d examples, %d updates of %d examples (%g epochs), starting at update %d",
+        len(lengths), total, plan.batch_size * plan.accumulation, total / plan.updates_per_epoch, state.step,
+    )  # fmt: skip
+
+    if args.compile:
+        for layer in model.base_model.encoder.layer:  # one by one: they are alike, and share what is compiled
+            layer.compile()
+    parallel = model
+    if world.size > 1:
+        parallel = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    passes = _Passes(args, world, parallel, teacher, task_logits, task_loss, distil_loss)
+    log = RunLog(output_dir, world, state.step)
+    batches = LocalBatches(plan, state.step, total, world.rank, world.size)
+    loader = iter(
+        DataLoader(
+            train_set,
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=args.num_workers,
+            pin_memory=world.device.type == "cuda",
+            generator=torch.Generator(),  # else making the iterator would draw from dropout's generator
+        )
+    )
+    keep = args.save_total_limit or (None if args.eval_all_checkpoints else 2)
+    skipped, figures = 0, _Figures(world)
+    bar = progress_bar(world, total=total, initial=state.step, desc="training", unit="update")
+
+    for step in range(state.step, total):
+        threshold, penalty_weight = schedule_threshold(
+            step, total, args.warmup_steps, args.initial_threshold, args.final_threshold,
+            args.initial_warmup, args.final_warmup, args.final_lambda,
+        )  # fmt: skip
+        set_learning_rates(optimizer, learning_rate_factor(step, total, args.warmup_steps))
+        if masked:
+            renew = state.cutoff is None or step % args.global_topk_frequency_compute == 0
+            state.cutoff = model.update_masks(threshold, None if renew else state.cutoff, state.mask_generator)
+
+        shares = batches.shares(step)
+        losses = passes.backward(itertools.islice(loader, len(shares)), shares, penalty_weight, state.scaler)
+        state.scaler.unscale_(optimizer)
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or torch.inf)
+        skipped = 0 if torch.isfinite(grad_norm) else skipped + 1
+        if skipped > (PATIENCE_FP16 if args.fp16 else 0):
+            raise TrainingError(_explain_non_finite(step, losses, output_dir, world))
+        state.scaler.step(optimizer)
+        state.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        state.step = step + 1
+
+        figures.add(losses, grad_norm)
+        bar.update()
+        if bar.n % 10 == 0 or state.step == total:
+            shown = {"loss": f"{losses['loss'].item():.3f}", "lr": f"{optimizer.param_groups[-1]['lr']:.1e}"}
+            if masked:
+                shown |= {"threshold": f"{threshold:.3f}", "remaining": f"{remaining_fraction(model)['overall']:.1%}"}
+            bar.set_postfix(shown, refresh=False)
+        if state.step % args.logging_steps == 0 or state.step == total:
+            values = figures.take() | {f"learning_rate/{g['name']}": g["lr"] for g in optimizer.param_groups}
+            if masked:
+                values |= {"threshold": threshold, "lambda": penalty_weight}
+                values |= {f"remaining/{name}": value for name, value in remaining_fraction(model).items()}
+            log.scalars(values, state.step)
+        if evaluate and args.evaluate_during_training and state.step % args.logging_steps == 0:
+            log.scalars({f"eval/{name}": value for name, value in evaluate(model, state.step).items()}, state.step)
+            model.train()
+        if args.save_steps and state.step % args.save_steps == 0:
+            if masked:
+                model.config.threshold = threshold
+            state.save(output_dir / f"checkpoint-{state.step}", args, save_model)
+            log.score_histograms(model, state.step)
+            if world.is_main:
+                remove_old_checkpoints(output_dir, keep)
+
+    bar.close()
+    model.eval()
+    if masked:
+        model.config.threshold = args.final_threshold
+        model.update_masks(args.final_threshold)
+        log.score_histograms(model, state.step)
+    log.close()
+    seconds = time.perf_counter() - started
+    return {"updates": state.step, "seconds": seconds, "seconds_per_update": seconds / max(1, total - started_at)}
+
+
+class _Passes:
+    """Forward and backward over the batches of one update."""
+
+    def __init__(self, args, world, model, teacher, task_logits, task_loss, distil_loss):
+        self.args, self.world, self.model, self.teacher = args, world, model, teacher
+        self.task_logits, self.task_loss, self.distil_loss = task_logits, task_loss, distil_loss
+        self.penalty = regularization_mode(args)
+
+    def backward(self, loader, shares: list[float], penalty_weight: float, scaler) -> dict[str, Tensor]:
+        """Gradients of one update, left in the parameters; its losses, of this rank's examples, by name.
+
+        A batch weighs as much as it has examples, so that the update is the mean over all of its
+        examples whatever the batches, the ranks and the remainder of an epoch.
+        """
+        sums: dict[str, Tensor] = {}
+        for place, (share, batch) in enumerate(zip(shares, loader, strict=True)):
+            last = place == len(shares) - 1
+            batch = {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in batch.items()}
+            with nullcontext() if last or self.world.size == 1 else self.model.no_sync():
+                parts = self._losses(batch)
+                weight = share * self.world.size  # DistributedDataParallel averages over the ranks
+                objective = weight * parts["loss"]
+                if last and self.penalty:  # a function of the scores alone: once per update
+                    parts["loss/penalty"] = regularization(self.model, self.penalty)
+                    objective = objective + penalty_weight * parts["loss/penalty"]
+                scaler.scale(objective).backward()
+            for name, value in parts.items():
+                value = value.detach() * (1.0 if name == "loss/penalty" else weight)
+                sums[name] = sums[name] + value if name in sums else value
+        if self.penalty:
+            sums["loss"] = sums["loss"] + penalty_weight * sums["loss/penalty"]
+        return sums
+
+    def _losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        args = self.args
+        logits = self._logits(self.model, batch)
+        task = self.task_loss(logits, batch)
+        if self.teacher is None:
+            return {"loss": task, "loss/task": task}
+        with torch.no_grad():
+            teacher_logits = self._logits(self.teacher, batch)
+        distil = self.distil_loss(logits, teacher_logits, args.temperature)
+        return {"loss": args.alpha_distil * distil + args.alpha_ce * task, "loss/task": task, "loss/distil": distil}
+
+    def _logits(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        with autocast(self.args, self.world):
+            outputs = model(**{name: batch[name] for name in MODEL_INPUTS})
+        return self.task_logits(outputs, batch)
+
+
+class _Figures:
+    """Means of the losses over the updates since they were last taken."""
+
+    def __init__(self, world: World):
+        self.world = world
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    def add(self, losses: dict[str, Tensor], grad_norm: Tensor) -> None:
+        for name, value in (losses | {"gradient_norm": grad_norm.detach()}).items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+        self.count += 1
+
+    def take(self) -> dict[str, float]:
+        means = self.world.sum(torch.stack(list(self.sums.values())) / (self.count * self.world.size))
+        values = dict(zip(self.sums, means.tolist(), strict=True))
+        self.sums, self.count = {}, 0
+        return values
+
+
+def autocast(args: argparse.Namespace, world: World):
+    """Mixed precision as --fp16 or --bf16 ask for it; parameters and scores stay float32."""
+    dtype = torch.float16 if args.fp16 else torch.bfloat16
+    return torch.autocast(world.device.type, dtype, enabled=args.fp16 or args.bf16)
+
+
+def _explain_non_finite(step: int, losses: dict[str, Tensor], output_dir: Path, world: World) -> str:
+    values = {name: value.item() for name, value in losses.items()}
+    shown = ", ".join(f"{name} = {value:.4g}" for name, value in values.items())
+    return (
+        f"the gradient of update {step + 1} is not finite ({shown} on rank {world.rank}): training stops; lower the "
+        f"learning rates or do without --fp16, and continue from the last checkpoint in {output_dir}"
+    )
+
+
+@torch.no_grad()
+def predict(
+    args: argparse.Namespace,
+    world: World,
+    model: nn.Module,
+    dataset: Dataset,
+    lengths: np.ndarray,
+    *,
+    collate: Callable[[list[dict]], dict[str, Tensor]],
+    task_logits: Callable,
+) -> list[tuple[np.ndarray, ...]] | None:
+    """Logits of every example, in the order of `dataset`, as tuples of float32 arrays; None but on rank 0.
+
+    The ranks share the examples out. Masks are computed once, before the first batch.
+    """
+    model.to(world.device).eval()
+    if masked_layers(model):
+        model.update_masks()
+    batches = evaluation_batches(lengths, args.per_gpu_eval_batch_size, world.rank, world.size)
+    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=args.num_workers,
+                        generator=torch.Generator())  # fmt: skip
+    results = []
+    bar = progress_bar(world, iterable=zip(batches, loader, strict=True), total=len(batches), desc="evaluating", unit="batch")
+    for indices, batch in bar:
+        batch = {name: tensor.to(world.device) for name, tensor in batch.items()}
+        with autocast(args, world):
+            outputs = model(**{name: batch[name] for name in MODEL_INPUTS})
+        logits = [tensor.float().cpu().numpy() for tensor in task_logits(outputs, batch)]
+        results += [(index, tuple(part[row] for part in logits)) for row, index in enumerate(indices)]
+    gathered = world.gather(results)
+    if not world.is_main:
+        return None
+    return [logits for _, logits in sorted(itertools.chain(*gathered), key=lambda item: item[0])]

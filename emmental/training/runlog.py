@@ -1,0 +1,87 @@
+"""What a person sees of a run: TensorBoard, progress bars, a summary at the end."""
+
+import logging
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from tqdm import tqdm
+
+from ..modules.masked_nn import masked_layers
+from .checkpoint import write_json, write_text
+from .distributed import World
+
+
+def set_up_logging(world: World) -> None:
+    """Log to the screen, from rank 0 only; keep the libraries quiet (our own loading checks speak instead)."""
+    set_up_script_logging()
+    logging.getLogger().setLevel(logging.INFO if world.is_main else logging.ERROR)
+    for name in ("datasets", "httpx", "fsspec", "filelock", "torch"):
+        logging.getLogger(name).setLevel(logging.WARNING if world.is_main else logging.ERROR)
+
+
+def set_up_script_logging() -> None:
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+class RunLog:
+    """TensorBoard events of a run, written by rank 0; silent on the others."""
+
+    def __init__(self, output_dir: Path, world: World, step: int = 0):
+        self.writer = None
+        if world.is_main:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import; the other ranks need none
+
+            self.writer = SummaryWriter(log_dir=str(output_dir), purge_step=step + 1 if step else None)
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+
+    def score_histograms(self, model: nn.Module, step: int) -> None:
+        """Distribution of the scores of every masked matrix."""
+        if self.writer:
+            for name, layer in masked_layers(model).items():
+                if layer.mask_scores is not None:
+                    self.writer.add_histogram(f"scores/{name}", layer.mask_scores.detach().float().cpu(), step)
+
+    def close(self) -> None:
+        if self.writer:
+            self.writer.close()
+
+
+def progress_bar(world: World, **kwargs) -> tqdm:
+    return tqdm(dynamic_ncols=True, disable=not world.is_main, file=sys.stderr, **kwargs)
+
+
+def remaining_fraction(model: nn.Module) -> dict[str, float]:
+    """Fraction of remaining weights per masked matrix, and `overall`, from the stored masks."""
+    layers = masked_layers(model)
+    if not layers:
+        return {}
+    kept = torch.stack([layer.mask.count_nonzero() for layer in layers.values()]).tolist()
+    sizes = [layer.weight.numel() for layer in layers.values()]
+    fractions = {name: k / n for name, k, n in zip(layers, kept, sizes, strict=True)}
+    return fractions | {"overall": sum(kept) / sum(sizes)}
+
+
+def write_results(output_dir: Path, results: dict[str, float]) -> None:
+    """Write `eval_results.txt` (`key = value` lines) and `eval_results.json`."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    lines = "".join(f"{name} = {value}\n" for name, value in results.items())
+    write_text(output_dir / "eval_results.txt", lines)
+    write_json(output_dir / "eval_results.json", results)
+
+
+def print_summary(figures: dict[str, float], output_dir: Path) -> None:
+    """The last lines of a run: its figures, and where everything lies."""
+    width = max(map(len, figures))
+    print()
+    for name, value in figures.items():
+        print(f"  {name:<{width}}  {value:.4g}" if isinstance(value, float) else f"  {name:<{width}}  {value}")
+    print(f"\n  everything lies in {output_dir}")

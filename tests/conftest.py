@@ -1,0 +1,83 @@
+"""Small data and small models that the tests make themselves: no network, nothing from outside."""
+
+import json
+import os
+import random
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from transformers import BertConfig, BertForQuestionAnswering, BertTokenizerFast
+
+torch.set_num_threads(1)
+
+NAMES = ["ada", "ben", "cleo", "dan", "eva", "finn", "gus", "hana"]
+PLACES = ["oslo", "rome", "lima", "kyoto", "cairo", "paris", "quito", "delhi"]
+WORDS = "lives in where does live ? . , the and yes no a is who".split()
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *NAMES, *PLACES, *WORDS]
+
+
+def make_squad(path, questions=24, seed=0, unanswerable=0):
+    """A SQuAD file: 'ada lives in oslo . ben lives in rome .', 'where does ada live ?'."""
+    rng = random.Random(seed)
+    paragraphs = []
+    for number in range(questions):
+        names = rng.sample(NAMES, rng.randint(2, 6))
+        places = rng.sample(PLACES, len(names))
+        context = " . ".join(f"{name} lives in {place}" for name, place in zip(names, places)) + " ."
+        asked = rng.randrange(len(names))
+        qa = {"id": f"q{number}", "question": f"where does {names[asked]} live ?"}
+        if number < unanswerable:
+            absent = next(name for name in NAMES if name not in names)
+            qa |= {"question": f"where does {absent} live ?", "answers": [], "is_impossible": True}
+        else:
+            qa["answers"] = [{"text": places[asked], "answer_start": context.index(places[asked])}]
+            if unanswerable:
+                qa["is_impossible"] = False
+        paragraphs.append({"context": context, "qas": [qa]})
+    path.write_text(json.dumps({"version": "x", "data": [{"title": "people", "paragraphs": paragraphs}]}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    return dict(
+        vocab_size=120,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory):
+    vocabulary = tmp_path_factory.mktemp("vocabulary") / "vocab.txt"
+    vocabulary.write_text("\n".join(VOCABULARY + [f"[unused{i}]" for i in range(120 - len(VOCABULARY))]))
+    return BertTokenizerFast(str(vocabulary))
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory, tiny_config, tiny_tokenizer):
+    """Folder of a plain BERT with a question-answering head, without dropout."""
+    folder = tmp_path_factory.mktemp("tiny_bert")
+    torch.manual_seed(0)
+    config = BertConfig(**tiny_config, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.2)
+    BertForQuestionAnswering(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def squad_dir(tmp_path_factory):
+    """Folder with train-v1.1.json, dev-v1.1.json and their v2.0 forms."""
+    folder = tmp_path_factory.mktemp("squad")
+    make_squad(folder / "train-v1.1.json", 24, seed=1)
+    make_squad(folder / "dev-v1.1.json", 10, seed=2)
+    make_squad(folder / "train-v2.0.json", 24, seed=3, unanswerable=8)
+    make_squad(folder / "dev-v2.0.json", 10, seed=4, unanswerable=4)
+    return folder

@@ -1,0 +1,202 @@
+"""Bad input gets one clear line and exit status 2, before any work; a traceback is a bug."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import BertConfig, BertForQuestionAnswering, DistilBertConfig
+
+import bertarize
+import counts_parameters
+import masked_run_squad
+from emmental import MaskedBertConfig, MaskedBertForQuestionAnswering
+
+PRUNE = ["--max_seq_length", "48", "--max_query_length", "16", "--max_steps", "4", "--do_train"]
+
+
+@pytest.fixture
+def refused(tmp_path, tiny_bert, squad_dir, capsys):
+    """Run the SQuAD script, expect status 2 and return the one line it printed."""
+
+    def run(*flags, model=tiny_bert, model_type="masked_bert", lines=1, script=masked_run_squad, bare=False):
+        common = ["--model_type", model_type, "--model_name_or_path", str(model), "--output_dir", str(tmp_path / "out")]
+        common += ["--data_dir", str(squad_dir), "--cache_dir", str(tmp_path / "cache")]
+        with pytest.raises(SystemExit) as stop:
+            script.main([*([] if bare else common), *map(str, flags)])
+        assert stop.value.code == 2
+        error = capsys.readouterr().err.strip().splitlines()
+        messages = [line for line in error if "error: " in line]
+        assert len(messages) == lines, error
+        assert not (tmp_path / "out" / "model.safetensors").exists()
+        return "\n".join(messages)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--do_train", "--pruning_method", "topk"], "did you mean 'topK'"),
+        (["--do_train", "--pruning_method", "movement"], "not one of topK, threshold"),
+        (["--do_train", "--mask_init", "constnat"], "did you mean 'constant'"),
+        (["--do_train", "--regularization", "l2"], "l0, l1, null"),
+        (["--do_train", "--model_type", "masked_bart"], "did you mean 'masked_bert'"),
+        (["--do_trian"], "did you mean --do_train"),
+        ([], "give --do_train, --do_eval or both"),
+        (["--do_train", "--final_threshold", "15"], "--final_threshold is a fraction"),
+        (["--do_train", "--pruning_method", "sigmoied_threshold", "--initial_threshold=-1"], "must lie in [0, 1]"),
+        (["--do_train", "--max_steps", "100", "--warmup_steps", "50"], "--warmup_steps 33 or less"),
+        (["--do_train", "--pruning_method", "magnitude", "--regularization", "l1", "--final_lambda", "1"], "needs scores"),
+        (["--do_train", "--final_lambda", "1"], "without --regularization"),
+        (["--do_train", "--pruning_method", "l0", "--global_topk"], "--global_topk goes with"),
+        (["--do_train", "--teacher_type", "bert"], "go together"),
+        (["--do_train", "--fp16", "--bf16"], "exclude each other"),
+        (["--do_train", "--fp16"], "needs a GPU"),
+        (["--do_eval", "--resume_from_checkpoint", "latest"], "add --do_train"),
+        (["--do_train", "--train_file", "absent.json"], "there is no file"),
+        (["--do_train", "--max_seq_length", "60"], "leaves no room for the context"),
+        (["--do_train", "--learning_rate", "0"], "--learning_rate must be positive"),
+        (["--do_train", "--per_gpu_train_batch_size", "0"], "must be at least 1"),
+        (["--do_train", "--resume_from_checkpoint", "/nowhere"], "is no checkpoint"),
+        (["--do_train", "--max_seq_length", "384"], "exceeds what the model takes (64)"),
+    ],
+)
+def test_arguments(refused, flags, said):
+    assert said in refused(*flags)
+
+
+def test_all_problems_are_reported_together(refused):
+    said = refused("--do_train", "--final_threshold", "3", "--learning_rate", "-1", "--fp16", "--bf16", lines=3)
+    assert "--final_threshold" in said and "--learning_rate" in said and "--bf16" in said
+
+
+def test_plateaus_that_overlap_once_the_data_is_known(refused):
+    said = refused("--do_train", "--num_train_epochs", "1", "--warmup_steps", "5", "--max_seq_length", "48",
+                   "--max_query_length", "16")  # fmt: skip
+    assert "T = 3 updates" in said and "--warmup_steps 0 or less" in said
+
+
+def test_output_dir_not_empty(refused, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("mine")
+    assert "is not empty" in refused(*PRUNE)
+    assert (tmp_path / "out" / "precious.txt").read_text() == "mine"
+
+
+def test_models_that_do_not_fit(refused, tmp_path, tiny_bert, tiny_config, tiny_tokenizer):
+    assert "no checkpoint found" in refused(*PRUNE, model=tmp_path / "absent")
+    DistilBertConfig().save_pretrained(tmp_path / "distil")
+    assert "of type 'distilbert'" in refused(*PRUNE, model=tmp_path / "distil")
+    BertConfig(**tiny_config).save_pretrained(tmp_path / "empty")
+    assert "cannot load the checkpoint" in refused(*PRUNE, model=tmp_path / "empty")
+    (tmp_path / "empty" / "model.safetensors").write_bytes(b"broken")
+    assert "cannot load the checkpoint" in refused(*PRUNE, model=tmp_path / "empty")
+    BertForQuestionAnswering(BertConfig(**tiny_config | {"hidden_size": 16})).save_pretrained(tmp_path / "narrow")
+    BertConfig(**tiny_config).save_pretrained(tmp_path / "narrow")
+    assert "does not fit its configuration" in refused(*PRUNE, model=tmp_path / "narrow")
+
+    BertForQuestionAnswering(BertConfig(**tiny_config)).save_pretrained(tmp_path / "bare")
+    assert "no tokenizer found" in refused(*PRUNE, model=tmp_path / "bare")
+    BertForQuestionAnswering(BertConfig(**tiny_config | {"vocab_size": 50})).save_pretrained(tmp_path / "small")
+    tiny_tokenizer.save_pretrained(tmp_path / "small")
+    assert "does not fit the model: it has ids up to 119" in refused(*PRUNE, model=tmp_path / "small")
+
+
+def test_evaluation_wants_a_trained_model(refused, tmp_path, tiny_bert, tiny_config, tiny_tokenizer):
+    length = ["--max_seq_length", "48", "--max_query_length", "16", "--do_eval"]
+    assert "is a plain BERT without masks" in refused(*length)
+    from transformers import BertModel
+
+    BertModel(BertConfig(**tiny_config)).save_pretrained(tmp_path / "headless")
+    tiny_tokenizer.save_pretrained(tmp_path / "headless")
+    assert "has no trained BertForQuestionAnswering head" in refused(*length, model=tmp_path / "headless", model_type="bert")
+
+    masked = MaskedBertForQuestionAnswering(MaskedBertConfig(**tiny_config, pruning_method="magnitude"))
+    masked.save_pretrained(tmp_path / "masked")
+    tiny_tokenizer.save_pretrained(tmp_path / "masked")
+    assert "masked checkpoint: use model type masked_bert" in refused(*length, model=tmp_path / "masked", model_type="bert")
+    assert "does not record the threshold" in refused(*length, model=tmp_path / "masked")
+    assert "holds no scores" in refused(*length, "--pruning_method", "topK", "--final_threshold", ".5", model=tmp_path / "masked")
+
+
+def test_teachers_that_do_not_fit(refused, tmp_path, tiny_bert, tiny_config, tiny_tokenizer):
+    teach = [*PRUNE, "--teacher_type", "bert", "--teacher_name_or_path"]
+    BertForQuestionAnswering(BertConfig(**tiny_config | {"vocab_size": 130})).save_pretrained(tmp_path / "larger")
+    assert "vocab_size 130 against 120" in refused(*teach, tmp_path / "larger")
+    BertForQuestionAnswering(BertConfig(**tiny_config, num_labels=3)).save_pretrained(tmp_path / "labels")
+    assert "num_labels 3 against 2" in refused(*teach, tmp_path / "labels")
+    shutil.copytree(tiny_bert, tmp_path / "words")
+    for file in (tmp_path / "words").glob("tokenizer*"):
+        file.unlink()
+    words = list(tiny_tokenizer.get_vocab())
+    (tmp_path / "words" / "vocab.txt").write_text("\n".join(words[:5] + words[:4:-1]))
+    assert "vocabularies differ" in refused(*teach, tmp_path / "words")
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("", "empty"),
+        ("{", "JSON"),
+        ("[]", "data"),
+        ('{"data": [{"title": "t"}]}', "paragraphs"),
+        ('{"data": [{"title": "t", "paragraphs": [{"qas": []}]}]}', "context"),
+        ('{"data": []}', "no question"),
+    ],
+)
+def test_data_that_is_not_squad(refused, tmp_path, content, said):
+    (tmp_path / "bad.json").write_text(content)
+    message = refused(*PRUNE, "--train_file", tmp_path / "bad.json")
+    assert said in message and "bad.json" in message
+
+
+def test_unanswerable_questions_want_their_flag(refused, squad_dir):
+    assert "--version_2_with_negative" in refused(*PRUNE, "--train_file", squad_dir / "train-v2.0.json")
+
+
+@pytest.mark.parametrize("script, flag", [(counts_parameters, "--serialization_dir"), (bertarize, "--model_name_or_path")])
+def test_counting_and_bertarizing_refuse_what_is_not_masked(refused, script, flag, tmp_path, tiny_bert, tiny_config):
+    def said(*flags):
+        return refused(*flags, script=script, bare=True)
+
+    assert "is no folder" in said(flag, tmp_path / "absent")
+    assert "is a plain BERT" in said(flag, tiny_bert)
+    model = MaskedBertForQuestionAnswering(MaskedBertConfig(**tiny_config))
+    model.save_pretrained(tmp_path / "old")
+    assert "does not record the threshold" in said(flag, tmp_path / "old")
+    assert "must lie in [0, 1]" in said(flag, tmp_path / "old", "--threshold", "15")
+    assert "did you mean 'topK'" in said(flag, tmp_path / "old", "--pruning_method", "topk")
+
+
+def test_bertarize_replaces_its_own_folder_and_no_other(refused, tmp_path, tiny_config, capsys):
+    model = MaskedBertForQuestionAnswering(MaskedBertConfig(**tiny_config, threshold=0.5))
+    model.save_pretrained(tmp_path / "run")
+    run = ["--model_name_or_path", str(tmp_path / "run")]
+    target = bertarize.main(run)  # the folder is replaced as a whole: nothing stale stays in it
+    (target / "vocab.txt").write_text("stale")
+    assert bertarize.main(run) == target and not (target / "vocab.txt").exists()
+    (target / "notes.md").write_text("mine")
+    capsys.readouterr()
+    assert "holds other files (notes.md)" in refused(*run, script=bertarize, bare=True)
+    assert "is the checkpoint itself" in refused(*run, "--target_model_path", tmp_path / "run", script=bertarize, bare=True)
+
+
+def test_a_contradicting_flag_is_used_with_a_warning(tmp_path, tiny_config, caplog):
+    MaskedBertForQuestionAnswering(MaskedBertConfig(**tiny_config, threshold=0.5)).save_pretrained(tmp_path / "run")
+    counts = counts_parameters.main(["--serialization_dir", str(tmp_path / "run"), "--threshold", "0.25"])
+    assert counts.linear_percent == pytest.approx(25)
+    assert any("threshold 0.25 contradicts 0.5" in message for message in caplog.messages)
+
+
+def test_a_pickle_is_never_executed(refused, tmp_path, tiny_config, tiny_tokenizer):
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+
+    BertConfig(**tiny_config).save_pretrained(tmp_path / "evil")
+    tiny_tokenizer.save_pretrained(tmp_path / "evil")
+    torch.save({"bert.embeddings.word_embeddings.weight": Payload()}, tmp_path / "evil" / "pytorch_model.bin")
+    assert "cannot load the checkpoint" in refused(*PRUNE, model=tmp_path / "evil")
+    assert not (tmp_path / "owned").exists()
+    assert json.loads((tmp_path / "evil" / "config.json").read_text())["model_type"] == "bert"

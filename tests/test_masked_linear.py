@@ -1,0 +1,356 @@
+"""MaskedLinear and update_masks against plain formulas and autograd of them."""
+
+import pytest
+import torch
+from torch import nn
+
+from emmental.modules import MaskedLinear, compute_mask, masked_layers, swap_linears, update_masks
+from emmental.modules.masked_nn import masks_are_current
+
+METHODS = ["topK", "threshold", "sigmoied_threshold", "magnitude", "l0"]
+BINARY = METHODS[:-1]
+GLOBAL = ["topK", "threshold", "magnitude"]
+V = 0.4
+
+
+def make_layer(method, scale=2.0, bias=True, **kwargs):
+    torch.manual_seed(11)
+    return MaskedLinear(9, 7, bias, mask_init="uniform", mask_scale=scale, pruning_method=method, **kwargs)
+
+
+def top(values, count):
+    """Float mask of the first `count` entries of a stable descending sort, over a list of matrices."""
+    flat = torch.cat([v.detach().reshape(-1) for v in values]).tolist()
+    kept = set(sorted(range(len(flat)), key=lambda i: -flat[i])[:count])
+    mask = torch.tensor([float(i in kept) for i in range(len(flat))])
+    return [part.reshape(v.shape) for part, v in zip(mask.split([v.numel() for v in values]), values, strict=True)]
+
+
+def expected_mask(layer, method, v):
+    scores, weight = layer.mask_scores, layer.weight
+    if method == "topK":
+        return top([scores], int(v * scores.numel()))[0]
+    if method == "magnitude":
+        return top([weight.abs()], int(v * weight.numel()))[0]
+    return (1.0 * (scores > v) if method == "threshold" else 1.0 * (1 / (1 + torch.exp(-scores)) > v)).detach()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("method", BINARY)
+def test_forward_and_gradients(method, bias):
+    layer = make_layer(method, bias=bias)
+    x, seed = torch.randn(3, 5, 9, requires_grad=True), torch.randn(3, 5, 7)
+    mask = expected_mask(layer, method, V)
+    effective = (layer.weight * mask).detach().requires_grad_()  # dL/d(W*M) by autograd of the dense layer
+    dense_x = x.detach().clone().requires_grad_()
+    dense = dense_x @ effective.t() + (layer.bias.detach() if bias else 0)
+
+    out = layer(x, threshold=V)
+    torch.testing.assert_close(out, dense)
+    out.backward(seed)
+    dense.backward(seed)
+    torch.testing.assert_close(x.grad, dense_x.grad)
+    torch.testing.assert_close(layer.weight.grad, effective.grad * mask)
+    if method == "magnitude":
+        assert layer.mask_scores is None and "mask_scores" not in layer.state_dict()
+    else:
+        torch.testing.assert_close(layer.mask_scores.grad, effective.grad * layer.weight.detach())
+    if bias:
+        torch.testing.assert_close(layer.bias.grad, seed.sum((0, 1)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stored_masks_equal_masks_on_the_spot(method):
+    layer, x = make_layer(method).eval(), torch.randn(4, 9)
+    with pytest.raises(RuntimeError, match="update_masks"):
+        layer(x)
+    update_masks(layer, V)
+    assert torch.equal(layer(x), layer(x, threshold=V))
+    assert torch.equal(layer(x), layer(x, V))
+
+
+def hard_concrete(scores, noise=None):
+    if noise is None:
+        gate = torch.sigmoid(scores)
+    else:
+        gate = torch.sigmoid((torch.log(noise) - torch.log(1 - noise) + scores) / (2 / 3))
+    return torch.clamp(gate * (1.1 - -0.1) + -0.1, 0, 1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_l0_is_autograd_of_the_formula(training):
+    layer = make_layer("l0", scale=3.0).train(training)
+    x, seed = torch.randn(4, 9), torch.randn(4, 7)
+    noise = torch.empty(7, 9).uniform_(1e-4, 1 - 1e-4, generator=torch.Generator().manual_seed(6)) if training else None
+    weight, scores = (p.detach().clone().requires_grad_() for p in (layer.weight, layer.mask_scores))
+    mask = hard_concrete(scores, noise)
+    plain = nn.functional.linear(x, weight * mask, layer.bias.detach())
+    plain.backward(seed)
+
+    update_masks(layer, 1.0, generator=torch.Generator().manual_seed(6))
+    assert 0 < (mask == 0).sum() < 63 and 0 < (mask == 1).sum() < 63  # both ends of the clamp are met
+    torch.testing.assert_close(layer.mask, mask.detach())
+    out = layer(x)
+    torch.testing.assert_close(out, plain)
+    out.backward(seed)
+    torch.testing.assert_close(layer.weight.grad, weight.grad)
+    torch.testing.assert_close(layer.mask_scores.grad, scores.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_l0_gradient_is_that_of_the_stored_mask():
+    layer, x = make_layer("l0", scale=3.0).eval(), torch.randn(4, 9)
+    update_masks(layer, 1.0)  # without noise, and used so in training until the next update
+    scores = layer.mask_scores.detach().clone().requires_grad_()
+    nn.functional.linear(x, layer.weight.detach() * hard_concrete(scores)).sum().backward()
+    layer.train()(x).sum().backward()
+    torch.testing.assert_close(layer.mask_scores.grad, scores.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_l0_samples_anew_in_training_only():
+    layer, x = make_layer("l0"), torch.randn(4, 9)
+    assert not torch.equal(layer(x, threshold=V), layer(x, threshold=V))
+    layer.eval()
+    assert torch.equal(layer(x, threshold=V), layer(x, threshold=V))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_scores_of_a_layer_in_another_precision(method, dtype):
+    layer = make_layer(method, dtype=dtype).eval()
+    if layer.mask_scores is not None:
+        assert layer.mask_scores.dtype == (torch.float32 if dtype == torch.bfloat16 else dtype)
+    x = torch.randn(4, 9, dtype=dtype)
+    mask = compute_mask(layer.weight, layer.mask_scores, method, V).to(dtype)
+    out = layer(x, threshold=V)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, nn.functional.linear(x, layer.weight * mask, layer.bias))
+    out.sum().backward()
+    assert layer.weight.grad.dtype == dtype
+
+
+def test_mask_init():
+    def scores(**kwargs):
+        torch.manual_seed(0)
+        return MaskedLinear(400, 50, **kwargs).mask_scores.detach()
+
+    assert torch.equal(scores(), torch.zeros(50, 400))
+    assert torch.equal(scores(mask_init="constant", mask_scale=2.5), torch.full((50, 400), 2.5))
+    for kwargs, bound in [
+        ({"mask_init": "uniform", "mask_scale": 0.3}, 0.3),
+        ({"mask_init": "kaiming"}, 1 / 400**0.5),  # kaiming uniform with a = sqrt(5): 1 / sqrt(fan in)
+    ]:
+        values = scores(**kwargs)
+        assert values.abs().max() <= bound and values.abs().max() > 0.999 * bound
+        assert abs(values.mean()) < 0.02 * bound
+        assert values.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("wrong", [{"mask_init": "normal"}, {"pruning_method": "topk"}])
+def test_unknown_names_are_refused(wrong):
+    name = next(iter(wrong.values()))
+    with pytest.raises(ValueError, match=name):
+        MaskedLinear(3, 3, **wrong)
+    if "pruning_method" in wrong:
+        with pytest.raises(ValueError, match=name):
+            compute_mask(torch.zeros(3, 3), torch.zeros(3, 3), name, 0.5)
+
+
+@pytest.mark.parametrize("method", ["topK", "sigmoied_threshold", "magnitude"])
+@pytest.mark.parametrize("threshold", [-0.01, 1.5, 15])
+def test_fractions_are_checked(method, threshold):
+    layer = make_layer(method)
+    with pytest.raises(ValueError, match="fraction"):
+        layer(torch.zeros(2, 9), threshold=threshold)
+    with pytest.raises(ValueError, match="fraction"):
+        update_masks(layer, threshold)
+
+
+def test_swap_linears_shares_weights_and_obeys_the_filter():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Sequential(nn.Linear(6, 6, bias=False), nn.Tanh()), nn.Linear(6, 2))
+    before = dict(model.named_parameters())
+    swap_linears(model, "constant", 0.5, "topK", where=lambda name: name != "2")
+    assert list(masked_layers(model)) == ["0", "1.0"]
+    assert type(model[2]) is nn.Linear
+    after = dict(model.named_parameters())
+    assert after.keys() - before.keys() == {"0.mask_scores", "1.0.mask_scores"}
+    assert all(after[name] is parameter for name, parameter in before.items())
+
+
+# --- all matrices at once ---
+
+
+def make_stack(method, ties=False, shapes=((8, 6), (6, 8), (8, 6), (20, 20))):
+    """Matrices of unlike scale, so that a global ranking differs from a local one."""
+    torch.manual_seed(4)
+    model = nn.ModuleList(MaskedLinear(i, o, pruning_method=method, mask_init="uniform", mask_scale=1.0) for o, i in shapes)
+    with torch.no_grad():
+        for number, layer in enumerate(model):
+            for tensor in filter(lambda t: t is not None, (layer.weight, layer.mask_scores)):
+                tensor.mul_(number + 1)
+                if ties:
+                    tensor.mul_(2).round_().div_(2)
+    return model
+
+
+def ranked(layer):
+    return layer.weight.detach().abs() if layer.mask_scores is None else layer.mask_scores.detach()
+
+
+@pytest.mark.parametrize("method", BINARY)
+@pytest.mark.parametrize("ties", [False, True])
+def test_local_masks_of_many_matrices(method, ties):
+    model = make_stack(method, ties)
+    assert update_masks(model, V) is None
+    for layer in model:
+        assert torch.equal(layer.mask.float(), expected_mask(layer, method, V))
+
+
+def expected_global(model, count):
+    masks = top([ranked(layer) for layer in model], count)
+    for number, layer in enumerate(model):
+        floor = int(0.005 * layer.weight.numel()) + 1
+        if masks[number].sum() < floor:
+            masks[number] = top([ranked(layer)], floor)[0]
+    return masks
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("fraction", [0.0, 0.01, 0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("method", GLOBAL)
+def test_global_masks_rank_everything_together(method, fraction, ties):
+    model = make_stack(method, ties)
+    total = sum(layer.weight.numel() for layer in model)
+    expected = expected_global(model, int(fraction * total))
+    update_masks(model, fraction, global_topk=True)
+    for layer, mask in zip(model, expected, strict=True):
+        assert torch.equal(layer.mask.float(), mask)
+
+
+@pytest.mark.parametrize("method", GLOBAL)
+def test_global_floor_saves_every_matrix(method):
+    model = make_stack(method)
+    with torch.no_grad():
+        for tensor in filter(lambda t: t is not None, (model[0].weight, model[0].mask_scores)):
+            tensor.mul_(1e-3)
+    update_masks(model, 0.05, global_topk=True)
+    assert model[0].mask.sum() == 1 and torch.equal(model[0].mask.float(), top([ranked(model[0])], 1)[0])
+    assert sum(int(layer.mask.sum()) for layer in model[1:]) >= int(0.05 * 544)
+
+
+@pytest.mark.parametrize("method", GLOBAL)
+def test_global_cutoff_is_reused(method):
+    model = make_stack(method)
+    cutoff = update_masks(model, 0.3, global_topk=True)
+    flat = sorted(torch.cat([ranked(layer).reshape(-1) for layer in model]).tolist(), reverse=True)
+    assert cutoff == flat[int(0.3 * len(flat)) - 1]
+    with torch.no_grad():
+        for layer in model:
+            for tensor in filter(lambda t: t is not None, (layer.weight, layer.mask_scores)):
+                tensor.add_(0.1 * torch.randn_like(tensor))
+    assert update_masks(model, 0.2, global_topk=True, cutoff=cutoff) == cutoff
+    for layer in model:
+        above = (ranked(layer) >= cutoff).float()
+        floor = int(0.005 * above.numel()) + 1
+        assert torch.equal(layer.mask.float(), above if above.sum() >= floor else top([ranked(layer)], floor)[0])
+
+
+def test_masks_of_an_old_cutoff_are_not_those_of_the_fraction():
+    model = make_stack("topK").eval()
+    update_masks(model, 0.3, global_topk=True, cutoff=0.9)
+    assert not masks_are_current(model, 0.3, global_topk=True)
+    update_masks(model, 0.3, global_topk=True)
+    assert masks_are_current(model, 0.3, global_topk=True)
+
+
+@pytest.mark.parametrize("method", ["l0", "sigmoied_threshold"])
+def test_global_is_refused(method):
+    with pytest.raises(ValueError, match=method):
+        update_masks(make_stack(method), 0.5, global_topk=True)
+
+
+@pytest.mark.parametrize("cutoff", [None, 0.1])
+def test_global_fractions_are_checked(cutoff):
+    with pytest.raises(ValueError, match="fraction"):
+        update_masks(make_stack("threshold"), 1.5, global_topk=True, cutoff=cutoff)
+
+
+def test_a_model_without_masks_is_refused():
+    with pytest.raises(ValueError, match="no masked layers"):
+        update_masks(nn.Linear(2, 2), 0.5)
+
+
+def test_l0_masks_of_two_ranks_agree():
+    first, second = make_stack("l0"), make_stack("l0")
+    torch.manual_seed(1)  # dropout's generator differs between ranks
+    update_masks(first, 1.0, generator=torch.Generator().manual_seed(42))
+    torch.manual_seed(2)
+    update_masks(second, 1.0, generator=torch.Generator().manual_seed(42))
+    assert all(torch.equal(a.mask, b.mask) for a, b in zip(first, second, strict=True))
+
+
+# --- when masks are current ---
+
+
+def change_in_place(model):
+    with torch.no_grad():
+        model[0].mask_scores[0, 0] += 1
+
+
+def load_state(model):
+    model.load_state_dict({key: value + 1 for key, value in model.state_dict().items()})
+
+
+def assign_state(model):
+    model.load_state_dict({key: value + 1 for key, value in model.state_dict().items()}, assign=True)
+
+
+def convert(model):
+    model.double()
+
+
+def stepping(**kwargs):
+    def step(model):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, **kwargs)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+
+    return step
+
+
+CHANGES = {
+    "in place": change_in_place,
+    "load_state_dict": load_state,
+    "assign": assign_state,
+    "dtype": convert,
+    "foreach AdamW": stepping(foreach=True),
+    "fused AdamW": stepping(fused=True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_masks_are_current_until_scores_change(change):
+    model = make_stack("topK").eval()
+    assert not masks_are_current(model, V)
+    update_masks(model, V)
+    assert masks_are_current(model, V)
+    assert not masks_are_current(model, 0.5)
+    assert not masks_are_current(model, V, global_topk=True)
+    change(model)
+    assert not masks_are_current(model, V)
+
+
+def test_magnitude_masks_follow_the_weights():
+    model = make_stack("magnitude").eval()
+    update_masks(model, V)
+    with torch.no_grad():
+        model[1].weight[0, 0] = 7.0
+    assert not masks_are_current(model, V)
+
+
+def test_sampled_masks_are_not_those_of_evaluation():
+    model = make_stack("l0").train()
+    update_masks(model, 1.0)
+    assert not masks_are_current(model.eval(), 1.0)
+    update_masks(model, 1.0)
+    assert masks_are_current(model, 1.0)

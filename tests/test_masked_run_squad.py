@@ -1,0 +1,276 @@
+"""masked_run_squad.py as a user runs it: through its main, looking at what it leaves behind."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoTokenizer, BertConfig, BertForQuestionAnswering
+
+import bertarize
+import counts_parameters
+import masked_run_squad
+from emmental import MaskedBertForQuestionAnswering
+from emmental.data import squad
+
+SHORT = ["--max_seq_length", "48", "--max_query_length", "16", "--doc_stride", "16", "--per_gpu_train_batch_size", "4"]
+METHODS = {
+    "topK": ["--pruning_method", "topK", "--initial_threshold", "1", "--final_threshold", "0.2"],
+    "magnitude": ["--pruning_method", "magnitude", "--initial_threshold", "1", "--final_threshold", "0.2"],
+    "threshold": ["--pruning_method", "threshold", "--initial_threshold=-0.1", "--final_threshold=0.0"],
+    "soft": ["--pruning_method", "sigmoied_threshold", "--initial_threshold", "0", "--final_threshold", "0.5",
+             "--regularization", "l1", "--final_lambda", "20"],
+    "l0": ["--pruning_method", "l0", "--initial_threshold", "1", "--final_threshold", "1", "--mask_scale", "2.197",
+           "--regularization", "l0", "--final_lambda", "20", "--mask_scores_learning_rate", "0.1"],
+    "global topK": ["--pruning_method", "topK", "--global_topk", "--global_topk_frequency_compute", "3",
+                    "--initial_threshold", "1", "--final_threshold", "0.2"],
+    "global magnitude": ["--pruning_method", "magnitude", "--global_topk", "--global_topk_frequency_compute", "3",
+                         "--initial_threshold", "1", "--final_threshold", "0.2"],
+}  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path, tiny_bert, squad_dir):
+    """Run the script on the tiny data; later flags win."""
+
+    def run_squad(*flags, output="out", model_type="masked_bert", model=tiny_bert):
+        common = ["--model_type", model_type, "--model_name_or_path", str(model), "--output_dir", str(tmp_path / output)]
+        data = ["--data_dir", str(squad_dir), "--cache_dir", str(tmp_path / "cache"), "--do_lower_case"]
+        masked_run_squad.main([*common, *data, *SHORT, *flags])
+        return tmp_path / output
+
+    return run_squad
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def scalars(folder):
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}, events
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+TRAIN = ["--do_train", "--max_steps", "12", "--warmup_steps", "2", "--save_steps", "0", "--logging_steps", "4"]
+
+
+def test_a_run_leaves_exactly_what_the_readme_says(run):
+    out = run(*METHODS["topK"], *TRAIN, "--do_eval", "--save_steps", "5")
+    names = {file.name for file in out.iterdir() if not file.name.startswith("events.out.tfevents")}
+    assert names == {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training_args.json",
+        "eval_results.txt", "eval_results.json", "predictions_.json", "nbest_predictions_.json",
+        "checkpoint-5", "checkpoint-10",
+    }  # fmt: skip
+    assert {file.name for file in (out / "checkpoint-5").iterdir()} == {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training_args.json",
+        "training_state.pt",
+    }  # fmt: skip
+    config = json.loads((out / "config.json").read_text())
+    assert (config["model_type"], config["pruning_method"], config["threshold"]) == ("masked_bert", "topK", 0.2)
+    results = json.loads((out / "eval_results.json").read_text())
+    assert results["total"] == 10 and 0 <= results["exact"] <= results["f1"] <= 100
+    assert f"f1 = {results['f1']}\n" in (out / "eval_results.txt").read_text()
+    predictions = json.loads((out / "predictions_.json").read_text())
+    assert set(predictions) == {f"q{i}" for i in range(10)}
+    nbest = json.loads((out / "nbest_predictions_.json").read_text())
+    assert all(nbest[key][0]["text"] == text for key, text in predictions.items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_counts_and_bertarizes(run, method, capsys):
+    out = run(*METHODS[method], *TRAIN, "--do_eval")
+    before = MaskedBertForQuestionAnswering.from_pretrained(out)
+    counts = counts_parameters.main(["--serialization_dir", str(out), "--json", str(out / "counts.json")])
+    if "topK" in method or "magnitude" in method:
+        kept = sum(m.remaining for m in counts.matrices)
+        total = sum(m.total for m in counts.matrices)
+        exact = int(0.2 * total) if "global" in method else sum(int(0.2 * m.total) for m in counts.matrices)
+        assert kept == exact
+    written = json.loads((out / "counts.json").read_text())
+    assert written["remaining_percent_linear"] == pytest.approx(counts.linear_percent)
+    assert f"{counts.published_percent:.3f}" in capsys.readouterr().out
+    results = json.loads((out / "eval_results.json").read_text())
+    assert results["remaining_percent"] == pytest.approx(counts.published_percent)
+
+    target = bertarize.main(["--model_name_or_path", str(out)])
+    assert target == out.parent / "bertarized_out"
+    after, info = BertForQuestionAnswering.from_pretrained(target, output_loading_info=True)
+    assert not any(info.values())
+    inputs = AutoTokenizer.from_pretrained(target)("where does ada live ?", "ada lives in oslo .", return_tensors="pt")
+    masked, plain = before.eval()(**inputs), after.eval()(**inputs)
+    torch.testing.assert_close(masked.start_logits, plain.start_logits, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(masked.end_logits, plain.end_logits, rtol=1e-5, atol=1e-6)
+
+
+def test_embeddings_stay_frozen_and_the_encoder_moves(run, tiny_bert):
+    before, after = weights(tiny_bert), weights(run(*METHODS["topK"], *TRAIN))
+    for key, value in before.items():
+        moved = not torch.equal(value, after[key])
+        assert moved != key.startswith("bert.embeddings."), key
+
+
+@pytest.mark.parametrize("method", ["topK", "soft", "l0", "global topK"])
+def test_resume_is_bit_identical(run, method, tiny_bert, tmp_path):
+    # Dropout makes the resumed run depend on the random state.
+    BertConfig.from_pretrained(tiny_bert, hidden_dropout_prob=0.3).save_pretrained(tmp_path / "dropout")
+    flags = [*METHODS[method], *TRAIN, "--gradient_accumulation_steps", "2", "--save_steps", "4",
+             "--config_name", str(tmp_path / "dropout")]  # fmt: skip
+    whole = run(*flags, "--save_total_limit", "3", output="whole")
+    assert {f.name for f in whole.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-8", "checkpoint-12"}
+    resumed = run(*flags, "--resume_from_checkpoint", str(whole / "checkpoint-4"), output="resumed")
+    assert same(weights(whole), weights(resumed))
+    first = torch.load(whole / "checkpoint-12" / "training_state.pt", weights_only=True)["optimizer"]["state"]
+    second = torch.load(resumed / "checkpoint-12" / "training_state.pt", weights_only=True)["optimizer"]["state"]
+    assert all(torch.equal(first[i]["exp_avg_sq"], second[i]["exp_avg_sq"]) for i in first)
+
+
+def test_latest_takes_the_newest_checkpoint_and_starts_anew_without_one(run):
+    flags = [*METHODS["topK"], *TRAIN, "--save_steps", "5", "--resume_from_checkpoint", "latest"]
+    out = run(*flags)
+    first = weights(out)
+    run(*flags)  # from checkpoint-10
+    assert same(first, weights(out))
+
+
+def test_resume_refuses_another_run(run, capsys):
+    out = run(*METHODS["topK"], *TRAIN, "--save_steps", "5")
+    with pytest.raises(SystemExit) as stop:
+        run(*METHODS["topK"], *TRAIN, "--learning_rate", "1e-3", "--resume_from_checkpoint", str(out / "checkpoint-5"))
+    assert stop.value.code == 2
+    assert "--learning_rate" in capsys.readouterr().err
+
+
+def test_old_checkpoints_are_removed_unless_all_are_evaluated(run):
+    flags = [*METHODS["topK"], *TRAIN, "--save_steps", "3"]
+    assert len(list(run(*flags).glob("checkpoint-*"))) == 2
+    assert len(list(run(*flags, "--save_total_limit", "1", output="b").glob("checkpoint-*"))) == 1
+    out = run(*flags, "--do_eval", "--eval_all_checkpoints", output="c")
+    assert len(list(out.glob("checkpoint-*"))) == 4
+    results = json.loads((out / "eval_results.json").read_text())
+    assert {"exact", "exact_3", "exact_6", "exact_9", "exact_12"} <= results.keys()
+    assert (out / "predictions_3.json").is_file()
+
+
+def test_distillation_and_what_tensorboard_shows(run, tiny_bert):
+    flags = ["--teacher_type", "bert", "--teacher_name_or_path", str(tiny_bert), "--alpha_distil", "0.9",
+             "--alpha_ce", "0.1", "--save_steps", "12", "--evaluate_during_training"]  # fmt: skip
+    out = run(*METHODS["soft"], *TRAIN, *flags)
+    values, events = scalars(out)
+    wanted = {"loss", "loss/task", "loss/distil", "loss/penalty", "gradient_norm", "threshold", "lambda",
+              "remaining/overall", "learning_rate/scores", "learning_rate/weights", "eval/f1", "eval/exact"}  # fmt: skip
+    assert wanted <= values.keys()
+    assert sum(tag.startswith("remaining/bert.encoder.layer.0.") for tag in values) == 6
+    assert list(values["loss"]) == [4, 8, 12]
+    assert len(events.Tags()["histograms"]) == 12
+    last = {name: series[12] for name, series in values.items()}
+    assert last["threshold"] == pytest.approx(0.5) and last["lambda"] == pytest.approx(20)
+    # The last four updates rest at the final lambda, so the means add up.
+    expected = 0.9 * last["loss/distil"] + 0.1 * last["loss/task"] + 20 * last["loss/penalty"]
+    assert last["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_dense_teacher_trains_without_masks(run):
+    out = run(*TRAIN, "--do_eval", model_type="bert")
+    assert not any(key.endswith("mask_scores") for key in weights(out))
+    assert json.loads((out / "config.json").read_text())["model_type"] == "bert"
+    assert "remaining_percent" not in json.loads((out / "eval_results.json").read_text())
+    BertForQuestionAnswering.from_pretrained(out)
+
+
+def test_evaluating_alone_gives_the_results_of_training(run):
+    out = run(*METHODS["topK"], *TRAIN, "--do_eval")
+    alone = run("--do_eval", output="alone", model=out)
+    assert json.loads((out / "predictions_.json").read_text()) == json.loads((alone / "predictions_.json").read_text())
+    assert {file.name for file in alone.iterdir()} == {
+        "predictions_.json", "nbest_predictions_.json", "eval_results.txt", "eval_results.json",
+    }  # fmt: skip
+
+
+def test_version_2(run):
+    out = run(*METHODS["topK"], *TRAIN, "--do_eval", "--version_2_with_negative")
+    results = json.loads((out / "eval_results.json").read_text())
+    assert results["HasAns_total"] == 6 and results["NoAns_total"] == 4
+    assert {"best_exact", "best_exact_thresh", "best_f1", "best_f1_thresh"} <= results.keys()
+    odds = json.loads((out / "null_odds_.json").read_text())
+    assert set(odds) == {f"q{i}" for i in range(10)} and all(math.isfinite(value) for value in odds.values())
+
+
+def test_accumulation_equals_a_larger_batch(run):
+    large = run(*METHODS["topK"], *TRAIN, "--max_steps", "6", "--warmup_steps", "1", "--per_gpu_train_batch_size", "24", output="a")
+    small = run(*METHODS["topK"], *TRAIN, "--max_steps", "6", "--warmup_steps", "1", "--per_gpu_train_batch_size", "6",
+                "--gradient_accumulation_steps", "4", output="b")  # fmt: skip
+    for key, value in weights(large).items():
+        if not key.endswith("mask_scores"):  # Adam's first steps turn rounding into sign flips of tiny gradients
+            torch.testing.assert_close(value, weights(small)[key], rtol=0, atol=2e-4)
+
+
+def test_a_fractional_epoch_trains_what_it_schedules(run):
+    out = run(*METHODS["topK"], "--do_train", "--num_train_epochs", "1.5", "--logging_steps", "1", "--save_steps", "0",
+              "--gradient_accumulation_steps", "4")  # fmt: skip
+    values, _ = scalars(out)
+    assert max(values["loss"]) == 3  # 24 questions, 6 batches, 2 updates an epoch
+
+
+def test_bf16_keeps_scores_and_moments_in_float32(run):
+    out = run(*METHODS["topK"], *TRAIN, "--bf16", "--save_steps", "12")
+    assert {tensor.dtype for tensor in weights(out).values()} == {torch.float32}
+    state = torch.load(out / "checkpoint-12" / "training_state.pt", weights_only=True)["optimizer"]["state"]
+    assert {entry["exp_avg"].dtype for entry in state.values()} == {torch.float32}
+
+
+def test_features_are_cached_and_workers_change_nothing(run):
+    out = run(*METHODS["topK"], *TRAIN)
+    cached = sorted((out.parent / "cache" / "movement_pruning").iterdir())
+    again = run(*METHODS["topK"], *TRAIN, "--threads", "2", "--num_workers", "1", output="again")
+    assert sorted((out.parent / "cache" / "movement_pruning").iterdir()) == cached
+    assert same(weights(out), weights(again))
+
+
+def test_non_finite_loss_stops_and_keeps_the_checkpoint(run, monkeypatch, capsys):
+    honest, calls = masked_run_squad.span_loss, []
+
+    def poisoned(logits, batch):
+        calls.append(1)
+        return honest(logits, batch) * (float("nan") if len(calls) == 8 else 1.0)
+
+    monkeypatch.setattr(masked_run_squad, "span_loss", poisoned)
+    with pytest.raises(SystemExit) as stop:
+        run(*METHODS["topK"], *TRAIN, "--save_steps", "5")
+    assert stop.value.code == 1
+    error = capsys.readouterr().err
+    assert "update 8" in error and "loss/task = nan" in error
+    monkeypatch.undo()
+    out = run(*METHODS["topK"], *TRAIN, "--save_steps", "5", "--resume_from_checkpoint", "latest")
+    assert same(weights(out), weights(run(*METHODS["topK"], *TRAIN, "--save_steps", "5", output="undisturbed")))
+
+
+def test_misaligned_answers_are_skipped_with_their_ids(run, squad_dir, tmp_path, caplog):
+    document = json.loads((squad_dir / "train-v1.1.json").read_text())
+    answer = document["data"][0]["paragraphs"][3]["qas"][0]["answers"][0]
+    answer["answer_start"] += 1
+    (tmp_path / "shifted.json").write_text(json.dumps(document))
+    run(*METHODS["topK"], *TRAIN, "--train_file", str(tmp_path / "shifted.json"))
+    assert any("1 training questions skipped" in message and "q3" in message for message in caplog.messages)
+
+
+def test_the_hub_is_asked_when_no_file_is_given(tmp_path, tiny_bert, squad_dir, monkeypatch):
+    asked = []
+
+    def load_dataset(name, split, **kwargs):
+        asked.append((name, split))
+        local = squad.read_examples(squad_dir / ("train-v1.1.json" if split == "train" else "dev-v1.1.json"), False)
+        return local.remove_columns("is_impossible")
+
+    monkeypatch.setattr(squad.datasets, "load_dataset", load_dataset)
+    masked_run_squad.main(["--model_type", "masked_bert", "--model_name_or_path", str(tiny_bert), "--output_dir",
+                           str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache"), "--do_eval", *SHORT,
+                           *METHODS["topK"], *TRAIN])  # fmt: skip
+    assert sorted(asked) == [("rajpurkar/squad", "train"), ("rajpurkar/squad", "validation")]

@@ -1,0 +1,556 @@
+"""MaskedBert* against the stock classes; loading and saving; when masks are computed."""
+
+import copy
+import io
+import json
+import logging
+import pickle
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import emmental
+from emmental import MaskedBertConfig, MaskedBertForQuestionAnswering, MaskedBertModel
+from emmental.loading import LoadError, load_masked, load_model
+from emmental.modules import masked_layers
+from emmental.training.optim import build_optimizer
+
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.2}
+METHODS = ["topK", "threshold", "sigmoied_threshold", "magnitude", "l0"]
+SUFFIXES = ["Model", "ForQuestionAnswering", "ForSequenceClassification", "ForTokenClassification", "ForMultipleChoice"]
+IDS = torch.randint(5, 120, (3, 12), generator=torch.Generator().manual_seed(0))
+INPUTS = {
+    "input_ids": IDS,
+    "attention_mask": torch.tensor([[1] * 12, [1] * 9 + [0] * 3, [1] * 5 + [0] * 7]),
+    "token_type_ids": (torch.arange(12) > 5).long().expand(3, 12),
+}
+LABELS = {
+    "ForQuestionAnswering": {"start_positions": torch.tensor([1, 2, 3]), "end_positions": torch.tensor([4, 4, 4])},
+    "ForSequenceClassification": {"labels": torch.tensor([0, 1, 1])},
+    "ForTokenClassification": {"labels": IDS % 2},
+    "ForMultipleChoice": {"labels": torch.tensor([2])},
+}
+
+
+def make_inputs(suffix):
+    inputs = {k: v[None] for k, v in INPUTS.items()} if suffix == "ForMultipleChoice" else INPUTS
+    return inputs | LABELS.get(suffix, {})
+
+
+def make_masked(tiny_config, cls=MaskedBertModel, **kwargs):
+    torch.manual_seed(1)
+    return cls(MaskedBertConfig(**tiny_config, **NO_DROPOUT, **{"mask_init": "uniform", "mask_scale": 1.0} | kwargs))
+
+
+def encoder_linears(model):
+    return {n: m for n, m in model.named_modules() if "encoder." in n and isinstance(m, nn.Linear)}
+
+
+# --- the model is the stock one ---
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_six_linears_per_layer_are_masked_and_keys_are_stock(tiny_config, suffix):
+    stock = getattr(transformers, f"Bert{suffix}")(transformers.BertConfig(**tiny_config))
+    masked = getattr(emmental, f"MaskedBert{suffix}")(MaskedBertConfig(**tiny_config))
+    names = set(encoder_linears(stock))
+    assert set(masked_layers(masked)) == names and len(names) == 12
+    assert set(masked.state_dict()) == set(stock.state_dict()) | {f"{name}.mask_scores" for name in names}
+    frozen = {n for n, p in masked.named_parameters() if not p.requires_grad}
+    assert frozen == {n for n, _ in masked.named_parameters() if "embeddings." in n} and frozen
+
+
+@pytest.mark.parametrize("method, threshold", [("topK", 1.0), ("magnitude", 1.0), ("sigmoied_threshold", 0.0)])
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_full_masks_are_the_stock_model(tiny_config, tmp_path, suffix, method, threshold):
+    torch.manual_seed(0)
+    stock = getattr(transformers, f"Bert{suffix}")(transformers.BertConfig(**tiny_config, **NO_DROPOUT)).train()
+    stock.save_pretrained(tmp_path)
+    masked = getattr(emmental, f"MaskedBert{suffix}").from_pretrained(tmp_path, pruning_method=method).train()
+    outputs = [
+        stock(**make_inputs(suffix), output_hidden_states=True, output_attentions=False),
+        masked(**make_inputs(suffix), output_hidden_states=True, output_attentions=False, threshold=threshold),
+    ]
+    assert outputs[0].keys() == outputs[1].keys()
+    for name, value in outputs[0].items():
+        torch.testing.assert_close(outputs[1][name], value, msg=name)
+    for out in outputs:
+        (out["loss"] if suffix != "Model" else out.last_hidden_state.pow(2).sum() + out.pooler_output.sum()).backward()
+    compared = dict(masked.named_parameters())
+    for name, parameter in stock.named_parameters():
+        if "embeddings." in name:
+            assert compared[name].grad is None
+        else:
+            torch.testing.assert_close(compared[name].grad, parameter.grad, msg=name)
+    for name in masked_layers(masked) if method != "magnitude" else ():
+        torch.testing.assert_close(
+            compared[f"{name}.mask_scores"].grad,
+            compared[f"{name}.weight"].grad * compared[f"{name}.weight"].detach(),
+        )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_outputs_are_those_of_the_masked_weights(tiny_config, method):
+    masked = make_masked(tiny_config, MaskedBertForQuestionAnswering, pruning_method=method).eval()
+    stock = transformers.BertForQuestionAnswering(transformers.BertConfig(**tiny_config)).eval()
+    out = masked(**INPUTS, threshold=0.4)
+    state = {k: v for k, v in masked.state_dict().items() if not k.endswith("mask_scores")}
+    for name, layer in masked_layers(masked).items():
+        n, s, w = layer.weight.numel(), layer.mask_scores, layer.weight
+        mask = {
+            "topK": lambda: s >= s.flatten().sort(descending=True).values[int(0.4 * n) - 1],
+            "magnitude": lambda: w.abs() >= w.abs().flatten().sort(descending=True).values[int(0.4 * n) - 1],
+            "threshold": lambda: s > 0.4,
+            "sigmoied_threshold": lambda: torch.sigmoid(s) > 0.4,
+            "l0": lambda: (torch.sigmoid(s) * 1.2 - 0.1).clamp(0, 1),
+        }[method]()
+        state[f"{name}.weight"] = w * mask
+    stock.load_state_dict(state)
+    torch.testing.assert_close(out.start_logits, stock(**INPUTS).start_logits)
+    assert masked(**INPUTS, threshold=0.4, return_dict=False)[0].equal(out.start_logits)
+
+
+def test_threshold_is_remembered_then_read_from_the_config(tiny_config):
+    with pytest.raises(ValueError, match="threshold"):
+        make_masked(tiny_config).eval()(**INPUTS)
+    model = make_masked(tiny_config, threshold=0.3).eval()
+    assert model(**INPUTS).last_hidden_state.equal(model(**INPUTS, threshold=0.3).last_hidden_state)
+    model(**INPUTS, threshold=0.6)
+    assert model(**INPUTS).last_hidden_state.equal(model(**INPUTS, threshold=0.6).last_hidden_state)
+    assert make_masked(tiny_config, pruning_method="l0").eval()(**INPUTS).last_hidden_state.isfinite().all()
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 70])
+def test_fractions_are_checked(tiny_config, threshold):
+    with pytest.raises(ValueError, match="fraction"):
+        make_masked(tiny_config)(**INPUTS, threshold=threshold)
+
+
+@pytest.mark.parametrize("wrong", [{"pruning_method": "topk"}, {"mask_init": "normal"}])
+def test_unknown_names_are_refused(tiny_config, wrong):
+    with pytest.raises(ValueError, match="choose one of"):
+        make_masked(tiny_config, **wrong)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES[:2])
+def test_eager_and_sdpa_agree(tiny_bert, suffix):
+    cls = getattr(emmental, f"MaskedBert{suffix}")
+    kwargs = {"mask_init": "constant", "mask_scale": 0.0}
+    eager, sdpa = (cls.from_pretrained(tiny_bert, attn_implementation=a, **kwargs).eval() for a in ("eager", "sdpa"))
+    assert eager.config._attn_implementation != sdpa.config._attn_implementation
+    torch.testing.assert_close(eager(**INPUTS, threshold=0.5)[0], sdpa(**INPUTS, threshold=0.5)[0], rtol=1e-4, atol=1e-4)
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    torch.manual_seed(5)
+    loss(model).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+
+
+@pytest.mark.parametrize("method", ["topK", "l0"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda m: m(**make_inputs("ForQuestionAnswering"), threshold=0.5).loss,
+        lambda m: sum(m(**make_inputs("ForQuestionAnswering"), threshold=v).loss for v in (0.8, 0.2)),
+    ],
+    ids=["one forward", "two forwards"],
+)
+def test_gradient_checkpointing_changes_no_gradient(tiny_config, method, loss):
+    model = make_masked(tiny_config, MaskedBertForQuestionAnswering, pruning_method=method).train()
+    plain = gradients(model, loss)
+    model.gradient_checkpointing_enable()
+    assert model.base_model.encoder.layer[0].gradient_checkpointing
+    for name, grad in gradients(model, loss).items():
+        torch.testing.assert_close(grad, plain[name], msg=name)
+
+
+# --- when masks are computed: a mask that is computed again is another tensor ---
+
+
+def masks(model):
+    return [layer.mask for layer in masked_layers(model).values()]
+
+
+def same(first, second):
+    return all(a is b for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_evaluation_computes_masks_once(tiny_config, method):
+    model = make_masked(tiny_config, pruning_method=method).eval()
+    model(**INPUTS, threshold=0.5)
+    before = masks(model)
+    for _ in range(3):
+        model(**INPUTS, threshold=0.5)
+    model(**INPUTS)
+    assert same(masks(model), before)
+    if method != "l0":
+        model(**INPUTS, threshold=0.4)
+        assert not any(a is b for a, b in zip(masks(model), before, strict=True))
+
+
+@pytest.mark.parametrize("global_topk", [False, True])
+def test_training_with_a_threshold_computes_masks_every_time(tiny_config, global_topk):
+    model = make_masked(tiny_config, global_topk=global_topk).train()
+    model(**INPUTS, threshold=0.5)
+    before = masks(model)
+    model(**INPUTS)
+    assert same(masks(model), before)
+    model(**INPUTS, threshold=0.5)
+    assert not any(a is b for a, b in zip(masks(model), before, strict=True))
+
+
+def step_with(make_optimizer):
+    def step(model):
+        optimizer = make_optimizer(model)
+        model(**INPUTS, threshold=0.5).last_hidden_state[..., 0].sum().backward()
+        optimizer.step()
+
+    return step
+
+
+def in_place(model):
+    with torch.no_grad():
+        model.encoder.layer[1].output.dense.mask_scores.neg_()
+
+
+def load_state(model):
+    model.load_state_dict({k: -v for k, v in model.state_dict().items()})
+
+
+CHANGES = {
+    "in place": in_place,
+    "load_state_dict": load_state,
+    "build_optimizer": step_with(lambda m: build_optimizer(m, 1e-2, 1e-1, 0.0, 1e-8)),
+    "fused AdamW": step_with(lambda m: torch.optim.AdamW(m.parameters(), lr=1e-1, fused=True)),
+    "SGD": step_with(lambda m: torch.optim.SGD(m.parameters(), lr=1e3)),
+}
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["changed in eval", "changed in train"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_evaluation_sees_changed_scores(tiny_config, change, training):
+    model = make_masked(tiny_config).eval()
+    before = model(**INPUTS, threshold=0.5).last_hidden_state
+    stale = model.encoder.layer[1].output.dense.mask.clone()
+    change(model.train(training))
+    after = model.eval()(**INPUTS, threshold=0.5).last_hidden_state
+    scores = model.encoder.layer[1].output.dense.mask_scores
+    fresh = scores >= scores.flatten().sort(descending=True).values[scores.numel() // 2 - 1]
+    assert not fresh.equal(stale)
+    assert model.encoder.layer[1].output.dense.mask.equal(fresh)
+    assert not after.equal(before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_masks_survive_a_change_of_dtype(tiny_config, method, dtype):
+    model = make_masked(tiny_config, pruning_method=method).eval()
+    wanted = model(**INPUTS, threshold=0.5).last_hidden_state
+    got = model.to(dtype)(**INPUTS, threshold=0.5).last_hidden_state
+    assert got.dtype == dtype
+    assert (got.float() - wanted).norm() < (1e-5 if dtype == torch.float64 else 0.15) * wanted.norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_masks_follow_the_device(tiny_config):
+    model = make_masked(tiny_config).eval()
+    wanted = model(**INPUTS, threshold=0.5).last_hidden_state
+    got = model.cuda()(**{k: v.cuda() for k, v in INPUTS.items()}, threshold=0.5).last_hidden_state
+    torch.testing.assert_close(got.cpu(), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_masks_made_in_inference_mode_serve_training(tiny_config, training):
+    model = make_masked(tiny_config).eval()
+    with torch.inference_mode():
+        wanted = model(**INPUTS, threshold=0.5).last_hidden_state
+    out = model.train(training)(**INPUTS).last_hidden_state
+    torch.testing.assert_close(out, wanted.clone())
+    out.sum().backward()
+    assert model.encoder.layer[0].output.dense.mask_scores.grad is not None
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_copies_stand_alone(tiny_config, method):
+    model = make_masked(tiny_config, pruning_method=method).eval()
+    wanted = model(**INPUTS, threshold=0.5).last_hidden_state
+    assert not [key for key in model.state_dict() if key.endswith(".mask")]
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(stream, weights_only=False)]
+    for name, p in model.named_parameters():
+        p.data = p.data.neg()
+    for other in copies:
+        assert other(**INPUTS, threshold=0.5).last_hidden_state.equal(wanted)
+
+
+# --- from_pretrained ---
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("mask_init, scale", [("constant", 0.0), ("constant", 2.5), ("uniform", 0.3), ("kaiming", 0.0)])
+def test_a_plain_bert_loads_with_fresh_scores(tiny_bert, method, mask_init, scale):
+    kwargs = {"pruning_method": method, "mask_init": mask_init, "mask_scale": scale}
+    model = MaskedBertForQuestionAnswering.from_pretrained(tiny_bert, **kwargs)
+    plain = load_file(tiny_bert / "model.safetensors")
+    state = model.state_dict()
+    scores = {key for key in state if key.endswith("mask_scores")}
+    assert state.keys() - scores == plain.keys()
+    assert all(state[key].equal(value) for key, value in plain.items())
+    assert len(scores) == (0 if method == "magnitude" else 12)
+    for key in scores:
+        values = state[key]
+        assert values.shape == state[key.replace("mask_scores", "weight")].shape
+        if mask_init == "constant":
+            assert values.eq(scale).all()
+        else:
+            bound = scale if mask_init == "uniform" else values.shape[1] ** -0.5
+            assert 0.97 * bound < values.abs().max() <= bound
+            assert values.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+    for name, parameter in model.named_parameters():
+        assert parameter.device.type == "cpu" and parameter.isfinite().all()
+        assert parameter.requires_grad == ("embeddings." not in name)
+    assert isinstance(model.config, MaskedBertConfig) and model.config.pruning_method == method
+
+
+def test_random_scores_obey_the_seed_and_differ_between_matrices(tiny_bert):
+    def load(seed):
+        torch.manual_seed(seed)
+        model = MaskedBertForQuestionAnswering.from_pretrained(tiny_bert, mask_init="uniform", mask_scale=1.0)
+        layer = model.bert.encoder.layer[0].attention.self
+        return layer.query.mask_scores, layer.key.mask_scores
+
+    (a, b), (c, _), (d, _) = load(1), load(1), load(2)
+    assert a.equal(c) and not a.equal(b) and not a.equal(d)
+
+
+def write_2020_checkpoint(folder, tiny_config, method="topK", drop=(), **config):
+    """What the code of 2020 saved: pickled tensors, a pooler that no head uses, few fields."""
+    model = make_masked(tiny_config, MaskedBertForQuestionAnswering, pruning_method=method)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    state["bert.embeddings.position_ids"] = torch.arange(64)[None]
+    state["bert.pooler.dense.weight"], state["bert.pooler.dense.bias"] = torch.randn(32, 32), torch.randn(32)
+    torch.save({k: v for k, v in state.items() if not k.endswith(tuple(drop) or "-")}, folder / "pytorch_model.bin")
+    values = {
+        "architectures": ["MaskedBertForQuestionAnswering"],
+        "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "initializer_range": 0.02,
+        "layer_norm_eps": 1e-12, "mask_init": "constant", "mask_scale": 0.0, "model_type": "masked_bert",
+        "pad_token_id": 0, "pruning_method": method, "type_vocab_size": 2,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(values | tiny_config | config))
+    return state
+
+
+@pytest.mark.parametrize("load", ["from_pretrained", "auto", "load_model", "load_masked"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_checkpoint_of_2020_keeps_its_scores(tiny_config, tmp_path, method, load):
+    saved = write_2020_checkpoint(tmp_path, tiny_config, method)
+    model = {
+        "from_pretrained": MaskedBertForQuestionAnswering.from_pretrained,
+        "auto": transformers.AutoModelForQuestionAnswering.from_pretrained,
+        "load_model": lambda folder: load_model(folder, "QuestionAnswering", masked=True, trained=True),
+        "load_masked": lambda folder: load_masked(folder, threshold=0.5),
+    }[load](str(tmp_path))
+    state = model.state_dict()
+    assert type(model) is MaskedBertForQuestionAnswering
+    assert set(saved) - set(state) == {
+        "bert.embeddings.position_ids", "bert.pooler.dense.weight", "bert.pooler.dense.bias",
+    }  # fmt: skip
+    assert all(state[key].equal(saved[key]) for key in state)
+    assert not model.bert.embeddings.word_embeddings.weight.requires_grad
+
+
+def test_a_masked_head_loads_into_the_base_model(tiny_config, tmp_path):
+    saved = write_2020_checkpoint(tmp_path, tiny_config)
+    state = MaskedBertModel.from_pretrained(tmp_path).state_dict()
+    assert all(state[key].equal(saved[f"bert.{key}"]) for key in state)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("method", METHODS)
+def test_round_trip(tiny_config, tmp_path, suffix, method):
+    model = make_masked(
+        tiny_config, getattr(emmental, f"MaskedBert{suffix}"), pruning_method=method, threshold=0.5
+    ).eval()
+    wanted = model(**make_inputs(suffix))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["model_type"], config["pruning_method"], config["threshold"]) == ("masked_bert", method, 0.5)
+    auto = transformers.AutoModel if suffix == "Model" else getattr(transformers, f"AutoModel{suffix}")
+    for cls in (type(model), auto):
+        again = cls.from_pretrained(tmp_path)
+        assert type(again) is type(model)
+        assert again.state_dict().keys() == model.state_dict().keys()
+        assert all(again.state_dict()[k].equal(v) for k, v in model.state_dict().items())
+        got = again(**make_inputs(suffix))
+        for name in wanted:
+            torch.testing.assert_close(got[name], wanted[name])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scores_stay_float32_in_half_precision(tiny_bert, dtype, method):
+    kwargs = {"pruning_method": method, "mask_init": "constant", "mask_scale": 1.2345678}
+    model = MaskedBertForQuestionAnswering.from_pretrained(tiny_bert, dtype=dtype, **kwargs).eval()
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.float32 if name.endswith("mask_scores") else dtype), name
+        if name.endswith("mask_scores"):
+            assert parameter.eq(torch.tensor(1.2345678)).all()
+    loss = model(**make_inputs("ForQuestionAnswering"), threshold=0.5).loss
+    loss.backward()
+    query = model.bert.encoder.layer[0].attention.self.query
+    assert loss.isfinite() and query.weight.grad.dtype == dtype
+    assert method == "magnitude" or query.mask_scores.grad.dtype == torch.float32
+
+
+def test_auto_config_and_tokenizer(tiny_bert, tiny_config, tmp_path):
+    MaskedBertConfig(**tiny_config, threshold=0.1, global_topk=True).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((tiny_bert / "tokenizer.json").read_bytes())
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert type(config) is MaskedBertConfig and (config.threshold, config.global_topk) == (0.1, True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.is_fast and tokenizer("ada lives").input_ids
+
+
+# --- loading refuses what does not fit ---
+
+
+def load_qa(folder, **kwargs):
+    return load_model(str(folder), "QuestionAnswering", **{"masked": True} | kwargs)
+
+
+def rewrite(source, target, change):
+    """A copy of the checkpoint `source` whose state dict went through `change`."""
+    target.mkdir()
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        if (source / file).exists():
+            (target / file).write_bytes((source / file).read_bytes())
+    save_file(change(load_file(source / "model.safetensors")), target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+@pytest.fixture
+def pruned(tiny_config, tmp_path):
+    make_masked(tiny_config, MaskedBertForQuestionAnswering, threshold=0.3).save_pretrained(tmp_path / "pruned")
+    return tmp_path / "pruned"
+
+
+def test_load_model_of_a_plain_bert(tiny_bert):
+    model = load_qa(tiny_bert, pruning_method="l0", mask_init="constant", mask_scale=2.197)
+    plain = load_qa(tiny_bert, masked=False, trained=True)
+    assert not model.training and model.dtype == torch.float32
+    assert model.bert.encoder.layer[1].output.dense.mask_scores.eq(2.197).all()
+    assert type(plain) is transformers.BertForQuestionAnswering
+    assert all(model.state_dict()[key].equal(value) for key, value in plain.state_dict().items())
+
+
+def test_load_model_of_another_head(tiny_bert):
+    model = load_model(str(tiny_bert), "SequenceClassification", masked=True, num_labels=3)
+    assert model.classifier.weight.shape == (3, 32)
+    with pytest.raises(LoadError, match="classifier"):
+        load_model(str(tiny_bert), "SequenceClassification", masked=False, trained=True)
+
+
+def drop_key(key):
+    return lambda state: {k: v for k, v in state.items() if k != key}
+
+
+def halve_key(key):
+    return lambda state: state | {key: state[key][:8].clone()}
+
+
+BODY = "bert.encoder.layer.1.output.dense.weight"
+SCORES = "bert.encoder.layer.1.output.dense.mask_scores"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (drop_key(BODY), BODY),
+        (halve_key(BODY), BODY),
+        (drop_key(SCORES), SCORES),
+        (halve_key(SCORES), SCORES),
+        (drop_key("bert.embeddings.LayerNorm.weight"), "bert.embeddings.LayerNorm.weight"),
+        (drop_key("qa_outputs.weight"), "qa_outputs.weight"),
+    ],
+)
+def test_gaps_in_a_checkpoint_are_refused(pruned, tmp_path, change, message):
+    with pytest.raises(LoadError, match=message):
+        load_masked(str(rewrite(pruned, tmp_path / "broken", change)))
+
+
+def test_loading_refuses_the_wrong_kind(tiny_bert, pruned, tmp_path):
+    with pytest.raises(LoadError, match="no checkpoint found"):
+        load_qa(tmp_path / "nowhere")
+    with pytest.raises(LoadError, match="masked_bert"):
+        load_qa(pruned, masked=False)
+    with pytest.raises(LoadError, match="without masks"):
+        load_qa(tiny_bert, trained=True)
+    with pytest.raises(LoadError, match="without masks"):
+        load_masked(str(tiny_bert))
+    (tmp_path / "config.json").write_text('{"model_type": "roberta"}')
+    with pytest.raises(LoadError, match="roberta"):
+        load_qa(tmp_path)
+    with pytest.raises(LoadError, match="scores"):
+        load_masked(str(rewrite(pruned, tmp_path / "bare", lambda s: {k: v for k, v in s.items() if "mask" not in k})))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x08\x00\x00\x00\x00\x00\x00\x00{", b"not a model"])
+def test_broken_files_are_refused(pruned, content):
+    (pruned / "model.safetensors").write_bytes(content)
+    with pytest.raises(LoadError, match="cannot load"):
+        load_masked(str(pruned))
+
+
+class Exploit:
+    def __reduce__(self):
+        return (exec, ("import builtins; builtins.was_run = True",))
+
+
+def test_no_code_in_a_checkpoint_is_run(tiny_config, tmp_path):
+    import builtins
+
+    write_2020_checkpoint(tmp_path, tiny_config)
+    torch.save({"qa_outputs.weight": Exploit()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(LoadError, match="cannot load"):
+        load_qa(tmp_path)
+    assert not hasattr(builtins, "was_run")
+
+
+def test_load_masked_reads_the_config(pruned, caplog):
+    model = load_masked(str(pruned))
+    assert not model.training and model.config.threshold == 0.3
+    for layer in masked_layers(model).values():
+        assert layer.mask.sum() == int(0.3 * layer.weight.numel())
+    assert not caplog.records
+
+
+def test_load_masked_warns_of_a_contradiction(pruned, caplog):
+    with caplog.at_level(logging.WARNING):
+        model = load_masked(str(pruned), pruning_method="topK", threshold=0.6)
+    assert model.bert.encoder.layer[0].output.dense.mask.sum() == int(0.6 * 32 * 64)
+    assert [r.getMessage() for r in caplog.records if "contradicts" in r.getMessage()]
+    assert "threshold" in caplog.text and "pruning_method" not in caplog.text
+
+
+def test_load_masked_needs_a_threshold(tiny_config, tmp_path):
+    write_2020_checkpoint(tmp_path, tiny_config)
+    with pytest.raises(LoadError, match="--threshold"):
+        load_masked(str(tmp_path))
+    with pytest.raises(LoadError, match="fraction"):
+        load_masked(str(tmp_path), threshold=15)
+
+
+def test_load_masked_refuses_unknown_values(tiny_config, tmp_path):
+    write_2020_checkpoint(tmp_path, tiny_config, pruning_method="topk", threshold=0.5)
+    with pytest.raises(LoadError, match="topk"):
+        load_masked(str(tmp_path))
+    with pytest.raises(LoadError, match="global_topk"):
+        load_masked(str(tmp_path), pruning_method="l0", global_topk=True)
