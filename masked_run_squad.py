@@ -36,7 +36,7 @@ from emmental.training.args import (
 from emmental.training.checkpoint import ARGS_FILE, find_checkpoints, find_resume_folder, write_into, write_json
 from emmental.training.distributed import join_world, leave_world
 from emmental.training.loop import predict, train
-from emmental.training.runlog import print_summary, set_up_logging, write_results
+from emmental.training.runlog import RunLog, print_summary, set_up_logging, write_results
 
 logger = logging.getLogger(__name__)
 
@@ -70,11 +70,6 @@ def check_squad_arguments(args: argparse.Namespace) -> list[str]:
     for name in ("doc_stride", "max_query_length", "n_best_size", "max_answer_length", "threads"):
         if getattr(args, name) < 1:
             problems.append(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if args.max_seq_length < args.max_query_length + 4:
-        problems.append(
-            f"--max_seq_length {args.max_seq_length} leaves no room for the context beside a question of "
-            f"--max_query_length {args.max_query_length}: raise the first or lower the second"
-        )
     for wanted, split in ((args.do_train, "train"), (needs_evaluation_data(args), "predict")):
         file = data_file(args, split)
         if wanted and file and not file.is_file():
@@ -187,7 +182,11 @@ def run(args: argparse.Namespace, given: set[str]) -> dict[str, float]:
         raise UsageError(
             f"--max_seq_length {args.max_seq_length} exceeds what the model takes ({model.config.max_position_embeddings})"
         )
-    collate = functools.partial(squad.collate, pad_token_id=tokenizer.pad_token_id)
+    collate = functools.partial(
+        squad.collate,
+        pad_token_id=tokenizer.pad_token_id,
+        multiple_of=8 if model.config.max_position_embeddings % 8 == 0 else 1,
+    )
 
     evaluate_at = None
     if needs_evaluation_data(args):
@@ -198,7 +197,7 @@ def run(args: argparse.Namespace, given: set[str]) -> dict[str, float]:
         def evaluate_at(model, prefix) -> dict[str, float]:
             return evaluate(args, world, model, dev_examples, dev_features, collate, output_dir, str(prefix))
 
-    summary = {}
+    summary, log = {}, RunLog(output_dir, world)
     if args.do_train:
         teacher = None
         if args.teacher_name_or_path:
@@ -235,6 +234,7 @@ def run(args: argparse.Namespace, given: set[str]) -> dict[str, float]:
             teacher,
             train_features,
             np.asarray(train_features["length"]),
+            log,
             collate=collate,
             task_logits=span_logits,
             task_loss=span_loss,
@@ -252,12 +252,16 @@ def run(args: argparse.Namespace, given: set[str]) -> dict[str, float]:
 
     results = {}
     if args.do_eval:
-        if args.do_train and args.eval_all_checkpoints:
-            for folder in find_checkpoints(output_dir):
+        if args.eval_all_checkpoints:
+            for folder in find_checkpoints(output_dir if args.do_train else Path(args.model_name_or_path)):
                 step = folder.name.rpartition("-")[2]
                 checkpoint = load_model(str(folder), HEAD, masked=masked, trained=True, num_labels=2)
                 results |= {f"{name}_{step}": value for name, value in evaluate_at(checkpoint, step).items()}
-        results |= evaluate_at(model, "")
+        final = evaluate_at(model, "")
+        results |= final
+        if args.do_train:
+            log.scalars({f"eval/{name}": value for name, value in final.items()}, summary["updates"])
+    log.close()
     if world.is_main:
         if masked:
             if not args.do_eval:

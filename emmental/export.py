@@ -8,7 +8,7 @@ from transformers import BertConfig
 
 from .configuration_bert_masked import MASK_FIELDS, MaskedBertConfig
 from .modules.binarizer import floor_count
-from .modules.masked_nn import masked_layers
+from .modules.masked_nn import apply_mask, masked_layers
 
 
 @dataclass
@@ -67,9 +67,14 @@ def remaining_weights(model: nn.Module) -> RemainingWeights:
     layers = masked_layers(model)
     if any(layer.mask is None for layer in layers.values()):
         raise ValueError("the model has no masks yet: call update_masks first")
+    global_topk = getattr(model.config, "global_topk", False)
+
+    def thresholded(layer: nn.Module) -> bool:
+        return global_topk or layer.pruning_method in ("threshold", "sigmoied_threshold")
+
     kept = torch.stack([layer.mask.count_nonzero() for layer in layers.values()]).tolist()
     matrices = [
-        MatrixCount(name, count, layer.weight.numel(), _is_floored(layer, count))
+        MatrixCount(name, count, layer.weight.numel(), thresholded(layer) and count == floor_count(layer.weight.numel()))
         for (name, layer), count in zip(layers.items(), kept, strict=True)
     ]
     encoder = sum(
@@ -80,10 +85,6 @@ def remaining_weights(model: nn.Module) -> RemainingWeights:
     return RemainingWeights(matrices, encoder - sum(m.total for m in matrices))
 
 
-def _is_floored(layer: nn.Module, count: int) -> bool:
-    _, global_topk, *_ = layer.mask_source
-    thresholded = global_topk or layer.pruning_method in ("threshold", "sigmoied_threshold")
-    return thresholded and count == floor_count(layer.weight.numel())
 
 
 @torch.no_grad()
@@ -91,12 +92,15 @@ def bertarized_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """State dict of the plain model: each masked weight is W * M, and the scores are gone.
 
     `update_masks` must have run in evaluation mode (masks of l0 are fractional there, and are baked so).
+    Raises ValueError otherwise.
     """
     state = {key: value for key, value in model.state_dict().items() if not key.endswith(".mask_scores")}
     for name, layer in masked_layers(model).items():
         if layer.mask is None:
             raise ValueError("the model has no masks yet: call update_masks first")
-        state[f"{name}.weight"] = layer.weight * layer.mask
+        if layer.mask_sampled:
+            raise ValueError("these masks of l0 are samples: call model.eval() and update_masks first")
+        state[f"{name}.weight"] = apply_mask(layer.weight, layer.mask)
     return state
 
 

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, BertConfig, PreTrainedConfig, PreTrained
 
 from . import modeling_bert_masked
 from .configuration_bert_masked import MaskedBertConfig
+from .modules.masked_nn import masked_layers
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def load_model(
 
     trained: the checkpoint must hold the head and, if its method has any, the scores; else they may be
         fresh. num_labels: outputs of the head, when not those of the configuration. overrides: values
-        that replace those of the configuration.
+        that replace those of the configuration; with `trained`, a contradiction is warned of.
     Raises LoadError for what is missing, broken, of another architecture, or masked where a plain BERT
     is asked for and the other way round.
     """
@@ -78,6 +79,9 @@ def load_model(
         )
     if trained and masked and not is_masked:
         raise LoadError(f"{name_or_path} is a plain BERT without masks: use model type bert")
+    for name, value in overrides.items():
+        if trained and values.get(name, value) not in (value, None):
+            logger.warning("%s %s contradicts %s of the checkpoint; %s is used", name, value, values[name], value)
     stale = ["model_type", "architectures", "transformers_version", "dtype", "torch_dtype"]
     if num_labels is not None:
         stale += ["id2label", "label2id", "num_labels"]
@@ -114,9 +118,6 @@ def load_masked(
         raise LoadError(f"{folder} is a plain BERT without masks: give the fine-pruned masked_bert checkpoint")
     asked = {"pruning_method": pruning_method, "threshold": threshold, "global_topk": global_topk}
     overrides = {name: value for name, value in asked.items() if value is not None}
-    for name, value in overrides.items():
-        if config.get(name, value) not in (value, None):
-            logger.warning("%s %s contradicts %s of the checkpoint; %s is used", name, value, config[name], value)
     model = load_model(folder, head_of(folder, config), masked=True, trained=True, **overrides)
     method = model.config.pruning_method
     if model.config.threshold is None and method != "l0":
@@ -133,7 +134,7 @@ def _check_loaded(name_or_path: str, model: PreTrainedModel, info: dict, need_sc
     missing = set(info["missing_keys"]) | set(mismatched)
     scores = {key for key in missing if key.endswith(".mask_scores")}
     body = {key for key in missing - scores if key.startswith(("bert.encoder.", "bert.embeddings."))}
-    head = {key for key in missing - scores - body if not key.startswith("bert.")}
+    head = missing - scores - body  # a pooler is part of it
     for key in sorted(body | (scores & set(mismatched))):
         why = f"has another shape there ({mismatched[key]})" if key in mismatched else "lacks it"
         raise LoadError(f"{name_or_path} does not fit its configuration: the model needs {key}, the checkpoint {why}")
@@ -142,6 +143,9 @@ def _check_loaded(name_or_path: str, model: PreTrainedModel, info: dict, need_sc
             f"{name_or_path} holds no scores for pruning_method {model.config.pruning_method} "
             f"({min(scores)} is missing): give the method that it was trained with"
         )
+    learned = [layer.mask_scores for layer in masked_layers(model).values() if layer.mask_scores is not None]
+    if need_scores and not all(scores.isfinite().all() for scores in learned):
+        raise LoadError(f"{name_or_path} holds scores that are not finite: its training had diverged")
     if need_head and head:
         raise LoadError(
             f"{name_or_path} has no trained {type(model).__name__} head ({min(head)} is missing): "
@@ -195,6 +199,8 @@ def load_teacher(
     Raises LoadError when its vocabulary or its labels are not the student's.
     """
     teacher = load_model(name_or_path, head, masked=masked, trained=True, cache_dir=cache_dir)
+    if masked and teacher.config.threshold is None and teacher.config.pruning_method != "l0":
+        raise LoadError(f"the teacher {name_or_path} does not record its threshold: bertarize it, and use the result")
     for what in ("vocab_size", "num_labels"):
         ours, theirs = getattr(student.config, what), getattr(teacher.config, what)
         if ours != theirs:

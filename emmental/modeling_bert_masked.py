@@ -66,7 +66,9 @@ class MaskedBertModel(_MaskedPreTrained, BertModel):
 
     `forward` takes all that the stock model takes, and `threshold` (see `MaskedBertConfig`). In
     training, a given threshold computes the masks anew, and none uses the masks as they stand. In
-    evaluation the masks are computed once and kept until the threshold or the scores change.
+    evaluation the masks are computed once and kept until the threshold or the scores change. With
+    gradient checkpointing, run the backward of a forward before the next forward: what is recomputed uses
+    the masks of the latest.
     """
 
     def __init__(self, config: MaskedBertConfig, add_pooling_layer: bool = True):

@@ -41,7 +41,9 @@ def plateaus_overlap(total_step: int, warmup_steps: int, initial_warmup: float, 
     plateaus = initial_warmup + final_warmup
     if warmup_steps == 0 or plateaus == 0 or total_step > plateaus * warmup_steps:
         return None
-    largest = max(0, -int(-total_step // plateaus) - 1)
+    largest = int(total_step / plateaus)
+    while largest > 0 and total_step <= plateaus * largest:
+        largest -= 1
     return (
         f"the threshold schedule does not fit: with T = {total_step} updates, the plateaus of "
         f"initial_warmup * warmup_steps = {initial_warmup:g} * {warmup_steps} and final_warmup * warmup_steps = "

@@ -55,7 +55,7 @@ def refused(tmp_path, tiny_bert, squad_dir, capsys):
         (["--do_train", "--fp16"], "needs a GPU"),
         (["--do_eval", "--resume_from_checkpoint", "latest"], "add --do_train"),
         (["--do_train", "--train_file", "absent.json"], "there is no file"),
-        (["--do_train", "--max_seq_length", "60"], "leaves no room for the context"),
+        (["--do_train", "--max_seq_length", "8"], "leaves no room for its context"),
         (["--do_train", "--learning_rate", "0"], "--learning_rate must be positive"),
         (["--do_train", "--per_gpu_train_batch_size", "0"], "must be at least 1"),
         (["--do_train", "--resume_from_checkpoint", "/nowhere"], "is no checkpoint"),

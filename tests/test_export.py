@@ -71,7 +71,7 @@ def test_counts(tiny_config, method, threshold, global_topk):
     assert (values["remaining"], values["total"]) == (kept, total) and len(values["matrices"]) == 12
 
 
-@pytest.mark.parametrize("topk, linear, published", [(0.1, 10.0, 10.1), (0.15, 15.0, 15.1), (0.03, 3.0, 3.1), (1, 100, 100)])
+@pytest.mark.parametrize("topk, linear, published", [(0.1, 10.0, 10.1), (0.03, 3.0, 3.1), (1.0, 100.0, 100.0)])
 def test_published_percentages_of_bert_base(topk, linear, published):
     with torch.device("meta"):
         model = MaskedBertModel(MaskedBertConfig())

@@ -182,7 +182,7 @@ def test_swap_linears_shares_weights_and_obeys_the_filter():
 def make_stack(method, ties=False, shapes=((8, 6), (6, 8), (8, 6), (20, 20))):
     """Matrices of unlike scale, so that a global ranking differs from a local one."""
     torch.manual_seed(4)
-    model = nn.ModuleList(MaskedLinear(i, o, pruning_method=method, mask_init="uniform", mask_scale=1.0) for o, i in shapes)
+    model = nn.ModuleList(MaskedLinear(i, o, True, "uniform", 1.0, method) for o, i in shapes)
     with torch.no_grad():
         for number, layer in enumerate(model):
             for tensor in filter(lambda t: t is not None, (layer.weight, layer.mask_scores)):

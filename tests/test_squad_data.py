@@ -126,7 +126,7 @@ QUESTION = f"{PARAGRAPH}, question 2"
 @pytest.mark.parametrize(
     "content, parts",
     [
-        ("", ["not JSON", "download it again"]),
+        ("", ["is empty"]),
         ('{"data": [', ["not JSON", "line 1", "download it again"]),
         ("[1]", ['must be an object with "data"', "a list"]),
         ({"version": "1.1"}, ['"data" is missing']),

@@ -60,7 +60,12 @@ def read_examples(path, version_2_with_negative, unique_ids=True):
     Raises `SquadError` for whatever is wrong with the file.
     """
     try:
-        document = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        text = Path(path).read_text(encoding="utf-8-sig")
+        if not text.strip():
+            raise SquadError(f"{path}: is empty; give a SQuAD file with questions")
+        document = json.loads(text)
+    except SquadError:
+        raise
     except OSError as error:
         reason = error.strerror or error
         raise SquadError(f"{path}: cannot be read ({reason}); check --data_dir or --train/predict_file") from error

@@ -32,7 +32,7 @@ def kth_largest(values: list[Tensor], counts: list[int]) -> list[Tensor]:
             bound = torch.inf if count <= 0 else -torch.inf
             cutoffs[i] = torch.tensor(bound, dtype=value.dtype, device=value.device)
         elif value.device.type == "cpu":
-            flat = value.detach().float().reshape(-1).numpy()
+            flat = value.detach().to(torch.promote_types(value.dtype, torch.float32)).reshape(-1).numpy()
             kth = np.partition(flat, flat.size - count)[flat.size - count]
             cutoffs[i] = torch.tensor(kth, dtype=value.dtype)
         else:

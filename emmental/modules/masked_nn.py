@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .binarizer import above_threshold, check_fraction, keep_floor, keep_largest, kth_largest, logit
 
@@ -43,10 +44,10 @@ def hard_concrete(scores: Tensor, training: bool, generator: torch.Generator | N
     return (gate * (L0_RIGHT - L0_LEFT) + L0_LEFT).clamp(0.0, 1.0)
 
 
-def _hard_concrete_grad(mask: Tensor, training: bool) -> Tensor:
+def _hard_concrete_grad(mask: Tensor, sampled: bool) -> Tensor:
     """dM/dS of `hard_concrete`, from the mask alone: inside (0, 1) it determines the gate."""
     gate = (mask - L0_LEFT) / (L0_RIGHT - L0_LEFT)
-    slope = (L0_RIGHT - L0_LEFT) / (L0_TEMPERATURE if training else 1.0)
+    slope = (L0_RIGHT - L0_LEFT) / (L0_TEMPERATURE if sampled else 1.0)
     return gate * (1 - gate) * slope * ((mask > 0) & (mask < 1))
 
 
@@ -89,34 +90,40 @@ def _compute_global_masks(
     rankings: list[Tensor], fraction: float, cutoff: float | None
 ) -> tuple[list[Tensor], float]:
     """Masks over all matrices ranked together, each with the floor of the threshold masks."""
+    fraction = check_fraction(fraction)
     if cutoff is not None:
         return above_threshold(rankings, cutoff, inclusive=True), cutoff
     everything = torch.cat([ranking.detach().reshape(-1) for ranking in rankings])
-    count = int(check_fraction(fraction) * everything.numel())
+    count = int(fraction * everything.numel())
     cutoffs = kth_largest([everything], [count])
     parts = keep_largest([everything], [count], cutoffs)[0].split([ranking.numel() for ranking in rankings])
     masks = [part.reshape(ranking.shape) for part, ranking in zip(parts, rankings, strict=True)]
     return keep_floor(rankings, masks), cutoffs[0].item()
 
 
+def apply_mask(tensor: Tensor, mask: Tensor) -> Tensor:
+    """tensor * mask, in the dtype of `tensor`."""
+    return tensor * (mask if mask.dtype == torch.bool else mask.to(tensor.dtype))
+
+
 class _MaskedWeight(torch.autograd.Function):
     """W * M, keeping W and M only: dL/dW = g * M; dL/dS = g * W, times dM/dS where it exists (l0)."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, scores: Tensor | None, mask: Tensor, training: bool) -> Tensor:
+    def forward(ctx, weight: Tensor, scores: Tensor | None, mask: Tensor, sampled: bool) -> Tensor:
         ctx.save_for_backward(weight, mask)
-        ctx.training = training
-        return weight * mask
+        ctx.sampled = sampled
+        return apply_mask(weight, mask)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         weight, mask = ctx.saved_tensors
-        grad_weight = grad * mask if ctx.needs_input_grad[0] else None
+        grad_weight = apply_mask(grad, mask) if ctx.needs_input_grad[0] else None
         grad_scores = None
         if ctx.needs_input_grad[1]:
             grad_scores = grad * weight
             if mask.dtype != torch.bool:
-                grad_scores = grad_scores * _hard_concrete_grad(mask, ctx.training)
+                grad_scores = grad_scores * _hard_concrete_grad(mask, ctx.sampled)
         return grad_weight, grad_scores, None, None
 
 
@@ -153,7 +160,8 @@ class MaskedLinear(nn.Linear):
         scores = torch.empty_like(self.weight, dtype=torch.promote_types(self.weight.dtype, torch.float32))
         self.mask_scores = nn.Parameter(scores) if has_scores(pruning_method) else None
         self.register_buffer("mask", None, persistent=False)
-        self.mask_source = None  # what the stored mask was computed from, see `_source`
+        self.mask_source = None  # what the stored mask was computed from, None if that may have changed
+        self.mask_sampled = False  # whether the stored mask is a sample (l0 in training)
         self.reset_scores()
 
     @classmethod
@@ -191,12 +199,18 @@ class MaskedLinear(nn.Linear):
     def forward(self, input: Tensor, threshold: float | None = None) -> Tensor:
         if threshold is not None:
             mask = compute_mask(self.weight, self.mask_scores, self.pruning_method, threshold, self.training)
+            sampled = self.training
         elif self.mask is None:
             raise RuntimeError("this layer has no mask yet: call it with threshold=..., or update_masks(model, threshold)")
         else:
-            mask = self.mask
-        weight = _MaskedWeight.apply(self.weight, self.mask_scores, mask, self.training)
+            mask, sampled = self.mask, self.mask_sampled
+        weight = _MaskedWeight.apply(self.weight, self.mask_scores, mask, sampled)
         return F.linear(input, weight, self.bias)
+
+    def train(self, mode: bool = True) -> "MaskedLinear":
+        if mode:
+            self.mask_source = None  # whatever happens in training, evaluation finds its masks anew
+        return super().train(mode)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, pruning_method={self.pruning_method}"
@@ -226,25 +240,35 @@ def swap_linears(
             setattr(module.get_submodule(parent), attribute, masked)
 
 
-def _source(layer: MaskedLinear, threshold: float, global_topk: bool) -> tuple:
+def _source(layer: MaskedLinear, threshold: float, global_topk: bool) -> tuple | None:
     tensor = layer.mask_scores if layer.mask_scores is not None else layer.weight
-    version = -1 if tensor.is_inference() else tensor._version
-    sampled = layer.training and layer.pruning_method == "l0"
-    return (float(threshold), global_topk, sampled, tensor.data_ptr(), tensor.device, version)
+    if tensor.is_inference():
+        return None
+    return (float(threshold), global_topk, tensor.data_ptr(), tensor.device, tensor._version)
+
+
+def _note_fused_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    """Raise the version counters of what a fused optimiser changed: torch 2.13 leaves them as they were."""
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            torch.autograd.graph.increment_version(group["params"])
+
+
+register_optimizer_step_post_hook(_note_fused_step)
 
 
 def masks_are_current(model: nn.Module, threshold: float, global_topk: bool = False) -> bool:
-    """Whether the stored masks are those of `threshold` and of the scores as they are now.
+    """Whether the stored masks are known to be those of `threshold` and of the scores as they are now.
 
-    Changes are seen by PyTorch's version counters; only writes through `.data` escape them.
+    Masks of training never are. Changes of the scores show in PyTorch's version counters; only writes
+    through `.data` escape them.
     """
     return all(
-        layer.mask is not None and layer.mask_source == _source(layer, threshold, global_topk)
+        layer.mask_source is not None and layer.mask_source == _source(layer, threshold, global_topk)
         for layer in masked_layers(model).values()
     )
 
 
-@torch.no_grad()
 def update_masks(
     model: nn.Module,
     threshold: float,
@@ -267,14 +291,17 @@ def update_masks(
     if not layers:
         raise ValueError("the model has no masked layers")
     method, training = layers[0].pruning_method, layers[0].training
-    rankings = [layer.ranking for layer in layers]
-    if global_topk:
-        if method in ("l0", "sigmoied_threshold"):
-            raise ValueError(f"global_topk ranks topK, threshold and magnitude masks, not {method}")
-        masks, cutoff = _compute_global_masks(rankings, threshold, cutoff)
-    else:
-        masks, cutoff = _compute_masks(rankings, method, threshold, training, generator), None
+    lasting = not training and cutoff is None
+    with torch.inference_mode(False), torch.no_grad():  # masks made in inference mode could not be trained with
+        rankings = [layer.ranking for layer in layers]
+        if global_topk:
+            if method in ("l0", "sigmoied_threshold"):
+                raise ValueError(f"global_topk ranks topK, threshold and magnitude masks, not {method}")
+            masks, cutoff = _compute_global_masks(rankings, threshold, cutoff)
+        else:
+            masks, cutoff = _compute_masks(rankings, method, threshold, training, generator), None
     for layer, mask in zip(layers, masks, strict=True):
         layer.mask = mask
-        layer.mask_source = _source(layer, threshold, global_topk)
+        layer.mask_sampled = training and method == "l0"
+        layer.mask_source = _source(layer, threshold, global_topk) if lasting else None
     return cutoff

@@ -244,8 +244,13 @@ def check_common_arguments(args: argparse.Namespace, given: set[str]) -> list[st
         problems.append("--resume_from_checkpoint continues training: add --do_train")
     if args.model_type == "masked_bert":
         problems += _check_pruning_arguments(args)
-    if os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
-        problems.append(f"--output_dir {args.output_dir} is a file, not a folder")
+    existing = os.path.abspath(args.output_dir)
+    while not os.path.exists(existing):
+        existing = os.path.dirname(existing)
+    if not os.path.isdir(existing):
+        problems.append(f"--output_dir {args.output_dir}: {existing} is a file, not a folder")
+    elif not os.access(existing, os.W_OK):
+        problems.append(f"--output_dir {args.output_dir}: {existing} cannot be written to")
     elif args.do_train and not (args.overwrite_output_dir or args.resume_from_checkpoint) and (
         os.path.isdir(args.output_dir) and os.listdir(args.output_dir)
     ):

@@ -32,7 +32,7 @@ class BatchPlan:
 
     def total_updates(self, epochs: float) -> int:
         """Updates of so many epochs, which may be fractional."""
-        return math.ceil(self.updates_per_epoch * epochs)
+        return math.ceil(round(self.updates_per_epoch * epochs, 6))  # 100 * 1.1 is 110.00000000000001
 
     def update(self, step: int) -> list[np.ndarray]:
         """The batches, arrays of example indices, of the update after `step` completed ones."""
@@ -45,6 +45,8 @@ class BatchPlan:
         pools = np.split(order, range(POOL * self.batch_size, len(order), POOL * self.batch_size))
         order = np.concatenate([pool[np.argsort(self.lengths[pool], kind="stable")] for pool in pools])
         batches = np.split(order, range(self.batch_size, len(order), self.batch_size))
+        for batch in batches:
+            batch.flags.writeable = False  # they are cached
         return [batches[i] for i in generator.permutation(len(batches))]
 
 

@@ -37,6 +37,7 @@ def train(
     teacher: nn.Module | None,
     train_set: Dataset,
     lengths: np.ndarray,
+    log: RunLog,
     *,
     collate: Callable[[list[dict]], dict[str, Tensor]],
     task_logits: Callable,
@@ -94,7 +95,7 @@ def train(
     if world.size > 1:
         parallel = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     passes = _Passes(args, world, parallel, teacher, task_logits, task_loss, distil_loss)
-    log = RunLog(output_dir, world, state.step)
+    log.start(state.step)
     batches = LocalBatches(plan, state.step, total, world.rank, world.size)
     loader = iter(
         DataLoader(
@@ -162,7 +163,6 @@ def train(
         model.config.threshold = args.final_threshold
         model.update_masks(args.final_threshold)
         log.score_histograms(model, state.step)
-    log.close()
     seconds = time.perf_counter() - started
     return {"updates": state.step, "seconds": seconds, "seconds_per_update": seconds / max(1, total - started_at)}
 

@@ -31,12 +31,15 @@ def set_up_script_logging() -> None:
 class RunLog:
     """TensorBoard events of a run, written by rank 0; silent on the others."""
 
-    def __init__(self, output_dir: Path, world: World, step: int = 0):
-        self.writer = None
-        if world.is_main:
+    def __init__(self, output_dir: Path, world: World):
+        self.output_dir, self.world, self.writer = output_dir, world, None
+
+    def start(self, step: int) -> None:
+        """Begin after `step` updates; what an interrupted run logged later than that is dropped."""
+        if self.world.is_main:
             from torch.utils.tensorboard import SummaryWriter  # slow to import; the other ranks need none
 
-            self.writer = SummaryWriter(log_dir=str(output_dir), purge_step=step + 1 if step else None)
+            self.writer = SummaryWriter(log_dir=str(self.output_dir), purge_step=step + 1 if step else None)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         if self.writer:
