@@ -31,6 +31,7 @@ from emmental.training.args import (
     add_common_arguments,
     check_common_arguments,
     fail,
+    mask_settings,
     one_line_errors,
 )
 from emmental.training.checkpoint import ARGS_FILE, find_checkpoints, find_resume_folder, write_into, write_json
@@ -173,8 +174,6 @@ def run(args: argparse.Namespace, given: set[str]) -> dict[str, float]:
         num_labels=2,
         **(mask_settings(args, given) if masked else {}),
     )
-    if masked and not args.do_train:
-        require_threshold(model, args)
     tokenizer_source = args.tokenizer_name or source
     tokenizer = load_tokenizer(tokenizer_source, args.do_lower_case, args.cache_dir)
     check_tokenizer(tokenizer, model, tokenizer_source)
@@ -273,22 +272,6 @@ def run(args: argparse.Namespace, given: set[str]) -> dict[str, float]:
         print_summary(results | summary | {"total_seconds": time.perf_counter() - started}, output_dir)
     world.barrier()
     return results
-
-
-def mask_settings(args: argparse.Namespace, given: set[str]) -> dict:
-    """What the arguments say about the masks: all of it in training, else only what stands on the command line."""
-    settings = {name: getattr(args, name) for name in ("pruning_method", "mask_init", "mask_scale", "global_topk")}
-    settings["threshold"] = None if args.do_train else args.final_threshold
-    if args.do_train:
-        return settings
-    return {name: value for name, value in settings.items() if (name if name != "threshold" else "final_threshold") in given}
-
-
-def require_threshold(model, args: argparse.Namespace) -> None:
-    if model.config.threshold is None and model.config.pruning_method != "l0":
-        raise UsageError(
-            f"{args.model_name_or_path} does not record the threshold that it was trained at: give --final_threshold"
-        )
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:

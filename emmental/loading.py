@@ -64,9 +64,9 @@ def load_model(
 ) -> PreTrainedModel:
     """A `BertFor<head>` or `MaskedBertFor<head>` in float32, in evaluation mode.
 
-    trained: the checkpoint must hold the head and, if its method has any, the scores; else they may be
-        fresh. num_labels: outputs of the head, when not those of the configuration. overrides: values
-        that replace those of the configuration; with `trained`, a contradiction is warned of.
+    trained: the checkpoint must hold the head and, if it is masked, its scores and threshold; else they may
+        be fresh. num_labels: outputs of the head, when not those of the configuration. overrides: values
+        that replace those of the configuration; a masked checkpoint that contradicts them is warned of.
     Raises LoadError for what is missing, broken, of another architecture, or masked where a plain BERT
     is asked for and the other way round.
     """
@@ -80,7 +80,7 @@ def load_model(
     if trained and masked and not is_masked:
         raise LoadError(f"{name_or_path} is a plain BERT without masks: use model type bert")
     for name, value in overrides.items():
-        if trained and values.get(name, value) not in (value, None):
+        if is_masked and value is not None and values.get(name, value) not in (value, None):
             logger.warning("%s %s contradicts %s of the checkpoint; %s is used", name, value, values[name], value)
     stale = ["model_type", "architectures", "transformers_version", "dtype", "torch_dtype"]
     if num_labels is not None:
@@ -119,9 +119,6 @@ def load_masked(
     asked = {"pruning_method": pruning_method, "threshold": threshold, "global_topk": global_topk}
     overrides = {name: value for name, value in asked.items() if value is not None}
     model = load_model(folder, head_of(folder, config), masked=True, trained=True, **overrides)
-    method = model.config.pruning_method
-    if model.config.threshold is None and method != "l0":
-        raise LoadError(f"{folder} does not record the threshold that it was trained at: give --threshold")
     try:
         model.update_masks()
     except ValueError as error:
@@ -129,7 +126,7 @@ def load_masked(
     return model
 
 
-def _check_loaded(name_or_path: str, model: PreTrainedModel, info: dict, need_scores: bool, need_head: bool) -> None:
+def _check_loaded(name_or_path: str, model: PreTrainedModel, info: dict, need_masks: bool, need_head: bool) -> None:
     mismatched = {entry[0]: entry[1:] for entry in info["mismatched_keys"]}
     missing = set(info["missing_keys"]) | set(mismatched)
     scores = {key for key in missing if key.endswith(".mask_scores")}
@@ -138,13 +135,18 @@ def _check_loaded(name_or_path: str, model: PreTrainedModel, info: dict, need_sc
     for key in sorted(body | (scores & set(mismatched))):
         why = f"has another shape there ({mismatched[key]})" if key in mismatched else "lacks it"
         raise LoadError(f"{name_or_path} does not fit its configuration: the model needs {key}, the checkpoint {why}")
-    if need_scores and scores:
+    if need_masks and scores:
         raise LoadError(
             f"{name_or_path} holds no scores for pruning_method {model.config.pruning_method} "
             f"({min(scores)} is missing): give the method that it was trained with"
         )
+    if need_masks and model.config.threshold is None and model.config.pruning_method != "l0":
+        raise LoadError(
+            f"{name_or_path} does not record the threshold that it was trained at: give it, with --threshold of "
+            "counts_parameters.py and bertarize.py, --final_threshold of the training scripts (a teacher: bertarize it)"
+        )
     learned = [layer.mask_scores for layer in masked_layers(model).values() if layer.mask_scores is not None]
-    if need_scores and not all(scores.isfinite().all() for scores in learned):
+    if need_masks and not all(scores.isfinite().all() for scores in learned):
         raise LoadError(f"{name_or_path} holds scores that are not finite: its training had diverged")
     if need_head and head:
         raise LoadError(
@@ -199,8 +201,6 @@ def load_teacher(
     Raises LoadError when its vocabulary or its labels are not the student's.
     """
     teacher = load_model(name_or_path, head, masked=masked, trained=True, cache_dir=cache_dir)
-    if masked and teacher.config.threshold is None and teacher.config.pruning_method != "l0":
-        raise LoadError(f"the teacher {name_or_path} does not record its threshold: bertarize it, and use the result")
     for what in ("vocab_size", "num_labels"):
         ours, theirs = getattr(student.config, what), getattr(teacher.config, what)
         if ours != theirs:

@@ -289,6 +289,15 @@ def check_plateaus(args: argparse.Namespace, total_step: int) -> list[str]:
     return [problem] if problem else []
 
 
+def mask_settings(args: argparse.Namespace, given: set[str]) -> dict:
+    """What the arguments say about the masks of a model: all of it in training, else what stands on the command line."""
+    settings = {name: getattr(args, name) for name in ("pruning_method", "mask_init", "mask_scale", "global_topk")}
+    if args.do_train:
+        return settings | {"threshold": None}  # known once it is trained
+    settings = {name: value for name, value in settings.items() if name in given}
+    return settings | ({"threshold": args.final_threshold} if "final_threshold" in given else {})
+
+
 def regularization_mode(args: argparse.Namespace) -> str | None:
     """The penalty asked for, None for none (published commands may say "null")."""
     return None if args.regularization == "null" else args.regularization
