@@ -350,7 +350,7 @@ def test_a_checkpoint_of_2020_keeps_its_scores(tiny_config, tmp_path, method, lo
     model = {
         "from_pretrained": MaskedBertForQuestionAnswering.from_pretrained,
         "auto": transformers.AutoModelForQuestionAnswering.from_pretrained,
-        "load_model": lambda folder: load_model(folder, "QuestionAnswering", masked=True, trained=True),
+        "load_model": lambda folder: load_model(folder, "QuestionAnswering", masked=True, trained=True, threshold=0.5),
         "load_masked": lambda folder: load_masked(folder, threshold=0.5),
     }[load](str(tmp_path))
     state = model.state_dict()
