@@ -194,6 +194,23 @@ def test_evaluating_alone_gives_the_results_of_training(run):
     }  # fmt: skip
 
 
+def test_a_released_pruned_bert_evaluates_and_fine_prunes(run):
+    """The released PruneBERT checkpoints are plain BERTs with zeros, as bertarize.py writes them."""
+    out = run(*METHODS["topK"], *TRAIN, "--do_eval")
+    plain = bertarize.main(["--model_name_or_path", str(out)])
+    alone = run("--do_eval", model=plain, model_type="bert", output="alone")
+    assert json.loads((out / "predictions_.json").read_text()) == json.loads((alone / "predictions_.json").read_text())
+
+    flags = ["--pruning_method", "magnitude", "--global_topk", "--initial_threshold", ".25", "--final_threshold", ".25"]
+    further = weights(bertarize.main(["--model_name_or_path", str(run(*flags, *TRAIN, model=plain, output="further"))]))
+    zeros = kept = 0
+    for key, value in weights(plain).items():
+        if "encoder" in key and value.dim() == 2:
+            zeros += ((further[key] == 0) & (value == 0)).sum() / (value == 0).sum() / 12
+            kept += ((further[key] != 0) & (value != 0)).sum() / (value != 0).sum() / 12
+    assert zeros > 0.9 and kept > 0.99  # the slack of 5% lets some zeros learn
+
+
 def test_version_2(run):
     out = run(*METHODS["topK"], *TRAIN, "--do_eval", "--version_2_with_negative")
     results = json.loads((out / "eval_results.json").read_text())
