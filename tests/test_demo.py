@@ -1,0 +1,56 @@
+"""What `make demo` makes is SQuAD in form, fair in content, and the same every time."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, BertForQuestionAnswering
+
+import masked_run_squad
+from emmental.data.squad import drop_misaligned, read_examples
+from emmental.training.args import check_common_arguments
+
+DEMO = Path(__file__).parent.parent / "demo"
+sys.path.insert(0, str(DEMO))
+import run_demo  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folders = [tmp_path_factory.mktemp("demo") for _ in range(2)]
+    for folder in folders:
+        small = ["--output_dir", str(folder), "--paragraphs", "40", "--pretraining_steps", "2"]
+        subprocess.run([sys.executable, str(DEMO / "make_data.py"), *small], check=True, capture_output=True)
+    return folders
+
+
+def test_same_seed_same_files(made):
+    for name in ("train.json", "dev.json", "bert/model.safetensors", "bert/tokenizer.json"):
+        assert (made[0] / name).read_bytes() == (made[1] / name).read_bytes()
+
+
+def test_answers_are_aligned_and_not_to_be_guessed(made):
+    train, dev = (read_examples(made[0] / f"{name}.json", False) for name in ("train", "dev"))
+    for examples in (train, dev):
+        kept, skipped = drop_misaligned(examples)
+        assert not skipped and len(kept) == len(examples)
+    people = {" ".join(words) for text in train["context"] for words in zip(text.split(), text.split()[1:])}
+    asked = [answers["text"][0] for question, answers in zip(dev["question"], dev["answers"]) if question.startswith("Who")]
+    assert asked and not people & set(asked)  # nobody of dev.json is in train.json
+
+
+def test_the_model_and_its_tokenizer_load_and_fit(made):
+    model = BertForQuestionAnswering.from_pretrained(made[0] / "bert")
+    tokenizer = AutoTokenizer.from_pretrained(made[0] / "bert")
+    assert model.config.vocab_size == len(tokenizer)
+    for question in read_examples(made[0] / "dev.json", False)["question"]:
+        assert tokenizer.unk_token_id not in tokenizer(question)["input_ids"]
+
+
+@pytest.mark.parametrize("method", run_demo.METHODS)
+def test_the_commands_of_the_demo_are_valid(method, tmp_path):
+    flags = [*run_demo.PRUNE.split(), *run_demo.METHODS[method].split(), *run_demo.COMMON.split(),
+             "--model_name_or_path", "bert", "--output_dir", str(tmp_path / "out")]  # fmt: skip
+    parser = masked_run_squad.get_parser()
+    assert check_common_arguments(parser.parse_args(flags), parser.given(flags)) == []
