@@ -2,8 +2,8 @@
 
     python bertarize.py --model_name_or_path OUT
 
-writes the folder bertarized_OUT beside OUT, which `BertForQuestionAnswering.from_pretrained`, the Auto
-classes and `pipeline` load as any BERT. Method and threshold are read from the checkpoint's
+writes the folder bertarized_OUT beside OUT, which `BertForQuestionAnswering.from_pretrained` and the Auto
+classes load as any BERT. Method and threshold are read from the checkpoint's
 config.json; checkpoints of the 2020 code want --threshold.
 """
 

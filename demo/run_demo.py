@@ -74,7 +74,7 @@ def main() -> None:
     for method, remaining, exact, f1, seconds in rows:
         print(f"| {method:<13} | {remaining:>11.1f} | {exact:>5.1f} | {f1:>5.1f} | {seconds:>7.0f} |")
     print(f"\nThe whole demo took {time.perf_counter() - started:.0f} s. Everything it made lies in {place}:")
-    print("the bertarized_* folders hold plain BERTs for pipeline('question-answering').")
+    print("the bertarized_* folders hold plain BERTs, for AutoModelForQuestionAnswering.from_pretrained.")
 
 
 if __name__ == "__main__":

@@ -269,6 +269,26 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint(run, monkeypatch, capsys
     assert same(weights(out), weights(run(*METHODS["topK"], *TRAIN, "--save_steps", "5", output="undisturbed")))
 
 
+def test_a_disk_that_fills_up_breaks_no_checkpoint(run, monkeypatch, capsys):
+    honest = torch.save
+
+    def full(state, path):
+        if state["step"] > 5:
+            raise RuntimeError("[enforce fail at inline_container.cc] PytorchStreamWriter failed writing file")
+        honest(state, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit) as stop:
+        run(*METHODS["topK"], *TRAIN, "--save_steps", "5")
+    assert stop.value.code == 1
+    error = capsys.readouterr().err
+    assert "cannot write" in error and "checkpoint-10" in error and "Traceback" not in error
+    monkeypatch.undo()
+    out = run(*METHODS["topK"], *TRAIN, "--save_steps", "5", "--resume_from_checkpoint", "latest")
+    assert not list(out.glob(".*"))
+    assert same(weights(out), weights(run(*METHODS["topK"], *TRAIN, "--save_steps", "5", output="undisturbed")))
+
+
 def test_misaligned_answers_are_skipped_with_their_ids(run, squad_dir, tmp_path, caplog):
     document = json.loads((squad_dir / "train-v1.1.json").read_text())
     answer = document["data"][0]["paragraphs"][3]["qas"][0]["answers"][0]

@@ -15,6 +15,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .args import UsageError
+from .args import TrainingError, UsageError
 from .distributed import World
 
 logger = logging.getLogger(__name__)
@@ -170,6 +171,13 @@ def remove_old_checkpoints(output_dir: Path, limit: int | None) -> None:
             shutil.rmtree(folder)
 
 
+def remove_leftovers(output_dir: Path) -> None:
+    """Remove what a killed run had not finished writing."""
+    for pattern in (".checkpoint-*", ".writing-*"):
+        for folder in output_dir.glob(pattern):
+            shutil.rmtree(folder)
+
+
 def clear_output(output_dir: Path) -> None:
     """Remove what an earlier run left that a new one could be mixed up with."""
     for folder in find_checkpoints(output_dir):
@@ -179,31 +187,41 @@ def clear_output(output_dir: Path) -> None:
 
 
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """Make the folder `target` through `fill(place)`: written aside, then renamed, replacing an old one."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    place = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        fill(place)
-        _open_to_others(place)
+    """Make the folder `target` through `fill(place)`: written aside, then renamed, replacing an old one.
+
+    Raises TrainingError when it cannot be written; nothing of it is left then.
+    """
+    with _aside(target, target.parent, f".{target.name}-") as place:
+        fill(place / "new")
+        _open_to_others(place / "new")
         if target.exists():
-            shutil.rmtree(target)
-        place.rename(target)
-    except BaseException:
-        shutil.rmtree(place, ignore_errors=True)
-        raise
+            target.rename(place / "old")
+        (place / "new").rename(target)
 
 
 def write_into(target: Path, fill: Callable[[Path], None]) -> None:
-    """Put the files that `fill(place)` makes into the folder `target`, each whole."""
-    target.mkdir(parents=True, exist_ok=True)
-    place = Path(tempfile.mkdtemp(prefix=".writing-", dir=target))
-    try:
-        fill(place)
-        _open_to_others(place)
-        for file in sorted(place.iterdir()):
+    """Put the files that `fill(place)` makes into the folder `target`, each whole. Raises TrainingError."""
+    with _aside(target, target, ".writing-") as place:
+        fill(place / "new")
+        _open_to_others(place / "new")
+        for file in sorted((place / "new").iterdir()):
             os.replace(file, target / file.name)
+
+
+@contextmanager
+def _aside(target: Path, parent: Path, prefix: str):
+    """A temporary folder below `parent` with an empty folder `new` in it, gone afterwards."""
+    place = None
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        place = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        (place / "new").mkdir()
+        yield place
+    except Exception as error:  # a full disk is an OSError here, a RuntimeError of torch or an error of safetensors there
+        raise TrainingError(f"cannot write {target}: {str(error).splitlines()[0]}") from error
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        if place:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def write_json(path: Path, value) -> None:

@@ -19,7 +19,7 @@ from ..modules.masked_nn import masked_layers
 from ..schedule import learning_rate_factor, schedule_threshold
 from .args import TrainingError, UsageError, check_plateaus, regularization_mode
 from .batches import BatchPlan, LocalBatches, evaluation_batches
-from .checkpoint import TrainingState, clear_output, remove_old_checkpoints
+from .checkpoint import TrainingState, clear_output, remove_leftovers, remove_old_checkpoints
 from .distributed import World
 from .optim import build_optimizer, set_learning_rates
 from .runlog import RunLog, progress_bar, remaining_fraction
@@ -78,6 +78,8 @@ def train(
         lengths=lengths,
     )
     torch.manual_seed(args.seed + world.rank)  # dropout differs between ranks
+    if world.is_main:
+        remove_leftovers(output_dir)
     if resume_folder:
         state.load(resume_folder, args)
     elif world.is_main:
