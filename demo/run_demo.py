@@ -4,7 +4,7 @@
 
 Makes the data and a small pre-trained BERT (demo/make_data.py), fine-tunes the dense teacher, fine-prunes
 with magnitude, movement and soft movement at about 10% remaining with distillation, counts, bertarizes,
-evaluates the plain models, and prints a table. Every command is shown as it is run.
+and prints a table. Every command is shown as it is run.
 """
 
 import argparse

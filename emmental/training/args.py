@@ -244,6 +244,9 @@ def check_common_arguments(args: argparse.Namespace, given: set[str]) -> list[st
         problems.append("--resume_from_checkpoint continues training: add --do_train")
     if args.model_type == "masked_bert":
         problems += _check_pruning_arguments(args)
+    if not args.output_dir.strip():
+        problems.append("--output_dir is empty: is its variable set?")
+        return problems
     existing = os.path.abspath(args.output_dir)
     while not os.path.exists(existing):
         existing = os.path.dirname(existing)

@@ -152,6 +152,8 @@ def find_resume_folder(args: argparse.Namespace) -> Path | None:
     if args.resume_from_checkpoint == "latest":
         checkpoints = find_checkpoints(Path(args.output_dir))
         if not checkpoints:
+            if (Path(args.output_dir) / "config.json").exists() and not args.overwrite_output_dir:
+                raise UsageError(f"--output_dir {args.output_dir} holds a finished model and no checkpoint to resume from")
             logger.warning("%s holds no checkpoint yet: training starts from the beginning", args.output_dir)
             return None
         return checkpoints[-1]
