@@ -47,9 +47,11 @@ def read(path: Path) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "demo" / "run", help="emptied first")
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "demo" / "run", help="emptied first, if a demo made it")
     place = parser.parse_args().output_dir.resolve()
     started = time.perf_counter()
+    if place.exists() and any(place.iterdir()) and not (place / "bert").is_dir():
+        sys.exit(f"demo: {place} holds other things than a demo: choose another --output_dir")
     shutil.rmtree(place, ignore_errors=True)
     run("demo/make_data.py", "--output_dir", str(place))
 

@@ -236,6 +236,10 @@ def check_common_arguments(args: argparse.Namespace, given: set[str]) -> list[st
         problems.append(f"--num_train_epochs must be positive, got {args.num_train_epochs}")
     if args.save_total_limit is not None and args.save_total_limit < 1:
         problems.append(f"--save_total_limit must be at least 1, got {args.save_total_limit}")
+    if not 0 <= args.seed < 2**32:
+        problems.append(f"--seed must lie in [0, 2^32), got {args.seed}")
+    if not math.isfinite(args.mask_scale):
+        problems.append(f"--mask_scale must be finite, got {args.mask_scale}")
     if args.fp16 and args.bf16:
         problems.append("--fp16 and --bf16 exclude each other: give one")
     if (args.teacher_type is None) != (args.teacher_name_or_path is None):

@@ -36,7 +36,7 @@ FREE_ARGUMENTS = {
     "output_dir", "model_name_or_path", "do_eval", "evaluate_during_training", "eval_all_checkpoints",
     "overwrite_output_dir", "overwrite_cache", "resume_from_checkpoint", "cache_dir", "config_name", "tokenizer_name",
     "per_gpu_eval_batch_size", "logging_steps", "save_steps", "save_total_limit", "num_workers", "local_rank",
-    "teacher_name_or_path", "data_dir", "train_file", "predict_file", "threads", "verbose_logging", "n_best_size",
+    "data_dir", "train_file", "predict_file", "threads", "verbose_logging", "n_best_size",
     "max_answer_length", "null_score_diff_threshold", "fp16_opt_level", "server_ip", "server_port", "lang_id",
 }  # fmt: skip
 
