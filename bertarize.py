@@ -15,7 +15,7 @@ from emmental.export import bertarized_config, bertarized_state_dict, remaining_
 from emmental.loading import LoadError, load_masked, load_tokenizer, require_folder
 from emmental.training.args import Parser, UsageError, one_line_errors, pruning_method
 from emmental.training.checkpoint import write_folder
-from emmental.training.runlog import set_up_script_logging
+from emmental.training.runlog import set_up_logging
 
 # What an earlier bertarized folder may hold; a target with anything else in it is not ours to replace.
 MODEL_FILES = {
@@ -52,7 +52,7 @@ def target_folder(source: Path, asked: str | None) -> Path:
 
 def main(argv: list[str] | None = None) -> Path:
     args = get_parser().parse_args(argv)
-    set_up_script_logging()
+    set_up_logging()
     with one_line_errors(LoadError):
         source = require_folder(args.model_name_or_path, "--model_name_or_path")
         target = target_folder(source, args.target_model_path)

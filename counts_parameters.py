@@ -12,7 +12,7 @@ from emmental.export import RemainingWeights, remaining_weights
 from emmental.loading import LoadError, load_masked, require_folder
 from emmental.training.args import Parser, one_line_errors, pruning_method
 from emmental.training.checkpoint import write_json
-from emmental.training.runlog import set_up_script_logging
+from emmental.training.runlog import set_up_logging
 
 
 def get_parser() -> Parser:
@@ -41,7 +41,7 @@ def print_report(counts: RemainingWeights, method: str, threshold: float | None,
 
 def main(argv: list[str] | None = None) -> RemainingWeights:
     args = get_parser().parse_args(argv)
-    set_up_script_logging()
+    set_up_logging()
     with one_line_errors(LoadError):
         folder = require_folder(args.serialization_dir, "--serialization_dir")
         model = load_masked(str(folder), args.pruning_method, args.threshold, args.global_topk)

@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 HEAD = "QuestionAnswering"
 PADDING_LOGIT = -1e9
+RESULT_FILES = ("eval_results.*", "predictions_*.json", "nbest_predictions_*.json", "null_odds_*.json")
 
 
 def get_parser() -> Parser:
@@ -153,10 +154,9 @@ def evaluate(args, world, model, examples, features, collate, output_dir: Path, 
     )
 
 
-def run(args: argparse.Namespace, given: set[str]) -> dict[str, float]:
+def run(args: argparse.Namespace, given: set[str]) -> dict[str, float | str]:
     """All that the arguments ask for; returns the evaluation's results."""
     world = join_world(args)
-    set_up_logging(world)
     started = time.perf_counter()
     output_dir = Path(args.output_dir)
     masked = args.model_type == "masked_bert"
@@ -240,6 +240,7 @@ def run(args: argparse.Namespace, given: set[str]) -> dict[str, float]:
             save_model=save_model,
             evaluate=evaluate_at,
             resume_folder=resume_folder,
+            result_files=RESULT_FILES,
         )
         if world.is_main:
 
@@ -267,6 +268,7 @@ def run(args: argparse.Namespace, given: set[str]) -> dict[str, float]:
                 model.update_masks()
             counts = remaining_weights(model)
             results |= {"remaining_percent": counts.published_percent, "remaining_percent_linear": counts.linear_percent}
+            results |= {name: getattr(model.config, name) for name in ("pruning_method", "threshold", "global_topk")}
         if args.do_eval:
             write_results(output_dir, results)
         print_summary(results | summary | {"total_seconds": time.perf_counter() - started}, output_dir)
@@ -274,7 +276,8 @@ def run(args: argparse.Namespace, given: set[str]) -> dict[str, float]:
     return results
 
 
-def main(argv: list[str] | None = None) -> dict[str, float]:
+def main(argv: list[str] | None = None) -> dict[str, float | str]:
+    set_up_logging()
     parser = get_parser()
     args, given = parser.parse_args(argv), parser.given(argv)
     if problems := check_common_arguments(args, given) + check_squad_arguments(args):

@@ -264,6 +264,7 @@ def main():
     size = min(15_000, 32 * args.pretraining_steps)
     pretrain(model, make_pretraining_set(random.Random(args.seed), train_people, tokenizer, size), args.pretraining_steps)
     model.save_pretrained(args.output_dir / "bert")
+    (args.output_dir / "bert" / "model.safetensors").chmod(0o644)  # safetensors lets no one else read it
     tokenizer.save_pretrained(args.output_dir / "bert")
     print(f"written to {args.output_dir}")
 

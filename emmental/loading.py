@@ -5,6 +5,7 @@ that silently starts from random values costs a researcher a day. Here every gap
 """
 
 import logging
+import os
 from pathlib import Path
 
 import torch
@@ -26,6 +27,10 @@ class LoadError(ValueError):
 
 def read_config(name_or_path: str, cache_dir: str | None = None) -> dict:
     """The `config.json` of a BERT or masked BERT checkpoint. Raises LoadError for anything else."""
+    if not os.path.isdir(name_or_path) and (name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1):
+        raise LoadError(f"no checkpoint found at {name_or_path}: there is no such folder")
+    if os.path.isdir(name_or_path):
+        require_folder(name_or_path, "the checkpoint")
     try:
         config, _ = PreTrainedConfig.get_config_dict(name_or_path, cache_dir=cache_dir)
     except (OSError, ValueError) as error:

@@ -11,6 +11,7 @@ import bertarize
 import counts_parameters
 import masked_run_squad
 from emmental import MaskedBertConfig, MaskedBertForQuestionAnswering
+from emmental.training.args import check_common_arguments
 
 PRUNE = ["--max_seq_length", "48", "--max_query_length", "16", "--max_steps", "4", "--do_train"]
 
@@ -51,6 +52,8 @@ def refused(tmp_path, tiny_bert, squad_dir, capsys):
         (["--do_train", "--final_lambda", "1"], "without --regularization"),
         (["--do_train", "--pruning_method", "l0", "--global_topk"], "--global_topk goes with"),
         (["--do_train", "--teacher_type", "bert"], "go together"),
+        (["--do_train", "--teacher_type", "bert", "--teacher_name_or_path", "t", "--alpha_ce", "0", "--alpha_distil", "0"],
+         "leave nothing to learn from"),
         (["--do_train", "--fp16", "--bf16"], "exclude each other"),
         (["--do_train", "--fp16"], "needs a GPU"),
         (["--do_eval", "--resume_from_checkpoint", "latest"], "add --do_train"),
@@ -69,6 +72,26 @@ def test_arguments(refused, flags, said):
 def test_all_problems_are_reported_together(refused):
     said = refused("--do_train", "--final_threshold", "3", "--learning_rate", "-1", "--fp16", "--bf16", lines=3)
     assert "--final_threshold" in said and "--learning_rate" in said and "--bf16" in said
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--do_train", "--alpha_ce", "0.1", "--temperature", "3"], "--alpha_ce, --temperature: no effect without --teacher_name"),
+        (["--do_train", "--model_type", "bert", "--final_threshold", "0.1"], "--final_threshold: no effect without --model_type"),
+        (["--do_train", "--eval_all_checkpoints"], "--eval_all_checkpoints: no effect without --do_eval"),
+        (["--do_eval", "--evaluate_during_training"], "--evaluate_during_training: no effect without --do_train"),
+        (["--do_train", "--pruning_method", "sigmoied_threshold"], "soft movement prunes little without a penalty"),
+        (["--do_train", "--pruning_method", "sigmoid_threshold", "--final_threshold", "0.1"], "soft movement starts at"),
+        (["--do_train", "--regularization", "l1"], "no effect with --final_lambda 0"),
+        (["--do_train", "--fp16_opt_level", "O1"], "--fp16_opt_level has lost its meaning"),
+    ],
+)
+def test_arguments_without_effect_are_warned_of(flags, said, tmp_path, caplog):
+    flags = ["--model_type", "masked_bert", "--model_name_or_path", "b", "--output_dir", str(tmp_path / "out"), *flags]
+    parser = masked_run_squad.get_parser()
+    assert check_common_arguments(parser.parse_args(flags), parser.given(flags)) == []
+    assert any(said in message for message in caplog.messages)
 
 
 def test_plateaus_that_overlap_once_the_data_is_known(refused):

@@ -45,6 +45,7 @@ def test_two_processes_reach_the_weights_of_one(method, tmp_path, tiny_bert, squ
     run([sys.executable], tmp_path / "one", *common, "--per_gpu_train_batch_size", "10")
     done = run(TORCHRUN, tmp_path / "two", *common, "--per_gpu_train_batch_size", "5")
     assert done.stdout.count("everything lies in") == 1  # rank 0 alone speaks
+    assert "Warning" not in done.stderr
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-5, msg=lambda text: f"{key}: {text}")
@@ -58,3 +59,8 @@ def test_errors_of_two_processes_are_said_once(tmp_path, tiny_bert, squad_dir):
     with pytest.raises(AssertionError) as failed:
         run(TORCHRUN, tmp_path / "out", tmp_path / "cache", tiny_bert, squad_dir, "--train_file", "absent.json")
     assert str(failed.value).count("error: --train_file") == 1
+    (tmp_path / "broken.json").write_text("{}")  # found by rank 0 alone, while the other waits for its features
+    with pytest.raises(AssertionError) as failed:
+        run(TORCHRUN, tmp_path / "out", tmp_path / "cache", tiny_bert, squad_dir, "--train_file", tmp_path / "broken.json")
+    said = str(failed.value)
+    assert said.count('"data" is missing') == 1 and "gloo" not in said and 'masked_run_squad.py", line' not in said

@@ -148,6 +148,62 @@ def test_resume_refuses_another_run(run, capsys):
     assert "--learning_rate" in capsys.readouterr().err
 
 
+def refused(capsys, run, *flags):
+    with pytest.raises(SystemExit) as stop:
+        run(*METHODS["topK"], *TRAIN, *flags)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error
+
+
+def test_resume_refuses_changed_answers(run, squad_dir, tmp_path, capsys):
+    out = run(*METHODS["topK"], *TRAIN, "--save_steps", "5")
+    document = json.loads((squad_dir / "train-v1.1.json").read_text())
+    answer = document["data"][0]["paragraphs"][3]["qas"][0]["answers"][0]
+    answer |= {"text": "lives", "answer_start": 4}  # same inputs, same lengths, another label
+    assert document["data"][0]["paragraphs"][3]["context"].startswith("lives", 4)
+    (tmp_path / "changed.json").write_text(json.dumps(document))
+    resume = ["--train_file", str(tmp_path / "changed.json"), "--resume_from_checkpoint", str(out / "checkpoint-5")]
+    assert "the training data has changed" in refused(capsys, run, *resume)
+
+
+def test_resume_leaves_another_run_alone(run, capsys):
+    mine = run(*METHODS["topK"], *TRAIN, "--save_steps", "5")
+    other = run(*METHODS["topK"], *TRAIN, "--save_steps", "4", "--do_eval", output="other")
+    before = {file: file.stat().st_mtime_ns for file in other.rglob("*")}
+    flags = ["--resume_from_checkpoint", str(mine / "checkpoint-10")]
+    with pytest.raises(SystemExit):
+        run(*METHODS["topK"], *TRAIN, *flags, output="other")
+    assert "other is not empty" in capsys.readouterr().err
+    assert {file: file.stat().st_mtime_ns for file in other.rglob("*")} == before
+    run(*METHODS["topK"], *TRAIN, *flags, "--overwrite_output_dir", output="other")
+    assert same(weights(mine), weights(other))
+    assert not list(other.glob("checkpoint-*")) and not list(other.glob("*predictions*"))
+    assert (mine / "checkpoint-10").is_dir()
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"step": 5}, {"step": 5, "data": "", "random_states": []}])
+def test_resume_refuses_a_damaged_state(run, capsys, content):
+    out = run(*METHODS["topK"], *TRAIN, "--save_steps", "5")
+    torch.save(content, out / "checkpoint-10" / "training_state.pt")
+    error = refused(capsys, run, "--resume_from_checkpoint", str(out / "checkpoint-10"))
+    assert "training_state.pt is damaged" in error and "weights_only" not in error
+    (out / "checkpoint-5" / "training_args.json").write_text("[]")
+    error = refused(capsys, run, "--resume_from_checkpoint", str(out / "checkpoint-5"))
+    assert "training_args.json is missing or broken" in error
+
+
+def test_overwriting_removes_the_results_of_the_old_run(run):
+    out = run(*METHODS["topK"], *TRAIN, "--do_eval", "--save_steps", "5", "--eval_all_checkpoints")
+    results = json.loads((out / "eval_results.json").read_text())
+    assert (results["pruning_method"], results["threshold"], results["global_topk"]) == ("topK", 0.2, False)
+    (out / "notes.md").write_text("mine")
+    run(*METHODS["magnitude"], *TRAIN, "--overwrite_output_dir")
+    names = {file.name for file in out.iterdir() if not file.name.startswith("events.out")}
+    assert names == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training_args.json", "notes.md"}
+
+
 def test_old_checkpoints_are_removed_unless_all_are_evaluated(run):
     flags = [*METHODS["topK"], *TRAIN, "--save_steps", "3"]
     assert len(list(run(*flags).glob("checkpoint-*"))) == 2

@@ -11,6 +11,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+
+import torch.distributed as dist
 
 from ..losses import REGULARIZATIONS
 from ..modules.masked_nn import MASK_INITS, PRUNING_METHODS, has_scores
@@ -20,6 +23,10 @@ logger = logging.getLogger(__name__)
 
 MODEL_TYPES = ("bert", "masked_bert")
 FRACTION_METHODS = ("topK", "magnitude", "sigmoied_threshold")
+PRUNING_ARGUMENTS = (
+    "pruning_method", "mask_init", "mask_scale", "mask_scores_learning_rate", "initial_threshold", "final_threshold",
+    "initial_warmup", "final_warmup", "regularization", "final_lambda", "global_topk", "global_topk_frequency_compute",
+)  # fmt: skip
 WITHOUT_MEANING = ("fp16_opt_level", "server_ip", "server_port", "lang_id")
 
 
@@ -102,11 +109,16 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def fail(problems: list[str], status: int = 2):
-    """Print each problem on a line of its own and exit."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        name = os.path.basename(sys.argv[0]) or "error"
+    """Print each problem on a line of its own and exit.
+
+    What is wrong with the input (status 2), and an interruption (130), every process finds alike: the
+    first of a node speaks for all. Any other failure is a process's own to tell.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    if status not in (2, 130) or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        name = (os.path.basename(sys.argv[0]) or "error") + (f" (rank {rank})" if rank else "")
         for problem in problems:
-            print(f"{name}: error: {problem}", file=sys.stderr)
+            print(f"{name}: error: {problem}", file=sys.stderr, flush=True)
     raise SystemExit(status)
 
 
@@ -119,8 +131,17 @@ def one_line_errors(*kinds: type[Exception]):
         fail([str(error)], getattr(error, "status", 2))
     except OSError as error:
         fail([f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")], status=1)
+    except RuntimeError as error:
+        if not lost_connection(error):
+            raise
+        fail(["lost another process of this run, whose message says why; continue with --resume_from_checkpoint latest"], 1)
     except KeyboardInterrupt:
         fail(["interrupted; a run with checkpoints continues with --resume_from_checkpoint latest"], status=130)
+
+
+def lost_connection(error: RuntimeError) -> bool:
+    """Whether an exchange between processes failed: nccl has a type for that, gloo a plain RuntimeError."""
+    return isinstance(error, dist.DistError) or (dist.is_initialized() and "gloo" in str(error).lower())
 
 
 def add_common_arguments(parser: argparse.ArgumentParser, *, max_seq_length: int, logging_steps: int, save_steps: int):
@@ -244,10 +265,14 @@ def check_common_arguments(args: argparse.Namespace, given: set[str]) -> list[st
         problems.append("--fp16 and --bf16 exclude each other: give one")
     if (args.teacher_type is None) != (args.teacher_name_or_path is None):
         problems.append("--teacher_type and --teacher_name_or_path go together: give both or none")
+    if args.teacher_name_or_path and args.alpha_ce == args.alpha_distil == 0:
+        problems.append("--alpha_ce 0 and --alpha_distil 0 leave nothing to learn from: raise one")
     if args.resume_from_checkpoint and not args.do_train:
         problems.append("--resume_from_checkpoint continues training: add --do_train")
     if args.model_type == "masked_bert":
         problems += _check_pruning_arguments(args)
+    if not problems:
+        _warn_of_idle_arguments(args, given)
     if not args.output_dir.strip():
         problems.append("--output_dir is empty: is its variable set?")
         return problems
@@ -258,7 +283,7 @@ def check_common_arguments(args: argparse.Namespace, given: set[str]) -> list[st
         problems.append(f"--output_dir {args.output_dir}: {existing} is a file, not a folder")
     elif not os.access(existing, os.W_OK):
         problems.append(f"--output_dir {args.output_dir}: {existing} cannot be written to")
-    elif args.do_train and not (args.overwrite_output_dir or args.resume_from_checkpoint) and (
+    elif args.do_train and not (args.overwrite_output_dir or resumes_in_place(args)) and (
         os.path.isdir(args.output_dir) and os.listdir(args.output_dir)
     ):
         problems.append(
@@ -266,6 +291,33 @@ def check_common_arguments(args: argparse.Namespace, given: set[str]) -> list[st
             "or --resume_from_checkpoint latest to continue the run there"
         )
     return problems
+
+
+def resumes_in_place(args: argparse.Namespace) -> bool:
+    """Whether the run continues one of output_dir itself; another one's checkpoints may lie anywhere."""
+    asked = args.resume_from_checkpoint
+    return asked == "latest" or bool(asked) and Path(asked).resolve().parent == Path(args.output_dir).resolve()
+
+
+def _warn_of_idle_arguments(args: argparse.Namespace, given: set[str]) -> None:
+    """Warn of arguments that ask for something and change nothing, as they stand together."""
+    idle = {
+        "--do_train": () if args.do_train else ("evaluate_during_training", "teacher_name_or_path", "regularization"),
+        "--do_eval": () if args.do_eval else ("eval_all_checkpoints",),
+        "--teacher_name_or_path": () if args.teacher_name_or_path else ("alpha_ce", "alpha_distil", "temperature"),
+        "--model_type masked_bert": () if args.model_type == "masked_bert" else PRUNING_ARGUMENTS,
+    }
+    for needed, names in idle.items():
+        if without_effect := [f"--{name}" for name in names if name in given]:
+            logger.warning("%s: no effect without %s", ", ".join(without_effect), needed)
+    if args.do_train and args.model_type == "masked_bert" and args.pruning_method == "sigmoied_threshold":
+        if not (regularization_mode(args) and args.final_lambda):
+            logger.warning("soft movement prunes little without a penalty: add --regularization l1 --final_lambda ...")
+        if args.initial_threshold > args.final_threshold:
+            logger.warning(
+                "soft movement starts at --initial_threshold %g, which masks more than --final_threshold %g does: "
+                "the paper starts at 0", args.initial_threshold, args.final_threshold,
+            )  # fmt: skip
 
 
 def _check_pruning_arguments(args: argparse.Namespace) -> list[str]:

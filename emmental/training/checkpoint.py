@@ -7,6 +7,7 @@ executed.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import logging
@@ -14,13 +15,14 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
+import pyarrow as pa
 import torch
+from datasets import Dataset
 from torch import nn
 
 from .args import TrainingError, UsageError
@@ -50,7 +52,7 @@ class TrainingState:
     scaler: torch.amp.GradScaler
     mask_generator: torch.Generator
     world: World
-    lengths: np.ndarray = field(repr=False)  # of the training examples, to recognise the data
+    train_set: Dataset = field(repr=False)
     step: int = 0
     cutoff: float | None = None  # global cut-off in force, see --global_topk_frequency_compute
 
@@ -65,7 +67,7 @@ class TrainingState:
                 "scaler": self.scaler.state_dict(),
                 "mask_generator": self.mask_generator.get_state(),
                 "random_states": random_states,
-                "data": self._data_digest(),
+                "data": self._data_digest,
             }
 
             def fill(place: Path) -> None:
@@ -82,7 +84,7 @@ class TrainingState:
         Raises UsageError when the folder is no such checkpoint, or of a run with other arguments, other
         data or another number of processes.
         """
-        saved_args = _read_args(folder)
+        saved_args = _read_json(folder, ARGS_FILE)
         differing = [
             f"--{name} {saved_args.get(name)} there, {value} now"
             for name, value in sorted(json.loads(json.dumps(vars(args))).items())
@@ -92,24 +94,37 @@ class TrainingState:
             raise UsageError(f"cannot continue {folder} exactly, the arguments differ: {'; '.join(differing)}")
         try:
             saved = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a broken archive raises
-            raise UsageError(f"cannot read {folder / STATE_FILE}: {str(error).splitlines()[0]}") from error
-        if saved["data"] != self._data_digest():
-            raise UsageError(f"cannot continue {folder} exactly: the training data has changed")
-        if len(saved["random_states"]) != self.world.size:
+            data, processes = saved["data"], len(saved["random_states"])
+            self.step, self.cutoff = int(saved["step"]), saved["cutoff"]
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.scaler.load_state_dict(saved["scaler"])
+            self.mask_generator.set_state(saved["mask_generator"])
+            _set_random_state(saved["random_states"][self.world.rank % processes], self.world.device)
+        except Exception as error:  # a broken archive, or one that holds something else, raises whatever it likes
             raise UsageError(
-                f"cannot continue {folder} exactly: it was written by {len(saved['random_states'])} processes, "
+                f"{folder / STATE_FILE} is damaged, or was not written by these scripts: continue from another checkpoint"
+            ) from error
+        if data != self._data_digest:
+            raise UsageError(f"cannot continue {folder} exactly: the training data has changed")
+        if processes != self.world.size:
+            raise UsageError(
+                f"cannot continue {folder} exactly: it was written by {processes} processes, "
                 f"and this run has {self.world.size}"
             )
-        self.step = saved["step"]
-        self.cutoff = saved["cutoff"]
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scaler.load_state_dict(saved["scaler"])
-        self.mask_generator.set_state(saved["mask_generator"])
-        _set_random_state(saved["random_states"][self.world.rank], self.world.device)
 
+    @functools.cached_property
     def _data_digest(self) -> str:
-        return hashlib.sha256(np.asarray(self.lengths, dtype=np.int64).tobytes()).hexdigest()
+        """Hash of all that the training examples hold: inputs and labels."""
+        digest = hashlib.sha256()
+        for batch in self.train_set.with_format("arrow").iter(batch_size=10_000):
+            for name, column in zip(batch.column_names, batch.columns):
+                values = column.combine_chunks()
+                digest.update(name.encode())
+                if pa.types.is_list(values.type):
+                    digest.update(values.value_lengths().to_numpy())
+                    values = values.flatten()
+                digest.update(values.to_numpy(zero_copy_only=False))
+        return digest.hexdigest()
 
 
 def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -125,11 +140,14 @@ def _set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> N
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def _read_args(folder: Path) -> dict:
+def _read_json(folder: Path, name: str) -> dict:
     try:
-        return json.loads((folder / ARGS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{folder} is no checkpoint to resume from: {ARGS_FILE} is missing or broken") from error
+        value = json.loads((folder / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        value = None
+    if type(value) is not dict:
+        raise UsageError(f"{folder} is no checkpoint to resume from: {name} is missing or broken")
+    return value
 
 
 def find_checkpoints(output_dir: Path) -> list[Path]:
@@ -180,12 +198,13 @@ def remove_leftovers(output_dir: Path) -> None:
             shutil.rmtree(folder)
 
 
-def clear_output(output_dir: Path) -> None:
-    """Remove what an earlier run left that a new one could be mixed up with."""
+def clear_output(output_dir: Path, result_files: Iterable[str]) -> None:
+    """Remove what an earlier run left that a new one could be mixed up with: checkpoints, curves, `result_files`."""
     for folder in find_checkpoints(output_dir):
         shutil.rmtree(folder)
-    for events in output_dir.glob("events.out.tfevents.*"):
-        events.unlink()
+    for pattern in ("events.out.tfevents.*", *result_files):
+        for file in output_dir.glob(pattern):
+            file.unlink()
 
 
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
@@ -220,7 +239,7 @@ def _aside(target: Path, parent: Path, prefix: str):
         (place / "new").mkdir()
         yield place
     except Exception as error:  # a full disk is an OSError here, a RuntimeError of torch or an error of safetensors there
-        raise TrainingError(f"cannot write {target}: {str(error).splitlines()[0]}") from error
+        raise TrainingError(f"cannot write {target}: {_reason(error)}") from error
     finally:
         if place:
             shutil.rmtree(place, ignore_errors=True)
@@ -232,10 +251,18 @@ def write_json(path: Path, value) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8, whole or not at all."""
+    """Write `text` as UTF-8, whole or not at all. Raises TrainingError when it cannot be written."""
     aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    except OSError as error:
+        raise TrainingError(f"cannot write {path}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """An error in a line, without the names of files that are written aside."""
+    return getattr(error, "strerror", None) or str(error).splitlines()[0]
 
 
 def _open_to_others(place: Path) -> None:

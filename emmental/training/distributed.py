@@ -26,12 +26,23 @@ class World:
 
     @contextmanager
     def main_first(self):
-        """Rank 0 runs the block (and fills the caches) before the others do."""
+        """Rank 0 runs the block (and fills the caches) before the others do.
+
+        When it fails there, every other rank raises UsageError with the message of rank 0.
+        """
         if self.size > 1 and not self.is_main:
-            dist.barrier()
-        yield
+            outcome = [None]
+            dist.broadcast_object_list(outcome, src=0)
+            if outcome[0]:
+                raise UsageError(outcome[0])
+        try:
+            yield
+        except Exception as error:
+            if self.size > 1 and self.is_main:
+                dist.broadcast_object_list([str(error) or type(error).__name__], src=0)
+            raise
         if self.size > 1 and self.is_main:
-            dist.barrier()
+            dist.broadcast_object_list([None], src=0)
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -63,8 +74,9 @@ def join_world(args: argparse.Namespace) -> World:
     size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", max(args.local_rank, 0)))
     if use_cuda:
-        if local_rank >= torch.cuda.device_count():
-            raise UsageError(f"process {local_rank} has no GPU of its own: this node has {torch.cuda.device_count()}")
+        processes, gpus = max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), local_rank + 1), torch.cuda.device_count()
+        if processes > gpus:
+            raise UsageError(f"{processes} processes on this node, which has {gpus} GPUs: start no more than one for each")
         torch.cuda.set_device(local_rank)
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if size > 1:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..losses import distillation_loss, regularization
 from ..modules.masked_nn import masked_layers
 from ..schedule import learning_rate_factor, schedule_threshold
-from .args import TrainingError, UsageError, check_plateaus, regularization_mode
+from .args import TrainingError, UsageError, check_plateaus, regularization_mode, resumes_in_place
 from .batches import BatchPlan, LocalBatches, evaluation_batches
 from .checkpoint import TrainingState, clear_output, remove_leftovers, remove_old_checkpoints
 from .distributed import World
@@ -46,12 +46,14 @@ def train(
     evaluate: Callable[[nn.Module, int], dict[str, float]] | None = None,
     distil_loss: Callable = distillation_loss,
     resume_folder: Path | None = None,
+    result_files: tuple[str, ...] = (),
 ) -> dict[str, float]:
     """Fine-prune (or, without masked layers, fine-tune) `model` in place.
 
     lengths: tokens of each training example. task_logits(outputs, batch): tuple of logits of a model's
     outputs. task_loss(logits, batch): the task's own loss, a mean over the examples of the batch.
     save_model(folder): writes model, configuration and tokenizer. evaluate(model, step): metrics.
+    result_files: patterns of what an evaluation leaves in output_dir; a new run removes what an old one left.
 
     Returns figures of the run for its summary. Raises UsageError when the schedule does not fit the
     data or the checkpoint does not fit the run, TrainingError when a loss is no longer finite.
@@ -75,15 +77,15 @@ def train(
         scaler=torch.amp.GradScaler(world.device.type, enabled=args.fp16),
         mask_generator=torch.Generator(world.device).manual_seed(args.seed),  # alike on all ranks
         world=world,
-        lengths=lengths,
+        train_set=train_set,
     )
     torch.manual_seed(args.seed + world.rank)  # dropout differs between ranks
     if world.is_main:
         remove_leftovers(output_dir)
     if resume_folder:
         state.load(resume_folder, args)
-    elif world.is_main:
-        clear_output(output_dir)
+    if world.is_main and not resumes_in_place(args):
+        clear_output(output_dir, result_files)
     started_at, started = state.step, time.perf_counter()
     logger.info(
         "training: %d examples, %d updates of %d examples (%g epochs), starting at update %d",
@@ -95,7 +97,7 @@ def train(
             layer.compile()
     parallel = model
     if world.size > 1:
-        parallel = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        parallel = DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
     passes = _Passes(args, world, parallel, teacher, task_logits, task_loss, distil_loss)
     log.start(state.step)
     batches = LocalBatches(plan, state.step, total, world.rank, world.size)
@@ -135,7 +137,7 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         state.step = step + 1
 
-        figures.add(losses, grad_norm)
+        figures.add(losses, grad_norm, skipped > 0)
         bar.update()
         if bar.n % 10 == 0 or state.step == total:
             shown = {"loss": f"{losses['loss'].item():.3f}", "lr": f"{optimizer.param_groups[-1]['lr']:.1e}"}
@@ -225,17 +227,22 @@ class _Figures:
     def __init__(self, world: World):
         self.world = world
         self.sums: dict[str, Tensor] = {}
-        self.count = 0
+        self.count = self.skipped = 0
 
-    def add(self, losses: dict[str, Tensor], grad_norm: Tensor) -> None:
+    def add(self, losses: dict[str, Tensor], grad_norm: Tensor, skipped: bool) -> None:
+        if skipped:  # by the gradient scaler: its losses or gradients may be infinite
+            self.skipped += 1
+            return
         for name, value in (losses | {"gradient_norm": grad_norm.detach()}).items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
         self.count += 1
 
     def take(self) -> dict[str, float]:
-        means = self.world.sum(torch.stack(list(self.sums.values())) / (self.count * self.world.size))
-        values = dict(zip(self.sums, means.tolist(), strict=True))
-        self.sums, self.count = {}, 0
+        values = {"skipped_updates": self.skipped} if self.skipped else {}
+        if self.count:
+            means = self.world.sum(torch.stack(list(self.sums.values())) / (self.count * self.world.size))
+            values |= dict(zip(self.sums, means.tolist(), strict=True))
+        self.sums, self.count, self.skipped = {}, 0, 0
         return values
 
 

@@ -1,6 +1,7 @@
 """What a person sees of a run: TensorBoard, progress bars, a summary at the end."""
 
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -14,16 +15,14 @@ from .checkpoint import write_json, write_text
 from .distributed import World
 
 
-def set_up_logging(world: World) -> None:
+def set_up_logging() -> None:
     """Log to the screen, from rank 0 only; keep the libraries quiet (our own loading checks speak instead)."""
-    set_up_script_logging()
-    logging.getLogger().setLevel(logging.INFO if world.is_main else logging.ERROR)
+    is_main = int(os.environ.get("RANK", 0)) == 0
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger().setLevel(logging.INFO if is_main else logging.ERROR)
     for name in ("datasets", "httpx", "fsspec", "filelock", "torch"):
-        logging.getLogger(name).setLevel(logging.WARNING if world.is_main else logging.ERROR)
-
-
-def set_up_script_logging() -> None:
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+        logging.getLogger(name).setLevel(logging.WARNING if is_main else logging.ERROR)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of every retry
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
@@ -73,7 +72,7 @@ def remaining_fraction(model: nn.Module) -> dict[str, float]:
     return fractions | {"overall": sum(kept) / sum(sizes)}
 
 
-def write_results(output_dir: Path, results: dict[str, float]) -> None:
+def write_results(output_dir: Path, results: dict[str, float | str]) -> None:
     """Write `eval_results.txt` (`key = value` lines) and `eval_results.json`."""
     output_dir.mkdir(parents=True, exist_ok=True)
     lines = "".join(f"{name} = {value}\n" for name, value in results.items())
