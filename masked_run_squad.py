@@ -23,8 +23,8 @@ import torch
 from torch.nn import functional as F
 
 from emmental.data import squad
-from emmental.export import remaining_weights
-from emmental.loading import LoadError, check_tokenizer, load_model, load_teacher, load_tokenizer
+from emmental.export import mask_report
+from emmental.loading import LoadError, load_model, load_student, load_teacher
 from emmental.training.args import (
     Parser,
     UsageError,
@@ -34,7 +34,7 @@ from emmental.training.args import (
     mask_settings,
     one_line_errors,
 )
-from emmental.training.checkpoint import ARGS_FILE, find_checkpoints, find_resume_folder, write_into, write_json
+from emmental.training.checkpoint import find_checkpoints, find_resume_folder, write_json
 from emmental.training.distributed import join_world, leave_world
 from emmental.training.loop import predict, train
 from emmental.training.runlog import RunLog, print_summary, set_up_logging, write_results
@@ -164,23 +164,19 @@ def run(args: argparse.Namespace, given: set[str]) -> dict[str, float | str]:
     source = str(resume_folder or args.model_name_or_path)
 
     torch.manual_seed(args.seed)
-    model = load_model(
+    model, tokenizer = load_student(
         source,
         HEAD,
         masked=masked,
         trained=not args.do_train,
         config_name=None if resume_folder else args.config_name,
         cache_dir=args.cache_dir,
+        tokenizer_name=args.tokenizer_name,
+        do_lower_case=args.do_lower_case,
+        max_seq_length=args.max_seq_length,
         num_labels=2,
         **(mask_settings(args, given) if masked else {}),
     )
-    tokenizer_source = args.tokenizer_name or source
-    tokenizer = load_tokenizer(tokenizer_source, args.do_lower_case, args.cache_dir)
-    check_tokenizer(tokenizer, model, tokenizer_source)
-    if args.max_seq_length > model.config.max_position_embeddings:
-        raise UsageError(
-            f"--max_seq_length {args.max_seq_length} exceeds what the model takes ({model.config.max_position_embeddings})"
-        )
     collate = functools.partial(
         squad.collate,
         pad_token_id=tokenizer.pad_token_id,
@@ -242,13 +238,6 @@ def run(args: argparse.Namespace, given: set[str]) -> dict[str, float | str]:
             resume_folder=resume_folder,
             result_files=RESULT_FILES,
         )
-        if world.is_main:
-
-            def save_final(folder: Path) -> None:
-                save_model(folder)
-                write_json(folder / ARGS_FILE, vars(args))
-
-            write_into(output_dir, save_final)
 
     results = {}
     if args.do_eval:
@@ -262,16 +251,11 @@ def run(args: argparse.Namespace, given: set[str]) -> dict[str, float | str]:
         if args.do_train:
             log.scalars({f"eval/{name}": value for name, value in final.items()}, summary["updates"])
     log.close()
-    if world.is_main:
-        if masked:
-            if not args.do_eval:
-                model.update_masks()
-            counts = remaining_weights(model)
-            results |= {"remaining_percent": counts.published_percent, "remaining_percent_linear": counts.linear_percent}
-            results |= {name: getattr(model.config, name) for name in ("pruning_method", "threshold", "global_topk")}
-        if args.do_eval:
-            write_results(output_dir, results)
-        print_summary(results | summary | {"total_seconds": time.perf_counter() - started}, output_dir)
+    if masked and world.is_main:
+        results |= mask_report(model)
+    if args.do_eval and world.is_main:
+        write_results(output_dir, results)
+    print_summary(world, results | summary | {"total_seconds": time.perf_counter() - started}, output_dir)
     world.barrier()
     return results
 

@@ -85,6 +85,13 @@ def remaining_weights(model: nn.Module) -> RemainingWeights:
     return RemainingWeights(matrices, encoder - sum(m.total for m in matrices))
 
 
+def mask_report(model: nn.Module) -> dict[str, float | str | bool]:
+    """What an evaluation says of a masked model's masks, which are computed if they are not: figures and settings."""
+    model.update_masks()
+    counts = remaining_weights(model)
+    settings = {name: getattr(model.config, name) for name in ("pruning_method", "threshold", "global_topk")}
+    percents = {"remaining_percent": counts.published_percent, "remaining_percent_linear": counts.linear_percent}
+    return percents | settings
 
 
 @torch.no_grad()

@@ -179,6 +179,30 @@ def load_tokenizer(name_or_path: str, do_lower_case: bool = False, cache_dir: st
     return tokenizer
 
 
+def load_student(
+    name_or_path: str,
+    head: str,
+    *,
+    tokenizer_name: str | None,
+    do_lower_case: bool,
+    max_seq_length: int,
+    cache_dir: str | None = None,
+    **options,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """The model to train or to evaluate (see `load_model` for `options`) and its tokenizer.
+
+    Raises LoadError, also when the two, or model and `max_seq_length` (tokens), do not fit together.
+    """
+    model = load_model(name_or_path, head, cache_dir=cache_dir, **options)
+    tokenizer = load_tokenizer(tokenizer_name or name_or_path, do_lower_case, cache_dir)
+    check_tokenizer(tokenizer, model, tokenizer_name or name_or_path)
+    if max_seq_length > model.config.max_position_embeddings:
+        raise LoadError(
+            f"--max_seq_length {max_seq_length} exceeds what the model takes ({model.config.max_position_embeddings})"
+        )
+    return model, tokenizer
+
+
 def check_tokenizer(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel, name_or_path: str) -> None:
     """Raises LoadError when the tokenizer does not fit the model: ids too large, or no [CLS] and [SEP]."""
     highest = max(tokenizer.get_vocab().values(), default=-1)

@@ -207,6 +207,16 @@ def clear_output(output_dir: Path, result_files: Iterable[str]) -> None:
             file.unlink()
 
 
+def save_final(output_dir: Path, args: argparse.Namespace, save_model: Callable[[Path], None]) -> None:
+    """Put the trained model and the arguments of its run into output_dir."""
+
+    def fill(place: Path) -> None:
+        save_model(place)
+        write_json(place / ARGS_FILE, vars(args))
+
+    write_into(output_dir, fill)
+
+
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     """Make the folder `target` through `fill(place)`: written aside, then renamed, replacing an old one.
 

@@ -19,7 +19,7 @@ from ..modules.masked_nn import masked_layers
 from ..schedule import learning_rate_factor, schedule_threshold
 from .args import TrainingError, UsageError, check_plateaus, regularization_mode, resumes_in_place
 from .batches import BatchPlan, LocalBatches, evaluation_batches
-from .checkpoint import TrainingState, clear_output, remove_leftovers, remove_old_checkpoints
+from .checkpoint import TrainingState, clear_output, remove_leftovers, remove_old_checkpoints, save_final
 from .distributed import World
 from .optim import build_optimizer, set_learning_rates
 from .runlog import RunLog, progress_bar, remaining_fraction
@@ -48,7 +48,7 @@ def train(
     resume_folder: Path | None = None,
     result_files: tuple[str, ...] = (),
 ) -> dict[str, float]:
-    """Fine-prune (or, without masked layers, fine-tune) `model` in place.
+    """Fine-prune (or, without masked layers, fine-tune) `model` in place, and write it to output_dir.
 
     lengths: tokens of each training example. task_logits(outputs, batch): tuple of logits of a model's
     outputs. task_loss(logits, batch): the task's own loss, a mean over the examples of the batch.
@@ -168,6 +168,8 @@ def train(
         model.update_masks(args.final_threshold)
         log.score_histograms(model, state.step)
     seconds = time.perf_counter() - started
+    if world.is_main:
+        save_final(output_dir, args, save_model)
     return {"updates": state.step, "seconds": seconds, "seconds_per_update": seconds / max(1, total - started_at)}
 
 

@@ -80,8 +80,10 @@ def write_results(output_dir: Path, results: dict[str, float | str]) -> None:
     write_json(output_dir / "eval_results.json", results)
 
 
-def print_summary(figures: dict[str, float], output_dir: Path) -> None:
+def print_summary(world: World, figures: dict[str, float | str], output_dir: Path) -> None:
     """The last lines of a run: its figures, and where everything lies."""
+    if not world.is_main:
+        return
     width = max(map(len, figures))
     print()
     for name, value in figures.items():
