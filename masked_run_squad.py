@@ -61,15 +61,13 @@ def get_parser() -> Parser:
     add("--n_best_size", type=int, default=20, help="predictions per question in nbest_predictions_.json")
     add("--max_answer_length", type=int, default=30, help="longest answer in tokens")
     add("--verbose_logging", action="store_true", help="log one feature, and every skipped question")
-    add("--threads", type=int, default=1, help="processes that make features")
-    add("--overwrite_cache", action="store_true", help="make the features anew, whatever the cache holds")
     add("--lang_id", default=None, help=argparse.SUPPRESS)
     return parser
 
 
 def check_squad_arguments(args: argparse.Namespace) -> list[str]:
     problems = []
-    for name in ("doc_stride", "max_query_length", "n_best_size", "max_answer_length", "threads"):
+    for name in ("doc_stride", "max_query_length", "n_best_size", "max_answer_length"):
         if getattr(args, name) < 1:
             problems.append(f"--{name} must be at least 1, got {getattr(args, name)}")
     for wanted, split in ((args.do_train, "train"), (needs_evaluation_data(args), "predict")):
@@ -174,7 +172,7 @@ def run(args: argparse.Namespace, given: set[str]) -> dict[str, float | str]:
         tokenizer_name=args.tokenizer_name,
         do_lower_case=args.do_lower_case,
         max_seq_length=args.max_seq_length,
-        num_labels=2,
+        labels=2,
         **(mask_settings(args, given) if masked else {}),
     )
     collate = functools.partial(
@@ -244,7 +242,7 @@ def run(args: argparse.Namespace, given: set[str]) -> dict[str, float | str]:
         if args.eval_all_checkpoints:
             for folder in find_checkpoints(output_dir if args.do_train else Path(args.model_name_or_path)):
                 step = folder.name.rpartition("-")[2]
-                checkpoint = load_model(str(folder), HEAD, masked=masked, trained=True, num_labels=2)
+                checkpoint = load_model(str(folder), HEAD, masked=masked, trained=True, labels=2)
                 results |= {f"{name}_{step}": value for name, value in evaluate_at(checkpoint, step).items()}
         final = evaluate_at(model, "")
         results |= final

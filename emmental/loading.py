@@ -6,6 +6,7 @@ that silently starts from random values costs a researcher a day. Here every gap
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -64,14 +65,15 @@ def load_model(
     trained: bool = False,
     config_name: str | None = None,
     cache_dir: str | None = None,
-    num_labels: int | None = None,
+    labels: int | Sequence[str] | None = None,
     **overrides,
 ) -> PreTrainedModel:
     """A `BertFor<head>` or `MaskedBertFor<head>` in float32, in evaluation mode.
 
     trained: the checkpoint must hold the head and, if it is masked, its scores and threshold; else they may
-        be fresh. num_labels: outputs of the head, when not those of the configuration. overrides: values
-        that replace those of the configuration; a masked checkpoint that contradicts them is warned of.
+        be fresh. labels: outputs of the head, when not those of the configuration: how many, or their names; no
+        name makes a regression, with one output. overrides: values that replace those of the configuration;
+        a masked checkpoint that contradicts them is warned of.
     Raises LoadError for what is missing, broken, of another architecture, or masked where a plain BERT
     is asked for and the other way round.
     """
@@ -88,9 +90,9 @@ def load_model(
         if is_masked and value is not None and values.get(name, value) not in (value, None):
             logger.warning("%s %s contradicts %s of the checkpoint; %s is used", name, value, values[name], value)
     stale = ["model_type", "architectures", "transformers_version", "dtype", "torch_dtype"]
-    if num_labels is not None:
-        stale += ["id2label", "label2id", "num_labels"]
-        overrides["num_labels"] = num_labels
+    if labels is not None:
+        stale += ["id2label", "label2id", "num_labels", "problem_type"]
+        overrides |= _label_settings(labels)
     values = {name: value for name, value in values.items() if name not in stale} | overrides
     library = modeling_bert_masked if masked else transformers
     model_class = getattr(library, f"{'Masked' if masked else ''}BertFor{head}")
@@ -108,6 +110,21 @@ def load_model(
         raise LoadError(f"cannot load the checkpoint {name_or_path}: {first_line(error)}") from error
     _check_loaded(name_or_path, model, info, trained and masked, trained)
     return model.eval()
+
+
+def _label_settings(labels: int | Sequence[str]) -> dict:
+    if isinstance(labels, int):
+        return {"num_labels": labels}
+    if not labels:
+        return {"num_labels": 1, "problem_type": "regression"}
+    return {"id2label": dict(enumerate(labels)), "label2id": {name: column for column, name in enumerate(labels)}}
+
+
+def checkpoint_labels(name_or_path: str, cache_dir: str | None = None) -> tuple[str, ...]:
+    """Names of the outputs of a checkpoint's head; LABEL_0, LABEL_1, ... where it has none."""
+    config = read_config(name_or_path, cache_dir)
+    names = config.get("id2label") or {column: f"LABEL_{column}" for column in range(config.get("num_labels", 2))}
+    return tuple(names[column] for column in sorted(names, key=int))
 
 
 def load_masked(
@@ -234,6 +251,12 @@ def load_teacher(
         ours, theirs = getattr(student.config, what), getattr(teacher.config, what)
         if ours != theirs:
             raise LoadError(f"the teacher {name_or_path} does not fit the student: {what} {theirs} against {ours}")
+    ours, theirs = (list(m.config.id2label.values()) for m in (student, teacher))
+    if ours != theirs and not any(name.startswith("LABEL_") for name in ours + theirs):
+        raise LoadError(
+            f"the teacher {name_or_path} does not fit the student: its labels are {', '.join(theirs)}, in this order, "
+            f"against {', '.join(ours)}"
+        )
     try:
         vocabulary = load_tokenizer(name_or_path, cache_dir=cache_dir).get_vocab()
     except LoadError:

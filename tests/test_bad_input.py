@@ -44,7 +44,7 @@ def refused(tmp_path, tiny_bert, squad_dir, capsys):
         (["--do_train", "--regularization", "l2"], "l0, l1, null"),
         (["--do_train", "--model_type", "masked_bart"], "did you mean 'masked_bert'"),
         (["--do_trian"], "did you mean --do_train"),
-        ([], "give --do_train, --do_eval or both"),
+        ([], "give --do_train or --do_eval"),
         (["--do_train", "--final_threshold", "15"], "--final_threshold is a fraction"),
         (["--do_train", "--pruning_method", "sigmoied_threshold", "--initial_threshold=-1"], "must lie in [0, 1]"),
         (["--do_train", "--max_steps", "100", "--warmup_steps", "50"], "--warmup_steps 33 or less"),

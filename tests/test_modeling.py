@@ -460,7 +460,7 @@ def test_load_model_of_a_plain_bert(tiny_bert):
 
 
 def test_load_model_of_another_head(tiny_bert):
-    model = load_model(str(tiny_bert), "SequenceClassification", masked=True, num_labels=3)
+    model = load_model(str(tiny_bert), "SequenceClassification", masked=True, labels=3)
     assert model.classifier.weight.shape == (3, 32)
     with pytest.raises(LoadError, match="pooler"):
         load_model(str(tiny_bert), "SequenceClassification", masked=False, trained=True)

@@ -161,13 +161,15 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, max_seq_length: int
         help="continue exactly from this checkpoint-<step> folder; 'latest' takes the newest one in output_dir")
     add("--seed", type=int, default=42, help="seed of data order, dropout, fresh heads and scores")
 
-    group = parser.add_argument_group("model and tokenizer")
+    group = parser.add_argument_group("model, tokenizer and features")
     add = group.add_argument
     add("--config_name", help="configuration, when it is not the model's own")
     add("--tokenizer_name", help="tokenizer, when it is not the model's own")
     add("--cache_dir", help="where downloads and features are cached")
     add("--do_lower_case", action="store_true", help="lower-case the text (uncased models)")
     add("--max_seq_length", type=int, default=max_seq_length, help="longest input in tokens; longer ones are cut")
+    add("--threads", type=int, default=1, help="processes that make features")
+    add("--overwrite_cache", action="store_true", help="make the features anew, whatever the cache holds")
 
     group = parser.add_argument_group(
         "pruning", "A threshold is a fraction in [0, 1]: the remaining weights for topK and magnitude, the cut on "
@@ -240,10 +242,11 @@ def check_common_arguments(args: argparse.Namespace, given: set[str]) -> list[st
     for name in sorted(given & set(WITHOUT_MEANING)):
         logger.warning("--%s has lost its meaning and is ignored", name)
 
-    if not (args.do_train or args.do_eval):
-        problems.append("nothing to do: give --do_train, --do_eval or both")
+    actions = [name for name in ("do_train", "do_eval", "do_predict") if name in vars(args)]
+    if not any(getattr(args, name) for name in actions):
+        problems.append(f"nothing to do: give {' or '.join(f'--{name}' for name in actions)}, or several of them")
     for name in ("per_gpu_train_batch_size", "per_gpu_eval_batch_size", "gradient_accumulation_steps", "logging_steps",
-                 "global_topk_frequency_compute", "max_seq_length"):
+                 "global_topk_frequency_compute", "max_seq_length", "threads"):
         if getattr(args, name) < 1:
             problems.append(f"--{name} must be at least 1, got {getattr(args, name)}")
     for name in ("learning_rate", "mask_scores_learning_rate", "adam_epsilon", "temperature"):

@@ -35,7 +35,7 @@ ARGS_FILE = "training_args.json"
 
 # Arguments that may change when a run is continued, because its weights do not depend on them.
 FREE_ARGUMENTS = {
-    "output_dir", "model_name_or_path", "do_eval", "evaluate_during_training", "eval_all_checkpoints",
+    "output_dir", "model_name_or_path", "do_eval", "do_predict", "evaluate_during_training", "eval_all_checkpoints",
     "overwrite_output_dir", "overwrite_cache", "resume_from_checkpoint", "cache_dir", "config_name", "tokenizer_name",
     "per_gpu_eval_batch_size", "logging_steps", "save_steps", "save_total_limit", "num_workers", "local_rank",
     "data_dir", "train_file", "predict_file", "threads", "verbose_logging", "n_best_size",
