@@ -16,6 +16,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from emmental.data import features as shared
 from emmental.data import squad
 from emmental.data.squad import (
     NO_SPAN_ODDS,
@@ -56,7 +57,7 @@ def tokenizer():
 def cache(tmp_path, monkeypatch):
     """No test sees the cache of another, nor that of the user."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    squad._warn_once.cache_clear()
+    shared.warn_once.cache_clear()
     return tmp_path / "cache" / "movement_pruning"
 
 

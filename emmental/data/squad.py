@@ -5,23 +5,16 @@ overlap as in BERT (Devlin et al. 2019, section 4.2 and the published `run_squad
 context keeps its start and end character, so an answer is a slice of the original text and nothing has
 to be aligned afterwards. Every distinct context is tokenized once, not once per question.
 
-Features are unpadded; `collate` pads a batch to its longest row. They are cached on disk under a hash of
-all that they depend on, so a cache is never stale and is never named by the user.
+Features are unpadded; `collate` pads a batch to its longest row. They are cached on disk.
 """
 
 import collections
-import copy
 import functools
-import hashlib
 import itertools
 import json
-import logging
-import os
 import re
-import shutil
 import string
 import unicodedata
-import uuid
 from pathlib import Path
 
 import datasets
@@ -30,7 +23,7 @@ import pyarrow as pa
 import torch
 from datasets import Dataset, Features, List, Value
 
-logger = logging.getLogger(__name__)
+from emmental.data.features import cached_map, content_hash, fast_backend, one_line, pad_batch, ragged
 
 FEATURES_VERSION = 1  # raise it when the features of the same input change: old caches are then ignored
 NO_SPAN_ODDS = 1e6  # null odds of a question without any valid span: finite, and above every real score
@@ -96,7 +89,7 @@ def load_hub_examples(split, version_2_with_negative, cache_dir=None):
         hub = datasets.load_dataset(name, split=split, cache_dir=cache_dir)
     except Exception as error:  # no network, offline mode, missing cache: each has its own type, some of httpx
         raise SquadError(
-            f"{name} ({split}): cannot be loaded from the hub ({_one_line(error)}); "
+            f"{name} ({split}): cannot be loaded from the hub ({one_line(error)}); "
             "pass local files with --data_dir, or with --train_file and --predict_file"
         ) from error
     rows = {column: list(hub[column]) for column in ("id", "title", "context", "question", "answers")}
@@ -166,10 +159,6 @@ def _get(record, key, kind, where, default=_REQUIRED):
     return value
 
 
-def _one_line(error):
-    return " ".join(f"{type(error).__name__}: {error}".split())
-
-
 # ---------------------------------------------------------------------------------------- features
 
 
@@ -191,43 +180,37 @@ def build_features(
     (`cache_dir=None`: that of `datasets`). `num_proc` processes give the same rows as one.
     Raises `SquadError` for a slow tokenizer, or lengths that leave no room for the context.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise SquadError(
-            f"{type(tokenizer).__name__} is not a fast tokenizer and gives no offsets; use a --tokenizer_name with one"
-        )
-    if None in (tokenizer.cls_token_id, tokenizer.sep_token_id):
-        raise SquadError("the tokenizer has no [CLS] or [SEP]; use the --tokenizer_name of a BERT model")
+    backend = fast_backend(tokenizer, SquadError)
     for flag, value in ("--doc_stride", doc_stride), ("--max_query_length", max_query_length):
         if value < 1:
             raise SquadError(f"{flag} is {value}, but must be at least 1 token")
     if not len(examples):
         raise SquadError("there is no question to make features of; check the data file")
 
-    # A copy, because files like tokenizer.json may switch on truncation, and the caller's stays as it is.
-    backend = copy.deepcopy(tokenizer.backend_tokenizer)
-    backend.no_truncation()
-    backend.no_padding()
     settings = dict(
         cls_id=tokenizer.cls_token_id, sep_id=tokenizer.sep_token_id, max_seq_length=max_seq_length,
         doc_stride=doc_stride, max_query_length=max_query_length, training=training,
     )  # fmt: skip
     columns = ["id", "question", "context", "answers"]
-    key = _content_hash(examples.select_columns(columns), backend, settings)
-    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "movement_pruning" / f"squad-{key}"
-    features = None if overwrite_cache else _load_features(folder, len(examples))
-    if features is None:
-        features = examples.map(
-            functools.partial(_featurize, backend=backend, **settings),
-            batched=True,
-            with_indices=True,
-            input_columns=columns,
-            num_proc=min(num_proc, len(examples)) if num_proc > 1 else None,
-            keep_in_memory=True,  # `map` has a cache of its own, which must not come between
-            new_fingerprint=key,
-            desc="SQuAD features",
-        )
-        features = _save_features(features, folder)
-    return features
+    return cached_map(
+        examples,
+        functools.partial(_featurize, backend=backend, **settings),
+        columns,
+        name="squad",
+        key=content_hash([FEATURES_VERSION, backend.to_str(), settings], _batches(examples, columns)),
+        is_complete=lambda features: features[-1]["example_index"] == len(examples) - 1,
+        num_proc=num_proc,
+        cache_dir=cache_dir,
+        overwrite_cache=overwrite_cache,
+        with_indices=True,
+    )
+
+
+def _batches(examples, columns):
+    for batch in examples.select_columns(columns).iter(batch_size=1000):
+        # A context is repeated for each of its questions: once is enough.
+        batch["context"] = [(text, len(list(run))) for text, run in itertools.groupby(batch["context"])]
+        yield batch
 
 
 def _featurize(
@@ -271,17 +254,12 @@ def _featurize(
                 spans.append(context_spans[begin:end].ravel())
                 best.append(owner[begin:end] == n)
 
-    table = {"input_ids": _ragged(tokens, columns["length"])}
+    table = {"input_ids": ragged(tokens, columns["length"])}
     table |= {name: pa.array(values, pa.int32()) for name, values in columns.items()}
     if not training:
-        table["offsets"] = _ragged(spans, [len(span) for span in spans])
-        table["max_context"] = _ragged(best, [len(mask) for mask in best])
+        table["offsets"] = ragged(spans, [len(span) for span in spans])
+        table["max_context"] = ragged(best, [len(mask) for mask in best])
     return pa.table(table)
-
-
-def _ragged(pieces, lengths):
-    ends = pa.array(np.cumsum([0, *lengths]), pa.int32())
-    return pa.ListArray.from_arrays(ends, pa.array(np.concatenate(pieces)))
 
 
 def _windows(n_tokens, room, doc_stride):
@@ -327,65 +305,14 @@ def _max_context(n_tokens, windows):
     return owner
 
 
-def _content_hash(examples, backend, settings):
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps([FEATURES_VERSION, backend.to_str(), settings], sort_keys=True).encode())
-    for batch in examples.iter(batch_size=1000):
-        # A context is repeated for each of its questions: once is enough.
-        batch["context"] = [(text, len(list(run))) for text, run in itertools.groupby(batch["context"])]
-        digest.update(json.dumps(batch).encode())
-    return digest.hexdigest()
-
-
-def _load_features(folder, n_examples):
-    if not os.path.exists(folder):
-        return None
-    try:
-        features = Dataset.load_from_disk(folder)
-        if features[-1]["example_index"] == n_examples - 1:
-            return features
-        reason = "it is incomplete"
-    except Exception as error:  # half a folder fails in as many ways as there are libraries below
-        reason = _one_line(error)
-    logger.warning(f"the feature cache {folder} cannot be used ({reason}); building it again")
-    return None
-
-
-def _save_features(features, folder):
-    aside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        features.save_to_disk(aside / "new")
-        if folder.exists():
-            os.rename(folder, aside / "old")
-        os.rename(aside / "new", folder)
-        return Dataset.load_from_disk(folder)
-    except OSError as error:
-        _warn_once(f"cannot write the feature cache in {folder.parent} ({error.strerror or error}); going on without")
-        return features
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-@functools.cache
-def _warn_once(message):
-    logger.warning(message)
-
-
 def collate(features, pad_token_id, multiple_of=8):
     """Pad features to the longest of the batch, rounded up to a multiple of `multiple_of` tokens.
 
     Returns int64 tensors: input_ids, attention_mask and token_type_ids (batch, tokens), and, for features
     made for training, start_positions and end_positions (batch,).
     """
-    longest = max(len(feature["input_ids"]) for feature in features)
-    shape = (len(features), -(-longest // multiple_of) * multiple_of)
-    batch = {"input_ids": torch.full(shape, pad_token_id)}
-    batch |= {name: torch.zeros(shape, dtype=torch.int64) for name in ("attention_mask", "token_type_ids")}
-    for row, feature in enumerate(features):
-        length = len(feature["input_ids"])
-        batch["input_ids"][row, :length] = torch.as_tensor(feature["input_ids"])
-        batch["attention_mask"][row, :length] = 1
-        batch["token_type_ids"][row, feature["context_start"] : length] = 1
+    second_starts = [feature["context_start"] for feature in features]
+    batch = pad_batch(features, second_starts, pad_token_id, multiple_of)
     if "start_position" in features[0]:
         for name in ("start_position", "end_position"):
             batch[f"{name}s"] = torch.tensor([int(feature[name]) for feature in features])

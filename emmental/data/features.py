@@ -1,0 +1,142 @@
+"""What the features of every task share: their cache on disk, ragged columns, and the padding of a batch.
+
+Features are cached under a hash of all that they depend on, so a cache is never stale and is never named
+by the user. A cache that cannot be read is built again, and one that cannot be written is done without.
+"""
+
+import copy
+import functools
+import hashlib
+import json
+import logging
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+
+def one_line(error):
+    """Type and message of an exception, without line breaks."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def fast_backend(tokenizer, error):
+    """A copy of the Rust tokenizer below `tokenizer`, without truncation and padding.
+
+    Raises `error`, the task's exception type, for a slow tokenizer or one without [CLS] and [SEP].
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise error(f"{type(tokenizer).__name__} is not a fast tokenizer; use a --tokenizer_name with one")
+    if None in (tokenizer.cls_token_id, tokenizer.sep_token_id):
+        raise error("the tokenizer has no [CLS] or [SEP]; use the --tokenizer_name of a BERT model")
+    # A copy, because files like tokenizer.json may switch on truncation, and the caller's stays as it is.
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def ragged(pieces, lengths):
+    """Arrow list column whose rows, of these lengths, lie one after the other in the arrays `pieces`."""
+    ends = pa.array(np.cumsum([0, *lengths]), pa.int32())
+    return pa.ListArray.from_arrays(ends, pa.array(np.concatenate(pieces)))
+
+
+def pad_batch(features, second_starts, pad_token_id, multiple_of):
+    """Pad `input_ids` to the longest of the batch, rounded up to a multiple of `multiple_of` tokens.
+
+    `second_starts` holds the index of the first token of type 1 for each feature. Returns int64 tensors
+    (batch, tokens): input_ids, attention_mask and token_type_ids.
+    """
+    longest = max(len(feature["input_ids"]) for feature in features)
+    shape = (len(features), -(-longest // multiple_of) * multiple_of)
+    batch = {"input_ids": torch.full(shape, pad_token_id)}
+    batch |= {name: torch.zeros(shape, dtype=torch.int64) for name in ("attention_mask", "token_type_ids")}
+    for row, (feature, second_start) in enumerate(zip(features, second_starts)):
+        length = len(feature["input_ids"])
+        batch["input_ids"][row, :length] = torch.as_tensor(feature["input_ids"])
+        batch["attention_mask"][row, :length] = 1
+        batch["token_type_ids"][row, second_start:length] = 1
+    return batch
+
+
+# ------------------------------------------------------------------------------------------- cache
+
+
+def content_hash(settings, batches):
+    """Hash of `settings` and of an iterable of batches, all of them values that JSON can hold."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps(settings, sort_keys=True).encode())
+    for batch in batches:
+        digest.update(json.dumps(batch).encode())
+    return digest.hexdigest()
+
+
+def cached_map(
+    examples, featurize, columns, *,
+    name, key, is_complete, num_proc, cache_dir, overwrite_cache, with_indices=False,
+):  # fmt: skip
+    """Map batches of the `columns` of examples to Arrow tables of features, unless the cache holds them.
+
+    They are cached in `<cache_dir>/movement_pruning/<name>-<key>` (`cache_dir=None`: that of `datasets`),
+    where `key` is the hash of all that they depend on. `is_complete(features)` tells whether what was found
+    there is whole. `num_proc` processes give the same rows as one.
+    """
+    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "movement_pruning" / f"{name}-{key}"
+    features = None if overwrite_cache else _load(folder, is_complete)
+    if features is None:
+        features = examples.map(
+            featurize,
+            batched=True,
+            with_indices=with_indices,
+            input_columns=columns,
+            num_proc=min(num_proc, len(examples)) if num_proc > 1 else None,
+            keep_in_memory=True,  # `map` has a cache of its own, which must not come between
+            new_fingerprint=key,
+            desc=f"{name} features",
+        )
+        features = _save(features, folder)
+    return features
+
+
+def _load(folder, is_complete):
+    if not os.path.exists(folder):
+        return None
+    try:
+        features = Dataset.load_from_disk(folder)
+        if is_complete(features):
+            return features
+        reason = "it is incomplete"
+    except Exception as error:  # half a folder fails in as many ways as there are libraries below
+        reason = one_line(error)
+    logger.warning(f"the feature cache {folder} cannot be used ({reason}); building it again")
+    return None
+
+
+def _save(features, folder):
+    aside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        features.save_to_disk(aside / "new")
+        if folder.exists():
+            os.rename(folder, aside / "old")
+        os.rename(aside / "new", folder)
+        return Dataset.load_from_disk(folder)
+    except OSError as error:
+        warn_once(f"cannot write the feature cache in {folder.parent} ({error.strerror or error}); going on without")
+        return features
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@functools.cache
+def warn_once(message):
+    """Log a warning the first time that it is given."""
+    logger.warning(message)

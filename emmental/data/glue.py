@@ -1,0 +1,612 @@
+"""GLUE and tasks of one's own: reading, features, metrics, predictions. Imports no other part of `emmental`.
+
+A sentence becomes `[CLS] text_a [SEP]`, a pair `[CLS] text_a [SEP] text_b [SEP]`, cut to a length at the end
+of the longer text. Features are unpadded; `collate` pads a batch to its longest row. They are cached on disk.
+
+GLUE (Wang et al. 2018) comes as tab-separated files, in which quotes are text and columns are found by the
+header, or from the hub. Sources number the labels differently, so they meet by name: a class index is always
+an index into `Task.labels`.
+"""
+
+import collections
+import csv
+import difflib
+import functools
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset, Features, Value
+from scipy.special import entr, softmax
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+from emmental.data.features import cached_map, content_hash, fast_backend, one_line, pad_batch, ragged
+
+logger = logging.getLogger(__name__)
+
+FEATURES_VERSION = 1  # raise it when the features of the same input change: old caches are then ignored
+HUB_NAME = "nyu-mll/glue"
+CUSTOM_SUFFIXES = (".tsv", ".csv", ".jsonl")
+
+
+class GlueError(ValueError):
+    """A problem that the user can fix: one line with what is wrong, where, and what to do about it."""
+
+
+# ------------------------------------------------------------------------------------------- tasks
+
+
+@dataclass(frozen=True)
+class Task:
+    """What tells one task from another. A split is named as its file is: train, dev, dev_matched, test, ...
+
+    labels: names of the classes, in the order of the model's outputs; none for a regression.
+    metrics: keys of `glue_metrics`; the last is the task's own score.
+    submissions: file of predictions for each test split, whose labels are secret.
+    numbered: files and submissions hold the class indices, not the names.
+    score_range: lowest and highest value of a regression's labels, where they are limited.
+    headerless: columns of the training and evaluation files, where these have no header.
+    short_rows: files are known to have rows with too few fields.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    text_columns: tuple[str, ...]
+    label_column: str = "label"
+    hub_config: str = ""
+    hub_columns: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ("acc",)
+    evaluation_splits: tuple[str, ...] = ("dev",)
+    submissions: dict[str, str] = field(default_factory=dict)
+    numbered: bool = False
+    score_range: tuple[float, float] | None = None
+    headerless: tuple[str, ...] = ()
+    short_rows: bool = False
+
+    @property
+    def is_regression(self):
+        """Is a label a number, and the model's output one value?"""
+        return not self.labels
+
+    @property
+    def key_metric(self):
+        """The metric to compare runs by."""
+        return self.metrics[-1]
+
+    @property
+    def splits(self):
+        """All splits with data: training (where there is any evaluation), evaluation, test."""
+        return (*(("train",) if self.evaluation_splits else ()), *self.evaluation_splits, *self.submissions)
+
+
+_SENTENCES = ("sentence1", "sentence2")
+_MNLI = {
+    "labels": ("contradiction", "entailment", "neutral"),
+    "text_columns": _SENTENCES,
+    "label_column": "gold_label",
+    "hub_config": "mnli",
+    "hub_columns": ("premise", "hypothesis"),
+}
+_ENTAILMENT = ("entailment", "not_entailment")
+_ACC_AND_F1 = ("acc", "f1", "acc_and_f1")
+_CORRELATIONS = ("pearson", "spearmanr", "corr")
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("cola", ("unacceptable", "acceptable"), ("sentence",), hub_config="cola", metrics=("mcc",),
+             submissions={"test": "CoLA.tsv"}, numbered=True, headerless=("source", "label", "mark", "sentence")),
+        Task("sst-2", ("negative", "positive"), ("sentence",), hub_config="sst2",
+             submissions={"test": "SST-2.tsv"}, numbered=True),
+        Task("mrpc", ("not_equivalent", "equivalent"), ("#1 String", "#2 String"), "Quality", hub_config="mrpc",
+             hub_columns=_SENTENCES, metrics=_ACC_AND_F1, submissions={"test": "MRPC.tsv"}, numbered=True),
+        Task("sts-b", (), _SENTENCES, "score", hub_config="stsb", metrics=_CORRELATIONS,
+             submissions={"test": "STS-B.tsv"}, score_range=(0.0, 5.0)),
+        Task("qqp", ("not_duplicate", "duplicate"), ("question1", "question2"), "is_duplicate", hub_config="qqp",
+             metrics=_ACC_AND_F1, submissions={"test": "QQP.tsv"}, numbered=True, short_rows=True),
+        Task("mnli", **_MNLI, evaluation_splits=("dev_matched", "dev_mismatched"),
+             submissions={"test_matched": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv"}),
+        Task("mnli-mm", **_MNLI, evaluation_splits=("dev_mismatched",),
+             submissions={"test_mismatched": "MNLI-mm.tsv"}),
+        Task("qnli", _ENTAILMENT, ("question", "sentence"), hub_config="qnli", submissions={"test": "QNLI.tsv"}),
+        Task("rte", _ENTAILMENT, _SENTENCES, hub_config="rte", submissions={"test": "RTE.tsv"}),
+        Task("wnli", _ENTAILMENT[::-1], _SENTENCES, hub_config="wnli", submissions={"test": "WNLI.tsv"},
+             numbered=True),
+        Task("ax", **(_MNLI | {"hub_config": "ax"}), evaluation_splits=(), submissions={"test": "AX.tsv"}),
+    )
+}  # fmt: skip
+
+
+def find_task(name):
+    """The GLUE task of this name, in any case and with or without its hyphen ("SST-2", "sst2", "mnli_mm").
+
+    Raises `GlueError` naming the nearest task when there is none.
+    """
+    tasks = {_plain(task): task for task in TASKS}
+    if _plain(name) not in tasks:
+        nearest = difflib.get_close_matches(_plain(name), tasks, n=1, cutoff=0.4)
+        hint = f"; did you mean {tasks[nearest[0]]}?" if nearest else ""
+        raise GlueError(f"--task_name {name}: is not one of {', '.join(TASKS)}{hint}")
+    return TASKS[tasks[_plain(name)]]
+
+
+def custom_task(labels):
+    """A task of one's own, with the labels that `read_custom_examples` returned."""
+    metrics = ("acc",) if labels else _CORRELATIONS
+    return Task("custom", tuple(labels), (), metrics=metrics, submissions={"test": "predictions.tsv"})
+
+
+def label_order(model_label2id, task):
+    """Columns of a model's logits in the order of the task's labels: `logits[:, label_order(...)]`.
+
+    Labels meet by name, whatever the case. Returns None when the names say nothing: LABEL_0, LABEL_1, ...,
+    or the one output of a regression. Raises `GlueError` for other names, or another number of outputs.
+    """
+    for fold in (str, str.casefold):
+        ids = {fold(name): id_ for name, id_ in model_label2id.items()}
+        wanted = [fold(label) for label in task.labels]
+        if len(ids) == len(model_label2id) and sorted(ids) == sorted(wanted):
+            return [ids[label] for label in wanted]
+    anonymous = task.is_regression or all(re.fullmatch(r"LABEL_\d+", name) for name in model_label2id)
+    if anonymous and len(model_label2id) == max(len(task.labels), 1):
+        return None
+    raise GlueError(
+        f"the model's labels are {_listed(model_label2id)}, but those of {task.name} are "
+        f"{_listed(task.labels) or 'one number'}; give a model of this task"
+    )
+
+
+def _plain(name):
+    return re.sub("[-_ ]", "", name.lower())
+
+
+def _listed(names):
+    names = [str(name) if len(str(name)) <= 40 else f"{str(name)[:37]}..." for name in names]
+    return ", ".join(names if len(names) <= 12 else [*names[:11], f"... ({len(names)})"])
+
+
+# ---------------------------------------------------------------------------------------- examples
+
+
+def read_examples(task, data_dir, split):
+    """Read and check the file of a split (one of `task.splits`) in GLUE's original layout.
+
+    Returns a `Dataset` in memory with the columns index (int64: the test file's own, else the number of the
+    row from 0), text_a, text_b (None where the task has single sentences) and, but for test splits, label
+    (int64 index into `task.labels`; float64 for a regression). Rows of QQP with too few fields are skipped,
+    save in the test file, where every index needs a prediction: there a missing text is empty.
+    Raises `GlueError` for whatever is wrong with the file.
+    """
+    path, labelled = _split_file(task, data_dir, split), split not in task.submissions
+    rows = _tsv_rows(path)
+    header = task.headerless if labelled and task.headerless else _header(path, rows)
+    wanted = (*task.text_columns, *((task.label_column,) if labelled else ()))
+    places = _places(path, header, wanted)
+    index_place = next((header.index(name) for name in ("index", "id") if name in header and not labelled), None)
+    parse_label = _label_parser(task)
+    columns, short, long = collections.defaultdict(list), [], []
+    for line, fields in rows:
+        where = f"{path}:{line}"
+        if len(fields) > len(header):
+            long.append(line)
+        elif len(fields) < len(header):
+            if not task.short_rows:
+                raise _wrong_width(where, fields, header)
+            short.append(line)
+            if labelled:
+                continue
+            fields += [""] * (len(header) - len(fields))
+        index = len(columns["index"]) if index_place is None else _index(fields[index_place], where)
+        columns["index"].append(index)
+        texts = [fields[place] for place in places]
+        if labelled:
+            columns["label"].append(parse_label(texts.pop(), where))
+        columns["text_a"].append(texts[0])
+        columns["text_b"].append(texts[1] if len(texts) > 1 else None)
+    for lines, what in (
+        (short, f"too few fields, which {'are skipped' if labelled else 'get empty texts'}"),
+        (long, "too many fields, of which the last are ignored"),
+    ):
+        if lines:
+            logger.warning(f"{path}: rows with {what}: {len(lines)} (the first in line {lines[0]})")
+    return _dataset(columns, path)
+
+
+def load_hub_examples(task, split, cache_dir=None):
+    """Load a split of GLUE from the hub, with the columns of `read_examples`.
+
+    Raises `GlueError` when it can neither be downloaded nor found in the cache, or has other labels.
+    """
+    _check_split(task, split)
+    hub_split = split.replace("dev", "validation")
+    where = f"{HUB_NAME} ({task.hub_config}, {hub_split})"
+    try:
+        hub = datasets.load_dataset(HUB_NAME, task.hub_config, split=hub_split, cache_dir=cache_dir)
+    except Exception as error:  # no network, offline mode, missing cache: each has its own type, some of httpx
+        raise GlueError(
+            f"{where}: cannot be loaded from the hub ({one_line(error)}); pass local files with --data_dir"
+        ) from error
+    texts = [list(hub[column]) for column in task.hub_columns or task.text_columns]
+    columns = {"text_a": texts[0], "text_b": texts[1] if len(texts) > 1 else [None] * len(hub)}
+    if split in task.submissions:
+        columns["index"] = list(hub["idx"])
+    else:
+        columns["index"] = list(range(len(hub)))
+        labels = list(hub["label"])
+        if not task.is_regression:
+            names = hub.features["label"].names
+            labels = [names[label] if label >= 0 else label for label in labels]
+        parse_label = _label_parser(task)
+        columns["label"] = [parse_label(str(label), f"{where}, row {row}") for row, label in enumerate(labels)]
+    return _dataset(columns, where)
+
+
+def custom_files(data_dir, needed=("train", "dev")):
+    """The files train, dev and test with the suffix .tsv, .csv or .jsonl: {split: path}, as far as there are.
+
+    Raises `GlueError` when a `needed` one is missing, or when there are two for a split.
+    """
+    files = {}
+    for split in ("train", "dev", "test"):
+        found = [path for suffix in CUSTOM_SUFFIXES if (path := Path(data_dir) / f"{split}{suffix}").is_file()]
+        if len(found) > 1:
+            raise GlueError(f"{data_dir}: holds both {found[0].name} and {found[1].name}; keep one of them")
+        if found:
+            files[split] = found[0]
+        elif split in needed:
+            names = " or ".join(f"{split}{suffix}" for suffix in CUSTOM_SUFFIXES)
+            raise GlueError(f"{data_dir}: holds no {names}; check --data_dir")
+    return files
+
+
+def read_custom_examples(path, *, text_column, text_pair_column=None, label_column=None, labels=None, regression=False):
+    """Read a .tsv, .csv (with the usual quoting) or .jsonl file of a task of one's own.
+
+    Returns (examples with the columns of `read_examples`, label names). The names are `labels`, which the
+    file's must be among, or else those that occur in it, sorted. Labels may be strings, whole numbers or
+    booleans, and are names in any case; with `regression` they are numbers, and there are no names: ().
+    Without a `label_column` the examples have no label. Raises `GlueError` for whatever is wrong with the file.
+    """
+    wanted = [name for name in (text_column, text_pair_column, label_column) if name]
+    if len(set(wanted)) < len(wanted):
+        raise GlueError("--text_column, --text_pair_column and --label_column must name different columns")
+    columns = collections.defaultdict(list)
+    places = []
+    for where, record in _custom_rows(Path(path), wanted):
+        columns["index"].append(len(columns["index"]))
+        columns["text_a"].append(_text(record, text_column, where))
+        columns["text_b"].append(_text(record, text_pair_column, where) if text_pair_column else None)
+        if label_column:
+            columns["label"].append(_label_text(record, label_column, where, regression))
+            places.append(where)
+    if label_column:
+        if not regression and not labels:
+            labels = sorted(set(columns["label"]))
+            if len(labels) == 1:
+                raise GlueError(f"{path}: has the label {labels[0]!r} alone; a classification needs at least two")
+        parse_label = _label_parser(custom_task(() if regression else labels))
+        columns["label"] = [parse_label(label, where) for label, where in zip(columns["label"], places)]
+    return _dataset(columns, path), () if regression else tuple(labels or ())
+
+
+def _dataset(columns, where):
+    if not columns["text_a"]:
+        raise GlueError(f"{where}: holds no examples; give a file with examples")
+    kinds = {name: Value("string") for name in ("text_a", "text_b")} | {"index": Value("int64")}
+    if "label" in columns:
+        kinds["label"] = Value("float64" if isinstance(columns["label"][0], float) else "int64")
+    order = [name for name in ("index", "text_a", "text_b", "label") if name in kinds]
+    return Dataset.from_dict(
+        {name: columns[name] for name in order}, features=Features({name: kinds[name] for name in order})
+    )
+
+
+def _check_split(task, split):
+    if split not in task.splits:
+        raise GlueError(f"{task.name} has no split {split}; its splits are {', '.join(task.splits)}")
+
+
+def _split_file(task, data_dir, split):
+    _check_split(task, split)
+    folder, name = Path(data_dir), "diagnostic.tsv" if task.name == "ax" else f"{split}.tsv"
+    if not (folder / name).exists():
+        if not folder.is_dir():
+            raise GlueError(f"{folder / name}: cannot be read, there is no folder {folder}; check --data_dir")
+        below = [f for f in folder.iterdir() if _plain(f.name) == task.hub_config and (f / name).is_file()]
+        hint = f"did you mean --data_dir {below[0]}?" if below else f"check --data_dir and --task_name {task.name}"
+        raise GlueError(f"{folder / name}: there is no file {name} in the folder {folder}; {hint}")
+    return folder / name
+
+
+def _lines(path):
+    """Yield (number from 1, text) of each line. Only \\n and \\r\\n end one: all else may stand in a text."""
+    number = 0
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield number, text.removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise GlueError(f"{path}:{number}: is not UTF-8 ({error.reason}); convert the file") from error
+    except OSError as error:
+        raise GlueError(f"{path}: cannot be read ({error.strerror or error}); check --data_dir") from error
+    if not number:
+        raise GlueError(f"{path}: is empty; give a file with examples")
+
+
+def _tsv_rows(path):
+    for line, text in _lines(path):
+        if text:
+            yield line, text.split("\t")
+
+
+def _csv_rows(path):
+    reader = csv.reader((f"{text}\n" for _, text in _lines(path)), strict=True)
+    try:
+        for fields in reader:
+            if fields:
+                yield reader.line_num, fields
+    except csv.Error as error:
+        raise GlueError(f"{path}:{reader.line_num}: is not CSV ({error}); check the quotes") from error
+
+
+def _header(path, rows):
+    header = next(rows, (0, None))[1]
+    if header is None:
+        raise GlueError(f"{path}: is empty; give a file with examples")
+    return header
+
+
+def _places(path, header, wanted):
+    for name in wanted:
+        if header.count(name) != 1:
+            problem = "two columns" if name in header else "no column"
+            raise GlueError(
+                f"{path}: the header, its first line, has {problem} {name}; "
+                f"expected: {_listed(wanted)}; found: {_listed(header)}"
+            )
+    return [header.index(name) for name in wanted]
+
+
+def _wrong_width(where, fields, header):
+    return GlueError(f"{where}: has {len(fields)} fields, but there are {len(header)} columns; correct the row")
+
+
+def _custom_rows(path, wanted):
+    """Yield (place in the file, {column: value}) of each row."""
+    if path.suffix == ".jsonl":
+        for line, text in _lines(path):
+            if text.strip():
+                yield f"{path}:{line}", _json_record(text, f"{path}:{line}", wanted)
+        return
+    rows = _csv_rows(path) if path.suffix == ".csv" else _tsv_rows(path)
+    header = _header(path, rows)
+    places = _places(path, header, wanted)
+    for line, fields in rows:
+        if len(fields) != len(header):
+            raise _wrong_width(f"{path}:{line}", fields, header)
+        yield f"{path}:{line}", {name: fields[place] for name, place in zip(wanted, places)}
+
+
+def _json_record(text, where, wanted):
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise GlueError(f"{where}: is not JSON ({error}); each line must be one object") from error
+    if not isinstance(record, dict):
+        raise GlueError(f'{where}: must be an object like {{"{wanted[0]}": ...}}; correct it')
+    for name in wanted:
+        if name not in record:
+            raise GlueError(f"{where}: has no column {name}; expected: {_listed(wanted)}; found: {_listed(record)}")
+    return record
+
+
+def _text(record, column, where):
+    text = record[column]
+    if not isinstance(text, str):
+        raise GlueError(f"{where}: {column} must be a text, not {json.dumps(text)[:40]}; correct it")
+    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+        raise GlueError(f"{where}: {column} holds half a surrogate pair, which is no text; correct it")
+    return text
+
+
+def _label_text(record, column, where, regression):
+    label = record[column]
+    if isinstance(label, float) and not regression:
+        raise GlueError(f"{where}: {column} is {label}, but only a regression has fractions as labels; correct it")
+    if not isinstance(label, (int, float)):  # a bool is an int
+        label = " ".join(_text(record, column, where).split())
+        if not label:
+            raise GlueError(f"{where}: {column} is empty; correct it")
+    return str(label)
+
+
+def _label_parser(task):
+    """A function (text of a label, its place) -> class index, or number in a regression."""
+    if task.is_regression:
+        return functools.partial(_number, limits=task.score_range)
+    indices = {name: index for index, name in enumerate(task.labels)}
+    if task.numbered:
+        indices |= {str(index): index for index in range(len(task.labels))}
+
+    def parse(label, where):
+        if label not in indices:
+            raise GlueError(f"{where}: the label {_listed([label])!r} is not one of {_listed(indices)}; correct it")
+        return indices[label]
+
+    return parse
+
+
+def _number(label, where, limits):
+    try:
+        number = float(label)
+    except ValueError:
+        number = math.nan
+    low, high = limits or (-math.inf, math.inf)
+    if not (math.isfinite(number) and low <= number <= high):
+        kind = f"a number from {low:g} to {high:g}" if limits else "a finite number"
+        raise GlueError(f"{where}: the label {_listed([label])!r} is not {kind}; correct it")
+    return number
+
+
+def _index(text, where):
+    try:
+        index = int(text)
+    except ValueError:
+        index = -1
+    if not 0 <= index < 2**63:
+        raise GlueError(f"{where}: the index {_listed([text])!r} is not a whole number; correct it")
+    return index
+
+
+# ---------------------------------------------------------------------------------------- features
+
+
+def build_features(examples, tokenizer, *, max_seq_length, num_proc=1, cache_dir=None, overwrite_cache=False):
+    """Turn examples into features, one for each, of at most `max_seq_length` tokens.
+
+    Returns a `Dataset` whose rows are in the order of the examples: input_ids (list of `length` int32,
+    unpadded), length, second_start (index of the first token of text_b: token types are 0 before it, 1 from it
+    on; `length` for a single sentence) and, where the examples have one, label. Of too long a pair the longer
+    text loses tokens at its end, as by `truncation="longest_first"` of transformers.
+
+    The result is cached in `<cache_dir>/movement_pruning/glue-<hash of everything it depends on>`
+    (`cache_dir=None`: that of `datasets`). `num_proc` processes give the same rows as one.
+    Raises `GlueError` for a slow tokenizer, or a length that leaves no room for the texts.
+    """
+    backend = fast_backend(tokenizer, GlueError)
+    if not len(examples):
+        raise GlueError("there is no example to make features of; check the data file")
+    texts = 1 if examples[0]["text_b"] is None else 2
+    least = backend.num_special_tokens_to_add(is_pair=texts == 2) + texts
+    if max_seq_length < least:
+        raise GlueError(f"--max_seq_length is {max_seq_length}, but must be at least {least} for this task")
+    backend.enable_truncation(max_seq_length, strategy="longest_first", direction=tokenizer.truncation_side)
+    columns = [name for name in ("text_a", "text_b", "label") if name in examples.column_names]
+    return cached_map(
+        examples,
+        functools.partial(_featurize, backend=backend),
+        columns,
+        name="glue",
+        key=content_hash([FEATURES_VERSION, backend.to_str()], examples.select_columns(columns).iter(batch_size=1000)),
+        is_complete=lambda features: len(features) == len(examples),
+        num_proc=num_proc,
+        cache_dir=cache_dir,
+        overwrite_cache=overwrite_cache,
+    )
+
+
+def _featurize(texts_a, texts_b, labels=None, *, backend):
+    """One batch of examples -> a table of features."""
+    encodings = backend.encode_batch_fast([a if b is None else (a, b) for a, b in zip(texts_a, texts_b)])
+    lengths = [len(encoding) for encoding in encodings]
+    tokens = itertools.chain.from_iterable(encoding.ids for encoding in encodings)
+    table = {
+        "input_ids": ragged([np.fromiter(tokens, np.int32, sum(lengths))], lengths),
+        "length": pa.array(lengths, pa.int32()),
+        "second_start": pa.array([len(encoding) - sum(encoding.type_ids) for encoding in encodings], pa.int32()),
+    }
+    if labels is not None:
+        table["label"] = pa.array(labels)
+    return pa.table(table)
+
+
+def collate(features, pad_token_id, multiple_of=8):
+    """Pad features to the longest of the batch, rounded up to a multiple of `multiple_of` tokens.
+
+    Returns int64 tensors: input_ids, attention_mask and token_type_ids (batch, tokens), and, where the
+    features have a label, labels (batch,): int64 class indices, or float32 for a regression.
+    """
+    second_starts = [feature["second_start"] for feature in features]
+    batch = pad_batch(features, second_starts, pad_token_id, multiple_of)
+    if "label" in features[0]:
+        labels = [feature["label"] for feature in features]
+        batch["labels"] = torch.tensor(labels, dtype=torch.float32 if isinstance(labels[0], float) else torch.int64)
+    return batch
+
+
+# ----------------------------------------------------------------------------------------- metrics
+
+
+def glue_metrics(task, logits, labels):
+    """The metrics of `task.metrics` as plain floats: fractions of 1, correlations from -1 to 1.
+
+    logits: (examples, labels of the task, in its order), or (examples, 1) or (examples,) for a regression.
+    labels: (examples,), as in the examples. F1 is that of the second label. A correlation that is not defined,
+    as where all predictions are equal, is 0.0, with a warning.
+    """
+    logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
+    if task.is_regression:
+        scores = logits.reshape(len(labels))
+        pearson = _correlation("pearson", pearsonr, scores, labels)
+        spearman = _correlation("spearmanr", spearmanr, scores, labels)
+        return {"pearson": pearson, "spearmanr": spearman, "corr": (pearson + spearman) / 2}
+    predictions = logits.argmax(axis=1)
+    if task.key_metric == "mcc":
+        return {"mcc": float(matthews_corrcoef(labels, predictions))}
+    metrics = {"acc": float(accuracy_score(labels, predictions))}
+    if "f1" in task.metrics:
+        metrics["f1"] = float(f1_score(labels, predictions, zero_division=0.0))
+        metrics["acc_and_f1"] = (metrics["acc"] + metrics["f1"]) / 2
+    return metrics
+
+
+def _correlation(name, correlate, scores, labels):
+    constant = [what for what, values in (("predictions", scores), ("labels", labels)) if np.ptp(values) == 0]
+    value = math.nan
+    if not constant and np.isfinite(scores).all():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of nearly constant predictions: there is a value all the same
+            value = float(correlate(scores, labels).statistic)
+    if math.isfinite(value):
+        return value
+    reason = f"all {constant[0]} are equal" if constant else "the predictions are not finite or out of scale"
+    logger.warning(f"{name} is not defined, because {reason}; it counts as 0.0")
+    return 0.0
+
+
+def mean_entropy(logits):
+    """Entropy of the predicted distribution over the labels, in nats, averaged over the examples.
+
+    logits: (examples, labels). From 0, where every prediction is certain, to log(labels).
+    """
+    return float(entr(softmax(np.asarray(logits, np.float64), axis=1)).sum(axis=1).mean())
+
+
+# ------------------------------------------------------------------------------------- predictions
+
+
+def write_predictions(task, split, examples, logits, folder):
+    """Write the predictions for a test split in GLUE's submission format; returns the path of the file.
+
+    A line for each example: its index, a tab, and its label (a number where GLUE wants one); scores lie in the
+    task's range. logits are those of `glue_metrics`. The file is written whole or not at all.
+    Raises `GlueError` when a score is not finite.
+    """
+    logits = np.asarray(logits, np.float64)
+    if task.is_regression:
+        scores = logits.reshape(len(examples))
+        if not np.isfinite(scores).all():
+            raise GlueError(f"not all predictions for {task.name} are finite numbers; check the model")
+        predictions = [f"{score:.3f}" for score in np.clip(scores, *(task.score_range or (None, None)))]
+    else:
+        names = range(len(task.labels)) if task.numbered else task.labels
+        predictions = [names[index] for index in logits.argmax(axis=1)]
+    lines = [f"{index}\t{text}\n" for index, text in zip(examples["index"], predictions, strict=True)]
+    path = Path(folder) / task.submissions[split]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text("".join(["index\tprediction\n", *lines]), encoding="utf-8")
+    os.replace(aside, path)
+    return path

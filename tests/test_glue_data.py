@@ -1,0 +1,828 @@
+"""GLUE data: every task's files, every refusal, custom files, features, cache, metrics and submissions."""
+
+import json
+import logging
+import math
+import re
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Value
+from transformers import BertTokenizerFast
+
+from emmental.data import features as shared
+from emmental.data import glue
+from emmental.data.glue import (
+    TASKS,
+    GlueError,
+    build_features,
+    collate,
+    custom_files,
+    custom_task,
+    find_task,
+    glue_metrics,
+    label_order,
+    load_hub_examples,
+    mean_entropy,
+    read_custom_examples,
+    read_examples,
+    write_predictions,
+)
+
+PARSES = "sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse"
+MNLI = f"index promptID pairID genre {PARSES} sentence1 sentence2"
+STSB = "index genre filename year old_index source1 source2 sentence1 sentence2"
+PAIR = ["sentence1", "sentence2"]
+STRINGS = ["#1 String", "#2 String"]
+# Official headers of the labelled and of the test files, text columns, label column, labels as they stand there.
+LAYOUTS = {
+    "cola": (["source", "label", "mark", "sentence"], ["index", "sentence"], ["sentence"], "label", "01"),
+    "sst-2": (["sentence", "label"], ["index", "sentence"], ["sentence"], "label", "01"),
+    "mrpc": (["Quality", "#1 ID", "#2 ID", *STRINGS], ["index", "#1 ID", "#2 ID", *STRINGS], STRINGS, "Quality", "01"),
+    "sts-b": ([*STSB.split(), "score"], STSB.split(), PAIR, "score", ["0.000", "5.000", "3.25"]),
+    "qqp": (
+        ["id", "qid1", "qid2", "question1", "question2", "is_duplicate"],
+        ["id", "question1", "question2"],
+        ["question1", "question2"],
+        "is_duplicate",
+        "01",
+    ),
+    "mnli": (
+        [*MNLI.split(), "label1", "gold_label"],
+        MNLI.split(),
+        PAIR,
+        "gold_label",
+        ["contradiction", "entailment", "neutral"],
+    ),
+    "qnli": (
+        ["index", "question", "sentence", "label"],
+        ["index", "question", "sentence"],
+        ["question", "sentence"],
+        "label",
+        ["entailment", "not_entailment"],
+    ),
+    "rte": (["index", *PAIR, "label"], ["index", *PAIR], PAIR, "label", ["entailment", "not_entailment"]),
+    "wnli": (["index", *PAIR, "label"], ["index", *PAIR], PAIR, "label", "01"),
+}
+LAYOUTS["mnli-mm"] = LAYOUTS["ax"] = LAYOUTS["mnli"]
+# Text with what splits lines or fields elsewhere: quotes, separators of Unicode, controls, a lone \r.
+ODD = "Say \"it, 'é' \u2028\x85\x0b\x0c\x1c\r 漢😀, \""
+HUB_NAMES = {
+    "cola": ["unacceptable", "acceptable"], "sst2": ["negative", "positive"],
+    "mrpc": ["not_equivalent", "equivalent"], "qqp": ["not_duplicate", "duplicate"],
+    "mnli": ["entailment", "neutral", "contradiction"], "ax": ["entailment", "neutral", "contradiction"],
+    "qnli": ["entailment", "not_entailment"], "rte": ["entailment", "not_entailment"],
+    "wnli": ["not_entailment", "entailment"],
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """No test sees the cache of another, nor that of the user."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    shared.warn_once.cache_clear()
+    return tmp_path / "cache" / "movement_pruning"
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def table(header, rows, newline="\n"):
+    return "".join("\t".join(fields) + newline for fields in ([header] if header else []) + rows)
+
+
+def labelled_rows(name, texts=None):
+    """Three rows of the task's training file, and the examples they hold."""
+    header, _, columns, label_column, labels = LAYOUTS[name]
+    texts = texts or [[f"{column} of row {row}" for column in columns] for row in range(3)]
+    values = [labels[row % len(labels)] for row in range(3)]
+    rows = [
+        [dict(zip(columns, texts[row]), **{label_column: values[row]}).get(column, f"x{row}") for column in header]
+        for row in range(3)
+    ]
+    parsed = [float(value) for value in values] if name == "sts-b" else [row % len(labels) for row in range(3)]
+    wanted = [
+        {"index": row, "text_a": text[0], "text_b": text[1] if len(text) > 1 else None, "label": label}
+        for row, (text, label) in enumerate(zip(texts, parsed))
+    ]
+    return rows, wanted
+
+
+def refused(call, *parts):
+    with pytest.raises(GlueError) as error:
+        call()
+    message = str(error.value)
+    assert "\n" not in message
+    for part in parts:
+        assert str(part) in message, message
+
+
+# ------------------------------------------------------------------------------------------- tasks
+
+
+def test_tasks():
+    assert " ".join(TASKS) == "cola sst-2 mrpc sts-b qqp mnli mnli-mm qnli rte wnli ax"
+    assert TASKS["mnli"].labels == TASKS["ax"].labels == ("contradiction", "entailment", "neutral")
+    assert {name for name, task in TASKS.items() if task.is_regression} == {"sts-b"}
+    assert TASKS["mnli"].splits == ("train", "dev_matched", "dev_mismatched", "test_matched", "test_mismatched")
+    assert TASKS["mnli-mm"].splits == ("train", "dev_mismatched", "test_mismatched")
+    assert TASKS["ax"].splits == ("test",) and TASKS["rte"].splits == ("train", "dev", "test")
+    keys = {"cola": "mcc", "mrpc": "acc_and_f1", "qqp": "acc_and_f1", "sts-b": "corr"}
+    assert {name: task.key_metric for name, task in TASKS.items()} == {name: keys.get(name, "acc") for name in TASKS}
+
+
+@pytest.mark.parametrize(
+    "spelling, name",
+    [("SST-2", "sst-2"), ("sst2", "sst-2"), ("STSB", "sts-b"), ("sts_b", "sts-b"), ("mnli_mm", "mnli-mm"),
+     ("MNLI-MM", "mnli-mm"), ("CoLA", "cola"), ("AX", "ax")],
+)  # fmt: skip
+def test_find_task(spelling, name):
+    assert find_task(spelling) is TASKS[name]
+
+
+def test_unknown_task():
+    refused(lambda: find_task("sst3"), "--task_name sst3", "did you mean sst-2?", "cola, sst-2, mrpc")
+    refused(lambda: find_task("zzz"), "--task_name zzz: is not one of cola")
+
+
+# ---------------------------------------------------------------------------------------- examples
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "ax"])
+def test_reads_labelled_files(tmp_path, name, newline, caplog):
+    task = TASKS[name]
+    header, _, columns, _, _ = LAYOUTS[name]
+    texts = [[f"{ODD} {column} {row}" for column in columns] for row in range(3)]
+    rows, wanted = labelled_rows(name, texts)
+    content = table(None if name == "cola" else header, rows, newline)
+    for number, split in enumerate(["train", *task.evaluation_splits]):
+        # The last line of CoLA's dev.tsv has no end; MRPC's files start with a byte order mark.
+        text = content.removesuffix(newline) if number else content
+        write(tmp_path / f"{split}.tsv", ("\ufeff" if name == "mrpc" else "") + text)
+        examples = read_examples(task, tmp_path, split)
+        assert list(examples) == wanted
+        assert examples.features["index"] == Value("int64") and examples.features["text_b"] == Value("string")
+        assert examples.features["label"] == Value("float64" if name == "sts-b" else "int64")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_reads_test_files(tmp_path, name):
+    task = TASKS[name]
+    _, header, columns, _, _ = LAYOUTS[name]
+    row = {column: f"{ODD} {column}" for column in columns} | {header[0]: "17"}
+    content = ("\ufeff" if name == "mrpc" else "") + table(header, [[row.get(column, "x") for column in header]])
+    for split in task.submissions:
+        write(tmp_path / ("diagnostic.tsv" if name == "ax" else f"{split}.tsv"), content)
+        (example,) = examples = read_examples(task, tmp_path, split)
+        texts = [row[column] for column in columns]
+        assert example == {"index": 17, "text_a": texts[0], "text_b": texts[1] if texts[1:] else None}
+        assert "label" not in examples.column_names
+
+
+def test_columns_are_found_by_name_and_labels_by_name_too(tmp_path):
+    header = ["extra", "label", "sentence2", "sentence1"]
+    write(tmp_path / "train.tsv", table(header, [["", "entailment", "b", "a"], ["", "1", "d", "c"]]))
+    examples = read_examples(TASKS["wnli"], tmp_path, "train")
+    assert list(examples) == [
+        {"index": 0, "text_a": "a", "text_b": "b", "label": 1},
+        {"index": 1, "text_a": "c", "text_b": "d", "label": 1},
+    ]
+    write(tmp_path / "train.tsv", table(["sentence", "label"], [["x", "negative"], ["", "positive"]]))
+    assert list(read_examples(TASKS["sst-2"], tmp_path, "train")["label"]) == [0, 1]
+    assert list(read_examples(TASKS["sst-2"], tmp_path, "train")["text_a"]) == ["x", ""]
+
+
+def test_a_test_file_without_index_is_numbered(tmp_path):
+    write(tmp_path / "test.tsv", table(["sentence"], [["x"], ["y"]]))
+    assert list(read_examples(TASKS["sst-2"], tmp_path, "test")["index"]) == [0, 1]
+
+
+def test_short_rows_of_qqp(tmp_path, caplog):
+    header, test_header = LAYOUTS["qqp"][:2]
+    rows = [["1", "1", "2", "a", "b", "0"], ["2", "1", "2", "half"], ["3", "1", "2", "c", "d", "1"], ["4"]]
+    for split in ("train", "dev"):
+        caplog.clear()
+        write(tmp_path / f"{split}.tsv", table(header, rows))
+        assert list(read_examples(TASKS["qqp"], tmp_path, split)["text_a"]) == ["a", "c"]
+        (record,) = caplog.records
+        said = f"{split}.tsv: rows with too few fields, which are skipped: 2 (the first in line 3)"
+        assert record.levelno == logging.WARNING and said in record.message
+    caplog.clear()
+    write(tmp_path / "test.tsv", table(test_header, [["0", "a", "b"], ["1", "c"], ["2"]]))
+    assert list(read_examples(TASKS["qqp"], tmp_path, "test")) == [
+        {"index": 0, "text_a": "a", "text_b": "b"},
+        {"index": 1, "text_a": "c", "text_b": ""},
+        {"index": 2, "text_a": "", "text_b": ""},
+    ]
+    assert "rows with too few fields, which get empty texts: 2 (the first in line 3)" in caplog.text
+    write(tmp_path / "test.tsv", table(test_header, [["0", "a", "b"], ["the rest of a question?"]]))
+    refused(lambda: read_examples(TASKS["qqp"], tmp_path, "test"), "test.tsv:3", "'the rest of a question?'")
+
+
+def test_fields_in_excess_are_ignored_with_a_warning(tmp_path, caplog):
+    write(tmp_path / "dev.tsv", table(["sentence", "label"], [["x", "0", "more"], ["y", "1"]]))
+    assert list(read_examples(TASKS["sst-2"], tmp_path, "dev")["label"]) == [0, 1]
+    assert "rows with too many fields, of which the last are ignored: 1 (the first in line 2)" in caplog.text
+
+
+SST = "sentence\tlabel\n"
+RTE = "index\tsentence1\tsentence2\tlabel\n"
+STS = f"{STSB} score".replace(" ", "\t") + "\n"
+MNLI_ROW = "\t".join(["x"] * 11)
+MNLI_HEADER = f"{MNLI} label1 gold_label".replace(" ", "\t") + "\n"
+
+
+def sts_row(score):
+    return STS + "\t".join([*["x"] * 9, "1.0"]) + "\n" + "\t".join([*["x"] * 9, score]) + "\n"
+
+
+@pytest.mark.parametrize(
+    "name, content, parts",
+    [
+        ("sst-2", "", ["dev.tsv: is empty"]),
+        ("sst-2", "\ufeff\n\n", ["dev.tsv: is empty"]),
+        ("cola", "", ["dev.tsv: is empty"]),
+        ("cola", "\n", ["dev.tsv: holds no examples"]),
+        ("sst-2", SST, ["dev.tsv: holds no examples"]),
+        ("sst-2", b"sentence\tlabel\nok\t1\ncaf\xe9\t1\n", ["dev.tsv:3: is not UTF-8", "convert"]),
+        ("sst-2", "fine film\t1\n", ["header", "no column sentence; expected: sentence, label; found: fine film, 1"]),
+        ("sst-2", "sentence\tlabels\nx\t1\n", ["no column label", "found: sentence, labels"]),
+        ("sst-2", "label\tsentence\tlabel\n1\tx\t1\n", ["two columns label"]),
+        ("mrpc", f"Quality\t{STRINGS[0]}\n1\tx\n", ["no column #2 String", "expected: #1 String, #2 String, Quality"]),
+        ("sst-2", SST + "ok\t1\nshort\n", ["dev.tsv:3: has 1 fields, but there are 2 columns"]),
+        ("cola", "gj04\t1\t\tok\ngj04\t1\n", ["dev.tsv:2: has 2 fields, but there are 4"]),
+        ("sst-2", SST + "ok\t1\nx\t2\n", ["dev.tsv:3: the label '2' is not one of negative, positive, 0, 1"]),
+        ("sst-2", SST + "ok\t1\n\nx\t\n", ["dev.tsv:4: the label ''"]),
+        ("cola", "source\tlabel\tmark\tsentence\n", ["dev.tsv:1: the label 'label' is not one of unacceptable"]),
+        ("rte", RTE + "0\ta\tb\t0\n", ["dev.tsv:2: the label '0' is not one of entailment, not_entailment"]),
+        ("rte", RTE + "0\ta\tb\tneutral\n", ["dev.tsv:2: the label 'neutral'"]),
+        ("mnli", MNLI_HEADER + f"{MNLI_ROW}\t-\n", ["dev_matched.tsv:2: the label '-' is not one of contradiction"]),
+        ("sts-b", sts_row("good"), ["dev.tsv:3: the label 'good' is not a number from 0 to 5"]),
+        ("sts-b", sts_row(""), ["dev.tsv:3: the label ''"]),
+        ("sts-b", sts_row("nan"), ["dev.tsv:3: the label 'nan'"]),
+        ("sts-b", sts_row("inf"), ["dev.tsv:3: the label 'inf'"]),
+        ("sts-b", sts_row("5.001"), ["dev.tsv:3: the label '5.001'"]),
+        ("sts-b", sts_row("-0.1"), ["dev.tsv:3: the label '-0.1'"]),
+    ],
+)
+def test_refuses_bad_files(tmp_path, name, content, parts):
+    split = TASKS[name].evaluation_splits[0]
+    write(tmp_path / f"{split}.tsv", content)
+    refused(lambda: read_examples(TASKS[name], tmp_path, split), tmp_path, *parts)
+
+
+@pytest.mark.parametrize("index", ["", "x", "-1", "1.5", str(2**63)])
+def test_refuses_a_bad_index(tmp_path, index):
+    write(tmp_path / "test.tsv", f"index\tsentence\n0\ta\n{index}\tb\n")
+    refused(lambda: read_examples(TASKS["sst-2"], tmp_path, "test"), "test.tsv:3: the index", "not a whole number")
+
+
+def test_refuses_missing_files_and_splits(tmp_path):
+    task = TASKS["sst-2"]
+    missing = tmp_path / "nowhere"
+    refused(lambda: read_examples(task, missing, "dev"), missing / "dev.tsv", f"no folder {missing}", "--data_dir")
+    refused(lambda: read_examples(task, tmp_path, "dev"), "no file dev.tsv in the folder", tmp_path, "--task_name")
+    (tmp_path / "SST-2").mkdir()
+    write(tmp_path / "SST-2" / "dev.tsv", SST + "x\t1\n")
+    refused(lambda: read_examples(task, tmp_path, "dev"), f"did you mean --data_dir {tmp_path / 'SST-2'}?")
+    (tmp_path / "train.tsv").mkdir()
+    refused(lambda: read_examples(task, tmp_path, "train"), "train.tsv: cannot be read (Is a directory)")
+    refused(lambda: read_examples(task, tmp_path, "dev_matched"), "no split dev_matched", "train, dev, test")
+    refused(lambda: read_examples(TASKS["ax"], tmp_path, "train"), "ax has no split train", "are test")
+    refused(lambda: load_hub_examples(TASKS["ax"], "train"), "ax has no split train")
+
+
+# --------------------------------------------------------------------------------------------- hub
+
+
+def hub_data(task, labels):
+    columns = task.hub_columns or task.text_columns
+    label = Value("float32") if task.is_regression else ClassLabel(names=HUB_NAMES[task.hub_config])
+    rows = {column: [f"{column} {row}" for row in range(len(labels))] for column in columns}
+    rows |= {"label": labels, "idx": [40 + row for row in range(len(labels))]}
+    kinds = {column: Value("string") for column in columns} | {"label": label, "idx": Value("int32")}
+    return Dataset.from_dict(rows, features=Features(kinds))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Put a data set in the place of the hub; returns what it was asked for."""
+
+    def put(data):
+        calls = []
+        monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: calls.append((args, kwargs)) or data)
+        return calls
+
+    return put
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "ax"])
+def test_hub(hub, name):
+    task = TASKS[name]
+    labels = [2.5, 0.0, 5.0] if task.is_regression else list(range(len(task.labels)))
+    calls = hub(hub_data(task, labels))
+    for split in ("train", *task.evaluation_splits):
+        examples = load_hub_examples(task, split, cache_dir="somewhere")
+        wanted = {"split": split.replace("dev", "validation"), "cache_dir": "somewhere"}
+        assert calls.pop() == (("nyu-mll/glue", task.hub_config), wanted)
+        columns = task.hub_columns or task.text_columns
+        assert list(examples["text_a"]) == [f"{columns[0]} {row}" for row in range(len(labels))]
+        assert examples["text_b"][1] == (f"{columns[1]} 1" if columns[1:] else None)
+        assert list(examples["index"]) == list(range(len(labels)))
+        got = list(examples["label"])
+        assert got == labels if task.is_regression else [task.labels[i] for i in got] == HUB_NAMES[task.hub_config]
+
+
+def test_hub_numbering_of_mnli_is_not_that_of_the_task(hub):
+    hub(hub_data(TASKS["mnli"], [0, 1, 2]))
+    assert list(load_hub_examples(TASKS["mnli"], "train")["label"]) == [1, 2, 0]
+
+
+@pytest.mark.parametrize("name", ["cola", "sts-b", "mnli", "mnli-mm", "ax"])
+def test_hub_test_splits_have_no_label(hub, name):
+    task = TASKS[name]
+    calls = hub(hub_data(task, [-1, -1]))
+    for split in task.submissions:
+        examples = load_hub_examples(task, split)
+        assert "label" not in examples.column_names and list(examples["index"]) == [40, 41]
+        assert calls.pop()[1]["split"] == split
+
+
+def test_hub_and_files_give_the_same_columns(tmp_path, hub):
+    for name in ("sst-2", "sts-b"):
+        write(tmp_path / "train.tsv", table(LAYOUTS[name][0], labelled_rows(name)[0]))
+        hub(hub_data(TASKS[name], [1, 0]))
+        local = read_examples(TASKS[name], tmp_path, "train")
+        assert load_hub_examples(TASKS[name], "train").features == local.features
+
+
+def test_hub_refusals(hub, monkeypatch):
+    hub(hub_data(TASKS["rte"], [0, -1]))
+    refused(lambda: load_hub_examples(TASKS["rte"], "dev"), "nyu-mll/glue (rte, validation), row 1: the label '-1'")
+    hub(hub_data(TASKS["wnli"], [0, 1]).cast_column("label", ClassLabel(names=["no", "yes"])))
+    refused(lambda: load_hub_examples(TASKS["wnli"], "train"), "row 0: the label 'no' is not one of not_entailment")
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no\nroute")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    refused(lambda: load_hub_examples(TASKS["sst-2"], "train"),
+            "nyu-mll/glue (sst2, train): cannot be loaded from the hub (ConnectionError: no route)", "--data_dir")  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------ custom tasks
+
+NAMES = {"text_column": "a", "text_pair_column": "b", "label_column": "y"}
+
+
+def test_custom_files(tmp_path):
+    refused(lambda: custom_files(tmp_path), tmp_path, "holds no train.tsv or train.csv or train.jsonl")
+    for name in ("train.csv", "dev.jsonl"):
+        write(tmp_path / name, "")
+    assert custom_files(tmp_path) == {"train": tmp_path / "train.csv", "dev": tmp_path / "dev.jsonl"}
+    refused(lambda: custom_files(tmp_path, needed=("test",)), "holds no test.tsv")
+    write(tmp_path / "test.tsv", "")
+    assert custom_files(tmp_path, needed=())["test"] == tmp_path / "test.tsv"
+    write(tmp_path / "train.tsv", "")
+    refused(lambda: custom_files(tmp_path), "holds both train.tsv and train.csv; keep one")
+
+
+CUSTOM = {
+    "x.tsv": 'y\tb\tz\ta\nyes\tp "q\t\tsay "hi, there\nno\t\t\tline \u2028 two\n',
+    "x.csv": '\ufeffy,b,z,a\r\nyes,"p ""q",,"say ""hi, there"\r\n\r\n no ,,,line \u2028 two\r\n',
+    "x.jsonl": '{"y": "yes", "a": "say \\"hi, there", "b": "p \\"q", "z": []}\n\n'
+    '{"y": "no", "a": "line \u2028 two", "b": ""}\n',
+}
+
+
+@pytest.mark.parametrize("name", CUSTOM)
+def test_custom_examples(tmp_path, name):
+    path = write(tmp_path / name, CUSTOM[name])
+    examples, labels = read_custom_examples(path, **NAMES)
+    assert labels == ("no", "yes")
+    assert list(examples) == [
+        {"index": 0, "text_a": 'say "hi, there', "text_b": 'p "q', "label": 1},
+        {"index": 1, "text_a": "line \u2028 two", "text_b": "", "label": 0},
+    ]
+    examples, labels = read_custom_examples(path, **NAMES, labels=["yes", "maybe", "no"])
+    assert labels == ("yes", "maybe", "no") and list(examples["label"]) == [0, 2]
+    examples, labels = read_custom_examples(path, text_column="a", labels=("no", "yes"))
+    assert labels == ("no", "yes") and list(examples["text_b"]) == [None, None]
+    assert "label" not in examples.column_names
+
+
+def test_csv_texts_may_hold_line_ends(tmp_path):
+    path = write(tmp_path / "x.csv", 'a,y\n"one\n\ntwo\rthree",0\nx,1\n')
+    examples, _ = read_custom_examples(path, text_column="a", label_column="y")
+    assert list(examples["text_a"]) == ["one\n\ntwo\rthree", "x"]
+    path = write(tmp_path / "x.csv", 'a,y\n"one\n\ntwo",0\nx,2\n')
+    refused(lambda: read_custom_examples(path, text_column="a", label_column="y", labels=["0", "1"]), "x.csv:5")
+
+
+def test_json_labels(tmp_path):
+    lines = [{"a": "x", "y": label} for label in (10, True, "1", " two\twords ", 9)]
+    path = write(tmp_path / "x.jsonl", "\n".join(map(json.dumps, lines)))
+    examples, labels = read_custom_examples(path, text_column="a", label_column="y")
+    assert labels == ("1", "10", "9", "True", "two words") and list(examples["label"]) == [1, 3, 0, 4, 2]
+
+
+def test_custom_regression(tmp_path):
+    arguments = {"text_column": "a", "label_column": "y", "regression": True}
+    lines = [{"a": "x", "y": label} for label in (10, -0.1, "1e3")]
+    path = write(tmp_path / "x.jsonl", "\n".join(map(json.dumps, lines)))
+    examples, labels = read_custom_examples(path, **arguments)
+    assert labels == () and list(examples["label"]) == [10.0, -0.1, 1000.0]
+    assert examples.features["label"] == Value("float64")
+    assert custom_task(labels).is_regression
+    for label in ('"many"', "NaN", "Infinity", "true", '"nan"'):
+        write(path, f'{{"a": "x", "y": {label}}}')
+        refused(lambda: read_custom_examples(path, **arguments), "x.jsonl:1: the label", "not a finite number")
+
+
+@pytest.mark.parametrize(
+    "name, content, parts",
+    [
+        ("x.tsv", "", ["x.tsv: is empty"]),
+        ("x.csv", "", ["x.csv: is empty"]),
+        ("x.jsonl", "", ["x.jsonl: is empty"]),
+        ("x.csv", "a,b,y\n", ["x.csv: holds no examples"]),
+        ("x.jsonl", "\n", ["x.jsonl: holds no examples"]),
+        ("x.csv", "a,y\nx,1\n", ["no column b; expected: a, b, y; found: a, y"]),
+        ("x.tsv", "a\tb\ty\nx\tz\n", ["x.tsv:2: has 2 fields, but there are 3"]),
+        ("x.tsv", "a\tb\ty\nx\tz\t1\t2\n", ["x.tsv:2: has 4 fields"]),
+        ("x.csv", 'a,b,y\n"x,z,1\nx,z,2\n', ["x.csv:3: is not CSV", "quotes"]),
+        ("x.csv", 'a,b,y\n"x"z,z,1\n', ["x.csv:2: is not CSV"]),
+        ("x.csv", "a,b,y\nx,z, \n", ["x.csv:2: y is empty"]),
+        ("x.csv", "a,b,y\nx,z,1\nx,z,1\n", ["x.csv: has the label '1' alone"]),
+        ("x.csv", b"a,b,y\nx,z,\xff\n", ["x.csv:2: is not UTF-8"]),
+        ("x.jsonl", '{"a": "x", "b": "z", "y": 1}\n{"a"', ["x.jsonl:2: is not JSON"]),
+        ("x.jsonl", "[" * 100_000, ["x.jsonl:1: is not JSON"]),
+        ("x.jsonl", '["x"]', ["x.jsonl:1: must be an object"]),
+        ("x.jsonl", '{"a": "x", "z": 1}', ["x.jsonl:1: has no column b; expected: a, b, y; found: a, z"]),
+        ("x.jsonl", '{"a": 3, "b": "z", "y": 1}', ["x.jsonl:1: a must be a text, not 3"]),
+        ("x.jsonl", '{"a": "x", "b": null, "y": 1}', ["x.jsonl:1: b must be a text, not null"]),
+        ("x.jsonl", '{"a": "x", "b": "\\ud83d", "y": 1}', ["x.jsonl:1: b holds half a surrogate pair"]),
+        ("x.jsonl", '{"a": "x", "b": "", "y": 0.5}', ["x.jsonl:1: y is 0.5, but only a regression"]),
+        ("x.jsonl", '{"a": "x", "b": "", "y": [1]}', ["x.jsonl:1: y must be a text, not [1]"]),
+        ("x.jsonl", '{"a": "x", "b": "", "y": null}', ["x.jsonl:1: y must be a text, not null"]),
+    ],
+)
+def test_refuses_bad_custom_files(tmp_path, name, content, parts):
+    path = write(tmp_path / name, content)
+    refused(lambda: read_custom_examples(path, **NAMES), path, *parts)
+
+
+def test_other_custom_refusals(tmp_path):
+    path = write(tmp_path / "x.csv", "a,b,y\nx,z,yes\nx,z,perhaps\n")
+    refused(lambda: read_custom_examples(path, **NAMES, labels=("no", "yes")),
+            "x.csv:3: the label 'perhaps' is not one of no, yes")  # fmt: skip
+    refused(lambda: read_custom_examples(path, text_column="a", label_column="a"), "different columns")
+    missing = tmp_path / "no.csv"
+    refused(lambda: read_custom_examples(missing, text_column="a"), missing, "cannot be read (No such file")
+
+
+# ---------------------------------------------------------------------------------------- features
+
+LONG = "ada lives in oslo and ben lives in rome . who lives in cairo , and where does dan live ?"
+TEXTS = [("ada lives in oslo .", "where does ada live ?"), (LONG, "no"), ("who ?", LONG), (LONG, LONG), ("", ""),
+         ("gus [SEP] hana", "Ünknown [MASK] words\u2028"), ("", LONG)]  # fmt: skip
+
+
+def make_examples(pair=True, labels=None, texts=TEXTS):
+    rows = {"index": list(range(len(texts))), "text_a": [a for a, _ in texts]}
+    rows["text_b"] = [b if pair else None for _, b in texts]
+    kinds = {"index": Value("int64"), "text_a": Value("string"), "text_b": Value("string")}
+    if labels is not None:
+        rows["label"] = labels
+        kinds["label"] = Value("float64" if isinstance(labels[0], float) else "int64")
+    return Dataset.from_dict(rows, features=Features(kinds))
+
+
+@pytest.mark.parametrize("max_seq_length", [5, 12, 13, 64])
+@pytest.mark.parametrize("pair", [True, False])
+def test_features_are_those_of_the_stock_tokenizer(tiny_tokenizer, pair, max_seq_length):
+    examples = make_examples(pair)
+    before = tiny_tokenizer.backend_tokenizer.to_str()
+    features = build_features(examples, tiny_tokenizer, max_seq_length=max_seq_length)
+    assert tiny_tokenizer.backend_tokenizer.to_str() == before
+    assert features.column_names == ["input_ids", "length", "second_start"]
+    assert features.features["input_ids"].feature == Value("int32")
+    batch = collate(list(features), tiny_tokenizer.pad_token_id, multiple_of=1)
+    texts = [list(texts) for texts in zip(*TEXTS)][: 1 + pair]
+    stock = tiny_tokenizer(*texts, truncation="longest_first", max_length=max_seq_length)
+    for row, (ids, types) in enumerate(zip(stock["input_ids"], stock["token_type_ids"], strict=True)):
+        assert features[row]["input_ids"] == ids
+        assert features[row]["length"] == len(ids) <= max_seq_length
+        assert batch["token_type_ids"][row, : len(ids)].tolist() == types
+        assert features[row]["second_start"] == (types.index(1) if pair else len(ids))
+
+
+def test_features_hold_the_label(tiny_tokenizer):
+    for labels, kind in (list(range(len(TEXTS))), "int64"), ([n / 4 for n in range(len(TEXTS))], "float64"):
+        features = build_features(make_examples(labels=labels), tiny_tokenizer, max_seq_length=16)
+        assert list(features["label"]) == labels and features.features["label"] == Value(kind)
+
+
+def test_collate_pads_to_the_longest(tiny_tokenizer):
+    rows = [
+        {"input_ids": [2, 9, 3], "second_start": 3, "label": 1},
+        {"input_ids": [2, 9, 9, 3, 8, 3], "second_start": 4, "label": 0},
+    ]
+    batch = collate(rows, pad_token_id=7)
+    assert {name: tensor.dtype for name, tensor in batch.items()} == dict.fromkeys(
+        ("input_ids", "attention_mask", "token_type_ids", "labels"), torch.int64
+    )
+    assert batch["input_ids"].tolist() == [[2, 9, 3, 7, 7, 7, 7, 7], [2, 9, 9, 3, 8, 3, 7, 7]]
+    assert batch["attention_mask"].tolist() == [[1] * 3 + [0] * 5, [1] * 6 + [0] * 2]
+    assert batch["token_type_ids"].tolist() == [[0] * 8, [0, 0, 0, 0, 1, 1, 0, 0]]
+    assert batch["labels"].tolist() == [1, 0]
+    assert collate(rows, 0, multiple_of=1)["input_ids"].shape == (2, 6)
+    for row in rows:
+        row["label"] = 2.5
+    assert collate(rows, 0)["labels"].dtype == torch.float32
+    for row in rows:
+        del row["label"]
+    assert "labels" not in collate(rows, 0)
+
+
+def test_truncation_and_padding_of_the_tokenizer_do_not_matter(tmp_path, tiny_tokenizer):
+    wanted = build_features(make_examples(), tiny_tokenizer, max_seq_length=16, cache_dir=tmp_path / "1")
+    other = BertTokenizerFast(tokenizer_object=tiny_tokenizer.backend_tokenizer)
+    other.backend_tokenizer.enable_truncation(4)
+    other.backend_tokenizer.enable_padding(length=300)
+    before = other.backend_tokenizer.to_str()
+    assert build_features(make_examples(), other, max_seq_length=16, cache_dir=tmp_path / "2")[:] == wanted[:]
+    assert other.backend_tokenizer.to_str() == before
+
+
+def test_features_refusals(tiny_tokenizer):
+    class Slow:
+        is_fast = False
+
+    refused(lambda: build_features(make_examples(), Slow(), max_seq_length=16), "Slow is not a fast tokenizer")
+    refused(lambda: build_features(make_examples().select([]), tiny_tokenizer, max_seq_length=16), "no example")
+    for pair, least in (True, 5), (False, 3):
+        build_features(make_examples(pair), tiny_tokenizer, max_seq_length=least)
+        refused(lambda pair=pair, least=least: build_features(make_examples(pair), tiny_tokenizer,
+                max_seq_length=least - 1), f"--max_seq_length is {least - 1}, but must be at least {least}")  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------- cache
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    """Counts the runs of the feature builder."""
+    calls = []
+    original = glue._featurize
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(glue, "_featurize", counted)
+    return calls
+
+
+def test_cache_is_reused_and_never_stale(tmp_path, cache, builds, tiny_tokenizer, monkeypatch):
+    def build(examples=None, tokenizer=tiny_tokenizer, max_seq_length=16, **changes):
+        before = len(builds)
+        examples = examples or make_examples(labels=[0, 1] * 3 + [0])
+        features = build_features(examples, tokenizer, max_seq_length=max_seq_length, **changes)
+        return len(builds) - before, features
+
+    n, first = build()
+    (folder,) = cache.iterdir()
+    assert n == 1 and re.fullmatch(r"glue-[0-9a-f]{32}", folder.name)
+    n, again = build()
+    assert n == 0 and again[:] == first[:]
+    assert build(overwrite_cache=True)[0] == 1
+    assert build(cache_dir=tmp_path / "elsewhere")[0] == 1
+
+    other = BertTokenizerFast(tokenizer_object=tiny_tokenizer.backend_tokenizer)
+    other.backend_tokenizer.add_tokens(["cairo ,"])
+    labels = [0, 1] * 3
+    changes = [
+        {"examples": make_examples(labels=[*labels, 1])},
+        {"examples": make_examples(labels=[float(label) for label in [*labels, 0]])},
+        {"examples": make_examples()},
+        {"examples": make_examples(pair=False, labels=[*labels, 0])},
+        {"examples": make_examples(labels=[*labels, 0], texts=[*TEXTS[:-1], ("x", LONG)])},
+        {"examples": make_examples(labels=[*labels, 0], texts=[*TEXTS[:-1], ("", f"{LONG}!")])},
+        {"max_seq_length": 17},
+        {"tokenizer": other},
+    ]
+    for change in changes:
+        assert build(**change)[0] == 1, change
+        assert build(**change)[0] == 0, change
+    monkeypatch.setattr(glue, "FEATURES_VERSION", glue.FEATURES_VERSION + 1)
+    assert build()[0] == 1
+    assert len(list(cache.iterdir())) == 2 + len(changes)
+
+
+@pytest.mark.parametrize("damage", ["garbage", "short"])
+def test_damaged_cache_is_rebuilt(tmp_path, cache, builds, tiny_tokenizer, caplog, damage):
+    wanted = build_features(make_examples(), tiny_tokenizer, max_seq_length=16)[:]
+    (folder,) = cache.iterdir()
+    if damage == "garbage":
+        (folder / "state.json").write_text("{")
+    else:
+        folder.rename(tmp_path / "whole")
+        Dataset.load_from_disk(tmp_path / "whole").select(range(3)).save_to_disk(folder)
+    builds.clear()
+    for _ in range(2):
+        assert build_features(make_examples(), tiny_tokenizer, max_seq_length=16)[:] == wanted
+    assert len(builds) == 1 and "building it again" in caplog.text
+
+
+def test_unwritable_cache_is_survived_with_one_warning(tmp_path, tiny_tokenizer, caplog):
+    write(tmp_path / "file", "not a folder")
+    wanted = build_features(make_examples(), tiny_tokenizer, max_seq_length=16)
+    for _ in range(2):
+        features = build_features(make_examples(), tiny_tokenizer, max_seq_length=16, cache_dir=tmp_path / "file")
+        assert features[:] == wanted[:]
+    assert caplog.text.count("cannot write the feature cache") == 1
+
+
+def test_processes_give_the_same_rows(tmp_path, tiny_tokenizer):
+    examples = make_examples(labels=list(range(30)), texts=[(LONG[:n], LONG[n:]) for n in range(30)])
+    one, two = (
+        build_features(examples, tiny_tokenizer, max_seq_length=16, num_proc=n, cache_dir=tmp_path / str(n))
+        for n in (1, 2)
+    )
+    assert one[:] == two[:] and one.features == two.features
+
+
+# ----------------------------------------------------------------------------------------- metrics
+
+
+def random_classes(classes, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, 200)
+    logits = rng.normal(0, 1, (200, classes)).astype(np.float32)
+    logits[np.arange(200), labels] += 0.7
+    return logits, labels, logits.argmax(1)
+
+
+def test_accuracy():
+    for name in ("sst-2", "mnli", "mnli-mm", "qnli", "rte", "wnli", "ax"):
+        logits, labels, predictions = random_classes(len(TASKS[name].labels))
+        assert glue_metrics(TASKS[name], logits, labels) == {"acc": pytest.approx((labels == predictions).mean())}
+    logits, labels, predictions = random_classes(5)
+    task = custom_task("abcde")
+    assert glue_metrics(task, logits, labels) == {"acc": pytest.approx((labels == predictions).mean())}
+
+
+def test_matthews_correlation():
+    logits, labels, predictions = random_classes(2)
+    tp, tn, fp, fn = (int(((predictions == p) & (labels == y)).sum()) for p, y in ((1, 1), (0, 0), (1, 0), (0, 1)))
+    wanted = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    assert glue_metrics(TASKS["cola"], logits, labels) == {"mcc": pytest.approx(wanted)}
+    assert glue_metrics(TASKS["cola"], np.zeros((4, 2)), [0, 1, 1, 0]) == {"mcc": 0.0}
+
+
+@pytest.mark.parametrize("name", ["mrpc", "qqp"])
+def test_f1_is_that_of_the_equivalent(name):
+    logits, labels, predictions = random_classes(2, seed=3)
+    labels[:50] = 1
+    shared_ones = ((predictions == 1) & (labels == 1)).sum()
+    acc, f1 = (labels == predictions).mean(), 2 * shared_ones / ((predictions == 1).sum() + (labels == 1).sum())
+    wanted = {"acc": acc, "f1": f1, "acc_and_f1": (acc + f1) / 2}
+    assert glue_metrics(TASKS[name], logits, labels) == pytest.approx(wanted)
+    never = np.array([[1.0, 0.0]] * 3)
+    assert glue_metrics(TASKS[name], never, [0, 0, 1]) == pytest.approx({"acc": 2 / 3, "f1": 0.0, "acc_and_f1": 1 / 3})
+    assert glue_metrics(TASKS[name], never, [0, 0, 0]) == {"acc": 1.0, "f1": 0.0, "acc_and_f1": 0.5}
+
+
+def ranks(values):
+    """Average ranks, by counting."""
+    return np.array([(values < value).sum() + ((values == value).sum() + 1) / 2 for value in values])
+
+
+def correlation(x, y):
+    x, y = x - x.mean(), y - y.mean()
+    return (x * y).sum() / math.sqrt((x**2).sum() * (y**2).sum())
+
+
+def test_correlations():
+    rng = np.random.default_rng(4)
+    labels = rng.integers(0, 11, 100) / 2
+    logits = (labels + rng.normal(0, 1, 100)).round(1).astype(np.float32)
+    pearson, spearman = correlation(logits.astype(float), labels), correlation(ranks(logits), ranks(labels))
+    wanted = {"pearson": pearson, "spearmanr": spearman, "corr": (pearson + spearman) / 2}
+    for task in (TASKS["sts-b"], custom_task(())):
+        for shape in ((100,), (100, 1)):
+            assert glue_metrics(task, logits.reshape(shape), labels) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    "logits, labels, reason",
+    [
+        ([[2.0], [2.0], [2.0]], [1.0, 2.0, 3.0], "all predictions are equal"),
+        ([1.0, 2.0, 3.0], [4.0, 4.0, 4.0], "all labels are equal"),
+        ([1.0], [4.0], "all predictions are equal"),
+        ([1.0, math.nan, 2.0], [1.0, 2.0, 3.0], "the predictions are not finite"),
+    ],
+)
+def test_undefined_correlations_are_zero(logits, labels, reason, caplog):
+    metrics = glue_metrics(TASKS["sts-b"], np.array(logits), labels)
+    assert metrics == {"pearson": 0.0, "spearmanr": 0.0, "corr": 0.0}
+    assert f"pearson is not defined, because {reason}" in caplog.text
+    assert f"spearmanr is not defined, because {reason}" in caplog.text
+
+
+def test_metrics_are_plain_floats():
+    for name, task in TASKS.items():
+        logits, labels, _ = random_classes(max(len(task.labels), 1))
+        metrics = glue_metrics(task, logits, labels / 2 + np.arange(200) % 3 if task.is_regression else labels)
+        assert tuple(metrics) == task.metrics, name
+        assert all(type(value) is float for value in metrics.values())
+        json.dumps(metrics, allow_nan=False)
+
+
+def test_mean_entropy():
+    logits = np.array([[0.0, 0.0, 0.0], [1.0, 2.0, 3.0], [1000.0, 0.0, 0.0]], np.float32)
+    p = np.exp([1.0, 2.0, 3.0]) / np.exp([1.0, 2.0, 3.0]).sum()
+    assert mean_entropy(logits) == pytest.approx((math.log(3) - (p * np.log(p)).sum()) / 3)
+    assert mean_entropy(logits[2:]) == 0.0 and type(mean_entropy(logits)) is float
+
+
+# ------------------------------------------------------------------------------------- predictions
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_submissions(tmp_path, name):
+    task = TASKS[name]
+    examples = make_examples().select([3, 0, 1])
+    logits = np.eye(max(len(task.labels), 1))[[0, -1, 0]]
+    if task.is_regression:
+        logits = np.array([[-0.2], [3.14159], [5.7]])
+        wanted = ["0.000", "3.142", "5.000"]
+    elif name in ("cola", "sst-2", "mrpc", "qqp", "wnli"):
+        wanted = ["0", "1", "0"]
+    else:
+        wanted = [task.labels[0], task.labels[-1], task.labels[0]]
+    names = {"cola": "CoLA", "mnli": "MNLI-m", "mnli-mm": "MNLI-mm"}
+    for split in task.submissions:
+        path = write_predictions(task, split, examples, logits, tmp_path / "new" / "folder")
+        stem = "MNLI-mm" if split == "test_mismatched" else names.get(name, name.upper())
+        assert path == tmp_path / "new" / "folder" / f"{stem}.tsv"
+        lines = [f"{index}\t{text}\n" for index, text in zip((3, 0, 1), wanted)]
+        assert path.read_bytes().decode() == "".join(["index\tprediction\n", *lines])
+    assert len(list(path.parent.iterdir())) == len(task.submissions)
+
+
+def test_custom_submissions(tmp_path):
+    examples = make_examples().select(range(2))
+    path = write_predictions(custom_task(("no", "yes")), "test", examples, np.eye(2), tmp_path)
+    assert path.name == "predictions.tsv" and path.read_text() == "index\tprediction\n0\tno\n1\tyes\n"
+    path = write_predictions(custom_task(()), "test", examples, np.array([-7.5, 1234.0]), tmp_path)
+    assert path.read_text() == "index\tprediction\n0\t-7.500\n1\t1234.000\n"
+
+
+def test_a_failed_submission_leaves_the_old_one(tmp_path):
+    task, examples = TASKS["sts-b"], make_examples().select(range(2))
+    path = write_predictions(task, "test", examples, np.array([1.0, 2.0]), tmp_path)
+    before = path.read_bytes()
+    refused(lambda: write_predictions(task, "test", examples, np.array([1.0, np.nan]), tmp_path), "sts-b", "finite")
+    assert path.read_bytes() == before
+
+
+# ------------------------------------------------------------------------------------- label order
+
+
+def test_label_order():
+    mnli = TASKS["mnli"]
+    assert label_order({"entailment": 0, "neutral": 1, "contradiction": 2}, mnli) == [2, 0, 1]
+    assert label_order({"CONTRADICTION": 0, "ENTAILMENT": 1, "NEUTRAL": 2}, mnli) == [0, 1, 2]
+    assert label_order({f"LABEL_{n}": n for n in range(3)}, mnli) is None
+    assert label_order({"LABEL_0": 0}, TASKS["sts-b"]) is None
+    assert label_order({"score": 0}, TASKS["sts-b"]) is None
+    assert label_order({"entailment": 0, "not_entailment": 1}, TASKS["wnli"]) == [1, 0]
+    assert label_order({"yes": 0, "Yes": 1}, custom_task(("Yes", "yes"))) == [1, 0]
+    assert label_order({"LABEL_1": 0, "LABEL_0": 1}, custom_task(("LABEL_0", "LABEL_1"))) == [1, 0]
+    order = label_order({"entailment": 0, "neutral": 1, "contradiction": 2}, mnli)
+    assert np.array([["e", "n", "c"]])[:, order].tolist() == [["c", "e", "n"]]
+
+
+@pytest.mark.parametrize(
+    "labels, name",
+    [
+        (["negative", "positive"], "cola"),
+        (["entailment", "neutral"], "mnli"),
+        (["entailment", "neutral", "other"], "mnli"),
+        (["LABEL_0", "LABEL_1", "neutral"], "mnli"),
+        (["LABEL_0", "LABEL_1"], "mnli"),
+        (["LABEL_0", "LABEL_1"], "sts-b"),
+        (["LABEL_0"], "sst-2"),
+    ],
+)
+def test_label_order_refusals(labels, name):
+    label2id = {label: n for n, label in enumerate(labels)}
+    refused(lambda: label_order(label2id, TASKS[name]), f"labels are {', '.join(labels)}", f"those of {name} are")
