@@ -124,7 +124,7 @@ def _load(folder, is_complete):
 def _save(features, folder):
     aside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp")
     try:
-        features.save_to_disk(aside / "new")
+        _save_quietly(features, aside / "new")
         if folder.exists():
             os.rename(folder, aside / "old")
         os.rename(aside / "new", folder)
@@ -134,6 +134,16 @@ def _save(features, folder):
         return features
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _save_quietly(features, folder):
+    hidden = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()  # it takes a moment: the bar of `map` is the one to watch
+    try:
+        features.save_to_disk(folder)
+    finally:
+        if not hidden:
+            datasets.enable_progress_bars()
 
 
 @functools.cache

@@ -1,0 +1,353 @@
+"""masked_run_glue.py as a user runs it: every task through its main, looking at what it leaves behind."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import NAMES, PLACES
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_glue_data import LAYOUTS, table
+from transformers import BertForSequenceClassification, pipeline
+
+import bertarize
+import counts_parameters
+import masked_run_glue
+from emmental import MaskedBertForSequenceClassification
+from emmental.data import glue
+
+TOPK = ["--pruning_method", "topK", "--initial_threshold", "1", "--final_threshold", "0.2"]
+METHODS = {
+    "topK": TOPK,
+    "magnitude": ["--pruning_method", "magnitude", *TOPK[2:]],
+    "soft": ["--pruning_method", "sigmoied_threshold", "--initial_threshold", "0", "--final_threshold", "0.5",
+             "--regularization", "l1", "--final_lambda", "20"],
+    "l0": ["--pruning_method", "l0", "--initial_threshold", "1", "--final_threshold", "1", "--mask_scale", "2.197",
+           "--regularization", "l0", "--final_lambda", "20", "--mask_scores_learning_rate", "0.1"],
+    "global topK": [*TOPK, "--global_topk"],
+}  # fmt: skip
+TRAIN = ["--do_train", "--max_steps", "8", "--warmup_steps", "2", "--save_steps", "0", "--logging_steps", "4"]
+KEYS = {
+    "cola": {"mcc", "entropy"}, "sts-b": {"pearson", "spearmanr", "corr"},
+    "mrpc": {"acc", "f1", "acc_and_f1", "entropy"}, "qqp": {"acc", "f1", "acc_and_f1", "entropy"},
+    "mnli": {"acc_matched", "entropy_matched", "acc_mismatched", "entropy_mismatched"},
+}  # fmt: skip
+MASK_KEYS = {"remaining_percent", "remaining_percent_linear", "pruning_method", "threshold", "global_topk"}
+
+
+def sentence(rng, column, label):
+    """A text that gives its label away, by how many places it names: something to learn."""
+    return f'"{rng.choice(NAMES)} lives in {" and ".join([rng.choice(PLACES)] * (1 + label))} .'
+
+
+def write_split(path, name, rows, seed, *, test=False):
+    """A file of a task in GLUE's layout, with a BOM and quotes, and a short row where QQP has some."""
+    labelled, unlabelled, columns, label_column, labels = LAYOUTS[name]
+    header, rng, lines = (unlabelled if test else labelled), random.Random(seed), []
+    for row in range(rows):
+        label = row % len(labels)
+        fields = {column: sentence(rng, column, label) for column in columns} | {label_column: labels[label]}
+        fields |= {column: str(100 + row) for column in ("index", "id")}
+        lines.append([fields.get(column, "x") for column in header])
+    if name == "qqp" and not test:
+        lines.insert(1, lines[0][:3])
+    text = table(None if name == "cola" and not test else header, lines)
+    path.write_text(("\ufeff" if name == "mrpc" else "") + text, encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def glue_dir(tmp_path_factory):
+    """Folder with a folder of GLUE files for each task."""
+    folder = tmp_path_factory.mktemp("glue")
+    for name, task in glue.TASKS.items():
+        (folder / name).mkdir()
+        for seed, split in enumerate(task.splits):
+            file = "diagnostic" if name == "ax" else split
+            write_split(folder / name / f"{file}.tsv", name, 24 if split == "train" else 9, seed, test=split in task.submissions)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path, tiny_bert, glue_dir):
+    """Run the script on a task's small files; later flags win."""
+
+    def run_glue(task, *flags, output="out", model_type="masked_bert", model=tiny_bert, data=None):
+        common = ["--model_type", model_type, "--model_name_or_path", str(model), "--output_dir", str(tmp_path / output)]
+        data = ["--data_dir", str(data or glue_dir / task), "--cache_dir", str(tmp_path / "cache"), "--do_lower_case"]
+        short = ["--max_seq_length", "48", "--per_gpu_train_batch_size", "4"]
+        masked_run_glue.main([*common, "--task_name", task, *data, *short, *flags])
+        return tmp_path / output
+
+    return run_glue
+
+
+@pytest.fixture
+def refused(run, capsys, tmp_path):
+    """Run the script, expect status 2 and return the one line that it printed."""
+
+    def expect(*args, **kwargs):
+        with pytest.raises(SystemExit) as stop:
+            run(*args, **kwargs)
+        assert stop.value.code == 2
+        error = capsys.readouterr().err
+        assert error.count("error: ") == 1 and "Traceback" not in error, error
+        assert not (tmp_path / "out" / "model.safetensors").exists()
+        return error
+
+    return expect
+
+
+def results(folder):
+    return json.loads((folder / "eval_results.json").read_text())
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def predictions(path):
+    header, *lines = path.read_text().splitlines()
+    assert header == "index\tprediction"
+    return [line.split("\t") for line in lines]
+
+
+@pytest.mark.parametrize("name", [name for name in glue.TASKS if name != "ax"])
+def test_every_task_trains_evaluates_predicts_and_bertarizes(run, name, capsys):
+    out = run(name, *TOPK, *TRAIN, "--do_eval", "--do_predict")
+    task = glue.TASKS[name]
+    names = {file.name for file in out.iterdir() if not file.name.startswith("events.out.tfevents")}
+    assert names == {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training_args.json",
+        "eval_results.txt", "eval_results.json", *task.submissions.values(),
+    }  # fmt: skip
+    assert results(out).keys() == KEYS.get(name, {"acc", "entropy"}) | MASK_KEYS
+    for file in task.submissions.values():
+        rows = predictions(out / file)
+        assert [int(index) for index, _ in rows] == list(range(100, 109))
+        allowed = [str(i) for i in range(len(task.labels))] if task.numbered else task.labels
+        assert all(0 <= float(text) <= 5 for _, text in rows) if task.is_regression else {t for _, t in rows} <= set(allowed)
+
+    counts = counts_parameters.main(["--serialization_dir", str(out)])
+    assert counts.linear_percent == pytest.approx(results(out)["remaining_percent_linear"])
+    target = bertarize.main(["--model_name_or_path", str(out)])
+    plain, info = BertForSequenceClassification.from_pretrained(target, output_loading_info=True)
+    assert not any(info.values()) and plain.config.model_type == "bert"
+    said = pipeline("text-classification", model=str(target))({"text": "ada lives in oslo", "text_pair": "dan lives in rome"})
+    said = said[0] if isinstance(said, list) else said
+    if task.is_regression:
+        inputs = pipeline("text-classification", model=str(target)).tokenizer("ada lives in oslo", "dan lives in rome", return_tensors="pt")
+        assert said["score"] == pytest.approx(plain.eval()(**inputs).logits.item(), rel=1e-4)  # a score, not a probability
+    else:
+        assert said["label"] in task.labels and set(plain.config.id2label.values()) == set(task.labels)
+
+
+def test_a_dense_model_learns_and_evaluates_alone_to_the_same_results(run, glue_dir):
+    flags = ["--max_steps", "60", "--learning_rate", "3e-3", "--save_steps", "0", "--do_train", "--do_eval", "--do_predict"]
+    out = run("sst-2", *flags, model_type="bert")
+    assert results(out)["acc"] == 1.0 and results(out)["entropy"] < 0.2
+    assert not MASK_KEYS & results(out).keys()
+    alone = run("SST2", "--do_eval", "--do_predict", model_type="bert", model=out, output="alone", data=glue_dir / "sst-2")
+    assert {file.name for file in alone.iterdir()} == {"eval_results.txt", "eval_results.json", "SST-2.tsv"}
+    assert results(alone) == pytest.approx(results(out))
+    assert (alone / "SST-2.tsv").read_text() == (out / "SST-2.tsv").read_text()
+
+
+def test_a_model_of_mnli_answers_the_diagnostics_and_the_mismatched_set(run):
+    out = run("mnli", *TOPK, *TRAIN, "--do_eval")
+    assert results(run("mnli-mm", "--do_eval", model=out, output="mm"))["acc"] == results(out)["acc_mismatched"]
+    ax = run("ax", "--do_predict", model=out, output="ax")
+    assert {file.name for file in ax.iterdir()} == {"AX.tsv"}
+    assert len(predictions(ax / "AX.tsv")) == 9
+
+
+def test_labels_meet_by_name_whatever_their_order(run, tmp_path):
+    """The hub numbers MNLI's labels otherwise than the files do, and models made from it follow the hub."""
+    out = run("mnli", "--do_train", "--max_steps", "30", "--do_eval", "--do_predict", model_type="bert")
+    model = BertForSequenceClassification.from_pretrained(out)
+    assert list(model.config.id2label.values()) == ["contradiction", "entailment", "neutral"]
+    order = [1, 2, 0]
+    with torch.no_grad():
+        model.classifier.weight.copy_(model.classifier.weight[order].clone())
+        model.classifier.bias.copy_(model.classifier.bias[order].clone())
+    model.config.id2label = dict(enumerate(["ENTAILMENT", "NEUTRAL", "CONTRADICTION"]))
+    model.config.label2id = {name: i for i, name in model.config.id2label.items()}
+    hub = tmp_path / "hub"
+    model.save_pretrained(hub)
+    for file in out.glob("tokenizer*"):
+        (hub / file.name).write_bytes(file.read_bytes())
+    other = run("mnli", "--do_eval", "--do_predict", model_type="bert", model=hub, output="other")
+    assert results(other) == pytest.approx(results(out))
+    assert (other / "MNLI-m.tsv").read_text() == (out / "MNLI-m.tsv").read_text()
+    further = run("mnli", *TOPK, *TRAIN, model=hub, output="further")  # a trained head keeps its order
+    assert json.loads((further / "config.json").read_text())["id2label"]["0"] == "ENTAILMENT"
+
+
+@pytest.mark.parametrize("name", ["mnli", "sts-b"])
+def test_distillation_is_a_real_loss(run, name):
+    teacher = run(name, "--do_train", "--max_steps", "30", "--save_steps", "0", model_type="bert", output="teacher")
+    flags = ["--teacher_type", "bert", "--teacher_name_or_path", str(teacher), "--alpha_distil", "0.9", "--alpha_ce", "0.1"]
+    events = EventAccumulator(str(run(name, *METHODS["soft"], *TRAIN, *flags, "--logging_steps", "1")))
+    events.Reload()
+    last = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
+    assert last["loss/distil"] > 1e-4
+    assert last["loss"] == pytest.approx(
+        0.9 * last["loss/distil"] + 0.1 * last["loss/task"] + last["lambda"] * last["loss/penalty"], rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resume_is_bit_identical(run, method):
+    flags = [*METHODS[method], *TRAIN, "--gradient_accumulation_steps", "2", "--save_steps", "4"]
+    whole = run("rte", *flags, output="whole")
+    resumed = run("rte", *flags, "--resume_from_checkpoint", str(whole / "checkpoint-4"), output="resumed")
+    first, second = weights(whole), weights(resumed)
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_checkpoints_are_evaluated_during_and_after_training(run):
+    out = run("mrpc", *TOPK, *TRAIN, "--save_steps", "4", "--do_eval", "--eval_all_checkpoints", "--evaluate_during_training")
+    assert {"f1", "f1_4", "f1_8"} <= results(out).keys()
+    events = EventAccumulator(str(out))
+    events.Reload()
+    assert [event.step for event in events.Scalars("eval/acc")][:2] == [4, 8]
+    assert events.Scalars("eval/acc")[0].value == pytest.approx(results(out)["acc_4"])
+
+
+def test_the_hub_is_asked_when_there_is_no_data_dir(tmp_path, tiny_bert, monkeypatch):
+    asked = []
+
+    def load_dataset(name, config, split, **kwargs):
+        asked.append((name, config, split))
+        rows = {"sentence": ["ada lives in oslo .", "dan lives in rome and rome ."] * 6, "label": [0, 1] * 6, "idx": list(range(12))}
+        kinds = {"sentence": glue.Value("string"), "label": glue.datasets.ClassLabel(names=["negative", "positive"])}
+        return glue.Dataset.from_dict(rows, features=glue.Features(kinds | {"idx": glue.Value("int32")}))
+
+    monkeypatch.setattr(glue.datasets, "load_dataset", load_dataset)
+    masked_run_glue.main(["--model_type", "masked_bert", "--model_name_or_path", str(tiny_bert), "--task_name", "SST-2",
+                          "--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache"), "--do_eval",
+                          "--do_predict", "--max_seq_length", "48", *TOPK, *TRAIN])  # fmt: skip
+    assert sorted(asked) == [("nyu-mll/glue", "sst2", split) for split in ("test", "train", "validation")]
+    assert len(predictions(tmp_path / "out" / "SST-2.tsv")) == 12
+
+
+# ------------------------------------------------------------------------------- tasks of one's own
+
+
+CUSTOM = ["--text_column", "premise", "--text_pair_column", "claim", "--label_column", "verdict"]
+
+
+@pytest.fixture
+def custom_dir(tmp_path):
+    """Function that writes train, dev and test files of a task of one's own in the format asked for."""
+
+    def write(suffix, labels=("refutes", "supports", "unknown"), folder="mine"):
+        (tmp_path / folder).mkdir()
+        for seed, (split, rows) in enumerate({"train": 24, "dev": 9, "test": 5}.items()):
+            rng = random.Random(seed)
+            records = [
+                {"premise": sentence(rng, "", row % 3), "claim": "ada, who lives", "verdict": labels[row % len(labels)]}
+                for row in range(rows)
+            ]
+            if split == "test":
+                records = [{name: record[name] for name in ("premise", "claim")} for record in records]
+            if suffix == "jsonl":
+                text = "".join(json.dumps(record) + "\n" for record in records)
+            elif suffix == "csv":
+                quoted = [['"' + str(v).replace('"', '""') + '"' for v in record.values()] for record in records]
+                text = "\n".join(",".join(row) for row in [list(records[0]), *quoted]) + "\n"
+            else:
+                text = table(list(records[0]), [list(map(str, record.values())) for record in records])
+            (tmp_path / folder / f"{split}.{suffix}").write_text(text)
+        return tmp_path / folder
+
+    return write
+
+
+@pytest.mark.parametrize("suffix", ["tsv", "csv", "jsonl"])
+def test_a_task_of_ones_own(run, custom_dir, suffix):
+    data = custom_dir(suffix)
+    out = run("custom", *CUSTOM, *TOPK, *TRAIN, "--do_eval", "--do_predict", data=data)
+    assert json.loads((out / "config.json").read_text())["id2label"] == {"0": "refutes", "1": "supports", "2": "unknown"}
+    assert results(out).keys() == {"acc", "entropy"} | MASK_KEYS
+    assert [int(index) for index, _ in predictions(out / "predictions.tsv")] == list(range(5))
+    (data / f"train.{suffix}").unlink()  # evaluating alone needs no training data: the labels are the model's
+    alone = run("custom", *CUSTOM, "--do_eval", "--do_predict", data=data, model=out, output="alone")
+    assert results(alone) == pytest.approx(results(out))
+    assert (alone / "predictions.tsv").read_text() == (out / "predictions.tsv").read_text()
+
+
+def test_a_regression_of_ones_own(run, custom_dir):
+    data = custom_dir("jsonl", labels=(-1.5, 0.25, 7))
+    out = run("custom", *CUSTOM, "--regression", *TOPK, *TRAIN, "--do_eval", "--do_predict", data=data)
+    assert results(out).keys() == {"pearson", "spearmanr", "corr"} | MASK_KEYS
+    assert np.isfinite([float(text) for _, text in predictions(out / "predictions.tsv")]).all()
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "task, flags, said",
+    [
+        ("mnlli", ["--do_train"], "did you mean mnli?"),
+        ("ax", ["--do_eval"], "has a test set only"),
+        ("rte", ["--text_column", "x", "--do_train"], "--text_column is for --task_name custom"),
+        ("custom", ["--do_train", "--text_column", "premise"], "has no column premise; expected: premise, label; found: index, sentence1"),
+        ("rte", [], "give --do_train or --do_eval or --do_predict"),
+        ("rte", ["--do_train", "--max_seq_length", "4"], "must be at least 5"),
+    ],
+)
+def test_arguments(refused, glue_dir, task, flags, said):
+    assert said in refused(task, *flags, data=glue_dir / "rte")
+
+
+@pytest.mark.parametrize(
+    "name, damage, said",
+    [
+        ("rte", lambda text: "", "dev.tsv: is empty"),
+        ("rte", lambda text: text.replace("sentence2", "second"), "has no column sentence2"),
+        ("rte", lambda text: text.replace("not_entailment", "maybe", 1), "dev.tsv:3: the label 'maybe' is not one of"),
+        ("rte", lambda text: text + "7\tada\n", "dev.tsv:11: has 2 fields"),
+        ("sts-b", lambda text: text.replace("5.000", "high", 1), "dev.tsv:3: the label 'high' is not a number from 0 to 5"),
+        ("sst-2", lambda text: text.replace("\t1", "\t2", 1), "dev.tsv:3: the label '2' is not one of"),
+    ],
+)
+def test_bad_files_are_refused_before_training(refused, glue_dir, tmp_path, name, damage, said):
+    (tmp_path / "bad").mkdir()
+    for file in (glue_dir / name).iterdir():
+        text = file.read_text()
+        (tmp_path / "bad" / file.name).write_text(damage(text) if file.name == "dev.tsv" else text)
+    assert said in refused(name, *TOPK, *TRAIN, "--do_eval", data=tmp_path / "bad")
+
+
+def test_a_model_or_teacher_with_other_labels_is_refused(run, refused, glue_dir):
+    rte = run("rte", "--do_train", "--max_steps", "2", model_type="bert", output="rte")
+    assert "labels are entailment, not_entailment" in refused("sst-2", "--do_eval", model_type="bert", model=rte)
+    flags = ["--teacher_type", "bert", "--teacher_name_or_path"]
+    assert "its labels are entailment, not_entailment, in this order, against negative, positive" in refused(
+        "sst-2", *TOPK, *TRAIN, *flags, str(rte)
+    )
+    config = json.loads((rte / "config.json").read_text())
+    names = ["not_entailment", "entailment"]
+    config |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    (rte / "config.json").write_text(json.dumps(config))
+    assert "its labels are not_entailment, entailment, in this order" in refused("rte", *TOPK, *TRAIN, *flags, str(rte))
+    mnli = run("mnli", "--do_train", "--max_steps", "2", model_type="bert", output="mnli")
+    assert "num_labels 3 against 2" in refused("rte", *TOPK, *TRAIN, *flags, str(mnli))
+
+
+def test_a_head_of_another_task_is_trained_anew(run):
+    mnli = run("mnli", "--do_train", "--max_steps", "2", model_type="bert", output="mnli")
+    out = run("rte", *TOPK, *TRAIN, "--do_eval", model=mnli)
+    assert MaskedBertForSequenceClassification.from_pretrained(out).classifier.weight.shape[0] == 2
+
+
+def test_an_unknown_label_in_the_development_set_of_ones_own(refused, custom_dir):
+    data = custom_dir("tsv")
+    text = (data / "dev.tsv").read_text()
+    (data / "dev.tsv").write_text(text.replace("unknown", "unheard", 1))
+    assert "dev.tsv:4: the label 'unheard' is not one of refutes, supports, unknown" in refused(
+        "custom", *CUSTOM, *TRAIN, "--do_eval", data=data
+    )
