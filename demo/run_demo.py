@@ -21,13 +21,13 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMON = """--do_train --do_eval --do_lower_case --max_seq_length 96 --per_gpu_eval_batch_size 64
     --save_steps 0 --logging_steps 100"""
 TEACHER = "--model_type bert --per_gpu_train_batch_size 32 --learning_rate 1e-3 --max_steps 600 --warmup_steps 50"
-PRUNE = """--model_type masked_bert --per_gpu_train_batch_size 16 --learning_rate 5e-4 --max_steps 1500 --warmup_steps 100
+PRUNE = """--model_type masked_bert --per_gpu_train_batch_size 16 --learning_rate 2e-4 --max_steps 1500 --warmup_steps 100
     --initial_warmup 1 --final_warmup 4 --alpha_ce 0.1 --alpha_distil 0.9"""
 METHODS = {
     "magnitude": "--pruning_method magnitude --initial_threshold 1 --final_threshold 0.1",
     "movement": "--pruning_method topK --initial_threshold 1 --final_threshold 0.1 --mask_scores_learning_rate 1e-2",
     "soft movement": """--pruning_method sigmoied_threshold --initial_threshold 0 --final_threshold 0.1
-        --mask_scores_learning_rate 4e-2 --regularization l1 --final_lambda 300""",
+        --mask_scores_learning_rate 4e-2 --regularization l1 --final_lambda 380""",
 }
 
 

@@ -8,13 +8,14 @@ import pytest
 
 import bertarize
 import counts_parameters
+import masked_run_glue
 import masked_run_squad
 from emmental.training.args import check_common_arguments
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SCRIPTS = {script.__name__: script for script in (masked_run_squad, counts_parameters, bertarize)}
-VARIABLES = {"SERIALIZATION_DIR": "runs/x", "SQUAD_DATA": "data/squad"}
+SCRIPTS = {script.__name__: script for script in (masked_run_squad, masked_run_glue, counts_parameters, bertarize)}
+VARIABLES = {"SERIALIZATION_DIR": "runs/x", "SQUAD_DATA": "data/squad", "GLUE_DATA": "glue", "TEACHER": "runs/teacher"}
 
 
 def commands():
@@ -29,9 +30,10 @@ COMMANDS = list(commands())
 
 
 def test_the_four_published_commands_are_there():
-    methods = [re.search(r"--pruning_method (\w+)", flags)[1] for name, flags in COMMANDS if "--warmup_steps 5400" in flags
-               and "masked_bert" in flags]  # fmt: skip
-    assert methods == ["topK", "sigmoied_threshold", "l0", "magnitude"]
+    for sign in "--warmup_steps 5400", "--task_name mnli", "--task_name qqp":
+        pruning = [flags for _, flags in COMMANDS if sign in flags and "masked_bert" in flags]
+        methods = [re.search(r"--pruning_method (\w+)", flags)[1] for flags in pruning]
+        assert methods == ["topK", "sigmoied_threshold", "l0", "magnitude"]
 
 
 @pytest.mark.parametrize("name, flags", COMMANDS, ids=range(len(COMMANDS)))
@@ -41,8 +43,12 @@ def test_commands_parse(name, flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     parser = SCRIPTS[name].get_parser()
     args = parser.parse_args(shlex.split(flags))
-    if name == "masked_run_squad":
-        assert check_common_arguments(args, parser.given(shlex.split(flags))) == []
+    given = parser.given(shlex.split(flags))
+    if name.startswith("masked_run"):
+        assert check_common_arguments(args, given) == []
+    if name == "masked_run_glue":
+        Path(args.data_dir).mkdir(parents=True)
+        assert masked_run_glue.check_glue_arguments(args, given) == []
 
 
 def test_every_flag_of_the_readme_exists():
