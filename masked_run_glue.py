@@ -34,9 +34,9 @@ from emmental.training.args import (
     mask_settings,
     one_line_errors,
 )
-from emmental.training.checkpoint import find_checkpoints, find_resume_folder
+from emmental.training.checkpoint import find_resume_folder
 from emmental.training.distributed import join_world, leave_world
-from emmental.training.loop import predict, train
+from emmental.training.loop import evaluate_all, predict, train
 from emmental.training.runlog import RunLog, print_summary, set_up_logging, write_results
 
 HEAD = "SequenceClassification"
@@ -238,17 +238,10 @@ def run(args: argparse.Namespace, given: set[str]) -> dict[str, float | str]:
             result_files=("eval_results.*", *task.submissions.values()),
         )
 
-    results = {}
-    if args.do_eval:
-        if args.eval_all_checkpoints:
-            for folder in find_checkpoints(output_dir if args.do_train else Path(args.model_name_or_path)):
-                step = folder.name.rpartition("-")[2]
-                checkpoint = load_model(str(folder), HEAD, masked=masked, trained=True)
-                results |= {f"{name}_{step}": value for name, value in evaluate_at(checkpoint, step).items()}
-        final = evaluate_at(model, None)
-        results |= final
-        if args.do_train:
-            log.scalars({f"eval/{name}": value for name, value in final.items()}, summary["updates"])
+    def load_checkpoint(folder: Path):
+        return load_model(str(folder), HEAD, masked=masked, trained=True)
+
+    results = evaluate_all(args, model, evaluate_at, load_checkpoint, log) if args.do_eval else {}
     log.close()
     if args.do_predict:
         for split in task.submissions:

@@ -34,9 +34,9 @@ from emmental.training.args import (
     mask_settings,
     one_line_errors,
 )
-from emmental.training.checkpoint import find_checkpoints, find_resume_folder, write_json
+from emmental.training.checkpoint import find_resume_folder, write_json
 from emmental.training.distributed import join_world, leave_world
-from emmental.training.loop import predict, train
+from emmental.training.loop import evaluate_all, predict, train
 from emmental.training.runlog import RunLog, print_summary, set_up_logging, write_results
 
 logger = logging.getLogger(__name__)
@@ -187,8 +187,9 @@ def run(args: argparse.Namespace, given: set[str]) -> dict[str, float | str]:
             dev_examples = load_examples(args, "predict")
             dev_features = make_features(args, dev_examples, tokenizer, training=False)
 
-        def evaluate_at(model, prefix) -> dict[str, float]:
-            return evaluate(args, world, model, dev_examples, dev_features, collate, output_dir, str(prefix))
+        def evaluate_at(model, step) -> dict[str, float]:
+            prefix = "" if step is None else str(step)
+            return evaluate(args, world, model, dev_examples, dev_features, collate, output_dir, prefix)
 
     summary, log = {}, RunLog(output_dir, world)
     if args.do_train:
@@ -237,17 +238,10 @@ def run(args: argparse.Namespace, given: set[str]) -> dict[str, float | str]:
             result_files=RESULT_FILES,
         )
 
-    results = {}
-    if args.do_eval:
-        if args.eval_all_checkpoints:
-            for folder in find_checkpoints(output_dir if args.do_train else Path(args.model_name_or_path)):
-                step = folder.name.rpartition("-")[2]
-                checkpoint = load_model(str(folder), HEAD, masked=masked, trained=True, labels=2)
-                results |= {f"{name}_{step}": value for name, value in evaluate_at(checkpoint, step).items()}
-        final = evaluate_at(model, "")
-        results |= final
-        if args.do_train:
-            log.scalars({f"eval/{name}": value for name, value in final.items()}, summary["updates"])
+    def load_checkpoint(folder: Path):
+        return load_model(str(folder), HEAD, masked=masked, trained=True, labels=2)
+
+    results = evaluate_all(args, model, evaluate_at, load_checkpoint, log) if args.do_eval else {}
     log.close()
     if masked and world.is_main:
         results |= mask_report(model)

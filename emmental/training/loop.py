@@ -19,7 +19,14 @@ from ..modules.masked_nn import masked_layers
 from ..schedule import learning_rate_factor, schedule_threshold
 from .args import TrainingError, UsageError, check_plateaus, regularization_mode, resumes_in_place
 from .batches import BatchPlan, LocalBatches, evaluation_batches
-from .checkpoint import TrainingState, clear_output, remove_leftovers, remove_old_checkpoints, save_final
+from .checkpoint import (
+    TrainingState,
+    clear_output,
+    find_checkpoints,
+    remove_leftovers,
+    remove_old_checkpoints,
+    save_final,
+)
 from .distributed import World
 from .optim import build_optimizer, set_learning_rates
 from .runlog import RunLog, progress_bar, remaining_fraction
@@ -261,6 +268,28 @@ def _explain_non_finite(step: int, losses: dict[str, Tensor], output_dir: Path, 
         f"the gradient of update {step + 1} is not finite ({shown} on rank {world.rank}): training stops; lower the "
         f"learning rates or do without --fp16, and continue from the last checkpoint in {output_dir}"
     )
+
+
+def evaluate_all(
+    args: argparse.Namespace,
+    model: nn.Module,
+    evaluate: Callable[[nn.Module, int | None], dict[str, float]],
+    load_checkpoint: Callable[[Path], nn.Module],
+    log: RunLog,
+) -> dict[str, float]:
+    """Results of `model` and, with --eval_all_checkpoints, those of every checkpoint, whose step ends their names.
+
+    evaluate(model, step): metrics; the step of the final model is None.
+    """
+    results = {}
+    if args.eval_all_checkpoints:
+        for folder in find_checkpoints(Path(args.output_dir if args.do_train else args.model_name_or_path)):
+            step = int(folder.name.rpartition("-")[2])
+            figures = evaluate(load_checkpoint(folder), step)
+            results |= {f"{name}_{step}": value for name, value in figures.items()}
+    final = evaluate(model, None)
+    log.scalars({f"eval/{name}": value for name, value in final.items()})
+    return results | final
 
 
 @torch.no_grad()

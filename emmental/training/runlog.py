@@ -31,7 +31,7 @@ class RunLog:
     """TensorBoard events of a run, written by rank 0; silent on the others."""
 
     def __init__(self, output_dir: Path, world: World):
-        self.output_dir, self.world, self.writer = output_dir, world, None
+        self.output_dir, self.world, self.writer, self.step = output_dir, world, None, 0
 
     def start(self, step: int) -> None:
         """Begin after `step` updates; what an interrupted run logged later than that is dropped."""
@@ -40,10 +40,12 @@ class RunLog:
 
             self.writer = SummaryWriter(log_dir=str(self.output_dir), purge_step=step + 1 if step else None)
 
-    def scalars(self, values: dict[str, float], step: int) -> None:
+    def scalars(self, values: dict[str, float], step: int | None = None) -> None:
+        """Log values after `step` updates, by default after as many as were logged last."""
+        self.step = self.step if step is None else step
         if self.writer:
             for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
+                self.writer.add_scalar(name, value, self.step)
 
     def score_histograms(self, model: nn.Module, step: int) -> None:
         """Distribution of the scores of every masked matrix."""
