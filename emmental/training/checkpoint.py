@@ -272,7 +272,9 @@ def write_text(path: Path, text: str) -> None:
 
 def _reason(error: Exception) -> str:
     """An error in a line, without the names of files that are written aside."""
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+    if isinstance(error, TrainingError) and error.__cause__:
+        error = error.__cause__
+    return getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _open_to_others(place: Path) -> None:

@@ -91,7 +91,7 @@ def train(
         remove_leftovers(output_dir)
     if resume_folder:
         state.load(resume_folder, args)
-    if world.is_main and not resumes_in_place(args):
+    if world.is_main and not (resume_folder and resumes_in_place(args)):
         clear_output(output_dir, result_files)
     started_at, started = state.step, time.perf_counter()
     logger.info(
