@@ -15,6 +15,7 @@ Without --data_dir the task comes from the hub. --task_name custom takes train a
 
 import argparse
 import functools
+import logging
 import time
 from pathlib import Path
 
@@ -28,60 +29,73 @@ from emmental.loading import LoadError, checkpoint_labels, load_model, load_stud
 from emmental.losses import distillation_loss, regression_distillation_loss
 from emmental.training.args import (
     Parser,
+    UsageError,
     add_common_arguments,
     check_common_arguments,
     fail,
     mask_settings,
     one_line_errors,
 )
-from emmental.training.checkpoint import find_resume_folder
+from emmental.training.checkpoint import find_resume_folder, write_text
 from emmental.training.distributed import join_world, leave_world
 from emmental.training.loop import evaluate_all, predict, train
 from emmental.training.runlog import RunLog, print_summary, set_up_logging, write_results
 
+logger = logging.getLogger(__name__)
+
 HEAD = "SequenceClassification"
-CUSTOM = "custom"
+CUSTOM_ARGUMENTS = ("text_column", "text_pair_column", "label_column", "regression")
+
+
+def task_name(text: str) -> str:
+    """An argparse type: the canonical name of a task."""
+    try:
+        return glue.CUSTOM if text.lower() == glue.CUSTOM else glue.find_task(text).name
+    except glue.GlueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def get_parser() -> Parser:
     parser = Parser(description=__doc__)
     add_common_arguments(parser, max_seq_length=128, logging_steps=50, save_steps=50)
     add = parser.add_argument_group("GLUE").add_argument
-    add("--task_name", required=True,
-        help=f"{', '.join(glue.TASKS)} (in any case), or {CUSTOM}; mnli-mm evaluates the mismatched set alone")
+    add("--task_name", type=task_name, required=True,
+        help=f"{', '.join(glue.TASKS)} (in any case), or {glue.CUSTOM}; mnli-mm evaluates the mismatched set alone")
     add("--data_dir", help="folder of the task's files (default: the task comes from the hub)")
     add("--do_predict", action="store_true", help="write the predictions for the test set, as GLUE takes them")
-    add("--text_column", default="text", help=f"{CUSTOM}: column of the text, or of the first of a pair")
-    add("--text_pair_column", help=f"{CUSTOM}: column of the second text, where there are pairs")
-    add("--label_column", default="label", help=f"{CUSTOM}: column of the label")
-    add("--regression", action="store_true", help=f"{CUSTOM}: the labels are numbers to be approximated")
+    add("--text_column", default="text", help=f"{glue.CUSTOM}: column of the text, or of the first of a pair")
+    add("--text_pair_column", help=f"{glue.CUSTOM}: column of the second text, where there are pairs")
+    add("--label_column", default="label", help=f"{glue.CUSTOM}: column of the label")
+    add("--regression", action="store_true", help=f"{glue.CUSTOM}: the labels are numbers to be approximated")
     return parser
 
 
 def check_glue_arguments(args: argparse.Namespace, given: set[str]) -> list[str]:
     problems = []
-    if args.task_name.lower() == CUSTOM:
+    if args.task_name == glue.CUSTOM:
         if not args.data_dir:
-            problems.append(f"--task_name {CUSTOM} needs --data_dir: the folder of its train and dev files")
+            problems.append(f"--task_name {glue.CUSTOM} needs --data_dir: the folder of its train and dev files")
+        for name in CUSTOM_ARGUMENTS:
+            if getattr(args, name) == "":
+                problems.append(f"--{name} is empty: is its variable set?")
     else:
-        try:
-            task = glue.find_task(args.task_name)
-        except glue.GlueError as error:
-            return [str(error)]
-        for name in sorted(given & {"text_column", "text_pair_column", "label_column", "regression"}):
-            problems.append(f"--{name} is for --task_name {CUSTOM}; the columns of {task.name} are known")
+        task = glue.TASKS[args.task_name]
+        for name in sorted(given & set(CUSTOM_ARGUMENTS)):
+            problems.append(f"--{name} is for --task_name {glue.CUSTOM}; the columns of {task.name} are known")
         if not task.evaluation_splits and (args.do_train or args.do_eval):
             problems.append(f"{task.name} has a test set only: give --do_predict, with a model fine-tuned on mnli")
+        if task.is_regression and "temperature" in given:
+            logger.warning("--temperature: no effect in a regression, whose teacher is followed in the squared error")
     if args.data_dir and not Path(args.data_dir).is_dir():
         problems.append(f"--data_dir {args.data_dir} is no folder")
     return problems
 
 
 def load_task(args: argparse.Namespace, source: str) -> tuple[glue.Task, dict]:
-    """The task, and its examples by split: of all splits that the arguments need."""
+    """The task, and the examples of each split that the arguments need."""
     evaluating = args.do_eval or args.evaluate_during_training
-    if args.task_name.lower() != CUSTOM:
-        task = glue.find_task(args.task_name)
+    if args.task_name != glue.CUSTOM:
+        task = glue.TASKS[args.task_name]
         splits = ["train"] if args.do_train else []
         splits += task.evaluation_splits if evaluating else ()
         splits += task.submissions if args.do_predict else ()
@@ -89,10 +103,13 @@ def load_task(args: argparse.Namespace, source: str) -> tuple[glue.Task, dict]:
             return task, {split: glue.read_examples(task, args.data_dir, split) for split in splits}
         return task, {split: glue.load_hub_examples(task, split, args.cache_dir) for split in splits}
 
+    labels, examples = None, {}
+    if not args.do_train:  # what the labels are is for the training file to say, else for the model
+        labels = checkpoint_labels(source, args.cache_dir)
+        if (len(labels) == 1) != args.regression:
+            raise UsageError(f"{source} has {len(labels)} outputs: {'add' if len(labels) == 1 else 'drop'} --regression")
     wanted = {"train": args.do_train, "dev": evaluating, "test": args.do_predict}
-    files = glue.custom_files(args.data_dir, [split for split, needed in wanted.items() if needed])
-    labels, examples = checkpoint_labels(source, args.cache_dir) if not args.do_train else None, {}
-    for split, file in files.items():
+    for split, file in glue.custom_files(args.data_dir, [split for split in wanted if wanted[split]]).items():
         examples[split], labels = glue.read_custom_examples(
             file,
             text_column=args.text_column,
@@ -102,24 +119,6 @@ def load_task(args: argparse.Namespace, source: str) -> tuple[glue.Task, dict]:
             regression=args.regression,
         )
     return glue.custom_task(labels), examples
-
-
-def model_labels(args: argparse.Namespace, task: glue.Task, source: str) -> tuple[tuple[str, ...], list[int]]:
-    """Names of the model's outputs, and the columns of its logits in the order of the task's labels.
-
-    A checkpoint of this task keeps its order; a fresh head has the task's. Raises GlueError when a model
-    that is not to be trained has other labels.
-    """
-    if task.is_regression:
-        return (), [0]
-    names = checkpoint_labels(source, args.cache_dir)
-    try:
-        order = glue.label_order({name: column for column, name in enumerate(names)}, task)
-    except glue.GlueError:
-        if not args.do_train:
-            raise
-        order = None  # the head is trained anew
-    return (names, order) if order else (task.labels, list(range(len(task.labels))))
 
 
 def evaluate(args, world, model, task, examples, features, hooks) -> dict[str, float]:
@@ -137,9 +136,14 @@ def evaluate(args, world, model, task, examples, features, hooks) -> dict[str, f
 
 
 def predict_split(args, world, model, features, hooks) -> np.ndarray | None:
-    """Logits (examples, labels) in the order of the task's labels; None but on rank 0."""
+    """Logits (examples, labels); None but on rank 0. Raises UsageError when they are not finite."""
     rows = predict(args, world, model, features, np.asarray(features["length"]), **hooks)
-    return np.stack([logits for logits, in rows]) if world.is_main else None
+    if not world.is_main:
+        return None
+    logits = np.stack([logits for (logits,) in rows])
+    if not np.isfinite(logits).all():
+        raise UsageError("the outputs of the model are not finite: its training had diverged")
+    return logits
 
 
 def run(args: argparse.Namespace, given: set[str]) -> dict[str, float | str]:
@@ -153,7 +157,6 @@ def run(args: argparse.Namespace, given: set[str]) -> dict[str, float | str]:
 
     with world.main_first():
         task, examples = load_task(args, source)
-    labels, order = model_labels(args, task, source)
     torch.manual_seed(args.seed)
     model, tokenizer = load_student(
         source,
@@ -165,7 +168,7 @@ def run(args: argparse.Namespace, given: set[str]) -> dict[str, float | str]:
         tokenizer_name=args.tokenizer_name,
         do_lower_case=args.do_lower_case,
         max_seq_length=args.max_seq_length,
-        labels=labels,
+        labels=task.labels,
         **(mask_settings(args, given) if masked else {}),
     )
     with world.main_first():
@@ -182,7 +185,7 @@ def run(args: argparse.Namespace, given: set[str]) -> dict[str, float | str]:
         }
 
     def task_logits(outputs, batch) -> tuple[torch.Tensor]:
-        return (outputs.logits.float()[:, order],)
+        return (outputs.logits.float(),)
 
     def task_loss(logits, batch) -> torch.Tensor:
         if task.is_regression:
@@ -235,11 +238,11 @@ def run(args: argparse.Namespace, given: set[str]) -> dict[str, float | str]:
             save_model=save_model,
             evaluate=evaluate_at,
             resume_folder=resume_folder,
-            result_files=("eval_results.*", *task.submissions.values()),
+            result_files=("eval_results.*", *glue.SUBMISSION_FILES),
         )
 
     def load_checkpoint(folder: Path):
-        return load_model(str(folder), HEAD, masked=masked, trained=True)
+        return load_model(str(folder), HEAD, masked=masked, trained=True, labels=task.labels)
 
     results = evaluate_all(args, model, evaluate_at, load_checkpoint, log) if args.do_eval else {}
     log.close()
@@ -247,7 +250,8 @@ def run(args: argparse.Namespace, given: set[str]) -> dict[str, float | str]:
         for split in task.submissions:
             logits = predict_split(args, world, model, features[split], hooks)
             if world.is_main:
-                glue.write_predictions(task, split, examples[split], logits, output_dir)
+                output_dir.mkdir(parents=True, exist_ok=True)
+                write_text(output_dir / task.submissions[split], glue.submission(task, examples[split], logits))
     if masked and world.is_main:
         results |= mask_report(model)
     if args.do_eval and world.is_main:

@@ -6,11 +6,13 @@ that silently starts from random values costs a researcher a day. Here every gap
 
 import logging
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import transformers
+from torch import nn
 from transformers import AutoTokenizer, BertConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from . import modeling_bert_masked
@@ -72,14 +74,16 @@ def load_model(
 
     trained: the checkpoint must hold the head and, if it is masked, its scores and threshold; else they may
         be fresh. labels: outputs of the head, when not those of the configuration: how many, or their names; no
-        name makes a regression, with one output. overrides: values that replace those of the configuration;
-        a masked checkpoint that contradicts them is warned of.
+        name makes a regression, with one output. A trained classifier is brought into the order of the names;
+        one with other names is initialised anew, or refused if `trained`. overrides: values that replace those
+        of the configuration; a masked checkpoint that contradicts them is warned of.
     Raises LoadError for what is missing, broken, of another architecture, or masked where a plain BERT
     is asked for and the other way round.
     """
     config_source = config_name or name_or_path
     values = read_config(config_source, cache_dir)
-    is_masked = read_config(name_or_path, cache_dir).get("model_type") == "masked_bert"
+    checkpoint = read_config(name_or_path, cache_dir)
+    is_masked = checkpoint.get("model_type") == "masked_bert"
     if is_masked and not masked:
         raise LoadError(
             f"{name_or_path} is a masked checkpoint: use model type masked_bert, or convert it with bertarize.py first"
@@ -108,7 +112,9 @@ def load_model(
         )
     except Exception as error:  # broken files raise the errors of three libraries
         raise LoadError(f"cannot load the checkpoint {name_or_path}: {first_line(error)}") from error
-    _check_loaded(name_or_path, model, info, trained and masked, trained)
+    fresh_head = _check_loaded(name_or_path, model, info, trained and masked, trained)
+    if labels and not isinstance(labels, int) and not fresh_head:
+        _align_head(name_or_path, model.classifier, _label_names(name_or_path, checkpoint), labels, trained)
     return model.eval()
 
 
@@ -121,10 +127,50 @@ def _label_settings(labels: int | Sequence[str]) -> dict:
 
 
 def checkpoint_labels(name_or_path: str, cache_dir: str | None = None) -> tuple[str, ...]:
-    """Names of the outputs of a checkpoint's head; LABEL_0, LABEL_1, ... where it has none."""
-    config = read_config(name_or_path, cache_dir)
+    """Names of the outputs of a checkpoint's head; LABEL_0, LABEL_1, ... where it has none. Raises LoadError."""
+    return _label_names(name_or_path, read_config(name_or_path, cache_dir))
+
+
+def _label_names(name_or_path: str, config: dict) -> tuple[str, ...]:
     names = config.get("id2label") or {column: f"LABEL_{column}" for column in range(config.get("num_labels", 2))}
-    return tuple(names[column] for column in sorted(names, key=int))
+    try:
+        return tuple(str(name) for _, name in sorted((int(column), name) for column, name in names.items()))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise LoadError(f"{name_or_path}/config.json: its id2label must name the outputs 0, 1, ...; correct it") from error
+
+
+def are_anonymous(labels: Sequence[str]) -> bool:
+    """Whether these label names say nothing: LABEL_0, LABEL_1, ..."""
+    return all(re.fullmatch(r"LABEL_\d+", name) for name in labels)
+
+
+def label_order(own: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
+    """Where each wanted label stands among `own`, by name, in any case if need be; None when the names differ."""
+    for fold in (str, str.casefold):
+        places = {fold(name): place for place, name in enumerate(own)}
+        if len(places) == len(own) and sorted(places) == sorted(map(fold, wanted)):
+            return [places[fold(name)] for name in wanted]
+    return None
+
+
+@torch.no_grad()
+def _align_head(name_or_path: str, head: nn.Linear, own: Sequence[str], wanted: Sequence[str], trained: bool) -> None:
+    """Bring the outputs of a trained classifier into the order of the `wanted` labels."""
+    order = label_order(own, wanted)
+    if order:
+        head.weight.copy_(head.weight[order].clone())
+        head.bias.copy_(head.bias[order].clone())
+    elif are_anonymous(own):
+        logger.warning("the labels of %s have no names; they are read as %s", name_or_path, ", ".join(wanted))
+    elif trained:
+        raise LoadError(
+            f"{name_or_path} has the labels {', '.join(own)}, but those of the task are {', '.join(wanted)}: "
+            "give a model of this task"
+        )
+    else:
+        logger.warning("the head of %s has other labels (%s): it is trained anew", name_or_path, ", ".join(own))
+        nn.init.normal_(head.weight, std=0.02)
+        nn.init.zeros_(head.bias)
 
 
 def load_masked(
@@ -148,7 +194,8 @@ def load_masked(
     return model
 
 
-def _check_loaded(name_or_path: str, model: PreTrainedModel, info: dict, need_masks: bool, need_head: bool) -> None:
+def _check_loaded(name_or_path: str, model: PreTrainedModel, info: dict, need_masks: bool, need_head: bool) -> bool:
+    """Raises LoadError for what must be there and is not; returns whether the head's outputs start afresh."""
     mismatched = {entry[0]: entry[1:] for entry in info["mismatched_keys"]}
     missing = set(info["missing_keys"]) | set(mismatched)
     scores = {key for key in missing if key.endswith(".mask_scores")}
@@ -170,11 +217,16 @@ def _check_loaded(name_or_path: str, model: PreTrainedModel, info: dict, need_ma
     learned = [layer.mask_scores for layer in masked_layers(model).values() if layer.mask_scores is not None]
     if need_masks and not all(scores.isfinite().all() for scores in learned):
         raise LoadError(f"{name_or_path} holds scores that are not finite: its training had diverged")
+    resized = [key for key in sorted(head & set(mismatched)) if not key.startswith("bert.")]
+    if need_head and resized:
+        theirs, ours = mismatched[resized[0]]
+        raise LoadError(f"the head of {name_or_path} has {theirs[0]} outputs, and {ours[0]} are needed: is it of another task?")
     if need_head and head:
         raise LoadError(
             f"{name_or_path} has no trained {type(model).__name__} head ({min(head)} is missing): "
             "fine-tune it first with --do_train"
         )
+    return any(key.startswith("classifier.") for key in head)
 
 
 def load_tokenizer(name_or_path: str, do_lower_case: bool = False, cache_dir: str | None = None) -> PreTrainedTokenizerFast:
@@ -213,6 +265,8 @@ def load_student(
     model = load_model(name_or_path, head, cache_dir=cache_dir, **options)
     tokenizer = load_tokenizer(tokenizer_name or name_or_path, do_lower_case, cache_dir)
     check_tokenizer(tokenizer, model, tokenizer_name or name_or_path)
+    if model.config.type_vocab_size < 2:
+        raise LoadError(f"{name_or_path} has one token type, and these scripts tell two texts apart by theirs")
     if max_seq_length > model.config.max_position_embeddings:
         raise LoadError(
             f"--max_seq_length {max_seq_length} exceeds what the model takes ({model.config.max_position_embeddings})"
@@ -251,8 +305,14 @@ def load_teacher(
         ours, theirs = getattr(student.config, what), getattr(teacher.config, what)
         if ours != theirs:
             raise LoadError(f"the teacher {name_or_path} does not fit the student: {what} {theirs} against {ours}")
-    ours, theirs = (list(m.config.id2label.values()) for m in (student, teacher))
-    if ours != theirs and not any(name.startswith("LABEL_") for name in ours + theirs):
+    for what in ("max_position_embeddings", "type_vocab_size"):
+        ours, theirs = getattr(student.config, what), getattr(teacher.config, what)
+        if ours > theirs:
+            raise LoadError(f"the teacher {name_or_path} does not fit the student: {what} {theirs} against {ours}")
+    ours, theirs = (tuple(map(str, m.config.id2label.values())) for m in (student, teacher))
+    if are_anonymous(theirs) and not are_anonymous(ours):
+        logger.warning("the labels of the teacher %s have no names; they are read as %s", name_or_path, ", ".join(ours))
+    elif not are_anonymous(ours) and label_order(theirs, ours) != list(range(len(ours))):
         raise LoadError(
             f"the teacher {name_or_path} does not fit the student: its labels are {', '.join(theirs)}, in this order, "
             f"against {', '.join(ours)}"

@@ -23,12 +23,11 @@ from emmental.data.glue import (
     custom_task,
     find_task,
     glue_metrics,
-    label_order,
     load_hub_examples,
     mean_entropy,
     read_custom_examples,
     read_examples,
-    write_predictions,
+    submission,
 )
 
 PARSES = "sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse"
@@ -145,8 +144,9 @@ def test_find_task(spelling, name):
 
 
 def test_unknown_task():
-    refused(lambda: find_task("sst3"), "--task_name sst3", "did you mean sst-2?", "cola, sst-2, mrpc")
-    refused(lambda: find_task("zzz"), "--task_name zzz: is not one of cola")
+    refused(lambda: find_task("sst3"), "'sst3'", "did you mean sst-2?", "cola, sst-2, mrpc")
+    refused(lambda: find_task("costum"), "did you mean custom?")
+    refused(lambda: find_task("zzz"), "'zzz' is not one of cola")
 
 
 # ---------------------------------------------------------------------------------------- examples
@@ -382,15 +382,15 @@ NAMES = {"text_column": "a", "text_pair_column": "b", "label_column": "y"}
 
 
 def test_custom_files(tmp_path):
-    refused(lambda: custom_files(tmp_path), tmp_path, "holds no train.tsv or train.csv or train.jsonl")
+    splits = ["train", "dev"]
+    refused(lambda: custom_files(tmp_path, splits), tmp_path, "holds no train.tsv or train.csv or train.jsonl")
     for name in ("train.csv", "dev.jsonl"):
         write(tmp_path / name, "")
-    assert custom_files(tmp_path) == {"train": tmp_path / "train.csv", "dev": tmp_path / "dev.jsonl"}
-    refused(lambda: custom_files(tmp_path, needed=("test",)), "holds no test.tsv")
-    write(tmp_path / "test.tsv", "")
-    assert custom_files(tmp_path, needed=())["test"] == tmp_path / "test.tsv"
+    assert custom_files(tmp_path, splits) == {"train": tmp_path / "train.csv", "dev": tmp_path / "dev.jsonl"}
+    refused(lambda: custom_files(tmp_path, ["test"]), "holds no test.tsv")
     write(tmp_path / "train.tsv", "")
-    refused(lambda: custom_files(tmp_path), "holds both train.tsv and train.csv; keep one")
+    refused(lambda: custom_files(tmp_path, splits), "holds both train.tsv and train.csv; keep one")
+    assert custom_files(tmp_path, ["dev"]) == {"dev": tmp_path / "dev.jsonl"}  # no one asked for the others
 
 
 CUSTOM = {
@@ -459,6 +459,7 @@ def test_custom_regression(tmp_path):
         ("x.csv", 'a,b,y\n"x,z,1\nx,z,2\n', ["x.csv:3: is not CSV", "quotes"]),
         ("x.csv", 'a,b,y\n"x"z,z,1\n', ["x.csv:2: is not CSV"]),
         ("x.csv", "a,b,y\nx,z, \n", ["x.csv:2: y is empty"]),
+        ("x.csv", "a,b,y\n" + "x" * 200_000 + ",z,1\n", ["x.csv: has the label '1' alone"]),
         ("x.csv", "a,b,y\nx,z,1\nx,z,1\n", ["x.csv: has the label '1' alone"]),
         ("x.csv", b"a,b,y\nx,z,\xff\n", ["x.csv:2: is not UTF-8"]),
         ("x.jsonl", '{"a": "x", "b": "z", "y": 1}\n{"a"', ["x.jsonl:2: is not JSON"]),
@@ -476,6 +477,21 @@ def test_custom_regression(tmp_path):
 def test_refuses_bad_custom_files(tmp_path, name, content, parts):
     path = write(tmp_path / name, content)
     refused(lambda: read_custom_examples(path, **NAMES), path, *parts)
+
+
+def test_a_blank_line_among_single_columns_is_refused(tmp_path):
+    """It may be an empty text, or none: the indices of what follows hang on it."""
+    for name in ("x.tsv", "x.csv"):
+        path = write(tmp_path / name, "a\none\n\ntwo\n")
+        refused(lambda: read_custom_examples(path, text_column="a"), f"{name}:3: is blank")  # noqa: B023
+    write(path, "a,z\none,1\n\ntwo,2\n")
+    assert list(read_custom_examples(path, text_column="a")[0]["text_a"]) == ["one", "two"]
+
+
+def test_labels_that_look_like_numbers_are_warned_of(tmp_path, caplog):
+    path = write(tmp_path / "x.csv", "a,y\n" + "".join(f"x,{n / 7}\n" for n in range(30)))
+    read_custom_examples(path, text_column="a", label_column="y")
+    assert any("30 labels in 30 rows" in message and "--regression" in message for message in caplog.messages)
 
 
 def test_other_custom_refusals(tmp_path):
@@ -757,7 +773,7 @@ def test_mean_entropy():
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_submissions(tmp_path, name):
+def test_submissions(name):
     task = TASKS[name]
     examples = make_examples().select([3, 0, 1])
     logits = np.eye(max(len(task.labels), 1))[[0, -1, 0]]
@@ -769,60 +785,15 @@ def test_submissions(tmp_path, name):
     else:
         wanted = [task.labels[0], task.labels[-1], task.labels[0]]
     names = {"cola": "CoLA", "mnli": "MNLI-m", "mnli-mm": "MNLI-mm"}
-    for split in task.submissions:
-        path = write_predictions(task, split, examples, logits, tmp_path / "new" / "folder")
+    for split, file in task.submissions.items():
         stem = "MNLI-mm" if split == "test_mismatched" else names.get(name, name.upper())
-        assert path == tmp_path / "new" / "folder" / f"{stem}.tsv"
-        lines = [f"{index}\t{text}\n" for index, text in zip((3, 0, 1), wanted)]
-        assert path.read_bytes().decode() == "".join(["index\tprediction\n", *lines])
-    assert len(list(path.parent.iterdir())) == len(task.submissions)
+        assert file == f"{stem}.tsv" and file in glue.SUBMISSION_FILES
+    lines = [f"{index}\t{text}\n" for index, text in zip((3, 0, 1), wanted)]
+    assert submission(task, examples, logits) == "".join(["index\tprediction\n", *lines])
 
 
-def test_custom_submissions(tmp_path):
+def test_custom_submissions():
     examples = make_examples().select(range(2))
-    path = write_predictions(custom_task(("no", "yes")), "test", examples, np.eye(2), tmp_path)
-    assert path.name == "predictions.tsv" and path.read_text() == "index\tprediction\n0\tno\n1\tyes\n"
-    path = write_predictions(custom_task(()), "test", examples, np.array([-7.5, 1234.0]), tmp_path)
-    assert path.read_text() == "index\tprediction\n0\t-7.500\n1\t1234.000\n"
-
-
-def test_a_failed_submission_leaves_the_old_one(tmp_path):
-    task, examples = TASKS["sts-b"], make_examples().select(range(2))
-    path = write_predictions(task, "test", examples, np.array([1.0, 2.0]), tmp_path)
-    before = path.read_bytes()
-    refused(lambda: write_predictions(task, "test", examples, np.array([1.0, np.nan]), tmp_path), "sts-b", "finite")
-    assert path.read_bytes() == before
-
-
-# ------------------------------------------------------------------------------------- label order
-
-
-def test_label_order():
-    mnli = TASKS["mnli"]
-    assert label_order({"entailment": 0, "neutral": 1, "contradiction": 2}, mnli) == [2, 0, 1]
-    assert label_order({"CONTRADICTION": 0, "ENTAILMENT": 1, "NEUTRAL": 2}, mnli) == [0, 1, 2]
-    assert label_order({f"LABEL_{n}": n for n in range(3)}, mnli) is None
-    assert label_order({"LABEL_0": 0}, TASKS["sts-b"]) is None
-    assert label_order({"score": 0}, TASKS["sts-b"]) is None
-    assert label_order({"entailment": 0, "not_entailment": 1}, TASKS["wnli"]) == [1, 0]
-    assert label_order({"yes": 0, "Yes": 1}, custom_task(("Yes", "yes"))) == [1, 0]
-    assert label_order({"LABEL_1": 0, "LABEL_0": 1}, custom_task(("LABEL_0", "LABEL_1"))) == [1, 0]
-    order = label_order({"entailment": 0, "neutral": 1, "contradiction": 2}, mnli)
-    assert np.array([["e", "n", "c"]])[:, order].tolist() == [["c", "e", "n"]]
-
-
-@pytest.mark.parametrize(
-    "labels, name",
-    [
-        (["negative", "positive"], "cola"),
-        (["entailment", "neutral"], "mnli"),
-        (["entailment", "neutral", "other"], "mnli"),
-        (["LABEL_0", "LABEL_1", "neutral"], "mnli"),
-        (["LABEL_0", "LABEL_1"], "mnli"),
-        (["LABEL_0", "LABEL_1"], "sts-b"),
-        (["LABEL_0"], "sst-2"),
-    ],
-)
-def test_label_order_refusals(labels, name):
-    label2id = {label: n for n, label in enumerate(labels)}
-    refused(lambda: label_order(label2id, TASKS[name]), f"labels are {', '.join(labels)}", f"those of {name} are")
+    assert submission(custom_task(("no", "yes")), examples, np.eye(2)) == "index\tprediction\n0\tno\n1\tyes\n"
+    scores = np.array([-7.5, 1234.0])
+    assert submission(custom_task(()), examples, scores) == "index\tprediction\n0\t-7.500\n1\t1234.000\n"

@@ -10,7 +10,7 @@ from conftest import NAMES, PLACES
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_glue_data import LAYOUTS, table
-from transformers import BertForSequenceClassification, pipeline
+from transformers import BertConfig, BertForSequenceClassification, pipeline
 
 import bertarize
 import counts_parameters
@@ -180,8 +180,26 @@ def test_labels_meet_by_name_whatever_their_order(run, tmp_path):
     other = run("mnli", "--do_eval", "--do_predict", model_type="bert", model=hub, output="other")
     assert results(other) == pytest.approx(results(out))
     assert (other / "MNLI-m.tsv").read_text() == (out / "MNLI-m.tsv").read_text()
-    further = run("mnli", *TOPK, *TRAIN, model=hub, output="further")  # a trained head keeps its order
-    assert json.loads((further / "config.json").read_text())["id2label"]["0"] == "ENTAILMENT"
+    further = run("mnli", *TOPK, "--do_train", "--max_steps", "1", "--learning_rate", "1e-9", model=hub, output="further")
+    assert json.loads((further / "config.json").read_text())["id2label"]["0"] == "contradiction"
+    torch.testing.assert_close(weights(further)["classifier.weight"], weights(out)["classifier.weight"])
+
+
+def strip_names(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("id2label"), config.pop("label2id")
+    (folder / "config.json").write_text(json.dumps(config | {"num_labels": 2}))
+
+
+def test_labels_without_names_are_read_in_the_order_of_the_task_and_said_so(run, caplog):
+    out = run("rte", "--do_train", "--max_steps", "20", "--do_eval", model_type="bert")
+    strip_names(out)
+    alone = run("rte", "--do_eval", model_type="bert", model=out, output="alone")
+    assert results(alone)["acc"] == results(out)["acc"]
+    assert any("have no names; they are read as entailment, not_entailment" in message for message in caplog.messages)
+    caplog.clear()
+    run("rte", *TOPK, *TRAIN, "--teacher_type", "bert", "--teacher_name_or_path", str(out), output="student")
+    assert any("labels of the teacher" in message and "have no names" in message for message in caplog.messages)
 
 
 @pytest.mark.parametrize("name", ["mnli", "sts-b"])
@@ -324,7 +342,7 @@ def test_bad_files_are_refused_before_training(refused, glue_dir, tmp_path, name
 
 def test_a_model_or_teacher_with_other_labels_is_refused(run, refused, glue_dir):
     rte = run("rte", "--do_train", "--max_steps", "2", model_type="bert", output="rte")
-    assert "labels are entailment, not_entailment" in refused("sst-2", "--do_eval", model_type="bert", model=rte)
+    assert "has the labels entailment, not_entailment, but those of the task are negative, positive" in refused("sst-2", "--do_eval", model_type="bert", model=rte)
     flags = ["--teacher_type", "bert", "--teacher_name_or_path"]
     assert "its labels are entailment, not_entailment, in this order, against negative, positive" in refused(
         "sst-2", *TOPK, *TRAIN, *flags, str(rte)
@@ -338,10 +356,65 @@ def test_a_model_or_teacher_with_other_labels_is_refused(run, refused, glue_dir)
     assert "num_labels 3 against 2" in refused("rte", *TOPK, *TRAIN, *flags, str(mnli))
 
 
-def test_a_head_of_another_task_is_trained_anew(run):
+def test_a_head_of_another_task_is_trained_anew(run, caplog):
     mnli = run("mnli", "--do_train", "--max_steps", "2", model_type="bert", output="mnli")
     out = run("rte", *TOPK, *TRAIN, "--do_eval", model=mnli)
     assert MaskedBertForSequenceClassification.from_pretrained(out).classifier.weight.shape[0] == 2
+    sst = run("sst-2", *TOPK, "--do_train", "--max_steps", "1", "--learning_rate", "1e-9", model=out, output="sst")
+    assert any("has other labels (entailment, not_entailment): it is trained anew" in m for m in caplog.messages)
+    before, after = (weights(folder)["classifier.weight"] for folder in (out, sst))
+    assert (before - after).abs().max() > 1e-3
+
+
+def test_models_of_another_kind_of_output(run, refused, custom_dir):
+    sts = run("sts-b", "--do_train", "--max_steps", "2", model_type="bert", output="sts")
+    rte = run("rte", "--do_train", "--max_steps", "2", model_type="bert", output="rte")
+    said = refused("sts-b", "--do_eval", model_type="bert", model=rte)
+    assert "has 2 outputs, and 1 are needed" in said
+    said = refused("custom", *CUSTOM, "--do_predict", data=custom_dir("csv"), model_type="bert", model=sts)
+    assert "has 1 outputs: add --regression" in said
+
+
+def test_configurations_and_teachers_that_do_not_fit(run, refused, tmp_path, tiny_bert):
+    rte = run("rte", "--do_train", "--max_steps", "2", model_type="bert", output="rte")
+    config = json.loads((rte / "config.json").read_text())
+    (rte / "config.json").write_text(json.dumps(config | {"id2label": ["a", "b"]}))
+    assert "its id2label must name the outputs" in refused("rte", "--do_eval", model_type="bert", model=rte)
+    small = BertForSequenceClassification(BertConfig.from_pretrained(tiny_bert, max_position_embeddings=24))
+    small.save_pretrained(tmp_path / "small")
+    teach = ["--teacher_type", "bert", "--teacher_name_or_path", str(tmp_path / "small")]
+    assert "max_position_embeddings 24 against 64" in refused("rte", *TOPK, *TRAIN, *teach)
+    assert "--text_column is empty" in refused("custom", "--do_train", "--text_column", "", data=tmp_path)
+
+
+def test_a_diverged_model_gives_no_results(run, capsys):
+    rte = run("rte", "--do_train", "--max_steps", "2", model_type="bert", output="rte")
+    model = BertForSequenceClassification.from_pretrained(rte)
+    torch.nn.init.constant_(model.classifier.weight, float("nan"))
+    model.save_pretrained(rte)
+    with pytest.raises(SystemExit):
+        run("rte", "--do_eval", model_type="bert", model=rte)
+    assert "are not finite" in capsys.readouterr().err
+
+
+def test_overwriting_removes_the_predictions_of_another_task(run):
+    out = run("mnli", *TOPK, *TRAIN, "--do_eval", "--do_predict")
+    run("rte", *TOPK, *TRAIN, "--overwrite_output_dir")
+    assert not list(out.glob("*.tsv")) and not list(out.glob("eval_results.*"))
+
+
+def test_resuming_a_finished_run_evaluates_at_its_step_and_knows_its_labels(run, refused, custom_dir, tmp_path):
+    flags = [*CUSTOM, *TOPK, *TRAIN, "--save_steps", "4"]
+    data = custom_dir("tsv")
+    out = run("custom", *flags, data=data)
+    run("custom", *flags, "--do_eval", "--resume_from_checkpoint", "latest", data=data)
+    events = EventAccumulator(str(out))
+    events.Reload()
+    assert [event.step for event in events.Scalars("eval/acc")] == [8]
+    renamed = custom_dir("tsv", labels=("false", "true", "unknown"), folder="renamed")
+    (out / "model.safetensors").unlink()
+    resume = ["--resume_from_checkpoint", "latest"]
+    assert "the training data has changed" in refused("custom", *flags, *resume, data=renamed)
 
 
 def test_an_unknown_label_in_the_development_set_of_ones_own(refused, custom_dir):

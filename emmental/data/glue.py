@@ -16,7 +16,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import re
 import warnings
 from dataclasses import dataclass, field
@@ -37,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 FEATURES_VERSION = 1  # raise it when the features of the same input change: old caches are then ignored
 HUB_NAME = "nyu-mll/glue"
+CUSTOM = "custom"  # the name of every task of one's own
 CUSTOM_SUFFIXES = (".tsv", ".csv", ".jsonl")
 
 
@@ -127,44 +127,28 @@ TASKS = {
     )
 }  # fmt: skip
 
+CUSTOM_SUBMISSION = "predictions.tsv"
+SUBMISSION_FILES = sorted({CUSTOM_SUBMISSION, *(file for task in TASKS.values() for file in task.submissions.values())})
+
 
 def find_task(name):
     """The GLUE task of this name, in any case and with or without its hyphen ("SST-2", "sst2", "mnli_mm").
 
     Raises `GlueError` naming the nearest task when there is none.
     """
-    tasks = {_plain(task): task for task in TASKS}
-    if _plain(name) not in tasks:
+    tasks = {_plain(task): task for task in (*TASKS, CUSTOM)} | {"mnlim": "mnli"}
+    found = tasks.get(_plain(name))
+    if found not in TASKS:
         nearest = difflib.get_close_matches(_plain(name), tasks, n=1, cutoff=0.4)
         hint = f"; did you mean {tasks[nearest[0]]}?" if nearest else ""
-        raise GlueError(f"--task_name {name}: is not one of {', '.join(TASKS)}{hint}")
-    return TASKS[tasks[_plain(name)]]
+        raise GlueError(f"{name!r} is not one of {', '.join(TASKS)}, {CUSTOM}{hint}")
+    return TASKS[found]
 
 
 def custom_task(labels):
     """A task of one's own, with the labels that `read_custom_examples` returned."""
     metrics = ("acc",) if labels else _CORRELATIONS
-    return Task("custom", tuple(labels), (), metrics=metrics, submissions={"test": "predictions.tsv"})
-
-
-def label_order(model_label2id, task):
-    """Columns of a model's logits in the order of the task's labels: `logits[:, label_order(...)]`.
-
-    Labels meet by name, whatever the case. Returns None when the names say nothing: LABEL_0, LABEL_1, ...,
-    or the one output of a regression. Raises `GlueError` for other names, or another number of outputs.
-    """
-    for fold in (str, str.casefold):
-        ids = {fold(name): id_ for name, id_ in model_label2id.items()}
-        wanted = [fold(label) for label in task.labels]
-        if len(ids) == len(model_label2id) and sorted(ids) == sorted(wanted):
-            return [ids[label] for label in wanted]
-    anonymous = task.is_regression or all(re.fullmatch(r"LABEL_\d+", name) for name in model_label2id)
-    if anonymous and len(model_label2id) == max(len(task.labels), 1):
-        return None
-    raise GlueError(
-        f"the model's labels are {_listed(model_label2id)}, but those of {task.name} are "
-        f"{_listed(task.labels) or 'one number'}; give a model of this task"
-    )
+    return Task(CUSTOM, tuple(labels), (), metrics=metrics, submissions={"test": CUSTOM_SUBMISSION})
 
 
 def _plain(name):
@@ -198,6 +182,8 @@ def read_examples(task, data_dir, split):
     columns, short, long = collections.defaultdict(list), [], []
     for line, fields in rows:
         where = f"{path}:{line}"
+        if fields == [""] != header:
+            continue  # a blank line
         if len(fields) > len(header):
             long.append(line)
         elif len(fields) < len(header):
@@ -252,21 +238,20 @@ def load_hub_examples(task, split, cache_dir=None):
     return _dataset(columns, where)
 
 
-def custom_files(data_dir, needed=("train", "dev")):
-    """The files train, dev and test with the suffix .tsv, .csv or .jsonl: {split: path}, as far as there are.
+def custom_files(data_dir, splits):
+    """The files of these splits (train, dev, test) with the suffix .tsv, .csv or .jsonl: {split: path}.
 
-    Raises `GlueError` when a `needed` one is missing, or when there are two for a split.
+    Raises `GlueError` when one is missing, or when there are two for a split.
     """
     files = {}
-    for split in ("train", "dev", "test"):
+    for split in splits:
         found = [path for suffix in CUSTOM_SUFFIXES if (path := Path(data_dir) / f"{split}{suffix}").is_file()]
         if len(found) > 1:
             raise GlueError(f"{data_dir}: holds both {found[0].name} and {found[1].name}; keep one of them")
-        if found:
-            files[split] = found[0]
-        elif split in needed:
+        if not found:
             names = " or ".join(f"{split}{suffix}" for suffix in CUSTOM_SUFFIXES)
             raise GlueError(f"{data_dir}: holds no {names}; check --data_dir")
+        files[split] = found[0]
     return files
 
 
@@ -295,6 +280,8 @@ def read_custom_examples(path, *, text_column, text_pair_column=None, label_colu
             labels = sorted(set(columns["label"]))
             if len(labels) == 1:
                 raise GlueError(f"{path}: has the label {labels[0]!r} alone; a classification needs at least two")
+            if len(labels) > max(20, len(places) / 10):
+                logger.warning(f"{path}: has {len(labels)} labels in {len(places)} rows; are they numbers (--regression)?")
         parse_label = _label_parser(custom_task(() if regression else labels))
         columns["label"] = [parse_label(label, where) for label, where in zip(columns["label"], places)]
     return _dataset(columns, path), () if regression else tuple(labels or ())
@@ -347,22 +334,21 @@ def _lines(path):
 
 def _tsv_rows(path):
     for line, text in _lines(path):
-        if text:
-            yield line, text.split("\t")
+        yield line, text.split("\t")
 
 
 def _csv_rows(path):
+    csv.field_size_limit(2**31 - 1)
     reader = csv.reader((f"{text}\n" for _, text in _lines(path)), strict=True)
     try:
         for fields in reader:
-            if fields:
-                yield reader.line_num, fields
+            yield reader.line_num, fields or [""]
     except csv.Error as error:
         raise GlueError(f"{path}:{reader.line_num}: is not CSV ({error}); check the quotes") from error
 
 
 def _header(path, rows):
-    header = next(rows, (0, None))[1]
+    header = next((fields for _, fields in rows if fields != [""]), None)
     if header is None:
         raise GlueError(f"{path}: is empty; give a file with examples")
     return header
@@ -394,6 +380,10 @@ def _custom_rows(path, wanted):
     header = _header(path, rows)
     places = _places(path, header, wanted)
     for line, fields in rows:
+        if fields == [""]:
+            if len(header) == 1:  # a text, or the end of the file? an index hangs on it
+                raise GlueError(f"{path}:{line}: is blank; give it a text, or remove it")
+            continue
         if len(fields) != len(header):
             raise _wrong_width(f"{path}:{line}", fields, header)
         yield f"{path}:{line}", {name: fields[place] for name, place in zip(wanted, places)}
@@ -587,26 +577,18 @@ def mean_entropy(logits):
 # ------------------------------------------------------------------------------------- predictions
 
 
-def write_predictions(task, split, examples, logits, folder):
-    """Write the predictions for a test split in GLUE's submission format; returns the path of the file.
+def submission(task, examples, logits):
+    """The predictions for a test split as the text of a file in GLUE's submission format.
 
     A line for each example: its index, a tab, and its label (a number where GLUE wants one); scores lie in the
-    task's range. logits are those of `glue_metrics`. The file is written whole or not at all.
-    Raises `GlueError` when a score is not finite.
+    task's range. logits are those of `glue_metrics`.
     """
     logits = np.asarray(logits, np.float64)
     if task.is_regression:
-        scores = logits.reshape(len(examples))
-        if not np.isfinite(scores).all():
-            raise GlueError(f"not all predictions for {task.name} are finite numbers; check the model")
-        predictions = [f"{score:.3f}" for score in np.clip(scores, *(task.score_range or (None, None)))]
+        scores = np.clip(logits.reshape(len(examples)), *(task.score_range or (None, None)))
+        predictions = [f"{score:.3f}" for score in scores]
     else:
         names = range(len(task.labels)) if task.numbered else task.labels
         predictions = [names[index] for index in logits.argmax(axis=1)]
     lines = [f"{index}\t{text}\n" for index, text in zip(examples["index"], predictions, strict=True)]
-    path = Path(folder) / task.submissions[split]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text("".join(["index\tprediction\n", *lines]), encoding="utf-8")
-    os.replace(aside, path)
-    return path
+    return "".join(["index\tprediction\n", *lines])

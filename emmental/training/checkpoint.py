@@ -68,6 +68,7 @@ class TrainingState:
                 "mask_generator": self.mask_generator.get_state(),
                 "random_states": random_states,
                 "data": self._data_digest,
+                "labels": self._labels,
             }
 
             def fill(place: Path) -> None:
@@ -94,7 +95,7 @@ class TrainingState:
             raise UsageError(f"cannot continue {folder} exactly, the arguments differ: {'; '.join(differing)}")
         try:
             saved = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-            data, processes = saved["data"], len(saved["random_states"])
+            data, labels, processes = saved["data"], saved["labels"], len(saved["random_states"])
             self.step, self.cutoff = int(saved["step"]), saved["cutoff"]
             self.optimizer.load_state_dict(saved["optimizer"])
             self.scaler.load_state_dict(saved["scaler"])
@@ -104,13 +105,17 @@ class TrainingState:
             raise UsageError(
                 f"{folder / STATE_FILE} is damaged, or was not written by these scripts: continue from another checkpoint"
             ) from error
-        if data != self._data_digest:
+        if data != self._data_digest or labels != self._labels:
             raise UsageError(f"cannot continue {folder} exactly: the training data has changed")
         if processes != self.world.size:
             raise UsageError(
                 f"cannot continue {folder} exactly: it was written by {processes} processes, "
                 f"and this run has {self.world.size}"
             )
+
+    @property
+    def _labels(self) -> list[str]:
+        return list(self.model.config.id2label.values())
 
     @functools.cached_property
     def _data_digest(self) -> str:
@@ -267,6 +272,7 @@ def write_text(path: Path, text: str) -> None:
         aside.write_text(text, encoding="utf-8")
         os.replace(aside, path)
     except OSError as error:
+        aside.unlink(missing_ok=True)
         raise TrainingError(f"cannot write {path}: {_reason(error)}") from error
 
 

@@ -35,6 +35,7 @@ class RunLog:
 
     def start(self, step: int) -> None:
         """Begin after `step` updates; what an interrupted run logged later than that is dropped."""
+        self.step = step
         if self.world.is_main:
             from torch.utils.tensorboard import SummaryWriter  # slow to import; the other ranks need none
 
