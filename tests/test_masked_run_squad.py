@@ -14,6 +14,8 @@ import counts_parameters
 import masked_run_squad
 from emmental import MaskedBertForQuestionAnswering
 from emmental.data import squad
+from emmental.training.distributed import World
+from emmental.training.loop import _Figures
 
 SHORT = ["--max_seq_length", "48", "--max_query_length", "16", "--doc_stride", "16", "--per_gpu_train_batch_size", "4"]
 METHODS = {
@@ -367,3 +369,12 @@ def test_the_hub_is_asked_when_no_file_is_given(tmp_path, tiny_bert, squad_dir, 
                            str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache"), "--do_eval", *SHORT,
                            *METHODS["topK"], *TRAIN])  # fmt: skip
     assert sorted(asked) == [("rajpurkar/squad", "train"), ("rajpurkar/squad", "validation")]
+
+
+def test_updates_that_the_gradient_scaler_skips_are_counted_and_not_averaged():
+    figures = _Figures(World(torch.device("cpu")))
+    for loss, norm, skipped in ((1.0, 2.0, False), (math.inf, math.nan, True), (3.0, 4.0, False)):
+        figures.add({"loss": torch.tensor(loss)}, torch.tensor(norm), skipped)
+    assert figures.take() == {"skipped_updates": 1, "loss": 2.0, "gradient_norm": 3.0}
+    figures.add({"loss": torch.tensor(math.inf)}, torch.tensor(math.nan), True)
+    assert figures.take() == {"skipped_updates": 1}
