@@ -24,7 +24,27 @@ def regularization(model: nn.Module, mode: str) -> Tensor:
     scores = [layer.mask_scores for layer in masked_layers(model).values() if layer.mask_scores is not None]
     if not scores:
         raise ValueError(f"regularization {mode} needs scores, and this model has none")
-    return torch.stack([torch.sigmoid(s - shift).mean() for s in scores]).mean()
+    return torch.stack([_MeanSigmoid.apply(s, shift) for s in scores]).mean()
+
+
+class _MeanSigmoid(torch.autograd.Function):
+    """mean(sigmoid(S - shift)), keeping S alone: the sigmoids of all matrices would be a second set of scores."""
+
+    @staticmethod
+    def forward(ctx, scores: Tensor, shift: float) -> Tensor:
+        ctx.save_for_backward(scores)
+        ctx.shift = shift
+        return _sigmoid(scores, shift).mean()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (scores,) = ctx.saved_tensors
+        probability = _sigmoid(scores, ctx.shift)
+        return torch.ops.aten.sigmoid_backward(grad / scores.numel(), probability, grad_input=probability), None
+
+
+def _sigmoid(scores: Tensor, shift: float) -> Tensor:
+    return (scores - shift).sigmoid_() if shift else scores.sigmoid()
 
 
 def distillation_loss(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], temperature: float) -> Tensor:

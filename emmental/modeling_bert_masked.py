@@ -9,6 +9,7 @@ checkpoint loads with fresh scores, and a checkpoint of the 2020 code loads with
     model(input_ids=..., attention_mask=..., token_type_ids=..., threshold=0.15)
 """
 
+import torch
 import transformers
 from transformers import (
     AutoConfig,
@@ -26,7 +27,7 @@ from transformers import (
 )
 
 from .configuration_bert_masked import MaskedBertConfig
-from .modules.masked_nn import MaskedLinear, masks_are_current, swap_linears, update_masks
+from .modules.masked_nn import MaskedLinear, keep_masked_weights, masks_are_current, swap_linears, update_masks
 
 
 class _MaskedPreTrained:
@@ -66,7 +67,8 @@ class MaskedBertModel(_MaskedPreTrained, BertModel):
 
     `forward` takes all that the stock model takes, and `threshold` (see `MaskedBertConfig`). In
     training, a given threshold computes the masks anew, and none uses the masks as they stand. In
-    evaluation the masks are computed once and kept until the threshold or the scores change. With
+    evaluation the masks are computed once and kept until the threshold, the scores or the weights change; without
+    gradients, so are the masked weights. With
     gradient checkpointing, run the backward of a forward before the next forward: what is recomputed uses
     the masks of the latest.
     """
@@ -96,6 +98,8 @@ class MaskedBertModel(_MaskedPreTrained, BertModel):
             stale = not masks_are_current(self, wanted, self.config.global_topk)
         if stale:
             self.update_masks(wanted)
+        if not (self.training or torch.is_grad_enabled()):
+            keep_masked_weights(self)
         return super().forward(*args, **kwargs)
 
 

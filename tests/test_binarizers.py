@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from emmental.modules import MagnitudeBinarizer, ThresholdBinarizer, TopKBinarizer
-from emmental.modules.binarizer import keep_largest, kth_largest
+from emmental.modules.binarizer import SAMPLED_SIZE, keep_largest
 
 FRACTIONS = [0.0, 0.03, 0.1, 0.25, 0.5, 0.7, 0.999, 1.0]
 
@@ -79,11 +79,66 @@ def test_accelerators_select_as_the_cpu_does(kind, dtype, monkeypatch):
     kthvalue = torch.kthvalue
     monkeypatch.setattr(torch, "kthvalue", lambda x, *args, **kw: stacks.append(len(x)) or kthvalue(x, *args, **kw))
     elsewhere = [value.as_subclass(OnAccelerator) for value in values]
-    for ours, theirs in zip(kth_largest(values, counts), kth_largest(elsewhere, counts), strict=True):
-        assert torch.equal(ours, theirs.as_subclass(torch.Tensor))
-    assert sorted(stacks) == [1, 2]  # one selection per size, and none on the CPU
-    for value, count, mask in zip(values, counts, keep_largest(elsewhere, counts), strict=True):
-        assert torch.equal(mask.as_subclass(torch.Tensor).float(), sorted_mask(value.float(), count))
+    for absolute in (False, True):
+        for value, count, mask in zip(values, counts, keep_largest(elsewhere, counts, absolute), strict=True):
+            ranked = value.float().abs() if absolute else value.float()
+            assert torch.equal(mask.as_subclass(torch.Tensor).float(), sorted_mask(ranked, count))
+    assert sorted(stacks) == [1, 1, 2, 2]  # one selection per size
+    keep_largest(values, counts)
+    assert len(stacks) == 4  # and none on the CPU
+
+
+def large_scores(kind):
+    """Matrices large enough to be sampled, among them such that mislead a sample."""
+    generator = torch.Generator().manual_seed(5)
+    normal = torch.randn(400, 300, generator=generator)
+    flat = normal.reshape(-1)
+    misleading = flat.clone()
+    misleading[::61] -= 10.0  # the very entries that are sampled
+    scores = {
+        "distinct": normal,
+        "small integers": (normal * 3).round(),
+        "constant": torch.zeros(400, 300),
+        "two values": (normal > 1.5).float(),
+        "sorted": flat.sort().values,
+        "reversed": flat.sort(descending=True).values,
+        "misleading": misleading,
+        "heavy tails": normal.sign() * torch.exp(4 * normal),
+        "infinite": torch.where(normal > 2, torch.inf, normal),
+        "transposed": normal.t(),
+        "half": normal.half(),
+    }[kind]
+    assert scores.numel() >= SAMPLED_SIZE
+    return scores
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize(
+    "kind",
+    ["distinct", "small integers", "constant", "two values", "sorted", "reversed", "misleading", "heavy tails",
+     "infinite", "transposed", "half"],
+)  # fmt: skip
+def test_selection_from_a_sample_is_a_stable_sort(kind, absolute):
+    scores = large_scores(kind)
+    order = torch.argsort((scores.abs() if absolute else scores).reshape(-1), descending=True, stable=True)
+    for count in [1, 2, 600, 12_000, 60_000, 119_000, 119_999]:
+        expected = torch.zeros(scores.numel(), dtype=torch.bool)
+        expected[order[:count]] = True
+        assert torch.equal(keep_largest([scores], [count], absolute)[0], expected.reshape(scores.shape))
+
+
+def test_threads_change_no_mask():
+    scores = [large_scores(kind) for kind in ("distinct", "small integers", "misleading", "transposed")]
+    counts = [12_000, 60_000, 600, 119_000]
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = keep_largest(scores, counts)
+        torch.set_num_threads(3)
+        together = keep_largest(scores, counts)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from emmental.modules import MaskedLinear, compute_mask, masked_layers, swap_linears, update_masks
-from emmental.modules.masked_nn import masks_are_current
+from emmental.modules.masked_nn import masks_are_current, uniform_noise
 
 METHODS = ["topK", "threshold", "sigmoied_threshold", "magnitude", "l0"]
 BINARY = METHODS[:-1]
@@ -81,7 +81,7 @@ def hard_concrete(scores, noise=None):
 def test_l0_is_autograd_of_the_formula(training):
     layer = make_layer("l0", scale=3.0).train(training)
     x, seed = torch.randn(4, 9), torch.randn(4, 7)
-    noise = torch.empty(7, 9).uniform_(1e-4, 1 - 1e-4, generator=torch.Generator().manual_seed(6)) if training else None
+    noise = uniform_noise(layer.mask_scores, torch.Generator().manual_seed(6)) if training else None
     weight, scores = (p.detach().clone().requires_grad_() for p in (layer.weight, layer.mask_scores))
     mask = hard_concrete(scores, noise)
     plain = nn.functional.linear(x, weight * mask, layer.bias.detach())
@@ -95,6 +95,24 @@ def test_l0_is_autograd_of_the_formula(training):
     out.backward(seed)
     torch.testing.assert_close(layer.weight.grad, weight.grad)
     torch.testing.assert_close(layer.mask_scores.grad, scores.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(301, 333), (2, 3, 5), (1,)])
+def test_l0_noise_is_uniform(shape):
+    generator = torch.Generator().manual_seed(1)
+    first, second = (uniform_noise(torch.zeros(shape), generator) for _ in range(2))
+    assert first.shape == shape and first.dtype == torch.float32
+    assert not torch.equal(first, second)
+    assert torch.equal(first, uniform_noise(torch.zeros(shape), torch.Generator().manual_seed(1)))
+    if first.numel() > 1000:
+        both = torch.stack([first, second]).reshape(2, -1).double()
+        n = both.numel()
+        assert 1e-4 <= both.min() < 1.5e-4 and 1 - 1.5e-4 < both.max() <= 1 - 1e-4
+        place = torch.arange(1, n + 1, dtype=torch.float64) / n
+        distance = ((both.reshape(-1).sort().values - 1e-4) / (1 - 2e-4) - place).abs().max()
+        assert distance < 1.95 / n**0.5  # Kolmogorov-Smirnov, one in a thousand
+        assert torch.corrcoef(both)[0, 1].abs() < 4 / (n / 2) ** 0.5  # from draw to draw
+        assert torch.corrcoef(torch.stack([both[0, :-1], both[0, 1:]]))[0, 1].abs() < 4 / (n / 2) ** 0.5  # to its neighbour
 
 
 def test_l0_gradient_is_that_of_the_stored_mask():
@@ -126,6 +144,47 @@ def test_scores_of_a_layer_in_another_precision(method, dtype):
     torch.testing.assert_close(out, nn.functional.linear(x, layer.weight * mask, layer.bias))
     out.sum().backward()
     assert layer.weight.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_autocast_is_that_of_the_plain_formula(method):
+    layer = make_layer(method).eval()
+    update_masks(layer, V)
+    x, seed = torch.randn(3, 5, 9, requires_grad=True), torch.randn(3, 5, 7)
+    plain_x, weight, bias = (t.detach().clone().requires_grad_() for t in (x, layer.weight, layer.bias))
+    scores = None if layer.mask_scores is None else layer.mask_scores.detach().clone().requires_grad_()
+    mask = hard_concrete(scores) if method == "l0" else layer.mask.float()
+    effective = weight * mask
+    effective.retain_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        out, plain = layer(x), nn.functional.linear(plain_x, effective, bias)
+    assert out.dtype == plain.dtype == torch.bfloat16
+    assert torch.equal(out, plain)
+    out.float().backward(seed)
+    plain.float().backward(seed)
+    assert torch.equal(x.grad, plain_x.grad) and torch.equal(layer.weight.grad, weight.grad)
+    torch.testing.assert_close(layer.bias.grad, bias.grad)
+    assert layer.weight.grad.dtype == torch.float32
+    if scores is not None:
+        assert layer.mask_scores.grad.dtype == torch.float32
+        expected = scores.grad if method == "l0" else effective.grad * layer.weight.detach()
+        torch.testing.assert_close(layer.mask_scores.grad, expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_of_the_size_of_the_weights_is_kept_for_the_backward(method):
+    layer = make_layer(method)
+    update_masks(layer, V)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(torch.randn(4, 9, requires_grad=True))
+    own = {layer.weight.data_ptr(), layer.mask.data_ptr()}
+    assert own == {t.data_ptr() for t in kept if t.numel() == layer.weight.numel()}
+
+
+def test_inputs_of_another_dtype_are_refused():
+    with pytest.raises(RuntimeError, match="dtype"):
+        make_layer("topK")(torch.zeros(2, 9, dtype=torch.float64), threshold=V)
 
 
 def test_mask_init():

@@ -243,6 +243,30 @@ def test_evaluation_sees_changed_scores(tiny_config, change, training):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_masked_weights_are_kept_while_nothing_is_trained(tiny_config, method):
+    model = make_masked(tiny_config, pruning_method=method).eval()
+    with_gradients = model(**INPUTS, threshold=0.5).last_hidden_state
+    layer = model.encoder.layer[1].output.dense
+    assert layer.masked_weight is None
+    with torch.no_grad():
+        without = model(**INPUTS).last_hidden_state
+        kept = layer.masked_weight
+        model(**INPUTS)
+    assert layer.masked_weight is kept and torch.equal(kept, layer.weight * layer.mask)
+    torch.testing.assert_close(without, with_gradients)
+    assert not any("masked_weight" in key for key in model.state_dict())
+
+    with torch.no_grad():
+        layer.weight.mul_(2)  # neither scores nor threshold change
+        assert torch.equal(model(**INPUTS).last_hidden_state, model(**INPUTS, threshold=0.5).last_hidden_state)
+        assert torch.equal(layer.masked_weight, layer.weight * layer.mask)
+        changed = model(**INPUTS).last_hidden_state
+    assert not torch.equal(changed, without)
+    torch.testing.assert_close(changed, model(**INPUTS).last_hidden_state.detach())
+    assert all(layer.masked_weight is None for layer in masked_layers(model.train()).values())
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_masks_survive_a_change_of_dtype(tiny_config, method, dtype):
     model = make_masked(tiny_config, pruning_method=method).eval()

@@ -3,62 +3,120 @@
 A mask keeps the entries of a matrix that pass one cut-off: the k-th largest score (movement pruning),
 the k-th largest magnitude (magnitude pruning), the threshold itself, or its logit (soft movement).
 The cut-off of a top-k mask comes from a selection, not a sort: the n log n order of the other entries
-is never needed. Masks are not differentiable; the gradient passes "straight through" to the scores,
+is never needed, and on a CPU a sample tells which few entries can be the k-th at all. Masks are not differentiable; the gradient passes "straight through" to the scores,
 as if the mask were the scores themselves (paper, section 4; Bengio et al. 2013).
 
 Thresholds are fractions in [0, 1], never percentages, except for the plain `threshold` method, whose
 threshold lives on the scale of the scores.
 """
 
+import itertools
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
 
 MIN_REMAINING = 0.005  # a thresholded matrix never loses more than 99.5% of its weights
+SAMPLED_SIZE = 100_000  # entries from which on a sample narrows a selection down
+SAMPLE_STRIDE = 61  # a prime, so that a sample meets every column
 
 
-def kth_largest(values: list[Tensor], counts: list[int]) -> list[Tensor]:
-    """The `counts[i]`-th largest entry of `values[i]` (any shape), as scalar tensors.
+def keep_largest(values: list[Tensor], counts: list[int], absolute: bool = False) -> list[Tensor]:
+    """Boolean masks with exactly `counts[i]` ones on the largest entries of `values[i]` (any shape).
 
-    A count of 0 gives +inf (nothing passes), a full count -inf (everything does). On a GPU the
-    matrices are stacked by size, so that one call selects in all of them at once.
+    absolute: rank by absolute value. Among equal entries the first in row-major order are kept, so the
+    choice is deterministic.
+    """
+    if all(value.device.type == "cpu" for value in values):
+        vectors, absolutes = map(_as_vector, values), itertools.repeat(absolute)
+        threads = min(torch.get_num_threads(), len(values))
+        if threads > 1:
+            with ThreadPoolExecutor(threads) as pool:  # NumPy lets go of the interpreter while it works
+                kept = list(pool.map(_keep_largest, vectors, counts, absolutes))
+        else:
+            kept = list(map(_keep_largest, vectors, counts, absolutes))
+        return [torch.from_numpy(mask).view(value.shape) for mask, value in zip(kept, values, strict=True)]
+    values = [value.detach().abs() if absolute else value.detach() for value in values]
+    cutoffs = _kth_largest(values, counts)
+    masks = [(value >= cutoff).contiguous() for value, cutoff in zip(values, cutoffs, strict=True)]
+    for value, cutoff, mask, count, ones in zip(values, cutoffs, masks, counts, _count_ones(masks), strict=True):
+        if ones > count:
+            tied = (value == cutoff).reshape(-1).nonzero().squeeze(1)
+            mask.view(-1)[tied[len(tied) - (ones - count) :]] = False
+    return masks
+
+
+def _as_vector(value: Tensor) -> np.ndarray:
+    """Entries of a CPU tensor in row-major order; float32 at least, as NumPy knows no bfloat16."""
+    return value.detach().to(torch.promote_types(value.dtype, torch.float32)).reshape(-1).numpy()
+
+
+def _keep_largest(values: np.ndarray, count: int, absolute: bool) -> np.ndarray:
+    """Boolean mask of the `count` largest (absolute) entries of a vector; of equal ones, the first.
+
+    Two order statistics of a sample enclose the last entry to be kept, almost surely: what lies above them
+    stays, and only what lies between them is partitioned. Where they do not enclose it (values that follow
+    their position, NaNs), everything is.
+    """
+    if not 0 < count < values.size:
+        return np.full(values.size, count > 0)
+    if absolute:
+        values = np.abs(values)
+    mask, open_places, missing = np.zeros(values.size, bool), slice(None), count
+    if values.size >= SAMPLED_SIZE:
+        low, high = _enclose(values, count)
+        above = values > high
+        between = np.flatnonzero((values >= low) ^ above)
+        missing_above = count - np.count_nonzero(above)
+        if 0 < missing_above <= between.size:
+            mask, open_places, missing = above, between, missing_above
+    contenders = values[open_places]
+    place = contenders.size - missing
+    cutoff = np.partition(contenders, place)[place]
+    chosen = contenders >= cutoff
+    if (surplus := np.count_nonzero(chosen) - missing) > 0:
+        chosen[np.flatnonzero(contenders == cutoff)[-surplus:]] = False
+    mask[open_places] = chosen
+    return mask
+
+
+def _enclose(values: np.ndarray, count: int) -> tuple[np.floating, np.floating]:
+    """Two values between which the `count`-th largest lies, if the sample is like the whole."""
+    sample = values[::SAMPLE_STRIDE].copy()
+    expected = sample.size * (1 - count / values.size)
+    margin = 4 * math.sqrt(expected * count / values.size) + 2  # four standard deviations
+    low, high = max(0, int(expected - margin)), min(sample.size - 1, int(expected + margin))
+    sample.partition((low, high))
+    return sample[low], sample[high]
+
+
+def _kth_largest(values: list[Tensor], counts: list[int]) -> list[Tensor]:
+    """The `counts[i]`-th largest entry of `values[i]`, as scalar tensors: +inf for 0, -inf for all entries.
+
+    Matrices of one size are stacked, so that one call selects in all of them: alone, each would occupy
+    one multiprocessor of a GPU.
     """
     cutoffs: list[Tensor | None] = [None] * len(values)
     by_size: dict[tuple, list[int]] = {}
     for i, (value, count) in enumerate(zip(values, counts, strict=True)):
-        if count <= 0 or count >= value.numel():
-            bound = torch.inf if count <= 0 else -torch.inf
-            cutoffs[i] = torch.tensor(bound, dtype=value.dtype, device=value.device)
-        elif value.device.type == "cpu":
-            flat = value.detach().to(torch.promote_types(value.dtype, torch.float32)).reshape(-1).numpy()
-            kth = np.partition(flat, flat.size - count)[flat.size - count]
-            cutoffs[i] = torch.tensor(kth, dtype=value.dtype)
-        else:
+        if 0 < count < value.numel():
             by_size.setdefault((value.numel(), count), []).append(i)
+        else:
+            cutoffs[i] = torch.tensor(torch.inf if count <= 0 else -torch.inf, dtype=value.dtype, device=value.device)
     for (size, count), members in by_size.items():
-        stacked = torch.stack([values[i].detach().reshape(-1) for i in members])
+        stacked = torch.stack([values[i].reshape(-1) for i in members])
         selected = torch.kthvalue(stacked, size - count + 1, dim=1).values
         for i, kth in zip(members, selected, strict=True):
             cutoffs[i] = kth
     return cutoffs
 
 
-def keep_largest(values: list[Tensor], counts: list[int], cutoffs: list[Tensor] | None = None) -> list[Tensor]:
-    """Boolean masks with exactly `counts[i]` ones on the largest entries of `values[i]`.
-
-    Among equal entries the first in row-major order are kept, so the choice is deterministic.
-    `cutoffs` are those of `kth_largest`, if they are known already.
-    """
-    cutoffs = kth_largest(values, counts) if cutoffs is None else cutoffs
-    masks = [(value.detach() >= cutoff).contiguous() for value, cutoff in zip(values, cutoffs, strict=True)]
-    kept = torch.stack([mask.sum() for mask in masks]).tolist()  # one synchronisation for all matrices
-    for value, cutoff, mask, count, ones in zip(values, cutoffs, masks, counts, kept, strict=True):
-        if ones > count:
-            tied = (value.detach() == cutoff).reshape(-1).nonzero().squeeze(1)
-            mask.view(-1)[tied[len(tied) - (ones - count) :]] = False
-    return masks
+def _count_ones(masks: list[Tensor]) -> list[int]:
+    if all(mask.device.type == "cpu" for mask in masks):
+        return [np.count_nonzero(mask.numpy()) for mask in masks]
+    return torch.stack([mask.count_nonzero() for mask in masks]).tolist()  # one synchronisation for all
 
 
 def above_threshold(values: list[Tensor], cutoff: float, *, inclusive: bool = False) -> list[Tensor]:
@@ -69,8 +127,7 @@ def above_threshold(values: list[Tensor], cutoff: float, *, inclusive: bool = Fa
 
 def keep_floor(values: list[Tensor], masks: list[Tensor]) -> list[Tensor]:
     """Replace masks that keep fewer than `floor_count(n)` entries by the top `floor_count(n)` ones."""
-    kept = torch.stack([mask.sum() for mask in masks]).tolist()
-    short = [i for i, ones in enumerate(kept) if ones < floor_count(values[i].numel())]
+    short = [i for i, ones in enumerate(_count_ones(masks)) if ones < floor_count(values[i].numel())]
     if short:
         floors = keep_largest([values[i] for i in short], [floor_count(values[i].numel()) for i in short])
         for i, mask in zip(short, floors, strict=True):
@@ -147,4 +204,4 @@ class MagnitudeBinarizer:
     @staticmethod
     def apply(weight: Tensor, threshold: float) -> Tensor:
         count = int(check_fraction(threshold) * weight.numel())
-        return keep_largest([weight.detach().abs()], [count])[0].to(weight.dtype)
+        return keep_largest([weight], [count], absolute=True)[0].to(weight.dtype)

@@ -67,7 +67,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
 
     def format_usage(self) -> str:
-        required = " ".join(f"{a.option_strings[0]} ..." for a in self._actions if a.required)
+        required = " ".join(f"{a.option_strings[0]} ..." if a.option_strings else a.metavar or a.dest
+                            for a in self._actions if a.required)  # fmt: skip
         return f"usage: {self.prog} {required} [options]\n"
 
     def format_help(self) -> str:

@@ -1,6 +1,7 @@
 """One process or many: device, rank, and the few exchanges that training and evaluation need."""
 
 import argparse
+import ctypes
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,9 +80,26 @@ def join_world(args: argparse.Namespace) -> World:
             raise UsageError(f"{processes} processes on this node, which has {gpus} GPUs: start no more than one for each")
         torch.cuda.set_device(local_rank)
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if not use_cuda:
+        keep_freed_memory()
     if size > 1:
         dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timedelta(hours=2))
     return World(device, int(os.environ.get("RANK", 0)), size)
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep the memory that tensors give back, for the rest of the process.
+
+    glibc returns every large block to the kernel, which hands it out again page by page, zeroed: training on
+    a CPU allocates all gradients anew at each step. One heap serves all threads, as each would keep its own.
+    Other libraries are left as they are.
+    """
+    arena_max, mmap_max, trim_threshold = -8, -4, -1  # the names that <malloc.h> gives these numbers
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt:
+        mallopt(arena_max, 1)
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, -1)
 
 
 def leave_world() -> None:

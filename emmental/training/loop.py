@@ -75,6 +75,7 @@ def train(
     model.to(world.device).train()
     if teacher:
         teacher.to(world.device).eval()
+        _halve_linears(teacher, args)
     optimizer = build_optimizer(
         model, args.learning_rate, args.mask_scores_learning_rate, args.weight_decay, args.adam_epsilon
     )
@@ -259,6 +260,14 @@ def autocast(args: argparse.Namespace, world: World):
     """Mixed precision as --fp16 or --bf16 ask for it; parameters and scores stay float32."""
     dtype = torch.float16 if args.fp16 else torch.bfloat16
     return torch.autocast(world.device.type, dtype, enabled=args.fp16 or args.bf16)
+
+
+def _halve_linears(teacher: nn.Module, args: argparse.Namespace) -> None:
+    """Keep a teacher's linear layers in the precision that autocast would cast them to for every batch."""
+    if args.fp16 or args.bf16:
+        for module in teacher.modules():
+            if type(module) is nn.Linear:
+                module.to(torch.float16 if args.fp16 else torch.bfloat16)
 
 
 def _explain_non_finite(step: int, losses: dict[str, Tensor], output_dir: Path, world: World) -> str:

@@ -1,0 +1,270 @@
+"""What masking costs: a step and an evaluation of the masked BERT beside those of the stock one.
+
+    python benchmarks/training_step.py                          # BERT-base at 8 x 384 and 2 x 128, CPU or GPU: 20 min on 2 cores
+    python benchmarks/training_step.py --shapes 16x384 --bf16 --compile --json step.json
+
+Both sides run in one process and alternate; a ratio is the median of the ratios of neighbouring steps, a
+time the median of all. The dense side is `BertForQuestionAnswering` with embeddings frozen like ours, and
+both have the optimiser, clipping and penalty of a run of the scripts. Peak memory is that of a process
+(of the allocator, on a GPU) which runs a single side; "allowed" is what masks must cost: scores, their
+gradient, two moments of Adam, a byte per weight (four for l0) and a masked copy of the largest matrix.
+"""
+
+import argparse
+import contextlib
+import json
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import report
+import torch
+import transformers
+from torch import nn
+from torch.nn import functional as F
+from transformers import BertConfig, BertForQuestionAnswering
+
+from emmental import MaskedBertConfig, MaskedBertForQuestionAnswering
+from emmental.losses import regularization
+from emmental.modules import masked_layers
+from emmental.modules.masked_nn import PRUNING_METHODS
+from emmental.training.distributed import keep_freed_memory
+from emmental.training.optim import build_optimizer
+
+THRESHOLD = {"topK": 0.15, "magnitude": 0.15, "sigmoied_threshold": 0.5, "threshold": 0.0, "l0": 1.0}
+PENALTY = {"sigmoied_threshold": "l1", "l0": "l0"}
+PHASES = ("cut-offs", "forward", "backward", "optimiser")
+MIB = 2**20
+STATUS = Path("/proc/self/status")
+
+
+class Side:
+    """A model with its optimiser: `method` is a pruning method, or "dense"."""
+
+    def __init__(self, method: str, args: argparse.Namespace):
+        self.method, self.args = method, args
+        torch.manual_seed(0)
+        size = {
+            "num_hidden_layers": args.layers,
+            "hidden_size": args.hidden,
+            "intermediate_size": 4 * args.hidden,
+            "num_attention_heads": max(1, args.hidden // 64),
+        }
+        self.model = BertForQuestionAnswering(BertConfig(**size))
+        self.model.bert.embeddings.requires_grad_(False)
+        if method != "dense":
+            config = MaskedBertConfig(**size, pruning_method=method, mask_init="uniform", mask_scale=0.1)
+            state = self.model.state_dict()
+            self.model = MaskedBertForQuestionAnswering.from_pretrained(None, config=config, state_dict=state)
+        self.model.to(args.device).train()
+        self.optimizer = build_optimizer(self.model, 3e-5, 1e-2, 0.0, 1e-8)
+        if args.compile:
+            for layer in self.model.bert.encoder.layer:
+                layer.compile()
+
+    def forward(self, batch: dict[str, torch.Tensor]):
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float32
+        with torch.autocast(self.args.device, dtype, enabled=self.args.bf16):
+            return self.model(**batch)
+
+    def step(self, batch: dict[str, torch.Tensor], clock) -> None:
+        """One update, as `emmental.training.loop` makes it; `clock(phase)` is called after each phase."""
+        penalty = PENALTY.get(self.method)
+        if self.method != "dense":
+            self.model.update_masks(THRESHOLD[self.method])
+        clock("cut-offs")
+        outputs = self.forward(batch)
+        target = torch.zeros(len(outputs.start_logits), dtype=torch.int64, device=self.args.device)
+        loss = F.cross_entropy(outputs.start_logits.float(), target) + F.cross_entropy(outputs.end_logits.float(), target)
+        if penalty:
+            loss = loss + regularization(self.model, penalty)
+        clock("forward")
+        loss.backward()
+        clock("backward")
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        clock("optimiser")
+
+    @torch.no_grad()
+    def evaluate(self, batch: dict[str, torch.Tensor]) -> None:
+        self.forward(batch)
+
+    @contextlib.contextmanager
+    def evaluating(self):
+        self.model.eval()
+        if self.method != "dense":
+            self.model.update_masks(THRESHOLD[self.method])
+        yield
+        self.model.train()
+
+
+class Clock:
+    """Seconds by phase; on a GPU `phases=False` leaves the phases to overlap and takes the whole alone."""
+
+    def __init__(self, device: str, phases: bool = True):
+        self.device, self.phases, self.seconds = device, phases, {}
+        self._synchronize()
+        self.start = self.last = time.perf_counter()
+
+    def __call__(self, phase: str) -> None:
+        if self.phases:
+            self._synchronize()
+            now = time.perf_counter()
+            self.seconds[phase], self.last = now - self.last, now
+
+    def total(self) -> float:
+        self._synchronize()
+        return time.perf_counter() - self.start
+
+    def _synchronize(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def make_batch(shape: tuple[int, int], device: str) -> dict[str, torch.Tensor]:
+    ids = torch.randint(1000, 30000, shape, generator=torch.Generator().manual_seed(1)).to(device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+
+
+def compare(dense: Side, masked: Side, batch: dict[str, torch.Tensor], args: argparse.Namespace) -> dict:
+    """Times of both sides, alternating, and the median ratios of neighbours."""
+    totals, phases, evaluations = ({"dense": [], "masked": []} for _ in range(3))
+    sides = {"dense": dense, "masked": masked}
+    for repetition in range(-args.warmup, args.repeats):
+        for name in ("dense", "masked") if repetition % 2 else ("masked", "dense"):
+            clock = Clock(args.device)
+            sides[name].step(batch, clock)
+            total = clock.total()
+            if args.device == "cuda":  # once more, without the stops between the phases
+                whole = Clock(args.device, phases=False)
+                sides[name].step(batch, whole)
+                total = whole.total()
+            if repetition >= 0:
+                totals[name].append(total)
+                phases[name].append(clock.seconds)
+    with dense.evaluating(), masked.evaluating():
+        for repetition in range(-1, args.repeats):
+            for name in ("dense", "masked") if repetition % 2 else ("masked", "dense"):
+                clock = Clock(args.device)
+                sides[name].evaluate(batch)
+                if repetition >= 0:
+                    evaluations[name].append(clock.total())
+    result = {"step_ratio": _paired(totals), "evaluation_ratio": _paired(evaluations)}
+    for name in sides:
+        result[name] = {phase: statistics.median(times[phase] for times in phases[name]) for phase in PHASES}
+        result[name] |= {"step": statistics.median(totals[name]), "evaluation": statistics.median(evaluations[name])}
+    return result
+
+
+def _paired(times: dict[str, list[float]]) -> float:
+    return statistics.median(m / d for d, m in zip(times["dense"], times["masked"], strict=True))
+
+
+def peak_memory(method: str, shape: tuple[int, int], args: argparse.Namespace) -> float:
+    """Peak MiB of a process of its own that takes three steps of one side."""
+    command = [sys.executable, __file__, "--peak_memory_of", method, "--shapes", "x".join(map(str, shape)),
+               "--layers", str(args.layers), "--hidden", str(args.hidden), "--device", args.device]  # fmt: skip
+    command += [f"--{flag}" for flag in ("bf16", "compile") if getattr(args, flag)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def _measure_peak(args: argparse.Namespace) -> float:
+    side, batch = Side(args.peak_memory_of, args), make_batch(args.shapes[0], args.device)
+    for _ in range(3):
+        side.step(batch, lambda phase: None)
+    if args.device == "cuda":
+        return torch.cuda.max_memory_allocated() / MIB
+    if STATUS.exists():  # ru_maxrss would start at what the parent holds
+        return int(re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (MIB if sys.platform == "darwin" else 1024)
+
+
+def allowed_memory(masked: Side) -> float:
+    """MiB that masks must cost: see the top of this file."""
+    sizes = [layer.weight.numel() for layer in masked_layers(masked.model).values()]
+    scores = 0 if masked.method == "magnitude" else 4 * 4
+    mask = 4 if masked.method == "l0" else 1
+    return (sum(sizes) * (scores + mask) + 4 * max(sizes)) / MIB
+
+
+def shape(text: str) -> tuple[int, int]:
+    try:
+        batch, length = (int(part) for part in text.split("x"))
+        if batch < 1 or not 2 <= length <= 512:
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no batch x length such as 8x384 (length 2 to 512)") from None
+    return batch, length
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--shapes", type=shape, nargs="+", default=[(8, 384), (2, 128)], help="batch x length (default: 8x384 2x128)")
+    add("--methods", nargs="+", choices=PRUNING_METHODS, default=list(PRUNING_METHODS), help="default: all")
+    add("--layers", type=int, default=12, help="layers of the BERT (default: 12)")
+    add("--hidden", type=int, default=768, help="its hidden size, a multiple of 64 (default: 768)")
+    add("--repeats", type=int, default=7, help="counted steps of each side (default: 7)")
+    add("--warmup", type=int, default=2, help="steps before those (default: 2)")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if there is one")
+    add("--bf16", action="store_true", help="autocast to bfloat16, as the scripts' --bf16")
+    add("--compile", action="store_true", help="compile the encoder layers, as the scripts' --compile")
+    add("--no_memory", action="store_true", help="leave the peak memory out")
+    add("--json", help="file to write the results to")
+    add("--peak_memory_of", help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = get_parser().parse_args(argv)
+    transformers.utils.logging.set_verbosity_error()  # that scores are fresh is no news
+    transformers.utils.logging.disable_progress_bar()
+    if args.device == "cpu":
+        keep_freed_memory()
+    if args.peak_memory_of:
+        print(_measure_peak(args))
+        return
+    results = {"machine": report.machine(args.device), "bf16": args.bf16, "compile": args.compile, "shapes": {}}
+    print(results["machine"])
+    print(f"BERT of {args.layers} layers, hidden {args.hidden}; {args.device}"
+          + ", bf16" * args.bf16 + ", compiled" * args.compile)  # fmt: skip
+    dense = Side("dense", args)
+    for size in args.shapes:
+        batch = make_batch(size, args.device)
+        name = "{} x {}".format(*size)
+        found = results["shapes"][name] = {}
+        memory = {} if args.no_memory else {"dense": peak_memory("dense", size, args)}
+        rows = []
+        for method in args.methods:
+            masked = Side(method, args)
+            found[method] = compare(dense, masked, batch, args)
+            if not args.no_memory:
+                memory[method] = peak_memory(method, size, args)
+                found[method]["memory"] = {"dense": memory["dense"], "masked": memory[method], "allowed": allowed_memory(masked)}
+            rows += [_row(method, found[method])]
+            rows += [_row("  dense beside it", found[method], "dense")]
+            del masked
+            print(f"  {name} {method}: step ratio {found[method]['step_ratio']:.3f}", flush=True)
+        columns = ["side", "step/dense", *PHASES, "step s", "eval/dense", "eval s", "peak MiB", "over dense", "allowed"]
+        report.print_table(f"batch {name}: seconds", columns, rows)
+    report.write_json(args.json, results)
+
+
+def _row(label: str, result: dict, side: str = "masked") -> list:
+    times, memory = result[side], result.get("memory")
+    ours = side == "masked"
+    row = [label, result["step_ratio"] if ours else None, *(times[phase] for phase in PHASES), times["step"]]
+    row += [result["evaluation_ratio"] if ours else None, times["evaluation"]]
+    if not memory:
+        return [*row, None, None, None]
+    row += [round(memory[side])]
+    return row + ([round(memory["masked"] - memory["dense"]), round(memory["allowed"])] if ours else [None, None])
+
+
+if __name__ == "__main__":
+    main()
