@@ -9,7 +9,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "emmental"
-SCRIPTS = {"masked_run_squad", "masked_run_glue", "counts_parameters", "bertarize"}
+SCRIPTS = {"masked_run_squad", "masked_run_glue", "counts_parameters", "bertarize", "saving_prunebert"}
 ALLOWED = {  # part: (parts of emmental, libraries beyond the standard one it may import)
     "configuration_bert_masked": (set(), {"transformers"}),
     "modules": ({"modules"}, {"torch", "numpy"}),
@@ -18,6 +18,11 @@ ALLOWED = {  # part: (parts of emmental, libraries beyond the standard one it ma
     "modeling_bert_masked": ({"configuration_bert_masked", "modules"}, {"torch", "transformers"}),
     "export": ({"configuration_bert_masked", "modules"}, {"torch", "transformers"}),
     "loading": ({"configuration_bert_masked", "modeling_bert_masked", "modules"}, {"torch", "transformers"}),
+    "coding": (set(), {"numpy", "constriction"}),
+    "storage": (
+        {"coding", "export", "loading"},
+        {"torch", "transformers", "numpy", "h5py"},
+    ),
     "data": ({"data"}, None),
     "training": ({"training", "schedule", "losses", "modules"}, None),
 }

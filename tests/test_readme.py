@@ -1,5 +1,7 @@
 """What the README says can be typed, can be typed."""
 
+import argparse
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -10,11 +12,15 @@ import bertarize
 import counts_parameters
 import masked_run_glue
 import masked_run_squad
+import saving_prunebert
 from emmental.training.args import check_common_arguments
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SCRIPTS = {script.__name__: script for script in (masked_run_squad, masked_run_glue, counts_parameters, bertarize)}
+SCRIPTS = {
+    script.__name__: script
+    for script in (masked_run_squad, masked_run_glue, counts_parameters, bertarize, saving_prunebert)
+}
 VARIABLES = {"SERIALIZATION_DIR": "runs/x", "SQUAD_DATA": "data/squad", "GLUE_DATA": "glue", "TEACHER": "runs/teacher"}
 
 
@@ -52,9 +58,14 @@ def test_commands_parse(name, flags, tmp_path, monkeypatch):
 
 
 def test_every_flag_of_the_readme_exists():
-    known = {
-        flag for script in SCRIPTS.values() for action in script.get_parser()._actions for flag in action.option_strings
-    }
+    parsers = [script.get_parser() for script in SCRIPTS.values()]
+    parsers += [importlib.import_module(name).get_parser() for name in ("training_step", "features", "storage")]
+    known = set()
+    for parser in parsers:
+        for action in parser._actions:
+            known |= set(action.option_strings)
+            if isinstance(action, argparse._SubParsersAction):
+                known |= {flag for verb in action.choices.values() for a in verb._actions for flag in a.option_strings}
     known |= {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port", "--logdir"}
     assert set(re.findall(r"--[a-z_0-9]+", README)) <= known
 

@@ -1,0 +1,413 @@
+"""Packed files: a fine-pruned BERT close to the entropy of its weights, and back with one call.
+
+A file holds the plain (bertarized) model: its configuration, its tokenizer, and each tensor as one stream of
+`emmental.coding`. Nothing in it is ever executed. All integers are little-endian:
+
+    offset  size  what
+    0       8     b"PRUNBERT"
+    8       4     version, 1
+    12      4     H, length of the header in the file
+    16      4     its length when inflated
+    20      16    BLAKE2b of the 20 bytes before and of the header
+    36      H     header: JSON, deflated
+    36 + H  ...   the tokenizer's files (LZMA), then the tensors' streams (32-bit words), in the header's order
+
+The header has `architecture`, `config`, `bits`, `base_model` (None, or {name, digest}), `files` ({name, bytes, size,
+digest}) and `tensors` ({name, shape, kept, by_row, bytes, digest, position_entropy, value_entropy}, entropies in bits).
+A digest is the BLAKE2b (8 bytes) of what is stored. Of a file with a base model the embeddings are left out: loading
+takes them from there, and compares their digest.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import lzma
+import math
+import os
+import struct
+import tempfile
+import uuid
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from transformers import BertConfig, BertModel, PreTrainedModel
+
+from . import coding
+from .export import bertarized_config, bertarized_state_dict
+from .loading import HEADS, LoadError, first_line, head_of, load_masked, load_model, load_tokenizer, read_config
+
+MAGIC, VERSION = b"PRUNBERT", 1
+PREFIX = struct.Struct("<8sIII16s")
+MAX_HEADER = 2**26
+MAX_TOKENIZER_FILE = 2**28
+EMBEDDINGS = "bert.embeddings."
+
+
+class StorageError(ValueError):
+    """A packed file, or a model to pack, with which something is wrong: one line, with what to do about it."""
+
+
+@dataclass
+class Packed:
+    """An opened packed file: its header, and where its streams begin."""
+
+    path: Path
+    header: dict
+    start: int
+
+    @property
+    def config(self) -> BertConfig:
+        return BertConfig.from_dict(self.header["config"])
+
+    @property
+    def model_class(self) -> type[PreTrainedModel]:
+        return getattr(transformers, self.header["architecture"])
+
+    def streams(self, kind: str) -> Iterator[tuple[dict, bytes]]:
+        """Entries of `files` or `tensors` with their bytes, checked. Raises StorageError for damage."""
+        with self.path.open("rb") as file:
+            file.seek(self.start + (sum(entry["bytes"] for entry in self.header["files"]) if kind == "tensors" else 0))
+            for entry in self.header[kind]:
+                content = file.read(entry["bytes"])
+                if len(content) < entry["bytes"]:
+                    raise StorageError(f"{self.path} is truncated: it ends within {entry['name']}")
+                if _digest(content) != entry["digest"]:
+                    raise StorageError(f"{self.path} is damaged: the checksum of {entry['name']} does not match")
+                yield entry, content
+
+    def tensors(self, sparse: bool = False) -> Iterator[tuple[dict, object]]:
+        """Entries of the tensors with their float32 array, or (indices, values) of `coding.decode_sparse`."""
+        decode = coding.decode_sparse if sparse else coding.decode
+        for entry, content in self.streams("tensors"):
+            try:
+                words = np.frombuffer(content, "<u4").astype(np.uint32)
+                yield entry, decode(words, tuple(entry["shape"]), self.header["bits"], entry["by_row"])
+            except (coding.CodingError, ValueError) as error:
+                raise StorageError(f"{self.path} is damaged: {entry['name']}: {first_line(error)}") from error
+
+
+# --------------------------------------------------------------------------------------------- packing
+
+
+def pack(
+    checkpoint: str, file: str, bits: int = 8, base_model: str | None = None, *,
+    pruning_method: str | None = None, threshold: float | None = None, global_topk: bool | None = None,
+) -> Packed:
+    """Write the masked or plain BERT in the folder `checkpoint` to `file`, whole or not at all.
+
+    bits: precision of the matrices, one of `coding.BITS`; vectors have 16 bits at least. base_model: name or
+    folder of the model whose embeddings this one has, to leave them out. The others are those of `load_masked`.
+    Raises StorageError or LoadError for what cannot be packed.
+    """  # fmt: skip
+    if bits not in coding.BITS:
+        raise StorageError(f"--bits {bits}: choose one of {', '.join(map(str, coding.BITS))}")
+    target = Path(file)
+    if target.is_dir():
+        raise StorageError(f"{target} is a folder: give the name of the file to write")
+    architecture, config, state = load_plain(checkpoint, pruning_method, threshold, global_topk)
+    tokenizer = load_tokenizer(checkpoint)
+    base = None
+    if base_model:
+        base = {"name": base_model, "digest": _embeddings_digest(base_embeddings(base_model))}
+        if _embeddings_digest(state) != base["digest"]:
+            raise StorageError(
+                f"the embeddings of {checkpoint} are not those of {base_model}: pack without --base_model, "
+                "or give the model that it was fine-pruned from"
+            )
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(EMBEDDINGS)}
+    files, contents = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for path in sorted(Path(folder).iterdir()):
+            raw = path.read_bytes()
+            contents.append(lzma.compress(raw, preset=9))
+            files.append({"name": path.name, "bytes": len(contents[-1]), "size": len(raw), "digest": _digest(contents[-1])})
+    tensors = []
+    for name, tensor in state.items():
+        by_row = name.startswith(EMBEDDINGS) and tensor.dim() == 2
+        try:
+            coded = coding.encode(tensor.float().numpy(), bits, by_row)
+        except coding.CodingError as error:
+            raise StorageError(f"{name} of {checkpoint} cannot be packed: {error}") from error
+        contents.append(coded.words.astype("<u4").tobytes())
+        tensors.append({
+            "name": name, "shape": list(tensor.shape), "kept": coded.kept, "by_row": by_row,
+            "bytes": len(contents[-1]), "digest": _digest(contents[-1]),
+            "position_entropy": round(coded.position_entropy), "value_entropy": round(coded.value_entropy),
+        })  # fmt: skip
+    header = {"architecture": architecture, "config": config.to_diff_dict(), "bits": bits, "base_model": base,
+              "files": files, "tensors": tensors}  # fmt: skip
+    _write(target, header, contents)
+    return open_packed(file)
+
+
+def load_plain(
+    checkpoint: str, pruning_method: str | None = None, threshold: float | None = None, global_topk: bool | None = None
+) -> tuple[str, BertConfig, dict[str, Tensor]]:
+    """Class name, configuration and state dict of the plain BERT that a checkpoint is, or is once bertarized."""
+    values = read_config(checkpoint)
+    if values.get("model_type") == "masked_bert":
+        model = load_masked(checkpoint, pruning_method, threshold, global_topk)
+        config, state = bertarized_config(model.config), bertarized_state_dict(model)
+    else:
+        model = load_model(checkpoint, head_of(checkpoint, values), masked=False, trained=True)
+        config, state = model.config, model.state_dict()
+    return type(model).__name__.removeprefix("Masked"), config, {name: t.detach() for name, t in state.items()}
+
+
+def base_embeddings(name_or_path: str) -> dict[str, Tensor]:
+    """The embeddings of a BERT of any kind, by their names in a model with a head. Raises LoadError."""
+    read_config(name_or_path)
+    try:
+        model = BertModel.from_pretrained(name_or_path, dtype=torch.float32, add_pooling_layer=False)
+    except Exception as error:  # broken files raise the errors of three libraries
+        raise LoadError(f"cannot load the base model {name_or_path}: {first_line(error)}") from error
+    return {f"{EMBEDDINGS}{name}": tensor for name, tensor in model.embeddings.state_dict().items()}
+
+
+def _embeddings_digest(state: dict[str, Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(name for name in state if name.startswith(EMBEDDINGS)):
+        digest.update(name.encode())
+        digest.update(state[name].detach().float().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def _write(target: Path, header: dict, contents: list[bytes]) -> None:
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    deflated = zlib.compress(raw, 9)
+    prefix = PREFIX.pack(MAGIC, VERSION, len(deflated), len(raw), bytes(16))[:20]
+    digest = hashlib.blake2b(prefix + deflated, digest_size=16).digest()
+    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with aside.open("wb") as out:
+            out.writelines([prefix, digest, deflated, *contents])
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(aside, target)
+    except OSError as error:
+        raise StorageError(f"cannot write {target}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------------------------- loading
+
+
+def open_packed(file: str) -> Packed:
+    """Read and check the header of a packed file. Raises StorageError."""
+    path = Path(file)
+    try:
+        with path.open("rb") as content:
+            prefix = content.read(PREFIX.size)
+            if prefix[:8] != MAGIC or len(prefix) < PREFIX.size:
+                raise StorageError(f"{path} is no packed model: saving_prunebert.py pack writes them")
+            _, version, length, size, digest = PREFIX.unpack(prefix)
+            if version > VERSION:
+                raise StorageError(f"{path} has version {version} of the format, and this code knows {VERSION}: update it")
+            deflated = content.read(min(length, MAX_HEADER))
+            if len(deflated) < length:
+                raise StorageError(f"{path} is truncated: it ends within its header")
+            total = os.fstat(content.fileno()).st_size
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
+    if hashlib.blake2b(prefix[:20] + deflated, digest_size=16).digest() != digest:
+        raise StorageError(f"{path} is damaged: the checksum of its header does not match")
+    try:
+        if size > MAX_HEADER:
+            raise ValueError("it is too large")
+        header = json.loads(_inflate(deflated, size))
+        start = PREFIX.size + length
+        expected = start + sum(entry["bytes"] for kind in ("files", "tensors") for entry in header[kind])
+        packed = Packed(path, header, start)
+        _check_header(packed)
+    except StorageError:
+        raise
+    except Exception as error:  # a header that passes its checksum was not written by `pack`
+        raise StorageError(f"{path} has a header that makes no sense ({first_line(error)})") from error
+    if total != expected:
+        what = "truncated" if total < expected else "damaged"
+        raise StorageError(f"{path} is {what}: it has {total:,} bytes, and its header speaks of {expected:,}")
+    return packed
+
+
+def _inflate(content: bytes, size: int) -> bytes:
+    raw = zlib.decompressobj().decompress(content, size + 1)
+    if len(raw) != size:
+        raise ValueError("its length is not the one recorded")
+    return raw
+
+
+def _check_header(packed: Packed) -> None:
+    """Names and shapes must be those of the model, which costs no memory to build without storage."""
+    header = packed.header
+    if header["architecture"] not in {f"BertFor{head}" for head in HEADS}:
+        raise StorageError(f"{packed.path} holds a {header['architecture']!r}: none of the heads {', '.join(HEADS)}")
+    if header["bits"] not in coding.BITS:
+        raise ValueError(f"bits {header['bits']}")
+    for entry in header["files"]:
+        if not entry["name"] or Path(entry["name"]).name != entry["name"] or entry["name"] in (".", ".."):
+            raise ValueError(f"a file named {entry['name']!r}")
+        if entry["bytes"] < 0 or not 0 <= entry["size"] <= MAX_TOKENIZER_FILE:
+            raise ValueError(f"a file of {entry['size']} bytes")
+    with torch.device("meta"):
+        wanted = {name: list(tensor.shape) for name, tensor in packed.model_class(packed.config).state_dict().items()}
+    if header["base_model"]:
+        wanted = {name: shape for name, shape in wanted.items() if not name.startswith(EMBEDDINGS)}
+    found = {entry["name"]: entry["shape"] for entry in header["tensors"]}
+    if found != wanted or len(found) != len(header["tensors"]):
+        odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        raise ValueError(f"its tensors are not those of its configuration: {', '.join(odd[:3])}")
+    for entry in header["tensors"]:
+        if entry["bytes"] < 0 or not 0 <= entry["kept"] <= math.prod(entry["shape"]):
+            raise ValueError(f"{entry['name']} has {entry['bytes']} bytes and keeps {entry['kept']}")
+
+
+def load_packed(file: str, base_model: str | None = None) -> PreTrainedModel:
+    """The `BertFor*` model of a packed file, in evaluation mode.
+
+    base_model: where to take the embeddings from, when the file leaves them out and its own record of the name
+    no longer holds. Raises StorageError or LoadError.
+    """
+    packed = open_packed(file)
+    state = {entry["name"]: torch.from_numpy(array) for entry, array in packed.tensors()}
+    state |= _fetch_embeddings(packed, base_model)
+    return assemble(packed, state)
+
+
+def _fetch_embeddings(packed: Packed, base_model: str | None) -> dict[str, Tensor]:
+    base = packed.header["base_model"]
+    if not base:
+        return {}
+    name = base_model or base["name"]
+    embeddings = base_embeddings(name)
+    if _embeddings_digest(embeddings) != base["digest"]:
+        raise StorageError(f"the embeddings of {name} are not those that {packed.path} was packed without: give another base model")
+    return embeddings
+
+
+def assemble(packed: Packed, state: dict[str, Tensor]) -> PreTrainedModel:
+    """The model of a packed file with these tensors, which are not copied."""
+    model = packed.model_class.from_pretrained(None, config=packed.config, state_dict=state, dtype=torch.float32)
+    return model.eval()
+
+
+def unpack(file: str, folder: str, base_model: str | None = None) -> PreTrainedModel:
+    """Write model and tokenizer of a packed file into an empty `folder`, for `from_pretrained`."""
+    packed, target = open_packed(file), Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise StorageError(f"{target} is there already: choose another folder")
+    model = load_packed(file, base_model)
+    place = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        place.mkdir(parents=True)
+        model.save_pretrained(place)
+        for entry, content in packed.streams("files"):
+            (place / entry["name"]).write_bytes(_tokenizer_file(packed, entry, content))
+        if target.exists():
+            target.rmdir()
+        place.rename(target)
+    except OSError as error:
+        raise StorageError(f"cannot write {target}: {error.strerror or error}") from error
+    finally:
+        for path in place.glob("*"):
+            path.unlink()
+        if place.exists():
+            place.rmdir()
+    return model
+
+
+def _tokenizer_file(packed: Packed, entry: dict, content: bytes) -> bytes:
+    try:
+        raw = lzma.LZMADecompressor().decompress(content, entry["size"] + 1)
+    except lzma.LZMAError as error:
+        raise StorageError(f"{packed.path} is damaged: {entry['name']}: {error}") from error
+    if len(raw) != entry["size"]:
+        raise StorageError(f"{packed.path} is damaged: {entry['name']} is not as long as recorded")
+    return raw
+
+
+# ------------------------------------------------------------------------------------ looking into it
+
+
+def notebook_bytes(matrices: dict[str, np.ndarray], vectors: dict[str, np.ndarray]) -> int:
+    """Size of the published notebook's file: int8, CSR with 16-bit columns, gzip in HDF5; vectors as float32."""
+    memory = io.BytesIO()
+    with h5py.File(memory, "w") as file:
+        for name, matrix in matrices.items():
+            scale = np.abs(matrix).max() / 127 or 1.0
+            rows, columns = matrix.nonzero()
+            parts = {
+                "data": np.clip(np.rint(matrix[rows, columns] / scale), -128, 127).astype(np.int8),
+                "indices": columns.astype(np.uint16 if matrix.shape[1] <= 2**16 else np.uint32),
+                "indptr": np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(matrix)))]).astype(np.int32),
+            }
+            for part, values in parts.items():
+                file.create_dataset(f"{name}/{part}", data=values, compression="gzip" if len(values) else None)
+            file[name].attrs["scale"] = scale
+        for name, vector in vectors.items():
+            file.create_dataset(name, data=vector.astype(np.float32), compression="gzip")
+    return len(memory.getvalue())
+
+
+def summary(packed: Packed) -> dict:
+    """Rows by tensor, and totals in bytes of encoder and head, embeddings, and everything.
+
+    dense: float32. notebook: `notebook_bytes`, of encoder and head. entropy: of what is stored.
+    """
+    rows, matrices, vectors = [], {}, {}
+    totals = {part: dict.fromkeys(("dense", "packed", "entropy"), 0) for part in ("encoder and head", "embeddings")}
+    for entry, array in packed.tensors():
+        embedding = entry["name"].startswith(EMBEDDINGS)
+        entropy = (entry["position_entropy"] + entry["value_entropy"]) / 8
+        rows.append({
+            "name": entry["name"], "shape": entry["shape"], "remaining": entry["kept"] / array.size,
+            "bits_per_weight": 8 * entry["bytes"] / max(1, entry["kept"]), "bytes": entry["bytes"], "entropy": round(entropy),
+        })  # fmt: skip
+        total = totals["embeddings" if embedding else "encoder and head"]
+        total["dense"] += 4 * array.size
+        total["packed"] += entry["bytes"]
+        total["entropy"] += round(entropy)
+        if not embedding:
+            (matrices if array.ndim == 2 else vectors)[entry["name"]] = array
+    totals["encoder and head"]["notebook"] = notebook_bytes(matrices, vectors)
+    files = sum(entry["bytes"] for entry in packed.header["files"])
+    totals["tokenizer"] = {"packed": files}
+    totals["file"] = {"packed": packed.path.stat().st_size}
+    return {"rows": rows, "totals": totals}
+
+
+def compare(file: str, checkpoint: str, base_model: str | None = None, **masks) -> list[str]:
+    """What differs between a packed file and the checkpoint it was made of: nothing, or a line for each tensor."""
+    packed = open_packed(file)
+    architecture, _, state = load_plain(checkpoint, **masks)
+    if architecture != packed.header["architecture"]:
+        raise StorageError(f"{file} holds a {packed.header['architecture']}, and {checkpoint} is a {architecture}")
+    problems = []
+    model = load_packed(file, base_model)
+    by_row = {entry["name"]: entry["by_row"] for entry in packed.header["tensors"]}
+    for name, ours in model.state_dict().items():
+        theirs, ours = state[name].float().numpy(), ours.numpy()
+        if ours.shape != theirs.shape:
+            problems.append(f"{name} has the shape {ours.shape}, not {theirs.shape}")
+        elif ours.ndim == 2 and not np.array_equal(ours != 0, theirs != 0):
+            problems.append(f"{name} has another mask: {np.count_nonzero((ours != 0) != (theirs != 0)):,} entries differ")
+        else:
+            bits, rows = (packed.header["bits"], by_row[name]) if name in by_row else (32, False)
+            excess = np.abs(ours.astype(np.float64) - theirs) - coding.error_bound(theirs, bits, rows)
+            if excess.max(initial=0.0) > 0:
+                problems.append(f"{name} lies outside the bound of {bits} bits, by up to {excess.max():.3g}")
+    return problems

@@ -1,0 +1,75 @@
+"""The benchmarks run, on sizes at which their figures mean nothing, and report both sides."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture()
+def benchmark(tmp_path):
+
+    def run(name, *flags):
+        importlib.import_module(name).main([*map(str, flags), "--json", str(tmp_path / "results.json")])
+        return json.loads((tmp_path / "results.json").read_text())
+
+    return run
+
+
+def test_training_step(benchmark, capsys):
+    flags = "--shapes 2x16 --layers 1 --hidden 64 --repeats 2 --warmup 1 --device cpu --methods topK l0".split()
+    found = benchmark("training_step", *flags)["shapes"]["2 x 16"]
+    assert list(found) == ["topK", "l0"]
+    phases = {"cut-offs", "forward", "backward", "optimiser", "step", "evaluation"}
+    for result in found.values():
+        assert set(result["dense"]) == set(result["masked"]) == phases
+        assert result["step_ratio"] > 0 and result["evaluation_ratio"] > 0
+        weights = 12 * 64 * 64
+        assert result["memory"]["allowed"] * 2**20 in (weights * 17 + 4 * 4 * 64 * 64, weights * 20 + 4 * 4 * 64 * 64)
+        assert result["memory"]["dense"] > 100
+    assert "step/dense" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", ["squad", "sst-2"])
+def test_features(benchmark, tiny_bert, squad_dir, tmp_path, monkeypatch, capsys, task):
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    if task == "squad":
+        folder = tmp_path / "squad"
+        folder.mkdir()
+        for name in ("train-v1.1.json", "dev-v1.1.json"):
+            (folder / name).write_text((squad_dir / name).read_text())
+        monkeypatch.setattr(importlib.import_module("features").Squad, "length", 64)
+    else:
+        folder = tmp_path
+        for split in ("train", "dev"):
+            rows = "".join(f"ada lives in {place}\t{n % 2}\n" for n, place in enumerate(["oslo", "rome"] * 6))
+            (folder / f"{split}.tsv").write_text("sentence\tlabel\n" + rows)
+        monkeypatch.setattr(importlib.import_module("features").Glue, "length", 32)
+    flags = ["--data_dir", folder, "--model", tiny_bert, "--slice", 6, "--slices", 2, "--epoch_examples", 8, "--batch", 4]
+    found = benchmark("features", task, *flags)
+    assert found["features"]["same_ids"] == found["features"]["features"] > 0
+    ours, fixed = found["epoch"]["ours"], found["epoch"]["fixed length"]
+    assert ours["updates"] == fixed["updates"] == 2
+    assert 0 < ours["tokens"] < fixed["tokens"] == 8 * (64 if task == "squad" else 32)
+    metric = "f1" if task == "squad" else "acc"
+    assert 0 <= ours[metric] and 0 <= fixed[metric]
+
+
+def test_storage(benchmark, tiny_config, tiny_tokenizer, tmp_path, monkeypatch):
+    from emmental import MaskedBertConfig, MaskedBertForQuestionAnswering
+
+    torch.manual_seed(0)
+    config = MaskedBertConfig(**tiny_config, mask_init="uniform", mask_scale=1.0, threshold=0.1)
+    MaskedBertForQuestionAnswering(config).save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    rows = benchmark("storage", "--remaining", "--model", tmp_path / "model")[str(tmp_path / "model")]
+    sizes = [rows[f"ours, {bits} bits"]["MB"] for bits in (32, 16, 8, 6, 5, 4)]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] < rows["torch.save, CSR"]["MB"]
+    assert rows["dense float32"]["MB"] * 1e6 == 4 * sum(
+        p.numel() for n, p in MaskedBertForQuestionAnswering(config).named_parameters()
+        if "embeddings" not in n and "mask_scores" not in n
+    )  # fmt: skip

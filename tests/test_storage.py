@@ -1,0 +1,341 @@
+"""Packed files: the round trip, the command, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer, BertConfig
+
+import emmental
+import saving_prunebert
+from emmental import MaskedBertConfig, storage
+from emmental.loading import LoadError
+from emmental.modules import masked_layers
+
+ROOT = Path(__file__).parent.parent
+METHODS = ["topK", "threshold", "sigmoied_threshold", "magnitude", "l0"]
+HEADS = ["QuestionAnswering", "SequenceClassification", "TokenClassification", "MultipleChoice"]
+
+
+def save_masked(folder, tiny_config, tiny_tokenizer, method="topK", head="QuestionAnswering", base=None):
+    torch.manual_seed(3)
+    config = MaskedBertConfig(
+        **tiny_config, pruning_method=method, mask_init="uniform", mask_scale=4.0, initializer_range=0.2,
+        threshold={"threshold": 2.0, "sigmoied_threshold": 0.9}.get(method, 0.2),
+    )  # fmt: skip
+    model = getattr(emmental, f"MaskedBertFor{head}")(config)
+    if base is not None:
+        model.bert.embeddings.load_state_dict(base.bert.embeddings.state_dict())
+    model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tiny_config, tiny_tokenizer):
+    folder = tmp_path_factory.mktemp("masked")
+    save_masked(folder, tiny_config, tiny_tokenizer)
+    return folder
+
+
+def outputs(model):
+    ids = torch.arange(5, 25)[None]
+    if "MultipleChoice" in type(model).__name__:
+        ids = ids[None].expand(1, 2, -1)
+    with torch.no_grad():
+        return torch.cat([t.reshape(-1).float() for t in model(input_ids=ids).to_tuple()])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("head", HEADS)
+def test_32_bits_are_exact(tmp_path, tiny_config, tiny_tokenizer, method, head):
+    masked = save_masked(tmp_path / "in", tiny_config, tiny_tokenizer, method, head)
+    storage.pack(str(tmp_path / "in"), str(tmp_path / "file"), 32)
+    model = storage.load_packed(str(tmp_path / "file"))
+    assert type(model) is getattr(transformers, f"BertFor{head}") and not model.training
+    assert torch.equal(outputs(model), outputs(masked))
+    masked.update_masks()
+    for name, layer in masked_layers(masked).items():
+        assert torch.equal(model.get_submodule(name).weight, (layer.weight * layer.mask).detach() + 0.0)
+        assert 0 < model.get_submodule(name).weight.count_nonzero() < layer.weight.numel()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 6, 8, 16])
+def test_masks_are_exact_at_any_precision(tmp_path, checkpoint, bits):
+    storage.pack(str(checkpoint), str(tmp_path / "file"), bits)
+    assert storage.compare(str(tmp_path / "file"), str(checkpoint)) == []
+    exact = storage.load_plain(str(checkpoint))[2]
+    state = storage.load_packed(str(tmp_path / "file")).state_dict()
+    for name, tensor in exact.items():
+        if tensor.dim() == 2:
+            assert torch.equal(state[name] != 0, tensor != 0), name
+    distance = sum((state[n] - t).square().sum() for n, t in exact.items()) / sum(t.square().sum() for t in exact.values())
+    assert distance < {2: 0.2, 4: 0.02, 6: 2e-3, 8: 1e-4, 16: 1e-6}[bits]
+
+
+def test_bertarized_and_masked_checkpoints_pack_alike(tmp_path, checkpoint):
+    import bertarize
+
+    plain = bertarize.main(["--model_name_or_path", str(checkpoint), "--target_model_path", str(tmp_path / "plain")])
+    a, b = storage.pack(str(checkpoint), str(tmp_path / "a")), storage.pack(str(plain), str(tmp_path / "b"))
+    assert a.header["tensors"] == b.header["tensors"]
+
+
+def test_compare_finds_what_differs(tmp_path, checkpoint):
+    storage.pack(str(checkpoint), str(tmp_path / "file"))
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    model = emmental.MaskedBertForQuestionAnswering.from_pretrained(other)
+    with torch.no_grad():
+        layer = masked_layers(model)["bert.encoder.layer.0.attention.self.query"]
+        layer.mask_scores[:] = layer.mask_scores.flip(0)
+        model.qa_outputs.weight[0, 0] += 0.5
+    model.save_pretrained(other)
+    problems = storage.compare(str(tmp_path / "file"), str(other))
+    assert len(problems) == 2
+    assert "query.weight has another mask" in problems[0] and "qa_outputs.weight lies outside the bound" in problems[1]
+    assert saving_prunebert.main(["verify", str(tmp_path / "file"), str(other)]) == 1
+
+
+def test_unpack_writes_a_normal_folder(tmp_path, checkpoint, capsys):
+    file, folder = str(tmp_path / "file"), tmp_path / "sub" / "folder"
+    assert saving_prunebert.main(["pack", str(checkpoint), file]) == 0
+    assert saving_prunebert.main(["unpack", file, str(folder)]) == 0
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert [path.name for path in folder.parent.iterdir()] == ["folder"]
+    model = AutoModelForQuestionAnswering.from_pretrained(folder)
+    assert type(model).__name__ == "BertForQuestionAnswering"
+    packed = storage.load_packed(file).state_dict()
+    assert all(torch.equal(tensor, packed[name]) for name, tensor in load_file(folder / "model.safetensors").items())
+    assert AutoTokenizer.from_pretrained(folder).get_vocab() == AutoTokenizer.from_pretrained(checkpoint).get_vocab()
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == "bert" and "pruning_method" not in config
+
+
+def test_info_adds_up(tmp_path, checkpoint, capsys):
+    file = str(tmp_path / "file")
+    saving_prunebert.main(["pack", str(checkpoint), file, "--bits", "6"])
+    saving_prunebert.main(["info", file, "--json", str(tmp_path / "info.json")])
+    said = capsys.readouterr().out
+    assert "bert.encoder.layer.0.attention.self.query.weight" in said and "19.92%" in said  # int(0.2 * 1024) of 1024
+    assert "notebook" in said and "nothing is gained" not in said
+    found = json.loads((tmp_path / "info.json").read_text())
+    totals = found["totals"]
+    model = storage.load_packed(file)
+    assert totals["file"]["packed"] == (tmp_path / "file").stat().st_size
+    assert sum(row["bytes"] for row in found["rows"]) == totals["embeddings"]["packed"] + totals["encoder and head"]["packed"]
+    assert totals["embeddings"]["dense"] == 4 * sum(p.numel() for p in model.bert.embeddings.parameters())
+    assert totals["embeddings"]["dense"] + totals["encoder and head"]["dense"] == 4 * sum(p.numel() for p in model.parameters())
+    assert totals["encoder and head"]["entropy"] < totals["encoder and head"]["notebook"]
+
+
+# --- base models ---
+
+
+@pytest.fixture()
+def based(tmp_path, tiny_bert, tiny_config, tiny_tokenizer):
+    base = AutoModelForQuestionAnswering.from_pretrained(tiny_bert)
+    save_masked(tmp_path / "based", tiny_config, tiny_tokenizer, base=base)
+    return tmp_path / "based"
+
+
+def test_embeddings_of_a_base_model_are_left_out(tmp_path, based, tiny_bert):
+    file = tmp_path / "file"
+    whole = storage.pack(str(based), str(tmp_path / "whole"))
+    packed = storage.pack(str(based), str(file), base_model=str(tiny_bert))
+    assert not any("embeddings" in entry["name"] for entry in packed.header["tensors"])
+    assert file.stat().st_size < whole.path.stat().st_size
+    state, base = storage.load_packed(str(file)).state_dict(), load_file(tiny_bert / "model.safetensors")
+    assert all(torch.equal(state[name], base[name]) for name in base if name.startswith("bert.embeddings."))
+    assert storage.compare(str(file), str(based)) == []
+
+
+def test_a_base_model_may_move(tmp_path, based, tiny_bert):
+    shutil.copytree(tiny_bert, tmp_path / "base")
+    storage.pack(str(based), str(tmp_path / "file"), base_model=str(tmp_path / "base"))
+    shutil.move(tmp_path / "base", tmp_path / "moved")
+    with pytest.raises(LoadError, match="base"):
+        storage.load_packed(str(tmp_path / "file"))
+    assert storage.load_packed(str(tmp_path / "file"), str(tmp_path / "moved"))
+
+
+def test_base_models_that_do_not_match_are_refused(tmp_path, checkpoint, based, tiny_bert):
+    with pytest.raises(storage.StorageError, match="not those of"):
+        storage.pack(str(checkpoint), str(tmp_path / "file"), base_model=str(tiny_bert))
+    assert not (tmp_path / "file").exists()
+    storage.pack(str(based), str(tmp_path / "file"), base_model=str(tiny_bert))
+    with pytest.raises(storage.StorageError, match="was packed without"):
+        storage.load_packed(str(tmp_path / "file"), str(checkpoint))
+
+
+# --- what is refused ---
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory, checkpoint):
+    file = tmp_path_factory.mktemp("packed") / "file"
+    storage.pack(str(checkpoint), str(file))
+    return file
+
+
+def refused(capsys, *command):
+    with pytest.raises(SystemExit) as stop:
+        saving_prunebert.main([str(word) for word in command])
+    said = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and len(said.splitlines()) == 1, said
+    return said
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.9, 0.9999])
+def test_truncated_files_are_refused(tmp_path, packed, capsys, share):
+    content = packed.read_bytes()
+    (tmp_path / "cut").write_bytes(content[: int(share * len(content))])
+    said = refused(capsys, "unpack", tmp_path / "cut", tmp_path / "out")
+    assert "truncated" in said or "no packed model" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["cut"]
+
+
+def test_every_flipped_bit_is_found(tmp_path, packed):
+    content = packed.read_bytes()
+    rng = np.random.default_rng(0)
+    for place in [*range(40), *rng.integers(0, len(content), 60).tolist(), len(content) - 1]:
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << int(rng.integers(8))
+        (tmp_path / "flipped").write_bytes(damaged)
+        with pytest.raises(storage.StorageError):
+            storage.load_packed(str(tmp_path / "flipped"))
+            for _ in storage.open_packed(str(tmp_path / "flipped")).streams("files"):
+                pass
+
+
+def test_bytes_behind_the_end_are_refused(tmp_path, packed, capsys):
+    (tmp_path / "long").write_bytes(packed.read_bytes() + b"x")
+    assert "damaged" in refused(capsys, "info", tmp_path / "long")
+
+
+def test_newer_versions_are_refused(tmp_path, packed, capsys):
+    content = bytearray(packed.read_bytes())
+    content[8] = 2
+    (tmp_path / "newer").write_bytes(content)
+    assert "version 2" in refused(capsys, "info", tmp_path / "newer")
+
+
+def rewritten(packed, target, change):
+    """A file whose header was changed and whose checksums are right all the same."""
+    opened = storage.open_packed(str(packed))
+    header = json.loads(json.dumps(opened.header))
+    change(header)
+    storage._write(target, header, [packed.read_bytes()[opened.start :]])
+    return target
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header: header.update(architecture="os.system"),
+        lambda header: header.update(bits=9),
+        lambda header: header.pop("tensors"),
+        lambda header: header["config"].update(hidden_size=10**9),
+        lambda header: header["config"].update(vocab_size="many"),
+        lambda header: header["tensors"].pop(),
+        lambda header: header["tensors"][0].update(shape=[10**6, 10**6]),
+        lambda header: header["tensors"][0].update(kept=10**12),
+        lambda header: header["tensors"][0].update(bytes=-4),
+        lambda header: header["files"][0].update(name="../outside"),
+        lambda header: header["files"][0].update(size=10**12),
+        lambda header: header["files"][0].update(size=5),
+    ],
+    ids=range(12),
+)
+def test_lying_headers_are_refused(tmp_path, packed, capsys, change):
+    file = rewritten(packed, tmp_path / "lying", change)
+    refused(capsys, "unpack", file, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["lying"]
+
+
+def test_wrong_places_are_refused(tmp_path, packed, checkpoint, capsys):
+    assert "no packed model" in refused(capsys, "info", checkpoint / "config.json")
+    assert "cannot read" in refused(capsys, "info", tmp_path / "nothing")
+    assert "no checkpoint" in refused(capsys, "pack", tmp_path / "nothing", tmp_path / "file")
+    assert "is a folder" in refused(capsys, "pack", checkpoint, tmp_path)
+    assert "cannot write" in refused(capsys, "pack", checkpoint, tmp_path / "no" / "file")
+    assert "already" in refused(capsys, "unpack", packed, checkpoint)
+    assert "--bits" in refused(capsys, "pack", checkpoint, tmp_path / "file", "--bits", "9")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_head_is_refused(tmp_path, packed, tiny_config, tiny_tokenizer, capsys):
+    save_masked(tmp_path / "other", tiny_config, tiny_tokenizer, head="TokenClassification")
+    said = refused(capsys, "verify", packed, tmp_path / "other")
+    assert "BertForQuestionAnswering" in said and "BertForTokenClassification" in said
+    transformers.BertModel(BertConfig(**tiny_config)).save_pretrained(tmp_path / "headless")
+    tiny_tokenizer.save_pretrained(tmp_path / "headless")
+    assert "head" in refused(capsys, "pack", tmp_path / "headless", tmp_path / "file")
+
+
+def test_a_missing_tokenizer_is_refused(tmp_path, checkpoint, capsys):
+    shutil.copytree(checkpoint, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*", "vocab*"))
+    assert "tokenizer" in refused(capsys, "pack", tmp_path / "bare", tmp_path / "file")
+    assert not (tmp_path / "file").exists()
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path, checkpoint, capsys):
+    shutil.copytree(checkpoint, tmp_path / "nan")
+    model = emmental.MaskedBertForQuestionAnswering.from_pretrained(tmp_path / "nan")
+    with torch.no_grad():
+        model.qa_outputs.bias[0] = torch.nan
+    model.save_pretrained(tmp_path / "nan")
+    assert "qa_outputs.bias" in refused(capsys, "pack", tmp_path / "nan", tmp_path / "file")
+
+
+def test_a_dense_model_packs_and_says_that_nothing_is_gained(tmp_path, tiny_bert, capsys):
+    saving_prunebert.main(["pack", str(tiny_bert), str(tmp_path / "file")])
+    saving_prunebert.main(["info", str(tmp_path / "file")])
+    assert "nothing is gained" in capsys.readouterr().out
+    assert saving_prunebert.main(["verify", str(tmp_path / "file"), str(tiny_bert)]) == 0
+
+
+def test_an_old_file_survives_a_failed_pack(tmp_path, packed, checkpoint, monkeypatch, capsys):
+    shutil.copy(packed, tmp_path / "file")
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(storage.os, "fsync", full)
+    assert "No space left" in refused(capsys, "pack", checkpoint, tmp_path / "file", "--bits", "4")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_bytes() == packed.read_bytes()
+
+
+def test_verify_evaluates_both(tmp_path, tiny_config, tiny_tokenizer, squad_dir, capsys):
+    save_masked(tmp_path / "in", tiny_config, tiny_tokenizer)
+    saving_prunebert.main(["pack", str(tmp_path / "in"), str(tmp_path / "file"), "--bits", "32"])
+    capsys.readouterr()
+    command = ["verify", str(tmp_path / "file"), str(tmp_path / "in"), "--data_dir", str(squad_dir), "--max_seq_length", "64"]
+    assert saving_prunebert.main(command) == 0
+    said = dict(line.split(": ") for line in capsys.readouterr().out.splitlines() if ": " in line)
+    assert set(said) >= {"exact", "f1"}
+    for name in ("exact", "f1"):
+        before, after = said[name].split(", ")
+        assert before.split()[0] == after.split()[0]
+
+
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    notebook = json.loads((ROOT / "Saving_PruneBERT.ipynb").read_text(encoding="utf-8"))
+    names = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None
+            exec(compile("".join(cell["source"]), "Saving_PruneBERT.ipynb", "exec"), names)
+    assert names["differences"] == []
+    assert (tmp_path / "prunebert.packed").stat().st_size < 1e6 < 4 * sum(p.numel() for p in names["model"].parameters())
+    assert (tmp_path / "prunebert.png").stat().st_size > 5000
+    assert len(names["rows"]) == 24
