@@ -25,7 +25,9 @@ MB = 1e6
 
 def get_parser() -> Parser:
     parser = Parser(description=__doc__)
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="pack | unpack | info | verify", help="what to do")
+    verbs = parser.add_subparsers(
+        dest="verb", required=True, metavar="pack | unpack | info | verify", help="what to do"
+    )
     base = {"help": "model whose embeddings are left out of the file: a name on the hub, or a folder"}
 
     def verb(name: str, summary: str, *operands: tuple[str, str]):
@@ -37,7 +39,13 @@ def get_parser() -> Parser:
     checkpoint = "checkpoint", "folder of a masked checkpoint, or of a bertarized or dense BERT, with its tokenizer"
     file = "file", "packed file"
     add = verb("pack", "write a packed file", checkpoint, file)
-    add("--bits", type=int, default=8, choices=coding.BITS, help="precision of the matrices (bias and LayerNorm: 16 at least)")
+    add(
+        "--bits",
+        type=int,
+        default=8,
+        choices=coding.BITS,
+        help="precision of the matrices (bias and LayerNorm: 16 at least)",
+    )
     add("--base_model", **base)
     _add_mask_flags(add)
     add = verb("unpack", "write a normal model folder", file, ("folder", "folder to write"))
@@ -58,7 +66,12 @@ def get_parser() -> Parser:
 def _add_mask_flags(add) -> None:
     add("--pruning_method", type=pruning_method, help="method, when not the one recorded in config.json")
     add("--threshold", type=float, help="threshold, when not the one recorded")
-    add("--global_topk", action="store_true", default=None, help="all matrices were ranked together, and it is not recorded")
+    add(
+        "--global_topk",
+        action="store_true",
+        default=None,
+        help="all matrices were ranked together, and it is not recorded",
+    )
 
 
 def mask_flags(args) -> dict:
@@ -74,9 +87,13 @@ def print_info(packed: storage.Packed, report: dict) -> None:
     print(f"\n{'matrix':<{width}}  {'shape':>13}  {'remaining':>9}  {'bits/weight':>11}  {'bytes':>11}")
     for row in matrices:
         shape = " x ".join(map(str, row["shape"]))
-        print(f"{row['name']:<{width}}  {shape:>13}  {row['remaining']:>8.2%}  {row['bits_per_weight']:>11.2f}  {row['bytes']:>11,}")
+        print(
+            f"{row['name']:<{width}}  {shape:>13}  {row['remaining']:>8.2%}  {row['bits_per_weight']:>11.2f}  {row['bytes']:>11,}"
+        )
     others = [row for row in report["rows"] if len(row["shape"]) != 2]
-    print(f"{f'{len(others)} vectors (bias, LayerNorm)':<{width}}  {'':>13}  {'':>9}  {'':>11}  {sum(row['bytes'] for row in others):>11,}")
+    print(
+        f"{f'{len(others)} vectors (bias, LayerNorm)':<{width}}  {'':>13}  {'':>9}  {'':>11}  {sum(row['bytes'] for row in others):>11,}"
+    )
     print(f"\n{'MB':<18}{'dense float32':>15}{'notebook':>10}{'packed':>10}{'entropy':>10}")
     for part, total in report["totals"].items():
         cells = (total.get(name) for name in ("dense", "notebook", "packed", "entropy"))
@@ -99,7 +116,12 @@ def evaluate(model: str, args) -> dict:
                 command += [f"--{name}", str(getattr(args, name))]
         command += ["--version_2_with_negative"] * args.version_2_with_negative
         if masked:
-            command += [word for name in ("pruning_method",) if getattr(args, name) for word in (f"--{name}", getattr(args, name))]
+            command += [
+                word
+                for name in ("pruning_method",)
+                if getattr(args, name)
+                for word in (f"--{name}", getattr(args, name))
+            ]
             command += ["--final_threshold", str(args.threshold)] if args.threshold is not None else []
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:

@@ -10,13 +10,10 @@ padded to --max_seq_length (as in 2020); what an epoch takes, and the metric tha
 """
 
 import argparse
-import os
 import statistics
 import tempfile
 import time
 from pathlib import Path
-
-os.environ["TQDM_DISABLE"] = "1"
 
 import datasets
 import numpy as np
@@ -101,12 +98,16 @@ class Glue:
         self.collate = glue.collate
 
     def features(self, examples, tokenizer, folder, training=True):
-        return glue.build_features(examples, tokenizer, max_seq_length=self.length, cache_dir=folder, overwrite_cache=True)
+        return glue.build_features(
+            examples, tokenizer, max_seq_length=self.length, cache_dir=folder, overwrite_cache=True
+        )
 
     def python_features(self, examples, tokenizer) -> list[list[int]]:
         texts = ((example["text_a"], example["text_b"]) for example in examples)
         return [
-            tokenizer(*(text for text in pair if text is not None), truncation=True, max_length=self.length)["input_ids"]
+            tokenizer(*(text for text in pair if text is not None), truncation=True, max_length=self.length)[
+                "input_ids"
+            ]
             for pair in texts
         ]
 
@@ -142,8 +143,7 @@ def compare_features(task, tokenizer, args) -> dict:
         (Path(folder) / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
         slow = BertTokenizerLegacy(str(Path(folder) / "vocab.txt"), do_lower_case=tokenizer.do_lower_case)
         rates, same, total = {"ours": [], "python": []}, 0, 0
-        for number in range(args.slices):
-            start = number * args.slice
+        for start in range(0, min(args.slices * args.slice, len(task.train)), args.slice):
             examples = task.train.select(range(start, min(start + args.slice, len(task.train))))
             begun = time.perf_counter()
             ours = task.features(examples, tokenizer, folder)
@@ -259,7 +259,9 @@ def main(argv: list[str] | None = None) -> None:
     print(results["machine"])
     found = results["features"]
     rows = [[name, value, found["ratio"] if name == "ours" else None] for name, value in found["per_second"].items()]
-    report.print_table(f"{args.task}: features per second, one process", ["tokenizer", "features/s", "ours/python"], rows)
+    report.print_table(
+        f"{args.task}: features per second, one process", ["tokenizer", "features/s", "ours/python"], rows
+    )
     print(f"the same ids in {found['same_ids']} of {found['features']} features")
     if args.epoch_examples:
         results["epoch"] = epoch = compare_epochs(task, tokenizer, args)

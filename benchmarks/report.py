@@ -16,7 +16,8 @@ def machine(device: str = "cpu") -> str:
     """Processor, threads and versions, in a line."""
     processor = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
         processor = names[0] if names else processor
     if device == "cuda":
         processor = f"{torch.cuda.get_device_name()}, {processor}"

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import report
 import torch
+import transformers
 from transformers import BertConfig, BertForQuestionAnswering, BertTokenizerFast
 
 import saving_prunebert
@@ -91,7 +92,18 @@ def measure(checkpoint: Path, args: argparse.Namespace | None) -> dict:
 def show(title: str, rows: dict) -> None:
     notebook = rows["notebook, int8"]["MB"]
     metrics = sorted({name for row in rows.values() for name in row.get("results", {})})
-    columns = ["format", "MB", "/notebook", "entropy MB", "of it masks", "/entropy", "pack s", "load s", "whole file MB", *metrics]
+    columns = [
+        "format",
+        "MB",
+        "/notebook",
+        "entropy MB",
+        "of it masks",
+        "/entropy",
+        "pack s",
+        "load s",
+        "whole file MB",
+        *metrics,
+    ]
     table = []
     for name in sorted(rows, key=lambda name: -rows[name]["MB"]):
         row = rows[name]
@@ -105,7 +117,13 @@ def show(title: str, rows: dict) -> None:
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--remaining", type=float, nargs="*", default=[0.1, 0.0616, 0.03], help="densities of the random BERTs (default: 0.1 0.0616 0.03)")
+    add(
+        "--remaining",
+        type=float,
+        nargs="*",
+        default=[0.1, 0.0616, 0.03],
+        help="densities of the random BERTs (default: 0.1 0.0616 0.03)",
+    )
     add("--model", help="folder of a fine-pruned checkpoint to measure too")
     add("--task_name", help="GLUE task to evaluate it on, with --data_dir (else: SQuAD)")
     add("--data_dir", help="folder of the data to evaluate it on")
@@ -118,6 +136,8 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
+    transformers.utils.logging.disable_progress_bar()
+    torch.sparse.check_sparse_tensor_invariants.disable()  # said, or torch warns
     results = {"machine": report.machine()}
     print(results["machine"])
     for remaining in args.remaining:

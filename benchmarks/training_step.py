@@ -79,7 +79,9 @@ class Side:
         clock("cut-offs")
         outputs = self.forward(batch)
         target = torch.zeros(len(outputs.start_logits), dtype=torch.int64, device=self.args.device)
-        loss = F.cross_entropy(outputs.start_logits.float(), target) + F.cross_entropy(outputs.end_logits.float(), target)
+        loss = F.cross_entropy(outputs.start_logits.float(), target) + F.cross_entropy(
+            outputs.end_logits.float(), target
+        )
         if penalty:
             loss = loss + regularization(self.model, penalty)
         clock("forward")
@@ -211,7 +213,12 @@ def get_parser() -> argparse.ArgumentParser:
     add("--hidden", type=int, default=768, help="its hidden size, a multiple of 64 (default: 768)")
     add("--repeats", type=int, default=7, help="counted steps of each side (default: 7)")
     add("--warmup", type=int, default=2, help="steps before those (default: 2)")
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if there is one")
+    add(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: a GPU if there is one",
+    )
     add("--bf16", action="store_true", help="autocast to bfloat16, as the scripts' --bf16")
     add("--compile", action="store_true", help="compile the encoder layers, as the scripts' --compile")
     add("--no_memory", action="store_true", help="leave the peak memory out")
@@ -245,7 +252,11 @@ def main(argv: list[str] | None = None) -> None:
             found[method] = compare(dense, masked, batch, args)
             if not args.no_memory:
                 memory[method] = peak_memory(method, size, args)
-                found[method]["memory"] = {"dense": memory["dense"], "masked": memory[method], "allowed": allowed_memory(masked)}
+                found[method]["memory"] = {
+                    "dense": memory["dense"],
+                    "masked": memory[method],
+                    "allowed": allowed_memory(masked),
+                }
             rows += [_row(method, found[method])]
             rows += [_row("  dense beside it", found[method], "dense")]
             del masked

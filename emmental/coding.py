@@ -10,19 +10,22 @@ Values. Of 2 to 8 bits: uniform steps around zero, value = (level - 2^(bits - 1)
 is zero and a kept weight stays kept, whatever it rounds to. One step per matrix, or per row: at 8 bits
 that of the largest absolute value, below the one with the least squared error. Of 16 or 32 bits: IEEE
 floats, byte by byte (a value that half precision would round to zero becomes its smallest number). Levels
-and bytes are coded with their own frequencies.
+and bytes are coded with their own frequencies, but for bytes that are noise, as the last of a float32 are.
 
-Everything of a tensor goes into one stream of a range coder (constriction), including the side information.
+A stream is the number of the range coder's words, those words (constriction; side information included), and the
+bytes that are noise, as they are.
+A stream decodes only with the very distributions it was coded with, so these are made of additions, products
+and powers of two alone, which are the same on every machine.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import constriction
 import numpy as np
 
 Categorical = constriction.stream.model.Categorical
-QuantizedLaplace = constriction.stream.model.QuantizedLaplace
 Uniform = constriction.stream.model.Uniform
 RangeEncoder, RangeDecoder = constriction.stream.queue.RangeEncoder, constriction.stream.queue.RangeDecoder
 
@@ -30,8 +33,11 @@ BITS = (2, 3, 4, 5, 6, 7, 8, 16, 32)
 CHUNK = 2**22  # symbols decoded at a time
 LEVELS_PER_OCTAVE = 4  # of a frequency in the side information
 MAX_LEVEL = 30 * LEVELS_PER_OCTAVE
+ROOTS = np.array([1.0, 1.189207115002721, 1.4142135623730951, 1.681792830507429])  # 2 ** (0, 1/4, 1/2, 3/4)
+DIFFERENCES = np.ldexp(1.0, -np.minimum(np.abs(np.arange(-MAX_LEVEL, MAX_LEVEL + 1)) // 2, 20))  # of two such levels
 MAX_CLASSES = 64
 WORTHWHILE = 0.005  # what blocks must save of the positions, as they take time to decode
+NOISE = 7.95  # bits of a byte from which on it is stored as it is
 STEP_CANDIDATES = np.linspace(0.1, 1.0, 46)
 
 
@@ -60,7 +66,13 @@ class _Encoder:
     """The range coder, with the numbers that it needs beside the symbols."""
 
     def __init__(self):
-        self.coder = RangeEncoder()
+        self.coder, self.noise = RangeEncoder(), []
+
+    def words(self) -> np.ndarray:
+        coded = self.coder.get_compressed()
+        noise = b"".join(self.noise)
+        raw = np.frombuffer(noise + bytes(-len(noise) % 4), np.uint32)
+        return np.concatenate([np.array([len(coded)], np.uint32), coded, raw])
 
     def number(self, value: int, bits: int) -> None:
         """An unsigned number of a known width."""
@@ -77,17 +89,30 @@ class _Encoder:
         """Symbols below `size`, at least one, with their frequencies before them."""
         self.symbols(symbols, self.histogram(np.bincount(symbols, minlength=size)))
 
+    def bytes(self, plane: np.ndarray) -> None:
+        """Bytes with their frequencies, or as they are where that would save nothing."""
+        is_noise = _symbol_entropy(plane) > NOISE * len(plane)
+        self.number(int(is_noise), 1)
+        if is_noise:
+            self.noise.append(plane.tobytes())
+        else:
+            self.alphabet(plane, 256)
+
     def histogram(self, counts: np.ndarray) -> np.ndarray:
         """The frequencies of an alphabet, in quarter octaves; returns the distribution that the decoder will see."""
-        levels = np.where(counts > 0, np.round(LEVELS_PER_OCTAVE * np.log2(np.maximum(counts, 1))) + 1, 0).astype(np.int32)
-        model = QuantizedLaplace(-MAX_LEVEL, MAX_LEVEL, 0.0, 2.0)
-        self.coder.encode(np.diff(levels, prepend=0).astype(np.int32), model)
+        levels = np.where(counts > 0, np.round(LEVELS_PER_OCTAVE * np.log2(np.maximum(counts, 1))) + 1, 0).astype(
+            np.int32
+        )
+        self.symbols(np.diff(levels, prepend=0) + MAX_LEVEL, DIFFERENCES)
         return _distribution(levels)
 
 
 class _Decoder:
     def __init__(self, words: np.ndarray):
-        self.coder = RangeDecoder(words)
+        if not len(words) or words[0] >= len(words):
+            raise CodingError("the stream is shorter than it says")
+        self.coder = RangeDecoder(words[1 : 1 + int(words[0])])
+        self.noise, self.taken = words[1 + int(words[0]) :].view(np.uint8), 0
 
     def number(self, bits: int) -> int:
         value = 0
@@ -101,9 +126,24 @@ class _Decoder:
             return np.zeros(0, np.int32)
         return self._decode(Categorical(probabilities, perfect=False), count)
 
+    def bytes(self, count: int) -> Iterator[tuple[int, np.ndarray]]:
+        """What `_Encoder.bytes` was given, a chunk at a time, each with its place."""
+        if not self.number(1):
+            yield from self.alphabet(count, 256)
+            return
+        if self.taken + count > len(self.noise):
+            raise CodingError("the stream is shorter than it says")
+        yield 0, self.noise[self.taken : self.taken + count]
+        self.taken += count
+
+    def alphabet(self, count: int, size: int) -> Iterator[tuple[int, np.ndarray]]:
+        """What `_Encoder.alphabet` was given, a chunk at a time, each with its place."""
+        distribution = self.histogram(size)
+        for start in range(0, count, CHUNK):
+            yield start, self.symbols(min(CHUNK, count - start), distribution)
+
     def histogram(self, size: int) -> np.ndarray:
-        model = QuantizedLaplace(-MAX_LEVEL, MAX_LEVEL, 0.0, 2.0)
-        levels = np.cumsum(self._decode(model, size))
+        levels = np.cumsum(self.symbols(size, DIFFERENCES) - MAX_LEVEL)
         if levels.min() < 0 or levels.max() > MAX_LEVEL or not levels.any():
             raise CodingError("the stream holds an impossible frequency")
         return _distribution(levels)
@@ -116,30 +156,20 @@ class _Decoder:
 
 
 def _distribution(levels: np.ndarray) -> np.ndarray:
-    weights = np.where(levels > 0, np.exp2((levels - 1) / LEVELS_PER_OCTAVE), 0.0)
-    return weights / weights.sum()
+    """Frequencies, which need no normalisation, of levels in quarter octaves; level 0 is never."""
+    octaves, quarters = np.divmod(levels - 1, LEVELS_PER_OCTAVE)
+    return np.where(levels > 0, np.ldexp(ROOTS[quarters], octaves), 0.0)
 
 
 # ------------------------------------------------------------------------------------------- positions
 
 
-def _gap_model(probability: float) -> tuple[np.ndarray, int]:
+def _gap_model(density: np.float32) -> tuple[np.ndarray, int]:
     """Distribution of the zeros before a kept weight, up to a longest gap L; the last symbol means L zeros and no end."""
-    longest = int(np.clip(4 / probability, 16, 4096))
-    gaps = np.arange(longest + 1)
-    distribution = np.exp(gaps * math.log1p(-probability)) * probability
-    distribution[longest] = math.exp(longest * math.log1p(-probability))
-    return distribution / distribution.sum(), longest
-
-
-def _quantised_density(kept: int, size: int) -> int:
-    """Density of a block as a number of 16 bits: logits in steps of 1/2048 between -16 and 16."""
-    logit = math.log(max(kept, 0.25)) - math.log(max(size - kept, 0.25))
-    return int(np.clip(round((logit + 16) * 2048), 0, 65535))
-
-
-def _density(quantised: int) -> float:
-    return 1 / (1 + math.exp(16 - quantised / 2048))
+    chance = float(density)
+    longest = int(min(max(4 / chance, 16), 4096))
+    none = np.cumprod(np.full(longest, 1 - chance))  # of the first 1, 2, ... L entries
+    return np.concatenate([[chance], chance * none[:-1], none[-1:]]), longest
 
 
 def _encode_block(encoder: _Encoder, block: np.ndarray) -> None:
@@ -150,9 +180,9 @@ def _encode_block(encoder: _Encoder, block: np.ndarray) -> None:
     encoder.number(len(places), 32)
     if not len(places):
         return
-    quantised = _quantised_density(len(places), block.size)
-    encoder.number(quantised, 16)
-    distribution, longest = _gap_model(_density(quantised))
+    density = np.float32(len(places) / block.size)
+    encoder.number(int(density.view(np.uint32)), 32)
+    distribution, longest = _gap_model(density)
     gaps = np.diff(places, prepend=-1) - 1
     skips, rest = np.divmod(gaps, longest)
     symbols = np.full(len(gaps) + int(skips.sum()), longest, np.int32)
@@ -166,14 +196,17 @@ def _decode_block(decoder: _Decoder, size: int) -> tuple[np.ndarray, bool]:
     inverted, count = bool(decoder.number(1)), decoder.number(32)
     places = np.zeros(0, np.int64)
     if count:
-        distribution, longest = _gap_model(_density(decoder.number(16)))
+        density = np.array(decoder.number(32), np.uint32).view(np.float32)[()]
         skips = decoder.number(32)
+        if not 0 < density <= 1:
+            raise CodingError("the stream holds an impossible density")
+        distribution, longest = _gap_model(density)
         if count > size or skips > size // longest:
             raise CodingError("the stream holds more positions than the matrix has entries")
         symbols = decoder.symbols(count + skips, distribution)
         ends = symbols < longest
         symbols += ends
-        places = np.cumsum(symbols, dtype=np.int32 if size + longest < 2**31 else np.int64)[ends] - 1
+        places = np.cumsum(symbols, dtype=np.int64)[ends] - 1
         if len(places) != count or places[-1] >= size:
             raise CodingError("the stream holds positions outside the matrix")
     return places, inverted
@@ -196,7 +229,7 @@ def _partition_cost(mask: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> 
     sizes = np.outer(np.bincount(row_of), np.bincount(column_of))
     flips = entropy_bits(kept, sizes).sum()
     labels = sum(_symbol_entropy(classes) + 4.0 * MAX_CLASSES for classes in (rows, columns) if classes.any())
-    return float(flips + labels + 80.0 * kept.size)
+    return float(flips + labels + 97.0 * kept.size)  # the numbers of each block
 
 
 def entropy_bits(kept, sizes):
@@ -267,7 +300,8 @@ def _steps(values: np.ndarray, largest: np.ndarray, places: np.ndarray, bits: in
     At 8 bits the levels reach as far as the largest; below, as far as makes the squared error least, the
     same fraction of it in all groups.
     """
-    steps = (largest / 2 ** (bits - 1)).astype(np.float32)
+    smallest = np.where(largest > 0, np.float32(2.0**-148), np.float32(0))  # half of it is a number still
+    steps = np.maximum((largest / 2 ** (bits - 1)).astype(np.float32), smallest)
     if bits >= 8 or not len(values):
         return steps
     stride = max(1, len(values) // 50_000)
@@ -277,7 +311,7 @@ def _steps(values: np.ndarray, largest: np.ndarray, places: np.ndarray, bits: in
         tried = sampled * np.float32(fraction)
         return float(np.square(sample - _dequantise(_levels(sample, tried, bits), tried, bits)).sum())
 
-    return steps * np.float32(min(STEP_CANDIDATES, key=error))
+    return np.maximum(steps * np.float32(min(STEP_CANDIDATES, key=error)), smallest)
 
 
 def _groups(tensor: np.ndarray, by_row: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -298,44 +332,43 @@ def _dequantise(levels: np.ndarray, steps: np.ndarray | np.float32, bits: int) -
     return (levels.astype(np.float32) + np.float32(0.5 - 2 ** (bits - 1))) * steps
 
 
-def _encode_values(encoder: _Encoder, values: np.ndarray, bits: int, steps) -> float:
+def _encode_values(encoder: _Encoder, values: np.ndarray, bits: int, steps: np.ndarray | None) -> float:
+    """Returns their entropy."""
     if bits <= 8:
-        planes = [(_levels(values, steps, bits), 2**bits)]
-    else:
-        if bits == 16:
-            halves = values.astype(np.float16)
-            halves[(halves == 0) & (values != 0)] = np.float16(2.0**-24)
-            halves = np.copysign(halves, values.astype(np.float16))
-            raw = halves.view(np.uint8).reshape(-1, 2)
-        else:
-            raw = values.view(np.uint8).reshape(-1, 4)
-        planes = [(plane, 256) for plane in raw.T]
-    if len(values):
-        for symbols, size in planes:
-            encoder.alphabet(symbols, size)
-    return sum(_symbol_entropy(symbols) for symbols, _ in planes)
-
-
-def _decode_plane(decoder: _Decoder, count: int, size: int):
-    """The symbols of a plane, a chunk at a time."""
-    if count:
-        distribution = decoder.histogram(size)
-        for start in range(0, count, CHUNK):
-            yield start, decoder.symbols(min(CHUNK, count - start), distribution)
+        levels = _levels(values, steps, bits)
+        if len(levels):
+            encoder.alphabet(levels, 2**bits)
+        return _symbol_entropy(levels)
+    if bits == 32:
+        return _encode_floats(encoder, values)
+    halves = values.astype(np.float16)
+    smallest = np.copysign(np.float16(2.0**-24), halves)
+    return _encode_floats(encoder, np.where((halves == 0) & (values != 0), smallest, halves))
 
 
 def _decode_values(decoder: _Decoder, count: int, bits: int) -> np.ndarray:
     """Values; of up to 8 bits, in units of their step."""
-    if bits <= 8:
-        values = np.empty(count, np.float32)
-        for start, levels in _decode_plane(decoder, count, 2**bits):
-            values[start : start + len(levels)] = _dequantise(levels, np.float32(1), bits)
-        return values
-    raw = np.empty((count, bits // 8), np.uint8)
-    for number in range(bits // 8):
-        for start, symbols in _decode_plane(decoder, count, 256):
-            raw[start : start + len(symbols), number] = symbols
-    return raw.view(np.float16 if bits == 16 else np.float32).reshape(-1).astype(np.float32, copy=False)
+    if bits > 8:
+        return _decode_floats(decoder, count, np.float16 if bits == 16 else np.float32)
+    values = np.empty(count, np.float32)
+    for start, levels in decoder.alphabet(count, 2**bits) if count else ():
+        values[start : start + len(levels)] = _dequantise(levels, np.float32(1), bits)
+    return values
+
+
+def _encode_floats(encoder: _Encoder, numbers: np.ndarray) -> float:
+    planes = numbers.view(np.uint8).reshape(-1, numbers.itemsize).T
+    for plane in planes if len(numbers) else ():
+        encoder.bytes(plane)
+    return sum(map(_symbol_entropy, planes))
+
+
+def _decode_floats(decoder: _Decoder, count: int, kind: type) -> np.ndarray:
+    raw = np.empty((count, np.dtype(kind).itemsize), np.uint8)
+    for plane in raw.T if count else ():
+        for start, symbols in decoder.bytes(count):
+            plane[start : start + len(symbols)] = symbols
+    return raw.view(kind).reshape(-1).astype(np.float32, copy=False)
 
 
 # --------------------------------------------------------------------------------------------- tensors
@@ -368,13 +401,12 @@ def encode(tensor: np.ndarray, bits: int, by_row: bool = False) -> Coded:
         largest, places = _groups(tensor, by_row)
         steps = _steps(flat, largest, places, bits)
         if by_row:
-            for plane in steps.view(np.uint8).reshape(-1, 4).T:
-                encoder.alphabet(plane, 256)
+            _encode_floats(encoder, steps)
         else:
             encoder.number(int(steps.view(np.uint32)[0]), 32)
         steps = steps[places]
     value_entropy = _encode_values(encoder, flat, bits, steps)
-    return Coded(encoder.coder.get_compressed(), kept, position_entropy, value_entropy)
+    return Coded(encoder.words(), kept, position_entropy, value_entropy)
 
 
 def error_bound(tensor: np.ndarray, bits: int, by_row: bool = False) -> np.ndarray:
@@ -389,7 +421,7 @@ def error_bound(tensor: np.ndarray, bits: int, by_row: bool = False) -> np.ndarr
     largest, places = _groups(tensor, by_row)
     steps = _steps(tensor[nonzero], largest, places, bits).astype(np.float64)[places]
     bound = np.zeros(tensor.shape)
-    bound[nonzero] = np.maximum(steps / 2, magnitudes[nonzero] - (half - 0.5) * steps) * (1 + 1e-4)
+    bound[nonzero] = np.maximum(steps / 2, magnitudes[nonzero] - (half - 0.5) * steps) * (1 + 1e-4) + 2.0**-147
     return bound
 
 
@@ -410,11 +442,7 @@ def decode_sparse(words: np.ndarray, shape: tuple[int, ...], bits: int, by_row: 
     count = size if indices is None else len(indices)
     step = None
     if bits <= 8 and by_row:
-        raw = np.empty((shape[0], 4), np.uint8)
-        for number in range(4):
-            for start, symbols in _decode_plane(decoder, shape[0], 256):
-                raw[start : start + len(symbols), number] = symbols
-        step = raw.view(np.float32).reshape(-1)
+        step = _decode_floats(decoder, shape[0], np.float32)
     elif bits <= 8:
         step = np.array([decoder.number(32)], np.uint32).view(np.float32)[0]
     values = _decode_values(decoder, count, bits)

@@ -98,8 +98,14 @@ class Packed:
 
 
 def pack(
-    checkpoint: str, file: str, bits: int = 8, base_model: str | None = None, *,
-    pruning_method: str | None = None, threshold: float | None = None, global_topk: bool | None = None,
+    checkpoint: str,
+    file: str,
+    bits: int = 8,
+    base_model: str | None = None,
+    *,
+    pruning_method: str | None = None,
+    threshold: float | None = None,
+    global_topk: bool | None = None,
 ) -> Packed:
     """Write the masked or plain BERT in the folder `checkpoint` to `file`, whole or not at all.
 
@@ -129,7 +135,9 @@ def pack(
         for path in sorted(Path(folder).iterdir()):
             raw = path.read_bytes()
             contents.append(lzma.compress(raw, preset=9))
-            files.append({"name": path.name, "bytes": len(contents[-1]), "size": len(raw), "digest": _digest(contents[-1])})
+            files.append(
+                {"name": path.name, "bytes": len(contents[-1]), "size": len(raw), "digest": _digest(contents[-1])}
+            )
     tensors = []
     for name, tensor in state.items():
         by_row = name.startswith(EMBEDDINGS) and tensor.dim() == 2
@@ -217,7 +225,9 @@ def open_packed(file: str) -> Packed:
                 raise StorageError(f"{path} is no packed model: saving_prunebert.py pack writes them")
             _, version, length, size, digest = PREFIX.unpack(prefix)
             if version > VERSION:
-                raise StorageError(f"{path} has version {version} of the format, and this code knows {VERSION}: update it")
+                raise StorageError(
+                    f"{path} has version {version} of the format, and this code knows {VERSION}: update it"
+                )
             deflated = content.read(min(length, MAX_HEADER))
             if len(deflated) < length:
                 raise StorageError(f"{path} is truncated: it ends within its header")
@@ -295,7 +305,9 @@ def _fetch_embeddings(packed: Packed, base_model: str | None) -> dict[str, Tenso
     name = base_model or base["name"]
     embeddings = base_embeddings(name)
     if _embeddings_digest(embeddings) != base["digest"]:
-        raise StorageError(f"the embeddings of {name} are not those that {packed.path} was packed without: give another base model")
+        raise StorageError(
+            f"the embeddings of {name} are not those that {packed.path} was packed without: give another base model"
+        )
     return embeddings
 
 
@@ -404,7 +416,9 @@ def compare(file: str, checkpoint: str, base_model: str | None = None, **masks) 
         if ours.shape != theirs.shape:
             problems.append(f"{name} has the shape {ours.shape}, not {theirs.shape}")
         elif ours.ndim == 2 and not np.array_equal(ours != 0, theirs != 0):
-            problems.append(f"{name} has another mask: {np.count_nonzero((ours != 0) != (theirs != 0)):,} entries differ")
+            problems.append(
+                f"{name} has another mask: {np.count_nonzero((ours != 0) != (theirs != 0)):,} entries differ"
+            )
         else:
             bits, rows = (packed.header["bits"], by_row[name]) if name in by_row else (32, False)
             excess = np.abs(ours.astype(np.float64) - theirs) - coding.error_bound(theirs, bits, rows)

@@ -36,7 +36,6 @@ def test_training_step(benchmark, capsys):
 
 @pytest.mark.parametrize("task", ["squad", "sst-2"])
 def test_features(benchmark, tiny_bert, squad_dir, tmp_path, monkeypatch, capsys, task):
-    monkeypatch.setenv("TQDM_DISABLE", "1")
     if task == "squad":
         folder = tmp_path / "squad"
         folder.mkdir()
@@ -49,7 +48,20 @@ def test_features(benchmark, tiny_bert, squad_dir, tmp_path, monkeypatch, capsys
             rows = "".join(f"ada lives in {place}\t{n % 2}\n" for n, place in enumerate(["oslo", "rome"] * 6))
             (folder / f"{split}.tsv").write_text("sentence\tlabel\n" + rows)
         monkeypatch.setattr(importlib.import_module("features").Glue, "length", 32)
-    flags = ["--data_dir", folder, "--model", tiny_bert, "--slice", 6, "--slices", 2, "--epoch_examples", 8, "--batch", 4]
+    flags = [
+        "--data_dir",
+        folder,
+        "--model",
+        tiny_bert,
+        "--slice",
+        6,
+        "--slices",
+        2,
+        "--epoch_examples",
+        8,
+        "--batch",
+        4,
+    ]
     found = benchmark("features", task, *flags)
     assert found["features"]["same_ids"] == found["features"]["features"] > 0
     ours, fixed = found["epoch"]["ours"], found["epoch"]["fixed length"]

@@ -74,7 +74,9 @@ def test_masks_are_exact_at_any_precision(tmp_path, checkpoint, bits):
     for name, tensor in exact.items():
         if tensor.dim() == 2:
             assert torch.equal(state[name] != 0, tensor != 0), name
-    distance = sum((state[n] - t).square().sum() for n, t in exact.items()) / sum(t.square().sum() for t in exact.values())
+    distance = sum((state[n] - t).square().sum() for n, t in exact.items()) / sum(
+        t.square().sum() for t in exact.values()
+    )
     assert distance < {2: 0.2, 4: 0.02, 6: 2e-3, 8: 1e-4, 16: 1e-6}[bits]
 
 
@@ -129,9 +131,14 @@ def test_info_adds_up(tmp_path, checkpoint, capsys):
     totals = found["totals"]
     model = storage.load_packed(file)
     assert totals["file"]["packed"] == (tmp_path / "file").stat().st_size
-    assert sum(row["bytes"] for row in found["rows"]) == totals["embeddings"]["packed"] + totals["encoder and head"]["packed"]
+    assert (
+        sum(row["bytes"] for row in found["rows"])
+        == totals["embeddings"]["packed"] + totals["encoder and head"]["packed"]
+    )
     assert totals["embeddings"]["dense"] == 4 * sum(p.numel() for p in model.bert.embeddings.parameters())
-    assert totals["embeddings"]["dense"] + totals["encoder and head"]["dense"] == 4 * sum(p.numel() for p in model.parameters())
+    assert totals["embeddings"]["dense"] + totals["encoder and head"]["dense"] == 4 * sum(
+        p.numel() for p in model.parameters()
+    )
     assert totals["encoder and head"]["entropy"] < totals["encoder and head"]["notebook"]
 
 
@@ -317,7 +324,15 @@ def test_verify_evaluates_both(tmp_path, tiny_config, tiny_tokenizer, squad_dir,
     save_masked(tmp_path / "in", tiny_config, tiny_tokenizer)
     saving_prunebert.main(["pack", str(tmp_path / "in"), str(tmp_path / "file"), "--bits", "32"])
     capsys.readouterr()
-    command = ["verify", str(tmp_path / "file"), str(tmp_path / "in"), "--data_dir", str(squad_dir), "--max_seq_length", "64"]
+    command = [
+        "verify",
+        str(tmp_path / "file"),
+        str(tmp_path / "in"),
+        "--data_dir",
+        str(squad_dir),
+        "--max_seq_length",
+        "64",
+    ]
     assert saving_prunebert.main(command) == 0
     said = dict(line.split(": ") for line in capsys.readouterr().out.splitlines() if ": " in line)
     assert set(said) >= {"exact", "f1"}
@@ -336,6 +351,8 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
             assert cell["outputs"] == [] and cell["execution_count"] is None
             exec(compile("".join(cell["source"]), "Saving_PruneBERT.ipynb", "exec"), names)
     assert names["differences"] == []
-    assert (tmp_path / "prunebert.packed").stat().st_size < 1e6 < 4 * sum(p.numel() for p in names["model"].parameters())
+    assert (
+        (tmp_path / "prunebert.packed").stat().st_size < 1e6 < 4 * sum(p.numel() for p in names["model"].parameters())
+    )
     assert (tmp_path / "prunebert.png").stat().st_size > 5000
     assert len(names["rows"]) == 24
