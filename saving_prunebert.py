@@ -18,6 +18,7 @@ from pathlib import Path
 from emmental import coding, storage
 from emmental.loading import LoadError
 from emmental.training.args import Parser, one_line_errors, pruning_method
+from emmental.training.checkpoint import write_json
 from emmental.training.runlog import set_up_logging
 
 MB = 1e6
@@ -116,13 +117,9 @@ def evaluate(model: str, args) -> dict:
                 command += [f"--{name}", str(getattr(args, name))]
         command += ["--version_2_with_negative"] * args.version_2_with_negative
         if masked:
-            command += [
-                word
-                for name in ("pruning_method",)
-                if getattr(args, name)
-                for word in (f"--{name}", getattr(args, name))
-            ]
-            command += ["--final_threshold", str(args.threshold)] if args.threshold is not None else []
+            settings = {"pruning_method": args.pruning_method, "final_threshold": args.threshold}
+            command += [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
+            command += ["--global_topk"] * bool(args.global_topk)
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             lines = done.stderr.strip().splitlines()
@@ -165,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
             report = storage.summary(packed)
             print_info(packed, report)
             if args.json:
-                Path(args.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+                write_json(Path(args.json), report)
         else:
             return verify(args)
     return 0

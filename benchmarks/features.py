@@ -21,11 +21,13 @@ import report
 import torch
 import transformers
 from torch.nn import functional as F
-from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
+import masked_run_squad
 from emmental.data import glue, squad
+from emmental.loading import LoadError, load_model, load_tokenizer
 from emmental.schedule import learning_rate_factor
+from emmental.training.args import UsageError, one_line_errors
 from emmental.training.batches import BatchPlan
 from emmental.training.distributed import World, keep_freed_memory
 from emmental.training.loop import MODEL_INPUTS, autocast, predict
@@ -66,15 +68,13 @@ class Squad:
         return found
 
     def model(self, name):
-        return AutoModelForQuestionAnswering.from_pretrained(name)
+        return load_model(name, masked_run_squad.HEAD, masked=False)
 
     def logits(self, outputs, batch):
-        padding = batch["attention_mask"] == 0
-        return tuple(t.float().masked_fill(padding, -1e9) for t in (outputs.start_logits, outputs.end_logits))
+        return masked_run_squad.span_logits(outputs, batch)
 
     def loss(self, logits, batch):
-        names = "start_positions", "end_positions"
-        return sum(F.cross_entropy(part, batch[name]) for part, name in zip(logits, names, strict=True)) / 2
+        return masked_run_squad.span_loss(logits, batch)
 
     def metric(self, features, logits):
         starts, ends = zip(*logits, strict=True)
@@ -92,6 +92,8 @@ class Glue:
 
     def __init__(self, args):
         self.task = glue.find_task(args.task)
+        if self.task.is_regression or not self.task.evaluation_splits:
+            raise UsageError(f"{args.task} is no classification with a dev set: choose another task")
         self.key_metric = self.task.key_metric
         self.train = glue.read_examples(self.task, args.data_dir, "train")
         self.dev = glue.read_examples(self.task, args.data_dir, self.task.evaluation_splits[0])
@@ -112,7 +114,7 @@ class Glue:
         ]
 
     def model(self, name):
-        return AutoModelForSequenceClassification.from_pretrained(name, num_labels=len(self.task.labels))
+        return load_model(name, "SequenceClassification", masked=False, labels=self.task.labels)
 
     def logits(self, outputs, batch):
         return (outputs.logits.float(),)
@@ -128,7 +130,7 @@ class Glue:
 def find(folder: str, pattern: str) -> Path:
     files = sorted(Path(folder).glob(pattern))
     if not files:
-        raise SystemExit(f"--data_dir {folder} holds no {pattern}")
+        raise UsageError(f"--data_dir {folder} holds no {pattern}")
     return files[0]
 
 
@@ -249,12 +251,17 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
+    with one_line_errors(glue.GlueError, squad.SquadError, LoadError):
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
     keep_freed_memory()
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()  # that the heads are fresh is no news
     transformers.utils.logging.disable_progress_bar()
     task = Squad(args) if args.task == "squad" else Glue(args)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = load_tokenizer(args.model)
     results = {"machine": report.machine(), "task": args.task, "features": compare_features(task, tokenizer, args)}
     print(results["machine"])
     found = results["features"]

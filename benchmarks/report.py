@@ -1,6 +1,5 @@
 """What the benchmarks share: the machine in words, tables on the screen, results as JSON."""
 
-import json
 import os
 import platform
 import sys
@@ -10,6 +9,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the benchmark
 
 import torch
 import transformers
+
+from emmental.training import checkpoint
 
 
 def machine(device: str = "cpu") -> str:
@@ -53,5 +54,5 @@ def _shown(value) -> str:
 def write_json(path: str | None, results: dict) -> None:
     """Write the results where --json says, if it says so."""
     if path:
-        Path(path).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        checkpoint.write_json(Path(path), results)
         print(f"\nwritten to {path}")

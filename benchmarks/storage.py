@@ -21,6 +21,8 @@ from transformers import BertConfig, BertForQuestionAnswering, BertTokenizerFast
 
 import saving_prunebert
 from emmental import storage
+from emmental.loading import LoadError
+from emmental.training.args import UsageError, one_line_errors
 
 MB = 1e6
 BITS = (32, 16, 8, 6, 5, 4)
@@ -130,12 +132,19 @@ def get_parser() -> argparse.ArgumentParser:
     add("--predict_file", help="SQuAD file to evaluate it on")
     add("--max_seq_length", type=int, help="as given in training, when not the default")
     add("--json", help="file to write the results to")
-    parser.set_defaults(version_2_with_negative=False, pruning_method=None, threshold=None)
+    parser.set_defaults(version_2_with_negative=False, pruning_method=None, threshold=None, global_topk=None)
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
+    with one_line_errors(LoadError, storage.StorageError):
+        if not all(0 < remaining <= 1 for remaining in args.remaining):
+            raise UsageError("--remaining takes fractions above 0 and up to 1")
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
     transformers.utils.logging.disable_progress_bar()
     torch.sparse.check_sparse_tensor_invariants.disable()  # said, or torch warns
     results = {"machine": report.machine()}

@@ -32,6 +32,7 @@ from emmental import MaskedBertConfig, MaskedBertForQuestionAnswering
 from emmental.losses import regularization
 from emmental.modules import masked_layers
 from emmental.modules.masked_nn import PRUNING_METHODS
+from emmental.training.args import UsageError, one_line_errors
 from emmental.training.distributed import keep_freed_memory
 from emmental.training.optim import build_optimizer
 
@@ -229,6 +230,15 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
+    with one_line_errors():
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise UsageError("--device cuda: torch finds no GPU here")
+        if args.hidden < 64 or args.hidden % 64 or min(args.layers, args.repeats) < 1 or args.warmup < 0:
+            raise UsageError("--hidden must be a multiple of 64, --layers and --repeats at least 1, --warmup at least 0")
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
     transformers.utils.logging.set_verbosity_error()  # that scores are fresh is no news
     transformers.utils.logging.disable_progress_bar()
     if args.device == "cpu":
