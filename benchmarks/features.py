@@ -245,7 +245,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--bf16", action="store_true", help="train in bfloat16, as the scripts' --bf16")
     add("--seed", type=int, default=42, help="default: 42")
     add("--json", help="file to write the results to")
-    parser.set_defaults(fp16=False, per_gpu_eval_batch_size=32, num_workers=0)
+    parser.set_defaults(sparse_inference=False, fp16=False, per_gpu_eval_batch_size=32, num_workers=0)
     return parser
 
 

@@ -37,11 +37,13 @@ import h5py
 import numpy as np
 import torch
 import transformers
+from scipy.sparse import csr_array
 from torch import Tensor
 from transformers import BertConfig, BertModel, PreTrainedModel
 
 from . import coding
 from .export import bertarized_config, bertarized_state_dict
+from .inference import sparse_model
 from .loading import HEADS, LoadError, first_line, head_of, load_masked, load_model, load_tokenizer, read_config
 
 MAGIC, VERSION = b"PRUNBERT", 1
@@ -49,6 +51,7 @@ PREFIX = struct.Struct("<8sIII16s")
 MAX_HEADER = 2**26
 MAX_TOKENIZER_FILE = 2**28
 EMBEDDINGS = "bert.embeddings."
+ENCODER = "bert.encoder."
 
 
 class StorageError(ValueError):
@@ -286,16 +289,37 @@ def _check_header(packed: Packed) -> None:
             raise ValueError(f"{entry['name']} has {entry['bytes']} bytes and keeps {entry['kept']}")
 
 
-def load_packed(file: str, base_model: str | None = None) -> PreTrainedModel:
+def load_packed(file: str, base_model: str | None = None, sparse: bool = False) -> PreTrainedModel:
     """The `BertFor*` model of a packed file, in evaluation mode.
 
     base_model: where to take the embeddings from, when the file leaves them out and its own record of the name
-    no longer holds. Raises StorageError or LoadError.
+    no longer holds. sparse: the model that `emmental.inference.sparsify` would make of it, for a CPU; its sparse
+    matrices are never made dense. Raises StorageError or LoadError.
     """
     packed = open_packed(file)
+    if sparse:
+        state = {entry["name"]: _sparse_tensor(entry, parts) for entry, parts in packed.tensors(sparse=True)}
+        state |= _fetch_embeddings(packed, base_model)
+        return sparse_model(packed.model_class, packed.config, state)
     state = {entry["name"]: torch.from_numpy(array) for entry, array in packed.tensors()}
     state |= _fetch_embeddings(packed, base_model)
     return assemble(packed, state)
+
+
+def _sparse_tensor(entry: dict, parts: tuple[np.ndarray | None, np.ndarray]) -> csr_array | Tensor:
+    """A matrix of the encoder in CSR, any other tensor as it is."""
+    indices, values = parts
+    shape = tuple(entry["shape"])
+    encoder = entry["name"].startswith(ENCODER) and len(shape) == 2
+    if indices is None:
+        dense = values.reshape(shape)
+        return csr_array(dense) if encoder else torch.from_numpy(dense)
+    if encoder:
+        rows, columns = np.divmod(indices, shape[1])
+        return csr_array((values, (rows, columns)), shape)
+    dense = np.zeros(math.prod(shape), np.float32)
+    dense[indices] = values
+    return torch.from_numpy(dense.reshape(shape))
 
 
 def _fetch_embeddings(packed: Packed, base_model: str | None) -> dict[str, Tensor]:

@@ -85,3 +85,39 @@ def test_storage(benchmark, tiny_config, tiny_tokenizer, tmp_path, monkeypatch):
         p.numel() for n, p in MaskedBertForQuestionAnswering(config).named_parameters()
         if "embeddings" not in n and "mask_scores" not in n
     )  # fmt: skip
+
+
+def test_inference(benchmark, tiny_config, tiny_tokenizer, tmp_path, capsys):
+    from emmental import MaskedBertConfig, MaskedBertForSequenceClassification
+
+    torch.manual_seed(0)
+    config = MaskedBertConfig(**tiny_config, mask_init="uniform", mask_scale=1.0, threshold=0.1)
+    MaskedBertForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    flags = "--layers 1 --hidden 64 --densities 0.1 1 --batches 2 --lengths 16 --repeats 2 --without compiled".split()
+    results = benchmark("inference", *flags, "--models", tmp_path / "model")
+    rows = results["rows"]
+    assert [row["model"] for row in rows] == ["random 10%", "random 100%", str(tmp_path / "model")]
+    assert [round(row["left"], 1) for row in rows] == [0.1, 1.0, 0.1]
+    for row in rows:
+        assert row["gain"] > 0 and 0 < row["dense"] and 0 < row["int8"] and 0 < row["ours"]
+        assert row["difference"] < 1e-5 < row["int8 difference"]
+    sparse = rows[0]
+    if sparse["kernels"] != "compact":  # 12 matrices of 64 x 64, and attention
+        bound = sparse["bound"] * results["dense multiply-adds per second"] / (2 * 16)
+        assert bound == pytest.approx(rows[0]["left"] * 12 * 64 * 64 + 2 * 16 * 64, rel=0.01)
+    said = capsys.readouterr().out
+    assert all(("no help: " + row["model"] in said) == (row["gain"] < 1.05) for row in rows)
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--hidden", "100"], "--hidden must be a multiple of 64"),
+    (["--lengths", "600"], "512 tokens at most"),
+    (["--models", "nowhere"], "nowhere"),
+    (["--densities", "6"], "no fraction"),
+    (["--batches", "0"], "at least 1"),
+])  # fmt: skip
+def test_inference_refuses(capsys, flags, said):
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module("inference").main(flags)
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err

@@ -19,12 +19,13 @@ ALLOWED = {  # part: (parts of emmental, libraries beyond the standard one it ma
     "export": ({"configuration_bert_masked", "modules"}, {"torch", "transformers"}),
     "loading": ({"configuration_bert_masked", "modeling_bert_masked", "modules"}, {"torch", "transformers"}),
     "coding": (set(), {"numpy", "constriction"}),
+    "inference": ({"inference", "export", "modules"}, {"torch", "transformers", "numpy", "scipy"}),
     "storage": (
-        {"coding", "export", "loading"},
-        {"torch", "transformers", "numpy", "h5py"},
+        {"coding", "export", "inference", "loading"},
+        {"torch", "transformers", "numpy", "scipy", "h5py"},
     ),
     "data": ({"data"}, None),
-    "training": ({"training", "schedule", "losses", "modules"}, None),
+    "training": ({"training", "schedule", "losses", "modules", "inference"}, None),
 }
 TASKS = {"squad", "glue", "cola", "sst", "mrpc", "sts", "qqp", "mnli", "qnli", "rte", "wnli"}
 

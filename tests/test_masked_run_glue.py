@@ -154,6 +154,17 @@ def test_a_dense_model_learns_and_evaluates_alone_to_the_same_results(run, glue_
     assert (alone / "SST-2.tsv").read_text() == (out / "SST-2.tsv").read_text()
 
 
+def test_sparse_inference_gives_the_same_results_and_submissions(run):
+    model = run("mnli", *TOPK, *TRAIN)
+    flags = ("--do_eval", "--do_predict")
+    dense = run("mnli", *flags, model=model, output="dense")
+    sparse = run("mnli", *flags, "--sparse_inference", model=model, output="sparse")
+    for name, value in results(dense).items():
+        assert results(sparse)[name] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value)
+    for file in ("MNLI-m.tsv", "MNLI-mm.tsv"):
+        assert predictions(dense / file) == predictions(sparse / file)
+
+
 def test_a_model_of_mnli_answers_the_diagnostics_and_the_mismatched_set(run):
     out = run("mnli", *TOPK, *TRAIN, "--do_eval")
     assert results(run("mnli-mm", "--do_eval", model=out, output="mm"))["acc"] == results(out)["acc_mismatched"]

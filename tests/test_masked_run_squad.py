@@ -14,6 +14,8 @@ import counts_parameters
 import masked_run_squad
 from emmental import MaskedBertForQuestionAnswering
 from emmental.data import squad
+from emmental.inference import sparsify
+from emmental.training import loop
 from emmental.training.distributed import World
 from emmental.training.loop import _Figures
 
@@ -250,6 +252,26 @@ def test_evaluating_alone_gives_the_results_of_training(run):
     assert {file.name for file in alone.iterdir()} == {
         "predictions_.json", "nbest_predictions_.json", "eval_results.txt", "eval_results.json",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sparse_inference_predicts_the_same(run, method, monkeypatch):
+    made = []
+    monkeypatch.setattr(loop, "sparsify", lambda model: made.append(sparsify(model)) or made[0])
+    model = run(*METHODS[method], *TRAIN)
+    dense = run("--do_eval", model=model, output="dense")
+    sparse = run("--do_eval", "--sparse_inference", model=model, output="sparse")
+    for name in ("predictions_.json", "eval_results.txt"):
+        assert (dense / name).read_text() == (sparse / name).read_text()
+    assert len(made) == 1
+
+
+def test_sparse_inference_while_training(run, capsys):
+    flags = (*METHODS["topK"], *TRAIN, "--do_eval", "--evaluate_during_training")
+    dense, sparse = run(*flags, output="dense"), run(*flags, "--sparse_inference", output="sparse")
+    assert same(weights(dense), weights(sparse))
+    assert (dense / "predictions_8.json").read_text() == (sparse / "predictions_8.json").read_text()
+    assert "--sparse_inference computes in float32" in refused(capsys, run, "--sparse_inference", "--bf16")
 
 
 def test_a_released_pruned_bert_evaluates_and_fine_prunes(run):

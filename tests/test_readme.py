@@ -59,7 +59,7 @@ def test_commands_parse(name, flags, tmp_path, monkeypatch):
 
 def test_every_flag_of_the_readme_exists():
     parsers = [script.get_parser() for script in SCRIPTS.values()]
-    parsers += [importlib.import_module(name).get_parser() for name in ("training_step", "features", "storage")]
+    parsers += [importlib.import_module(name).get_parser() for name in ("training_step", "features", "storage", "inference")]
     known = set()
     for parser in parsers:
         for action in parser._actions:

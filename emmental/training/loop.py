@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
+from ..inference import sparsify
 from ..losses import distillation_loss, regularization
 from ..modules.masked_nn import masked_layers
 from ..schedule import learning_rate_factor, schedule_threshold
@@ -314,11 +315,17 @@ def predict(
 ) -> list[tuple[np.ndarray, ...]] | None:
     """Logits of every example, in the order of `dataset`, as tuples of float32 arrays; None but on rank 0.
 
-    The ranks share the examples out. Masks are computed once, before the first batch.
+    The ranks share the examples out. Masks are computed once, before the first batch; so is the sparse form of the
+    model that --sparse_inference asks for.
     """
     model.to(world.device).eval()
     if masked_layers(model):
         model.update_masks()
+    if args.sparse_inference:
+        try:
+            model = sparsify(model)
+        except ValueError as error:
+            raise UsageError(f"--sparse_inference: {error}") from error
     batches = evaluation_batches(lengths, args.per_gpu_eval_batch_size, world.rank, world.size)
     loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=args.num_workers,
                         generator=torch.Generator())  # fmt: skip

@@ -1,0 +1,213 @@
+"""What sparse inference gains on this CPU, against the dense forms of the same models.
+
+    python benchmarks/inference.py                      # BERT-base with random masks: 20 min on 2 cores
+    python benchmarks/inference.py --models OUT --densities --batches 1 8 --lengths 128       # one that you fine-pruned
+
+Sides: `dense` is the stock model in float32 with SDPA, `compiled` the same under torch.compile, `int8` its
+dynamic quantisation by torch, `ours` is `sparsify(model)`. They take turns, on the same inputs without padding;
+a time is the median of all turns, a gain the median over turns of the faster of dense and compiled over ours.
+`bound` is the time of ours if its remaining multiply-adds (products and attention) ran at the speed of this
+machine's dense product. Differences are the largest of the logits, against dense.
+"""
+
+import argparse
+import copy
+import itertools
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+
+import report
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import BertConfig, BertForQuestionAnswering, PreTrainedModel
+
+from emmental import storage
+from emmental.inference import sparsify
+from emmental.inference.compaction import encoder_of
+from emmental.inference.encoder import SparseEncoder
+from emmental.inference.kernels import fastest
+from emmental.loading import LoadError
+from emmental.training.args import UsageError, one_line_errors
+
+HELPS = 1.05  # gains below this are named in the end
+DENSE_SIDES = ("dense", "compiled", "int8")
+
+
+def random_bert(density: float, args: argparse.Namespace) -> PreTrainedModel:
+    """A BERT with weights as at initialisation, and a uniformly random mask over its encoder."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    config = BertConfig(
+        num_hidden_layers=args.layers,
+        hidden_size=args.hidden,
+        intermediate_size=4 * args.hidden,
+        num_attention_heads=args.hidden // 64,
+    )
+    model = BertForQuestionAnswering(config).eval()
+    with torch.no_grad():
+        for parameter in model.bert.encoder.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(torch.rand(parameter.shape, generator=generator) < density)
+    return model
+
+
+def load(checkpoint: str) -> PreTrainedModel:
+    """The plain model of a masked or plain checkpoint. Raises LoadError."""
+    architecture, config, state = storage.load_plain(checkpoint)
+    model_class = getattr(transformers, architecture)
+    return model_class.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32).eval()
+
+
+def density(model: PreTrainedModel) -> float:
+    weights = [module.weight for module in encoder_of(model).modules() if isinstance(module, nn.Linear)]
+    return sum(int(weight.count_nonzero()) for weight in weights) / sum(weight.numel() for weight in weights)
+
+
+def quantised(model: PreTrainedModel) -> Callable:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, that its successor is another package
+        return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
+
+
+def dense_rate(hidden: int) -> float:
+    """Multiply-adds per second of torch's dense product."""
+    rows, weight = torch.randn(1024, hidden), torch.randn(4 * hidden, hidden)
+    return rows.shape[0] * weight.numel() / fastest([lambda: rows @ weight.t()], repeats=10)[0]
+
+
+def difference(model: Callable, expected: PreTrainedModel, ids: Tensor) -> float:
+    """The largest difference between the float outputs of two models."""
+    pairs = zip(model(input_ids=ids).to_tuple(), expected(input_ids=ids).to_tuple(), strict=True)
+    return max((ours - theirs).abs().max().item() for ours, theirs in pairs)
+
+
+def measure(sides: dict[str, Callable], ids: Tensor, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of each side, turn by turn."""
+    times = {name: [] for name in sides}
+    for turn in range(-args.warmup, args.repeats):
+        for name in list(sides)[:: 1 if turn % 2 else -1]:
+            start = time.perf_counter()
+            sides[name](input_ids=ids)
+            if turn >= 0:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def summarise(times: dict[str, list[float]], ours: str) -> dict:
+    """Medians of the sides in seconds, and the gain of the side `ours`."""
+    opponents = [times[name] for name in ("dense", "compiled") if name in times]
+    gains = [min(pair) / own for *pair, own in zip(*opponents, times[ours], strict=True)]
+    medians = {name: statistics.median(times[name]) for name in (*DENSE_SIDES, ours) if name in times}
+    return {**medians, "ours": medians[ours], "gain": statistics.median(gains)}
+
+
+def run_group(title: str, models: dict[str, PreTrainedModel], args: argparse.Namespace, rate: float) -> list[dict]:
+    """Measure models of one shape and print the table; the dense sides, which masks do not change, are those of the first."""
+    ours = {name: sparsify(model) for name, model in models.items()}
+    dense = next(iter(models.values()))
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for length, batch in itertools.product(args.lengths, args.batches):
+        torch._dynamo.reset()
+        sides = {"dense": dense, "compiled": torch.compile(dense, dynamic=False), "int8": quantised(dense), **ours}
+        sides = {name: side for name, side in sides.items() if name not in args.without}
+        ids = torch.randint(0, dense.config.vocab_size, (batch, length), generator=generator)
+        with torch.inference_mode():
+            times = measure(sides, ids, args)
+            int8 = difference(sides["int8"], dense, ids) if "int8" in sides else None
+            for name, model in models.items():
+                encoder = encoder_of(ours[name])
+                sparse = isinstance(encoder, SparseEncoder)
+                found.append({
+                    "model": name, "batch": batch, "length": length, "left": density(model),
+                    "kernels": encoder.backend.name if sparse else "compact", **summarise(times, name),
+                    "bound": encoder.multiply_adds(length) * ids.numel() / rate if sparse else None,
+                    "difference": difference(ours[name], model, ids), "int8 difference": int8,
+                })  # fmt: skip
+        print(f"  {title}: {batch} x {length} done", flush=True)
+    columns = ["batch x length", "left", "dense ms", "compiled ms", "int8 ms", "ours ms", "gain", "seq/s",
+               "bound ms", "ours/bound", "difference", "of int8"]  # fmt: skip
+    report.print_table(title, columns, [_row(result) for result in found])
+    return found
+
+
+def _row(result: dict) -> list:
+    times = [1000 * result[name] if name in result else None for name in (*DENSE_SIDES, "ours")]
+    bound = result["bound"]
+    int8 = result["int8 difference"]
+    return [
+        f"{result['batch']} x {result['length']}", f"{result['left']:.1%}", *times, result["gain"],
+        result["batch"] / result["ours"], bound and 1000 * bound, bound and result["ours"] / bound,
+        f"{result['difference']:.0e}", f"{int8:.0e}" if int8 is not None else None,
+    ]  # fmt: skip
+
+
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no fraction above 0 and up to 1")
+    return value
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--densities", type=fraction, nargs="*", default=[0.15, 0.1, 0.06, 0.03],
+        help="of the random BERTs (default: 0.15 0.1 0.06 0.03)")  # fmt: skip
+    add("--models", nargs="*", default=[], help="folders of fine-pruned checkpoints, masked or bertarized, to measure too")
+    add("--batches", type=positive, nargs="+", default=[1, 8, 32], help="default: 1 8 32")
+    add("--lengths", type=positive, nargs="+", default=[32, 128, 384], help="in tokens (default: 32 128 384)")
+    add("--layers", type=positive, default=12, help="of the random BERTs (default: 12)")
+    add("--hidden", type=positive, default=768, help="their hidden size, a multiple of 64 (default: 768)")
+    add("--repeats", type=positive, default=5, help="counted turns of each side (default: 5)")
+    add("--warmup", type=positive, default=1, help="turns before those (default: 1)")
+    add("--without", nargs="*", choices=("compiled", "int8"), default=[], help="sides to leave out")
+    add("--json", help="file to write the results to")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = get_parser().parse_args(argv)
+    with one_line_errors(LoadError, storage.StorageError):
+        if args.hidden % 64:
+            raise UsageError("--hidden must be a multiple of 64")
+        models = {folder: load(folder) for folder in args.models}
+        for folder, model in models.items():
+            if max(args.lengths) > model.config.max_position_embeddings:
+                raise UsageError(f"--lengths: {folder} takes {model.config.max_position_embeddings} tokens at most")
+        if args.densities and max(args.lengths) > BertConfig().max_position_embeddings:
+            raise UsageError(f"--lengths: BERT takes {BertConfig().max_position_embeddings} tokens at most")
+        run(args, models)
+
+
+def run(args: argparse.Namespace, models: dict[str, PreTrainedModel]) -> None:
+    transformers.utils.logging.disable_progress_bar()
+    rate = dense_rate(args.hidden)
+    results = {"machine": report.machine(), "dense multiply-adds per second": rate, "rows": []}
+    print(results["machine"])
+    print(f"dense product: {rate / 1e9:.0f} G multiply-adds/s")
+    if args.densities:
+        title = f"BERT of {args.layers} layers, hidden {args.hidden}, random masks"
+        group = {f"random {left:.0%}": random_bert(left, args) for left in args.densities}
+        results["rows"] += run_group(title, group, args, rate)
+    for folder, model in models.items():
+        results["rows"] += run_group(folder, {folder: model}, args, rate)
+    slow = [row for row in results["rows"] if row["gain"] < HELPS]
+    for row in slow:
+        print(f"no help: {row['model']} at {row['batch']} x {row['length']}, gain {row['gain']:.2f} ({row['kernels']})")
+    if not slow:
+        print(f"\nours is more than {HELPS} times as fast as dense and compiled at every setting measured")
+    report.write_json(args.json, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,496 @@
+"""Sparse inference: the outputs of the stock model, whatever is pruned, on every kernel."""
+
+import copy
+import json
+import logging
+import os
+import threading
+
+import numpy as np
+import pytest
+import torch
+from scipy.sparse import csr_array
+from torch.nn import functional as F
+from transformers import (
+    BertConfig,
+    BertForMultipleChoice,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    DistilBertConfig,
+    DistilBertModel,
+)
+
+import emmental
+from emmental import MaskedBertConfig, storage
+from emmental.inference import compaction, encoder, kernels, sparsify
+from emmental.inference.compaction import Affine
+
+HEADS = [BertModel, BertForQuestionAnswering, BertForSequenceClassification, BertForTokenClassification]
+SHAPES = [(1, 1), (1, 5), (3, 16), (2, 33), (5, 40)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    """What is built and measured goes to a folder of this run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        kernels.load_native.cache_clear()
+        yield
+    kernels.load_native.cache_clear()
+
+
+@pytest.fixture(params=["native", "library", "compact"])
+def kernel(request):
+    if request.param == "native":
+        try:
+            kernels.load_native()
+        except kernels.KernelError as error:
+            pytest.skip(str(error))
+    return request.param
+
+
+def build(tiny_config, model_class=BertForQuestionAnswering, density=0.15, seed=0, **settings):
+    """A model with random masks, and biases and LayerNorms that are not those of an initialisation."""
+    torch.manual_seed(seed)
+    model = model_class(BertConfig(**tiny_config | settings, initializer_range=0.3)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn(parameter.shape) * 0.3)
+            elif ".encoder." in name or name.startswith("encoder."):
+                parameter.mul_(torch.rand(parameter.shape) < density)
+    return model
+
+
+def inputs(batch, length, seed=0, masked=True):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 120, (batch, length), generator=generator)
+    mask = (torch.rand(batch, length, generator=generator) < 0.7).long()
+    mask[:, 0] = 1
+    return {"input_ids": ids} | ({"attention_mask": mask} if masked else {})
+
+
+@torch.inference_mode()
+def assert_same(model, sparse, shapes=SHAPES, tolerance=1e-4):
+    for number, (batch, length) in enumerate(shapes):
+        for masked in (True, False):
+            given = inputs(batch, length, number, masked)
+            for expected, found in zip(model(**given).to_tuple(), sparse(**given).to_tuple(), strict=True):
+                torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance / 5)
+
+
+def encoder_of(model):
+    return compaction.encoder_of(model)
+
+
+# ------------------------------------------------------------------------------------- same outputs
+
+
+@pytest.mark.parametrize("model_class", HEADS)
+@pytest.mark.parametrize("density", [0.0, 0.1, 0.6, 1.0])
+def test_outputs(tiny_config, model_class, kernel, density):
+    model = build(tiny_config, model_class, density)
+    assert_same(model, sparsify(model, kernel))
+
+
+def test_multiple_choice(tiny_config, kernel):
+    model = build(tiny_config, BertForMultipleChoice)
+    given = {name: tensor.view(2, 3, 8) for name, tensor in inputs(6, 8).items()}
+    with torch.inference_mode():
+        torch.testing.assert_close(sparsify(model, kernel)(**given).logits, model(**given).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [
+    {"hidden_act": "relu"}, {"hidden_act": "gelu_new"}, {"num_attention_heads": 1}, {"intermediate_size": 7},
+    {"hidden_size": 20, "num_attention_heads": 5}, {"layer_norm_eps": 0.1}, {"num_hidden_layers": 0},
+], ids=str)  # fmt: skip
+def test_other_shapes_and_activations(tiny_config, kernel, settings):
+    model = build(tiny_config, **settings)
+    assert_same(model, sparsify(model, kernel))
+
+
+@pytest.mark.parametrize("csr_below", [0.0, 0.15, 1.0])
+def test_csr_and_dense_agree(tiny_config, csr_below):
+    model = build(tiny_config)
+    for kernel in ("native", "library"):
+        sparse = sparsify(model, kernel, csr_below)
+        matrices = [matrix for layer in encoder_of(sparse).layers for matrix in layer.matrices()]
+        for matrix in matrices:
+            density = np.count_nonzero(matrix.values) / (matrix.rows * matrix.columns)
+            assert (matrix.starts is not None) == (density < csr_below)
+        assert_same(model, sparse)
+
+
+@pytest.mark.parametrize("method, threshold", [
+    ("topK", 0.1), ("threshold", 0.3), ("sigmoied_threshold", 0.6), ("magnitude", 0.1), ("l0", 1.0)
+])  # fmt: skip
+def test_masked_models(tiny_config, method, threshold, kernel):
+    torch.manual_seed(1)
+    config = MaskedBertConfig(
+        **tiny_config, pruning_method=method, mask_init="uniform", mask_scale=1.0, threshold=threshold
+    )
+    model = emmental.MaskedBertForSequenceClassification(config).eval()
+    model.update_masks()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    sparse = sparsify(model, kernel)
+    assert type(sparse) is BertForSequenceClassification
+    assert_same(model, sparse)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_long_batches_go_in_groups(tiny_config, kernel, monkeypatch):
+    model = build(tiny_config)
+    monkeypatch.setattr(encoder, "GROUP_TOKENS", 50)
+    assert_same(model, sparsify(model, kernel), [(7, 16), (3, 60), (1, 64)])
+
+
+def test_a_sequence_without_tokens(tiny_config, kernel):
+    model = build(tiny_config, density=0.9)  # no row is empty: what would be folded stands on a softmax
+    given = inputs(2, 6)
+    given["attention_mask"][1] = 0
+    with torch.inference_mode():
+        torch.testing.assert_close(sparsify(model, kernel)(**given).start_logits, model(**given).start_logits, rtol=1e-4, atol=1e-5)
+
+
+def test_with_and_without_gradients(tiny_config, kernel):
+    model = build(tiny_config)
+    sparse, given = sparsify(model, kernel), inputs(2, 12)
+    expected = model(**given).start_logits
+    for context in (torch.inference_mode, torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with context():
+            torch.testing.assert_close(sparse(**given).start_logits, expected, rtol=1e-4, atol=1e-5)
+    sparse(**given).start_logits.sum().backward()  # reaches the head, which is a stock one
+    assert sparse.qa_outputs.weight.grad is not None
+
+
+def test_scores_far_apart(tiny_config):
+    """Softmax over scores of +-1000 and GELU far out are those of torch."""
+    model = build(tiny_config, density=0.5)
+    with torch.no_grad():
+        for block in model.bert.encoder.layer:
+            for linear in (block.attention.self.query, block.attention.self.key, block.intermediate.dense):
+                linear.weight.mul_(30)
+    assert_same(model, sparsify(model, "native"), tolerance=1e-2)  # such scores have an error of 1e-4 in float32
+
+
+def test_gelu_of_the_kernel():
+    x = torch.linspace(-12, 12, 96 * 11).view(1, 96, 11)
+    run = kernels.Native(1, 96)
+    identity = run.prepare(Affine(csr_array(np.eye(11, dtype=np.float32)), np.zeros(11, np.float32)), sparse=True)
+    found = run.leave(run.product(identity, run.enter(x), "inner", activation="gelu"))
+    expected = F.gelu(x.double()).float()
+    assert (found - expected).abs().max() < 1e-6
+    assert run.leave(run.product(identity, run.enter(torch.full((1, 96, 11), torch.nan)), "inner", activation="gelu")).isnan().all()
+
+
+def test_threads(tiny_config):
+    """Calls from several Python threads do not disturb one another."""
+    model = build(tiny_config)
+    sparse = sparsify(model, "native")
+    with torch.no_grad():
+        expected = [model(**inputs(3, 20, seed)).start_logits for seed in range(4)]
+    failures = []
+
+    def work(seed):
+        with torch.inference_mode():
+            for _ in range(20):
+                if not torch.allclose(sparse(**inputs(3, 20, seed)).start_logits, expected[seed], rtol=1e-4, atol=1e-5):
+                    failures.append(seed)
+
+    workers = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failures
+
+
+def test_several_threads_of_torch_agree(tiny_config):
+    model = build(tiny_config)
+    sparse = sparsify(model, "native")
+    try:
+        torch.set_num_threads(3)
+        assert_same(model, sparse)
+    finally:
+        torch.set_num_threads(1)
+
+
+# --------------------------------------------------------------------------------------- compaction
+
+
+def affine(rows, columns, rng):
+    return Affine(csr_array(rng.normal(size=(rows, columns)).astype(np.float32)), rng.normal(size=rows).astype(np.float32))
+
+
+def empty(layer, field, rows=(), columns=()):
+    weight = getattr(layer, field).weight.toarray()
+    weight[list(rows)] = 0
+    weight[:, list(columns)] = 0
+    getattr(layer, field).weight = csr_array(weight)
+
+
+def test_what_compaction_drops():
+    rng = np.random.default_rng(0)
+    whole = {name: affine(8, 8, rng) for name in ("query", "key", "value", "output")}
+    layer = compaction.Layer(**whole, first=affine(12, 8, rng), second=affine(8, 12, rng), sizes=[4, 4], sizes_v=[4, 4])
+    empty(layer, "value", rows=[0, 1])  # constant values
+    empty(layer, "output", columns=[2])  # a value that no one reads
+    empty(layer, "key", rows=[5])  # the same for all keys
+    empty(layer, "query", rows=[6, 7])
+    layer.query.bias[6] = 0  # nothing; row 7 keeps its bias, which weighs the keys
+    empty(layer, "first", rows=[3])  # a constant neuron
+    empty(layer, "second", columns=[0, 11])  # neurons that no one reads
+    found = compaction.compact(layer, "gelu")
+    assert (found.sizes, found.sizes_v) == ([4, 2], [1, 4])
+    assert np.array_equal(found.query.weight.toarray(), layer.query.weight.toarray()[[0, 1, 2, 3, 4, 7]])
+    assert np.array_equal(found.value.bias, layer.value.bias[[3, 4, 5, 6, 7]])
+    folded = layer.output.bias + layer.output.weight.toarray()[:, :2] @ layer.value.bias[:2]
+    np.testing.assert_allclose(found.output.bias, folded, rtol=1e-5)
+    assert found.first.weight.shape == (9, 8) and found.second.weight.shape == (8, 9)
+    gelu = F.gelu(torch.tensor(layer.first.bias[3])).item()
+    np.testing.assert_allclose(found.second.bias, layer.second.bias + layer.second.weight.toarray()[:, 3] * gelu, rtol=1e-4)
+    assert layer.query.weight.shape == (8, 8)
+
+
+@pytest.mark.parametrize("dead", ["head", "heads", "scores", "values", "neurons", "inputs", "everything"])
+def test_compacted_outputs(tiny_config, kernel, dead):
+    model = build(tiny_config, density=0.9)
+    attention, block = model.bert.encoder.layer[0].attention, model.bert.encoder.layer[0]
+    with torch.no_grad():
+        if dead == "head":
+            attention.output.dense.weight[:, 8:16] = 0
+        elif dead == "heads":
+            attention.output.dense.weight.zero_()
+        elif dead == "scores":
+            attention.self.key.weight[:16] = 0
+            attention.self.query.weight[24:28] = 0
+            attention.self.query.bias[24:26] = 0
+        elif dead == "values":
+            attention.self.value.weight[4:13] = 0
+        elif dead == "neurons":
+            block.intermediate.dense.weight[10:] = 0
+            block.output.dense.weight[:, :7] = 0
+        elif dead == "inputs":
+            for linear in (attention.self.query, attention.self.key, attention.self.value, block.intermediate.dense):
+                linear.weight[:, 5:30] = 0
+        else:
+            for linear in model.bert.encoder.modules():
+                if isinstance(linear, torch.nn.Linear):
+                    linear.weight.zero_()
+    sparse = sparsify(model, kernel)
+    assert_same(model, sparse)
+    if kernel == "compact":
+        first = sparse.bert.encoder.layer[0]
+        heads, neurons = first.attention.self.num_attention_heads, first.intermediate.dense.out_features
+        assert heads == {"head": 3, "heads": 1, "everything": 1}.get(dead, 4)
+        assert neurons == {"neurons": 8, "everything": 8}.get(dead, 64)
+    elif dead in ("head", "heads"):
+        assert len(encoder_of(sparse).layers[0].sizes) == (3 if dead == "head" else 0)
+
+
+def test_a_compacted_model_becomes_sparse(tiny_config):
+    model = build(tiny_config)
+    with torch.no_grad():
+        model.bert.encoder.layer[0].attention.output.dense.weight[:, 8:24] = 0
+    compacted = sparsify(model, "compact")
+    assert compacted.bert.encoder.layer[0].attention.self.num_attention_heads == 2
+    assert_same(model, sparsify(compacted, "native"))
+    assert_same(model, sparsify(compacted, "compact"))
+
+
+def test_compacted_models_train(tiny_config, caplog):
+    model = build(tiny_config).train()
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.dense.weight[:, :40] = 0
+    compacted = sparsify(model)
+    assert "training mode" in caplog.text and "compaction only" in caplog.text
+    assert compacted.training and compacted.bert.encoder.layer[1].intermediate.dense.out_features == 24
+    compacted(**inputs(2, 8)).start_logits.sum().backward()
+    assert all(p.grad is not None for p in compacted.bert.encoder.parameters())
+    assert_same(model.eval(), compacted.eval())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gets_compaction_only(tiny_config, caplog):
+    model = build(tiny_config, density=0.05).cuda()
+    compacted = sparsify(model)
+    assert "CSR does not pay on cuda" in caplog.text
+    given = {name: tensor.cuda() for name, tensor in inputs(2, 9).items()}
+    torch.testing.assert_close(compacted(**given).start_logits, model(**given).start_logits, rtol=1e-3, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------- what it leaves
+
+
+def test_auto_takes_the_faster(tiny_config, monkeypatch, caplog):
+    import emmental.inference as inference
+
+    caplog.set_level(logging.INFO)
+    model = build(tiny_config)
+    monkeypatch.setattr(inference, "_gain", lambda dense, sparse: 0.9)
+    assert isinstance(encoder_of(sparsify(model)), torch.nn.Module) and hasattr(encoder_of(sparsify(model)), "layer")
+    monkeypatch.setattr(inference, "_gain", lambda dense, sparse: 1.1)
+    sparse = sparsify(model)
+    assert isinstance(encoder_of(sparse), encoder.SparseEncoder)
+    assert "1.10 times as fast" in caplog.text
+    assert_same(model, sparse)
+
+
+def test_a_copy_works_and_cannot_be_saved(tiny_config, tmp_path, kernel):
+    model = build(tiny_config)
+    again = copy.deepcopy(sparsify(model, kernel))
+    assert_same(model, again)
+    with pytest.raises(ValueError, match="save the model that it was made from"):
+        again.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    model.save_pretrained(tmp_path / "dense")
+
+
+def test_a_dense_model_is_told(tiny_config, caplog):
+    model = build(tiny_config, density=1.0)
+    assert_same(model, sparsify(model))
+    assert "100% of the encoder's weights are left: nothing is gained" in caplog.text
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda m: DistilBertModel(DistilBertConfig(dim=8, hidden_dim=8, n_heads=2, n_layers=1, vocab_size=9)), "knows BERT.*DistilBertModel"),
+    (lambda m: torch.nn.Linear(2, 2), "this is a Linear"),
+    (lambda m: m.half(), r"float\(\)"),
+    (lambda m: sparsify(m, "library"), "sparse already"),
+    (lambda m: (setattr(m.config, "is_decoder", True), m)[1], "decoder"),
+    (lambda m: torch.ao.quantization.quantize_dynamic(m, {torch.nn.Linear}), "quantised|knows BERT"),
+], ids=["distilbert", "linear", "half", "twice", "decoder", "quantised"])  # fmt: skip
+@pytest.mark.filterwarnings("ignore")
+def test_models_that_it_refuses(tiny_config, spoil, message):
+    with pytest.raises(ValueError, match=message):
+        sparsify(spoil(build(tiny_config)))
+
+
+def test_arguments_that_it_refuses(tiny_config):
+    model = build(tiny_config)
+    with pytest.raises(ValueError, match="unknown kernel 'fast': choose one of auto, native, library, compact"):
+        sparsify(model, "fast")
+    with pytest.raises(ValueError, match=r"density in \[0, 1\]"):
+        sparsify(model, csr_below=6)
+    with pytest.raises(ValueError, match="training mode.*choose auto or compact"):
+        sparsify(model.train(), "native")
+
+
+def test_calls_that_it_refuses(tiny_config):
+    sparse = sparsify(build(tiny_config), "library")
+    given = inputs(2, 6)
+    causal = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+    with pytest.raises(ValueError, match="differs between queries"):
+        sparse(given["input_ids"], attention_mask=causal)
+    with pytest.raises(ValueError, match=r"batch x length \(2 x 6\)"):
+        sparse(given["input_ids"], attention_mask=torch.zeros(2, 1, 6, 6))
+    for name in ("output_hidden_states", "output_attentions"):
+        with pytest.raises(ValueError, match=f"without {name}"):
+            sparse(**given, **{name: True})
+    with pytest.raises(ValueError, match="cannot be trained"):
+        sparse.train()(**given)
+    with pytest.raises(ValueError, match="float32 on the CPU"):
+        sparse.eval().double()(**given)
+
+
+# --------------------------------------------------------------------------- the build and the cache
+
+
+@pytest.fixture()
+def fresh_build(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    kernels.load_native.cache_clear()
+    yield tmp_path / "cache" / "emmental"
+    kernels.load_native.cache_clear()
+
+
+def test_the_build_is_kept(fresh_build, monkeypatch):
+    kernels.load_native()
+    (built,) = fresh_build.iterdir()
+    kernels.load_native.cache_clear()
+    monkeypatch.setattr(kernels, "_build", lambda *args: pytest.fail("built again"))
+    kernels.load_native()
+    assert [built] == list(fresh_build.iterdir())
+
+
+def test_a_damaged_build_is_made_anew(fresh_build, tiny_config):
+    kernels.load_native()
+    (built,) = fresh_build.iterdir()
+    built.unlink()  # the file that this process has open must stay whole
+    built.write_bytes(b"no library")
+    kernels.load_native.cache_clear()
+    model = build(tiny_config)
+    assert_same(model, sparsify(model, "native"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, tiny_config):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(locked))
+    kernels.load_native.cache_clear()
+    model = build(tiny_config)
+    assert_same(model, sparsify(model, "native"))
+
+
+def test_a_cache_folder_that_is_a_file(tmp_path, monkeypatch, tiny_config):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    kernels.load_native.cache_clear()
+    model = build(tiny_config)
+    assert_same(model, sparsify(model))
+    kernels.load_native.cache_clear()
+
+
+@pytest.mark.parametrize("compiler", ["missing", "failing"])
+def test_without_a_compiler(fresh_build, monkeypatch, tiny_config, caplog, compiler):
+    if compiler == "missing":
+        monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
+    else:
+        monkeypatch.setenv("CXX", "false")
+    model = build(tiny_config)
+    with pytest.raises(ValueError, match="kernel 'native' cannot be used: .*(no C.. compiler|false failed)"):
+        sparsify(model, "native")
+    sparse = sparsify(model)
+    assert "torch's CSR product is used" in caplog.text
+    assert not hasattr(encoder_of(sparse), "backend") or encoder_of(sparse).backend is kernels.Library
+    assert_same(model, sparse)
+
+
+def test_the_measurement_is_kept(fresh_build, monkeypatch):
+    calls = []
+    monkeypatch.setattr(kernels, "_measure_limit", lambda *args: calls.append(args) or 0.25)
+    assert [kernels.measured_limit(kernels.Library, 4, 8) for _ in range(2)] == [0.25, 0.25]
+    assert kernels.measured_limit(kernels.Library, 8, 4) == 0.25
+    assert len(calls) == 2 and len(json.loads((fresh_build / "inference.json").read_text())) == 2
+    (fresh_build / "inference.json").write_text("[damaged")
+    assert kernels.measured_limit(kernels.Library, 4, 8) == 0.25
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("backend", [kernels.Native, kernels.Library])
+def test_the_measurement(backend):
+    assert 0.0 <= kernels._measure_limit(backend, 48, 96) <= 1.0
+
+
+# -------------------------------------------------------------------------------------- packed files
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_packed_files(tiny_config, tiny_tokenizer, tmp_path, monkeypatch, bits):
+    model = build(tiny_config, density=0.1)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    storage.pack(str(tmp_path / "model"), str(tmp_path / "packed"), bits)
+    dense = storage.load_packed(str(tmp_path / "packed"))
+    monkeypatch.setattr(csr_array, "toarray", lambda self: pytest.fail("a matrix was made dense"))
+    monkeypatch.setattr("emmental.inference.measured_limit", lambda *args: 0.5)
+    sparse = storage.load_packed(str(tmp_path / "packed"), sparse=True)
+    assert isinstance(encoder_of(sparse), encoder.SparseEncoder)
+    assert sparse.config.num_hidden_layers == dense.config.num_hidden_layers == 2
+    assert not sparse.training and sparse.bert.pooler is None
+    assert_same(dense, sparse)
+    if bits == 32:
+        assert_same(model, sparse)
