@@ -10,16 +10,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the benchmark
 import torch
 import transformers
 
+from emmental.inference.kernels import processor_name
 from emmental.training import checkpoint
 
 
 def machine(device: str = "cpu") -> str:
     """Processor, threads and versions, in a line."""
-    processor = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        processor = names[0] if names else processor
+    processor = processor_name()
     if device == "cuda":
         processor = f"{torch.cuda.get_device_name()}, {processor}"
     return (

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "emmental"
-SCRIPTS = {"masked_run_squad", "masked_run_glue", "counts_parameters", "bertarize", "saving_prunebert"}
+SCRIPTS = {"masked_run_squad", "masked_run_glue", "counts_parameters", "bertarize", "saving_prunebert", "paper_tables"}
 ALLOWED = {  # part: (parts of emmental, libraries beyond the standard one it may import)
     "configuration_bert_masked": (set(), {"transformers"}),
     "modules": ({"modules"}, {"torch", "numpy"}),
@@ -24,6 +24,7 @@ ALLOWED = {  # part: (parts of emmental, libraries beyond the standard one it ma
         {"coding", "export", "inference", "loading"},
         {"torch", "transformers", "numpy", "scipy", "h5py"},
     ),
+    "tables": ({"tables", "export", "loading", "modules", "training"}, {"torch", "matplotlib"}),
     "data": ({"data"}, None),
     "training": ({"training", "schedule", "losses", "modules", "inference"}, None),
 }

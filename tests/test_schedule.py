@@ -1,12 +1,14 @@
 """Schedules against the formulas of the paper, written out."""
 
 import itertools
+import math
 import re
 from fractions import Fraction
 
+import numpy as np
 import pytest
 
-from emmental.schedule import learning_rate_factor, plateaus_overlap, schedule_threshold
+from emmental.schedule import LambdaSteering, learning_rate_factor, plateaus_overlap, schedule_threshold, usual_lambda
 
 CASES = [
     (100, 10, 1, 2),  # T, w, i, f
@@ -92,3 +94,60 @@ def test_learning_rate_warms_up_and_decays(T, w):
         assert learning_rate_factor(t, T, w) == pytest.approx(expected)
     if w < T:
         assert learning_rate_factor(w, T, w) == 1.0 and learning_rate_factor(T, T, w) == 0.0
+
+
+class Scores:
+    """Scores under Adam: noise, a penalty that pushes them down, and a pull of their own that a pruned one hardly feels."""
+
+    def __init__(self, size=4000):
+        self.rng = np.random.default_rng(0)
+        self.pull = np.exp(-4 + 1.1 * self.rng.normal(size=size))
+        self.scores, self.mean, self.square = (np.zeros(size) for _ in range(3))
+        self.step = 0
+
+    def move(self, weight, rate, cut):
+        sigmoid = 1 / (1 + np.exp(-self.scores))
+        push = 1.3e-3 * weight * sigmoid * (1 - sigmoid)
+        gradient = push - self.pull * np.where(self.scores > cut, 1.0, 0.05) + 0.25 * self.rng.normal(size=len(push))
+        self.step += 1
+        self.mean = 0.9 * self.mean + 0.1 * gradient
+        self.square = 0.999 * self.square + 0.001 * gradient**2
+        mean, square = self.mean / (1 - 0.9**self.step), self.square / (1 - 0.999**self.step)
+        self.scores -= rate * mean / (np.sqrt(square) + 1e-8)
+
+
+@pytest.mark.parametrize("target", [0.03, 0.1, 0.3, 0.7])
+@pytest.mark.parametrize("start", [1.0, 0.1, 4.0])
+def test_steering_ends_at_its_target(target, start):
+    """Wherever lambda starts, within 2% of the target; a constant one ends elsewhere."""
+    total, warmup, cut, rate = 2000, 200, math.log(0.1 / 0.9), 3e-2
+    steered, constant = Scores(), Scores()
+    steering = LambdaSteering(target, 0.0, cut, warmup, total - 4 * warmup, total, start * usual_lambda(target, "l1"))
+    for step in range(total):
+        threshold, ramp = schedule_threshold(step, total, warmup, 0.0, 0.1, 1, 4, 1.0)
+        now = math.log(threshold / (1 - threshold)) if threshold else -math.inf
+        factor = rate * learning_rate_factor(step, total, warmup)
+        weight = ramp * steering.steer(step, np.mean(steered.scores > steering.reference(step)))
+        steered.move(weight, factor, now)
+        constant.move(ramp * steering.first_lambda, factor, now)
+    assert np.mean(steered.scores > cut) == pytest.approx(target, rel=0.02)
+    assert np.mean(constant.scores > cut) != pytest.approx(target, rel=0.02)
+
+
+def test_steering_rests_until_the_threshold_moves_and_stays_in_bounds():
+    steering = LambdaSteering(0.1, 0.0, -2.0, 10, 60, 100, 100.0)
+    assert [steering.steer(step, 1.0) for step in (0, 5, 10)] == [100.0] * 3 and steering.integral == 0.0
+    assert steering.reference(10) == 0.0 and steering.reference(60) == steering.reference(99) == -2.0
+    assert steering.reference(35) == pytest.approx(-2.0 * (1 - 0.5**3))
+    values = [steering.steer(step, 1.0) for step in range(11, 100)]
+    assert values == sorted(values) and values[-1] == pytest.approx(100.0 * 100)
+    values = [steering.steer(99, 0.0) for _ in range(100)]
+    assert values[-1] == pytest.approx(100.0 / 100)
+    assert LambdaSteering(0.1, 0.0, -2.0, 0, 0, 1, 5.0).steer(1, 0.1) == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize("penalty, remaining, published", [
+    ("l1", 0.139, 500), ("l1", 0.040, 1100), ("l1", 0.0256, 1400), ("l0", 0.148, 100), ("l0", 0.061, 300),
+])  # fmt: skip
+def test_where_steering_begins_is_near_the_paper(penalty, remaining, published):
+    assert usual_lambda(remaining, penalty) == pytest.approx(published, rel=0.15)

@@ -282,7 +282,7 @@ def measured_limit(backend: type, rows: int, columns: int) -> float:
     Both are timed on this machine (a tenth of a second) with the threads that torch uses now; the time of
     CSR is a line through two densities. The result is kept in inference.json of the cache folder.
     """
-    key = f"{_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {backend.name}, {rows} x {columns}"
+    key = f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {backend.name}, {rows} x {columns}"
     file = cache_folder() / "inference.json"
     known = _read_cache(file)
     if key not in known:
@@ -320,7 +320,7 @@ def fastest(calls: list[Callable], repeats: int = 7) -> list[float]:
     return [min(own[1:]) for own in times]
 
 
-def _processor() -> str:
+def processor_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))

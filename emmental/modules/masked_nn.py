@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .binarizer import above_threshold, check_fraction, keep_floor, keep_largest, logit
+from .binarizer import above_threshold, check_fraction, floor_count, keep_floor, keep_largest, logit
 
 PRUNING_METHODS = ("topK", "threshold", "sigmoied_threshold", "magnitude", "l0")
 MASK_INITS = ("constant", "uniform", "kaiming")
@@ -119,6 +119,32 @@ def _compute_global_masks(
     parts = kept.split([ranking.numel() for ranking in rankings])
     masks = [part.reshape(ranking.shape) for part, ranking in zip(parts, rankings, strict=True)]
     return keep_floor(rankings, masks), cutoff
+
+
+def closing_score(pruning_method: str, final_threshold: float) -> float:
+    """The score at which a weight is pruned in the end, for the methods that a penalty makes sparse.
+
+    Raises ValueError for the others.
+    """
+    if pruning_method == "sigmoied_threshold":
+        return logit(check_fraction(final_threshold))
+    if pruning_method == "l0":  # where the noise-free gate closes
+        return logit(-L0_LEFT / (L0_RIGHT - L0_LEFT))
+    raise ValueError(f"{pruning_method} prunes at no fixed score: choose sigmoied_threshold or l0")
+
+
+@torch.no_grad()
+def fraction_above(model: nn.Module, score: float) -> float:
+    """The fraction of weights that would remain if those with scores up to `score` were pruned, in [0, 1].
+
+    With the floor of the threshold masks, which l0 has not.
+    """
+    layers = list(masked_layers(model).values())
+    counts = torch.stack([(layer.mask_scores > score).count_nonzero() for layer in layers]).tolist()
+    sizes = [layer.weight.numel() for layer in layers]
+    if layers[0].pruning_method != "l0":
+        counts = [max(count, floor_count(size)) for count, size in zip(counts, sizes, strict=True)]
+    return sum(counts) / sum(sizes)
 
 
 def apply_mask(tensor: Tensor, mask: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ..losses import REGULARIZATIONS
-from ..modules.masked_nn import MASK_INITS, PRUNING_METHODS, has_scores
-from ..schedule import plateaus_overlap
+from ..modules.masked_nn import MASK_INITS, PRUNING_METHODS, closing_score, has_scores
+from ..schedule import LambdaSteering, plateaus_overlap, usual_lambda
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +25,9 @@ MODEL_TYPES = ("bert", "masked_bert")
 FRACTION_METHODS = ("topK", "magnitude", "sigmoied_threshold")
 PRUNING_ARGUMENTS = (
     "pruning_method", "mask_init", "mask_scale", "mask_scores_learning_rate", "initial_threshold", "final_threshold",
-    "initial_warmup", "final_warmup", "regularization", "final_lambda", "global_topk", "global_topk_frequency_compute",
+    "initial_warmup", "final_warmup", "regularization", "final_lambda", "target_remaining", "global_topk", "global_topk_frequency_compute",
 )  # fmt: skip
+STEERED = {"sigmoied_threshold": "l1", "l0": "l0"}  # methods of --target_remaining, and their penalty
 WITHOUT_MEANING = ("fp16_opt_level", "server_ip", "server_port", "lang_id")
 
 
@@ -190,6 +191,8 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, max_seq_length: int
         help="penalty on the scores: l1 for soft movement, l0 for l0; null for none")
     add("--final_lambda", type=float, default=0.0,
         help="coefficient of the penalty at the end; raise it for fewer remaining weights")
+    add("--target_remaining", type=float,
+        help="fraction of the weights to end with (soft movement, l0): lambda is steered to it, beginning at --final_lambda or at the paper's for this target")
     add("--global_topk", action="store_true", help="rank all matrices together (topK, threshold or magnitude)")
     add("--global_topk_frequency_compute", type=int, default=25, help="updates between two global cut-offs")
 
@@ -319,7 +322,7 @@ def _warn_of_idle_arguments(args: argparse.Namespace, given: set[str]) -> None:
         if without_effect := [f"--{name}" for name in names if name in given]:
             logger.warning("%s: no effect without %s", ", ".join(without_effect), needed)
     if args.do_train and args.model_type == "masked_bert" and args.pruning_method == "sigmoied_threshold":
-        if not (regularization_mode(args) and args.final_lambda):
+        if not (regularization_mode(args) and (args.final_lambda or args.target_remaining)):
             logger.warning("soft movement prunes little without a penalty: add --regularization l1 --final_lambda ...")
         if args.initial_threshold > args.final_threshold:
             logger.warning(
@@ -337,7 +340,9 @@ def _check_pruning_arguments(args: argparse.Namespace) -> list[str]:
     penalty = regularization_mode(args)
     if penalty and not has_scores(args.pruning_method):
         problems.append(f"--regularization {penalty} needs scores, and --pruning_method {args.pruning_method} has none")
-    if penalty and args.do_train and args.final_lambda == 0:
+    if args.target_remaining is not None:
+        problems += _check_target(args)
+    elif penalty and args.do_train and args.final_lambda == 0:
         logger.warning("--regularization %s has no effect with --final_lambda 0", penalty)
     if args.final_lambda and not penalty and args.do_train:
         problems.append("--final_lambda has no effect without --regularization: add --regularization l1 or l0")
@@ -346,6 +351,35 @@ def _check_pruning_arguments(args: argparse.Namespace) -> list[str]:
     if args.do_train and args.max_steps > 0:
         problems += check_plateaus(args, args.max_steps)
     return problems
+
+
+def _check_target(args: argparse.Namespace) -> list[str]:
+    problems, wanted = [], STEERED.get(args.pruning_method)
+    if not 0 < args.target_remaining < 1:
+        problems.append(f"--target_remaining is a fraction and must lie between 0 and 1, got {args.target_remaining}")
+    if not wanted:
+        methods = " and ".join(STEERED)
+        problems.append(f"--target_remaining goes with {methods}; --final_threshold sets what {args.pruning_method} leaves")
+    elif regularization_mode(args) != wanted:
+        problems.append(f"--target_remaining steers the penalty: add --regularization {wanted}")
+    elif args.pruning_method == "sigmoied_threshold" and not 0 < args.final_threshold < 1:
+        problems.append(f"--target_remaining needs a --final_threshold between 0 and 1, got {args.final_threshold}")
+    return problems
+
+
+def lambda_steering(args: argparse.Namespace, total_step: int) -> LambdaSteering | None:
+    """The steering that --target_remaining asks for, None if it does not."""
+    if args.target_remaining is None:
+        return None
+    return LambdaSteering(
+        target=args.target_remaining,
+        first_cut=args.mask_scale if args.mask_init == "constant" else 0.0,
+        last_cut=closing_score(args.pruning_method, args.final_threshold),
+        start=args.initial_warmup * args.warmup_steps,
+        end=total_step - args.final_warmup * args.warmup_steps,
+        total_step=total_step,
+        first_lambda=args.final_lambda or usual_lambda(args.target_remaining, STEERED[args.pruning_method]),
+    )
 
 
 def check_plateaus(args: argparse.Namespace, total_step: int) -> list[str]:

@@ -25,6 +25,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
+from ..schedule import LambdaSteering
 from .args import TrainingError, UsageError
 from .distributed import World
 
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "training_state.pt"
 ARGS_FILE = "training_args.json"
+SUMMARY_FILE = "training_summary.json"
+WEIGHTS_FILE = "model.safetensors"
 
 # Arguments that may change when a run is continued, because its weights do not depend on them.
 FREE_ARGUMENTS = {
@@ -39,7 +42,7 @@ FREE_ARGUMENTS = {
     "overwrite_output_dir", "overwrite_cache", "resume_from_checkpoint", "cache_dir", "config_name", "tokenizer_name",
     "per_gpu_eval_batch_size", "logging_steps", "save_steps", "save_total_limit", "num_workers", "local_rank",
     "data_dir", "train_file", "predict_file", "threads", "verbose_logging", "n_best_size",
-    "max_answer_length", "null_score_diff_threshold", "fp16_opt_level", "server_ip", "server_port", "lang_id",
+    "max_answer_length", "null_score_diff_threshold", "sparse_inference", "fp16_opt_level", "server_ip", "server_port", "lang_id",
 }  # fmt: skip
 
 
@@ -55,14 +58,20 @@ class TrainingState:
     train_set: Dataset = field(repr=False)
     step: int = 0
     cutoff: float | None = None  # global cut-off in force, see --global_topk_frequency_compute
+    steering: LambdaSteering | None = None  # of --target_remaining
+    seconds: float = 0.0  # of training, up to the checkpoint that the run continues from
 
-    def save(self, folder: Path, args: argparse.Namespace, save_model: Callable[[Path], None]) -> None:
-        """Write the checkpoint `folder`; every rank must call this."""
+    def save(
+        self, folder: Path, args: argparse.Namespace, save_model: Callable[[Path], None], seconds: float = 0.0
+    ) -> None:
+        """Write the checkpoint `folder`, after so many seconds of training; every rank must call this."""
         random_states = self.world.gather(_random_state(self.world.device))
         if self.world.is_main:
             state = {
                 "step": self.step,
                 "cutoff": self.cutoff,
+                "steering": self.steering and self.steering.integral,
+                "seconds": seconds,
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "mask_generator": self.mask_generator.get_state(),
@@ -97,6 +106,9 @@ class TrainingState:
             saved = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
             data, labels, processes = saved["data"], saved["labels"], len(saved["random_states"])
             self.step, self.cutoff = int(saved["step"]), saved["cutoff"]
+            self.seconds = float(saved.get("seconds", 0.0))
+            if self.steering:
+                self.steering.integral = float(saved["steering"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.scaler.load_state_dict(saved["scaler"])
             self.mask_generator.set_state(saved["mask_generator"])
@@ -212,14 +224,21 @@ def clear_output(output_dir: Path, result_files: Iterable[str]) -> None:
             file.unlink()
 
 
-def save_final(output_dir: Path, args: argparse.Namespace, save_model: Callable[[Path], None]) -> None:
-    """Put the trained model and the arguments of its run into output_dir."""
+def save_final(output_dir: Path, args: argparse.Namespace, save_model: Callable[[Path], None], summary: dict) -> None:
+    """Put the trained model, the arguments of its run and its figures into output_dir."""
 
     def fill(place: Path) -> None:
         save_model(place)
         write_json(place / ARGS_FILE, vars(args))
+        write_json(place / SUMMARY_FILE, summary | {"weights": file_digest(place / WEIGHTS_FILE)})
 
     write_into(output_dir, fill)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:

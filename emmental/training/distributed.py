@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from ..inference.kernels import processor_name
 from .args import UsageError
 
 
@@ -100,6 +101,13 @@ def keep_freed_memory() -> None:
         mallopt(arena_max, 1)
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, -1)
+
+
+def describe_hardware(world: World) -> str:
+    """What the processes of a run compute on, in a few words."""
+    if world.device.type == "cuda":
+        return f"{world.size} x {torch.cuda.get_device_name(world.device)}"
+    return f"{world.size} x {torch.get_num_threads()} threads of {processor_name()}"
 
 
 def leave_world() -> None:

@@ -16,9 +16,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..inference import sparsify
 from ..losses import distillation_loss, regularization
-from ..modules.masked_nn import masked_layers
-from ..schedule import learning_rate_factor, schedule_threshold
-from .args import TrainingError, UsageError, check_plateaus, regularization_mode, resumes_in_place
+from ..modules.masked_nn import fraction_above, masked_layers
+from ..schedule import LambdaSteering, learning_rate_factor, schedule_threshold
+from .args import (
+    TrainingError,
+    UsageError,
+    check_plateaus,
+    lambda_steering,
+    regularization_mode,
+    resumes_in_place,
+)
 from .batches import BatchPlan, LocalBatches, evaluation_batches
 from .checkpoint import (
     TrainingState,
@@ -28,13 +35,14 @@ from .checkpoint import (
     remove_old_checkpoints,
     save_final,
 )
-from .distributed import World
+from .distributed import World, describe_hardware
 from .optim import build_optimizer, set_learning_rates
 from .runlog import RunLog, progress_bar, remaining_fraction
 
 logger = logging.getLogger(__name__)
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+STEERED_WITHIN = 0.02  # of --target_remaining, relative
 PATIENCE_FP16 = 50  # updates in a row that the gradient scaler may skip
 
 
@@ -87,6 +95,7 @@ def train(
         mask_generator=torch.Generator(world.device).manual_seed(args.seed),  # alike on all ranks
         world=world,
         train_set=train_set,
+        steering=lambda_steering(args, total) if masked else None,
     )
     torch.manual_seed(args.seed + world.rank)  # dropout differs between ranks
     if world.is_main:
@@ -127,8 +136,10 @@ def train(
     for step in range(state.step, total):
         threshold, penalty_weight = schedule_threshold(
             step, total, args.warmup_steps, args.initial_threshold, args.final_threshold,
-            args.initial_warmup, args.final_warmup, args.final_lambda,
+            args.initial_warmup, args.final_warmup, 1.0 if state.steering else args.final_lambda,
         )  # fmt: skip
+        if state.steering:
+            penalty_weight *= state.steering.steer(step, fraction_above(model, state.steering.reference(step)))
         set_learning_rates(optimizer, learning_rate_factor(step, total, args.warmup_steps))
         if masked:
             renew = state.cutoff is None or step % args.global_topk_frequency_compute == 0
@@ -165,7 +176,8 @@ def train(
         if args.save_steps and state.step % args.save_steps == 0:
             if masked:
                 model.config.threshold = threshold
-            state.save(output_dir / f"checkpoint-{state.step}", args, save_model)
+            seconds = state.seconds + time.perf_counter() - started
+            state.save(output_dir / f"checkpoint-{state.step}", args, save_model, seconds)
             log.score_histograms(model, state.step)
             if world.is_main:
                 remove_old_checkpoints(output_dir, keep)
@@ -176,10 +188,24 @@ def train(
         model.config.threshold = args.final_threshold
         model.update_masks(args.final_threshold)
         log.score_histograms(model, state.step)
+        if state.steering:
+            _report_steering(state.steering, remaining_fraction(model)["overall"], penalty_weight)
     seconds = time.perf_counter() - started
+    summary = {"updates": state.step, "seconds": seconds, "seconds_per_update": seconds / max(1, total - started_at)}
     if world.is_main:
-        save_final(output_dir, args, save_model)
-    return {"updates": state.step, "seconds": seconds, "seconds_per_update": seconds / max(1, total - started_at)}
+        whole = {"seconds": state.seconds + seconds, "hardware": describe_hardware(world), "torch": torch.__version__}
+        save_final(output_dir, args, save_model, summary | whole)
+    return summary
+
+
+def _report_steering(steering: LambdaSteering, remaining: float, penalty_weight: float) -> None:
+    off = remaining / steering.target - 1
+    report = logger.info if abs(off) <= STEERED_WITHIN else logger.warning
+    report(
+        "--target_remaining %g: %.2f%% of the weights remain, %+.1f%% off, at lambda %.4g%s",
+        steering.target, 100 * remaining, 100 * off, penalty_weight,
+        "" if abs(off) <= STEERED_WITHIN else "; for a closer hit train longer, or raise --mask_scores_learning_rate",
+    )  # fmt: skip
 
 
 class _Passes:

@@ -1,0 +1,126 @@
+"""The paper's two kinds of figure with our runs in them, and where kept and pruned weights lie."""
+
+import math
+from pathlib import Path
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+
+from ..export import remaining_weights
+from ..loading import LoadError, load_masked, load_model
+from ..modules.masked_nn import masked_layers
+from .points import METHODS, TASKS, load_points
+from .runs import Run
+
+COLOURS = dict(zip(METHODS, ("tab:blue", "tab:green", "tab:orange", "tab:red"), strict=True))
+KINDS = ("query", "key", "value", "attention.output", "intermediate", "output")  # of a layer's matrices, in its order
+POINTS = 4000  # weights in a scatter, kept and pruned each
+
+
+def metric_figure(task: str, runs: list[Run]) -> Figure:
+    """Metric against remaining weights (percent, logarithmic), by method: the paper as lines, ours as points."""
+    own = [run for run in runs if run.task == task]
+    metric = list(own[0].metrics)[-1 if task == "squad" else 0]
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    points = load_points(task) if task in TASKS else []
+    for method in METHODS:
+        for distil in (False, True):
+            line = sorted(
+                (point.remaining, point.metrics[metric])
+                for point in points
+                if (point.method, point.distil, point.global_topk) == (method, distil, False)
+            )
+            if line:
+                axes.plot(*zip(*line, strict=True), color=COLOURS[method], linestyle="-" if distil else ":",
+                          label=f"{method}{', distilled' if distil else ''} (paper)")  # fmt: skip
+            ours = [(run.remaining, run.metrics[metric]) for run in own if (run.method, run.distil) == (method, distil)]
+            if ours:
+                axes.scatter(*zip(*ours, strict=True), color=COLOURS[method], marker="o" if distil else "x", zorder=3,
+                             label=f"{method}{', distilled' if distil else ''} (ours)")  # fmt: skip
+    for run in own:
+        if run.is_dense:
+            axes.axhline(run.metrics[metric], color="black", linewidth=0.8, linestyle="--")
+            axes.annotate("dense (ours)", (0.01, run.metrics[metric]), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
+    axes.set(xscale="log", xlabel="remaining weights, % of the encoder", ylabel=f"{metric}, %", title=task)
+    axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    axes.legend(fontsize=7)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def layer_figure(run: Run) -> Figure:
+    """Remaining weights of one run, by layer and kind of matrix."""
+    matrices = remaining_weights(load_masked(str(run.folder))).matrices
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    per_layer = len(KINDS)
+    for place, kind in enumerate(KINDS):
+        axes.plot([matrix.percent for matrix in matrices[place::per_layer]], marker="o", markersize=3, label=kind)
+    axes.set(xlabel="layer", ylabel="remaining weights, %", title=_title(run), xticks=range(len(matrices) // per_layer))
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+@torch.no_grad()
+def scatter_figure(run: Run) -> Figure:
+    """Final weight against pre-trained weight of a sample of weights of all matrices, kept and pruned.
+
+    Raises LoadError when the pre-trained model is not to be had.
+    """
+    model = load_masked(str(run.folder))
+    head = type(model).__name__.partition("For")[2]
+    first = load_model(run.args["model_name_or_path"], head, masked=False, cache_dir=run.args.get("cache_dir"))
+    generator = torch.Generator().manual_seed(0)
+    layers = masked_layers(model)
+    share = math.ceil(POINTS / len(layers))
+    parts = {True: [], False: []}
+    for name, layer in layers.items():
+        before = first.get_parameter(f"{name}.weight")
+        if before.shape != layer.weight.shape:
+            raise LoadError(f"{run.args['model_name_or_path']} is not what {run.folder} was fine-pruned from: {name} has another shape")
+        for kept in parts:
+            places = ((layer.mask != 0) == kept).flatten().nonzero().flatten()
+            chosen = places[torch.randperm(len(places), generator=generator)[:share]]
+            parts[kept].append(torch.stack([before.flatten()[chosen], layer.weight.flatten()[chosen]]))
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes, kept, colour in zip(panels, (True, False), ("tab:orange", "tab:gray"), strict=True):
+        axes.scatter(*torch.cat(parts[kept], 1).numpy(), s=2, alpha=0.4, color=colour, linewidths=0)
+        axes.axline((0, 0), slope=1, color="black", linewidth=0.6, linestyle=":")
+        axes.axhline(0, color="black", linewidth=0.4)
+        axes.set(xlabel="pre-trained weight", title="kept" if kept else "pruned (its weight before the mask)")
+    panels[0].set_ylabel("final weight")
+    figure.suptitle(_title(run))
+    return figure
+
+
+def _title(run: Run) -> str:
+    return f"{run.task}: {run.method}{', distilled' if run.distil else ''}, {run.remaining:.1f}% remaining, seed {run.seed}"
+
+
+def draw(runs: list[Run], folder: Path) -> list[tuple[Path, str | None]]:
+    """Write all figures as PNG; returns each file, and why it could not be drawn if it could not."""
+    folder.mkdir(parents=True, exist_ok=True)
+    outcomes = []
+    for task in sorted({run.task for run in runs}):
+        outcomes.append(_save(folder / f"{task}-metric.png", metric_figure, task, runs))
+    for run in runs:
+        if not run.is_dense:
+            name = "-".join([run.task, run.folder.name])
+            outcomes.append(_save(folder / f"{name}-layers.png", layer_figure, run))
+            outcomes.append(_save(folder / f"{name}-weights.png", scatter_figure, run))
+    return outcomes
+
+
+def _save(path: Path, make, *args) -> tuple[Path, str | None]:
+    try:
+        figure = make(*args)
+    except LoadError as error:
+        return path, str(error)
+    aside = path.with_name(f".{path.name}")
+    figure.savefig(aside, dpi=120, format="png")
+    aside.replace(path)
+    return path, None

@@ -1,0 +1,181 @@
+"""Finished runs: what they were asked, what they left, and whether the two agree.
+
+Nothing is taken from a flag that can be measured: the remaining weights are counted in the checkpoint, and a run whose
+recorded figures do not match its files is refused.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..export import remaining_weights
+from ..loading import LoadError, load_masked, read_config
+from ..training.checkpoint import ARGS_FILE, FREE_ARGUMENTS, SUMMARY_FILE, WEIGHTS_FILE, file_digest
+from .points import METRICS, TableError
+
+FINISHED, TRAINED, BEGUN = "finished", "trained", "begun"
+RESULTS = "eval_results.json"
+METHOD_NAMES = {"magnitude": "magnitude", "l0": "l0", "topK": "movement", "threshold": "movement", "sigmoied_threshold": "soft movement"}
+COUNT_TOLERANCE = 0.01  # percent points between the recorded and the recounted remaining weights
+
+
+class RunError(Exception):
+    """Why a folder cannot be reported: one line."""
+
+
+@dataclass
+class Run:
+    """A finished run. remaining: percent of the encoder in the paper's convention; remaining_linear: of the Linears alone."""
+
+    folder: Path
+    task: str
+    method: str
+    global_topk: bool
+    distil: bool
+    seed: int
+    metrics: dict[str, float]
+    remaining: float
+    remaining_linear: float
+    updates: int
+    seconds: float
+    hardware: str
+    args: dict
+
+    @property
+    def batch(self) -> int:
+        """Examples of an update on one process."""
+        return self.args["per_gpu_train_batch_size"] * self.args["gradient_accumulation_steps"]
+
+    @property
+    def is_dense(self) -> bool:
+        return self.method == "dense"
+
+
+def find_runs(runs_dir: str) -> tuple[list[Run], dict[Path, str]]:
+    """All finished runs below a folder, and why each other folder with a run in it is left out.
+
+    Raises TableError when there is no such folder, or nothing in it.
+    """
+    root = Path(runs_dir)
+    if not root.is_dir():
+        raise TableError(f"there is no folder {root}")
+    folders = sorted(
+        {path.parent for name in (ARGS_FILE, RESULTS) for path in root.rglob(name)}
+        | {path.parent for path in root.rglob("checkpoint-*") if path.is_dir()}
+    )
+    runs, left_out = [], {}
+    for folder in folders:
+        parts = folder.relative_to(root).parts
+        if any(part.startswith((".", "checkpoint-")) for part in parts):
+            continue
+        try:
+            runs.append(read_run(folder))
+        except RunError as error:
+            left_out[folder] = str(error)
+    if not runs and not left_out:
+        raise TableError(f"{root} holds no run: `paper_tables.py run` makes them")
+    return runs, left_out
+
+
+def read_run(folder: Path) -> Run:
+    """Raises RunError for a run that is unfinished, foreign, or whose figures do not match its files."""
+    args, results, summary = (_read(folder, name) for name in (ARGS_FILE, RESULTS, SUMMARY_FILE))
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise RunError(f"it has no {WEIGHTS_FILE}")
+    if file_digest(folder / WEIGHTS_FILE) != summary.get("weights"):
+        raise RunError(f"its {WEIGHTS_FILE} is not the one that the run ended with")
+    text = {}
+    try:
+        lines = (folder / "eval_results.txt").read_text(encoding="utf-8").splitlines()
+        text = dict(line.split(" = ", 1) for line in lines)
+        config = read_config(str(folder))
+    except (OSError, ValueError, LoadError) as error:
+        raise RunError(f"it is incomplete: {error}") from error
+    if text != {name: str(value) for name, value in results.items()}:
+        raise RunError("eval_results.txt and eval_results.json differ")
+    try:
+        task = "squad" if "doc_stride" in args else str(args["task_name"]).lower()
+        masked = args["model_type"] == "masked_bert"
+        names = METRICS.get(task) or tuple(name for name in results if _is_metric(name, results[name]))
+        scale = 1 if task == "squad" else 100
+        metrics = {name: scale * float(results[name]) for name in names}
+        method = METHOD_NAMES[args["pruning_method"]] if masked else "dense"
+        run = Run(
+            folder, task, method, masked and bool(args["global_topk"]), bool(args["teacher_name_or_path"]), int(args["seed"]),
+            metrics, 100.0, 100.0, int(summary["updates"]), float(summary["seconds"]), str(summary["hardware"]), args,
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"it is none of these scripts' runs, or of an older version ({error!r})") from error
+    if not all(math.isfinite(value) for value in metrics.values()) or not metrics:
+        raise RunError("its metrics are missing or not finite")
+    if (config.get("model_type") == "masked_bert") != masked:
+        raise RunError(f"{ARGS_FILE} says {args['model_type']}, and config.json {config.get('model_type')}")
+    if masked:
+        _recount(run, config, results)
+    return run
+
+
+def _recount(run: Run, config: dict, results: dict) -> None:
+    if config.get("pruning_method") != run.args["pruning_method"]:
+        raise RunError(f"{ARGS_FILE} says {run.args['pruning_method']}, and config.json {config.get('pruning_method')}")
+    try:
+        counts = remaining_weights(load_masked(str(run.folder)))
+    except LoadError as error:
+        raise RunError(str(error)) from error
+    run.remaining, run.remaining_linear = counts.published_percent, counts.linear_percent
+    recorded = results.get("remaining_percent_linear")
+    if not isinstance(recorded, float | int) or abs(recorded - run.remaining_linear) > COUNT_TOLERANCE:
+        raise RunError(f"{RESULTS} says that {recorded}% remain, and its checkpoint holds {run.remaining_linear:.2f}%")
+
+
+def _read(folder: Path, name: str) -> dict:
+    path = folder / name
+    if not path.exists():
+        checkpoints = any(folder.glob("checkpoint-*"))
+        raise RunError(f"it has no {name}: it is not finished, or not of these scripts")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{name} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise RunError(f"{name} does not hold what these scripts write")
+    return content
+
+
+def _is_metric(name: str, value) -> bool:
+    return isinstance(value, float) and not name.startswith(("entropy", "remaining", "threshold")) and name.rpartition("_")[2].isalpha()
+
+
+def _means(text: str, value) -> bool:
+    """Whether the text of a flag stands for the recorded value."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            return float(text) == value
+        except ValueError:
+            return False
+    return text.lower() == str(value).lower()
+
+
+def run_state(output_dir: Path, settings: dict[str, str]) -> str:
+    """How far the run with these flags (name and text) has come in its folder: FINISHED, TRAINED (not evaluated) or BEGUN.
+
+    Raises TableError when a run with other arguments has been trained there.
+    """
+    if not all((output_dir / name).is_file() for name in (ARGS_FILE, SUMMARY_FILE, WEIGHTS_FILE)):
+        return BEGUN
+    try:
+        found = _read(output_dir, ARGS_FILE)
+    except RunError as error:
+        raise TableError(f"{output_dir}: {error}; remove it, or choose another --runs_dir") from error
+    free = FREE_ARGUMENTS - {"data_dir", "model_name_or_path"}
+    differing = [
+        f"--{name} {found.get(name)} there, {text} now"
+        for name, text in sorted(settings.items())
+        if name not in free and not _means(text, found.get(name))
+    ]
+    if differing:
+        raise TableError(
+            f"{output_dir} holds a run with other settings ({'; '.join(differing)}): choose another --runs_dir"
+        )
+    return FINISHED if (output_dir / RESULTS).is_file() else TRAINED
