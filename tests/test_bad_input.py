@@ -35,6 +35,9 @@ def refused(tmp_path, tiny_bert, squad_dir, capsys):
     return run
 
 
+SOFT = ["--pruning_method", "sigmoied_threshold", "--initial_threshold", "0", "--final_threshold", "0.1", "--regularization", "l1"]
+
+
 @pytest.mark.parametrize(
     "flags, said",
     [
@@ -62,6 +65,10 @@ def refused(tmp_path, tiny_bert, squad_dir, capsys):
         (["--do_train", "--learning_rate", "0"], "--learning_rate must be positive"),
         (["--do_train", "--per_gpu_train_batch_size", "0"], "must be at least 1"),
         (["--do_train", "--resume_from_checkpoint", "/nowhere"], "is no checkpoint"),
+        (["--do_train", "--target_remaining", "0.1"], "goes with sigmoied_threshold and l0; --final_threshold sets what topK leaves"),
+        (["--do_train", *SOFT, "--target_remaining", "0.1", "--regularization", "null"], "add --regularization l1"),
+        (["--do_train", *SOFT, "--target_remaining", "10"], "must lie between 0 and 1, got 10"),
+        (["--do_train", *SOFT, "--target_remaining", "0.1", "--final_threshold", "0"], "needs a --final_threshold between 0 and 1"),
         (["--do_train", "--max_seq_length", "384"], "exceeds what the model takes (64)"),
     ],
 )
@@ -84,6 +91,7 @@ def test_all_problems_are_reported_together(refused):
         (["--do_train", "--pruning_method", "sigmoied_threshold"], "soft movement prunes little without a penalty"),
         (["--do_train", "--pruning_method", "sigmoid_threshold", "--final_threshold", "0.1"], "soft movement starts at"),
         (["--do_train", "--regularization", "l1"], "no effect with --final_lambda 0"),
+        (["--do_eval", *SOFT, "--target_remaining", "0.1"], "--target_remaining: no effect without --do_train"),
         (["--do_train", "--fp16_opt_level", "O1"], "--fp16_opt_level has lost its meaning"),
     ],
 )

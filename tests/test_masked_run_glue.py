@@ -120,6 +120,7 @@ def test_every_task_trains_evaluates_predicts_and_bertarizes(run, name, capsys):
     names = {file.name for file in out.iterdir() if not file.name.startswith("events.out.tfevents")}
     assert names == {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training_args.json",
+        "training_summary.json",
         "eval_results.txt", "eval_results.json", *task.submissions.values(),
     }  # fmt: skip
     assert results(out).keys() == KEYS.get(name, {"acc", "entropy"}) | MASK_KEYS

@@ -26,6 +26,10 @@ METHODS = {
     "threshold": ["--pruning_method", "threshold", "--initial_threshold=-0.1", "--final_threshold=0.0"],
     "soft": ["--pruning_method", "sigmoied_threshold", "--initial_threshold", "0", "--final_threshold", "0.5",
              "--regularization", "l1", "--final_lambda", "20"],
+    "soft to a target": ["--pruning_method", "sigmoied_threshold", "--initial_threshold", "0", "--final_threshold", "0.1",
+                         "--regularization", "l1", "--target_remaining", "0.3", "--mask_scores_learning_rate", "0.3"],
+    "l0 to a target": ["--pruning_method", "l0", "--initial_threshold", "1", "--final_threshold", "1", "--mask_scale", "2.197",
+                       "--regularization", "l0", "--target_remaining", "0.3", "--mask_scores_learning_rate", "0.5"],
     "l0": ["--pruning_method", "l0", "--initial_threshold", "1", "--final_threshold", "1", "--mask_scale", "2.197",
            "--regularization", "l0", "--final_lambda", "20", "--mask_scores_learning_rate", "0.1"],
     "global topK": ["--pruning_method", "topK", "--global_topk", "--global_topk_frequency_compute", "3",
@@ -70,9 +74,11 @@ def test_a_run_leaves_exactly_what_the_readme_says(run):
     names = {file.name for file in out.iterdir() if not file.name.startswith("events.out.tfevents")}
     assert names == {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training_args.json",
-        "eval_results.txt", "eval_results.json", "predictions_.json", "nbest_predictions_.json",
+        "training_summary.json", "eval_results.txt", "eval_results.json", "predictions_.json", "nbest_predictions_.json",
         "checkpoint-5", "checkpoint-10",
     }  # fmt: skip
+    summary = json.loads((out / "training_summary.json").read_text())
+    assert summary["updates"] == 12 and summary["seconds"] > 0 and "threads of" in summary["hardware"]
     assert {file.name for file in (out / "checkpoint-5").iterdir()} == {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training_args.json",
         "training_state.pt",
@@ -112,6 +118,18 @@ def test_every_method_trains_counts_and_bertarizes(run, method, capsys):
     masked, plain = before.eval()(**inputs), after.eval()(**inputs)
     torch.testing.assert_close(masked.start_logits, plain.start_logits, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(masked.end_logits, plain.end_logits, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["soft to a target", "l0 to a target"])
+def test_a_target_is_reached_and_lambda_steered(run, method, caplog):
+    flags = [*METHODS[method], *TRAIN, "--max_steps", "150", "--warmup_steps", "15", "--logging_steps", "10"]
+    out = run(*flags, "--do_eval", "--final_warmup", "4")
+    remaining = json.loads((out / "eval_results.json").read_text())["remaining_percent_linear"]
+    assert remaining == pytest.approx(30, rel=0.1)  # some ten updates an e-fold: 2% takes a longer run
+    values, _ = scalars(out)
+    weights_of_penalty = list(values["lambda"].values())
+    assert len(set(weights_of_penalty)) > 5 and min(weights_of_penalty) >= 0
+    assert "--target_remaining 0.3: " in caplog.text
 
 
 def test_embeddings_stay_frozen_and_the_encoder_moves(run, tiny_bert):
@@ -205,7 +223,8 @@ def test_overwriting_removes_the_results_of_the_old_run(run):
     (out / "notes.md").write_text("mine")
     run(*METHODS["magnitude"], *TRAIN, "--overwrite_output_dir")
     names = {file.name for file in out.iterdir() if not file.name.startswith("events.out")}
-    assert names == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training_args.json", "notes.md"}
+    assert names == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training_args.json",
+                     "training_summary.json", "notes.md"}
 
 
 def test_old_checkpoints_are_removed_unless_all_are_evaluated(run):

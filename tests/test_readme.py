@@ -12,6 +12,7 @@ import bertarize
 import counts_parameters
 import masked_run_glue
 import masked_run_squad
+import paper_tables
 import saving_prunebert
 from emmental.training.args import check_common_arguments
 
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = {
     script.__name__: script
-    for script in (masked_run_squad, masked_run_glue, counts_parameters, bertarize, saving_prunebert)
+    for script in (masked_run_squad, masked_run_glue, counts_parameters, bertarize, saving_prunebert, paper_tables)
 }
 VARIABLES = {"SERIALIZATION_DIR": "runs/x", "SQUAD_DATA": "data/squad", "GLUE_DATA": "glue", "TEACHER": "runs/teacher"}
 

@@ -313,7 +313,7 @@ def resumes_in_place(args: argparse.Namespace) -> bool:
 def _warn_of_idle_arguments(args: argparse.Namespace, given: set[str]) -> None:
     """Warn of arguments that ask for something and change nothing, as they stand together."""
     idle = {
-        "--do_train": () if args.do_train else ("evaluate_during_training", "teacher_name_or_path", "regularization"),
+        "--do_train": () if args.do_train else ("evaluate_during_training", "teacher_name_or_path", "regularization", "target_remaining"),
         "--do_eval": () if args.do_eval else ("eval_all_checkpoints",),
         "--teacher_name_or_path": () if args.teacher_name_or_path else ("alpha_ce", "alpha_distil", "temperature"),
         "--model_type masked_bert": () if args.model_type == "masked_bert" else PRUNING_ARGUMENTS,
