@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from emmental.loading import LoadError
-from emmental.tables.points import METHODS, TASKS, Options, Point, Step, TableError, find_point, load_points, steps
+from emmental.tables.points import METHODS, TASKS, TEACHER, Options, Point, Step, TableError, find_point, load_points, steps
 from emmental.tables.report import headline, run_rows, to_csv, to_markdown
 from emmental.tables.runs import FINISHED, TRAINED, find_runs, run_state
 from emmental.training.args import Parser, TrainingError, one_line_errors
@@ -107,7 +107,9 @@ def plan(args, extra: list[str]) -> list[Step]:
 def run(args, extra: list[str]) -> None:
     """Raises TrainingError when a run fails."""
     planned = plan(args, extra)
-    states = [run_state(step.output_dir, step.settings) for step in planned]  # foreign runs end this before it begins
+    # A run with other settings ends this before it begins; a teacher that is there serves as it is, unless it was asked for.
+    wanted = [{} if step.output_dir.name == TEACHER and TEACHER not in args.points else step.settings for step in planned]
+    states = [run_state(step.output_dir, settings) for step, settings in zip(planned, wanted, strict=True)]
     for number, (step, state) in enumerate(zip(planned, states, strict=True), 1):
         label = f"[{number}/{len(planned)}] {step.output_dir}"
         if state == FINISHED:

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -173,6 +174,16 @@ def test_a_run_is_made_once(runs, settings, capsys, monkeypatch):
     assert "finished already" in capsys.readouterr().out
     error = refused(capsys, "run", "squad", "10D3", "--runs_dir", runs, "--teacher", teacher_of(runs), *settings, "--learning_rate", "1")
     assert "holds a run with other settings (--learning_rate 3e-05 there, 1 now)" in error
+
+
+def test_a_teacher_serves_as_it_is_unless_asked_for(runs, settings, capsys, monkeypatch):
+    started = []
+    monkeypatch.setattr(paper_tables.subprocess, "run", lambda command, **_: started.append(command) or SimpleNamespace(returncode=0))
+    tables("run", "squad", "3D3", "--runs_dir", runs, *settings, "--learning_rate", "1")
+    assert f"{runs}/squad/teacher: finished already" in capsys.readouterr().out
+    assert [command[-1] for command in started] == ["latest"] and f"{runs}/squad/3D3" in started[0]
+    error = refused(capsys, "run", "squad", "teacher", "--runs_dir", runs, *settings, "--learning_rate", "1")
+    assert "teacher holds a run with other settings" in error
 
 
 def teacher_of(runs):

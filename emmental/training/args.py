@@ -43,6 +43,14 @@ class TrainingError(UsageError):
     status = 1
 
 
+class Interrupted(UsageError):
+    """A signal ended the training, which has written a checkpoint."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.status = 128 + signal_number
+
+
 def choice(*options: str, aliases: dict[str, str] | None = None) -> Callable[[str], str]:
     """An argparse type: one of `options` (or an alias of one), and an error that names the nearest."""
 
@@ -113,11 +121,11 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 def fail(problems: list[str], status: int = 2):
     """Print each problem on a line of its own and exit.
 
-    What is wrong with the input (status 2), and an interruption (130), every process finds alike: the
+    What is wrong with the input (status 2), and an interruption (above 128), every process finds alike: the
     first of a node speaks for all. Any other failure is a process's own to tell.
     """
     rank = int(os.environ.get("RANK", 0))
-    if status not in (2, 130) or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    if (status != 2 and status <= 128) or int(os.environ.get("LOCAL_RANK", 0)) == 0:
         name = (os.path.basename(sys.argv[0]) or "error") + (f" (rank {rank})" if rank else "")
         for problem in problems:
             print(f"{name}: error: {problem}", file=sys.stderr, flush=True)

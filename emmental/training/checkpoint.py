@@ -3,7 +3,7 @@
 A `checkpoint-<step>` folder is a normal model folder (config.json, model.safetensors, tokenizer) with
 `training_args.json` and `training_state.pt` beside: optimiser, gradient scaler, random states of every
 rank, global cut-off, completed updates. It is read with `weights_only=True`; nothing in it is ever
-executed.
+executed. `files.json` lists all of these with their sizes and SHA-256: a checkpoint is whole when they match.
 """
 
 import argparse
@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "training_state.pt"
 ARGS_FILE = "training_args.json"
 SUMMARY_FILE = "training_summary.json"
+MANIFEST_FILE = "files.json"
 WEIGHTS_FILE = "model.safetensors"
 
 # Arguments that may change when a run is continued, because its weights do not depend on them.
@@ -83,7 +84,9 @@ class TrainingState:
             def fill(place: Path) -> None:
                 save_model(place)
                 write_json(place / ARGS_FILE, vars(args))
-                torch.save(state, place / STATE_FILE)
+                with (place / STATE_FILE).open("wb") as file:  # given a path, torch hides what the system says of it
+                    torch.save(state, file)
+                write_json(place / MANIFEST_FILE, _manifest(place))
 
             write_folder(folder, fill)
         self.world.barrier()
@@ -167,8 +170,37 @@ def _read_json(folder: Path, name: str) -> dict:
     return value
 
 
+def _manifest(folder: Path) -> dict[str, dict]:
+    files = sorted(path for path in folder.iterdir() if path.name != MANIFEST_FILE)
+    return {path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in files}
+
+
+def what_is_broken(folder: Path) -> str | None:
+    """What a checkpoint lacks of what was written, by its list of files; None for nothing, or when there is no list.
+
+    (There is none in the checkpoints of older versions.)
+    """
+    if not (folder / MANIFEST_FILE).exists():
+        return None
+    try:
+        listed = _read_json(folder, MANIFEST_FILE)
+        for name, entry in listed.items():
+            path = folder / Path(name).name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != entry["bytes"]:
+                return f"{name} has {path.stat().st_size:,} bytes, not {entry['bytes']:,}"
+            if file_digest(path) != entry["sha256"]:
+                return f"the checksum of {name} does not match"
+    except (UsageError, KeyError, TypeError):
+        return f"{MANIFEST_FILE} is damaged"
+    except OSError as error:
+        return f"it cannot be read ({error.strerror or error})"
+    return None
+
+
 def find_checkpoints(output_dir: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
+    """The checkpoints of a run, oldest first; whether they are whole `what_is_broken` tells."""
     found = {}
     for folder in output_dir.glob("checkpoint-*"):
         match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
@@ -191,21 +223,34 @@ def find_resume_folder(args: argparse.Namespace) -> Path | None:
                 raise UsageError(f"--output_dir {args.output_dir} holds a finished model and no checkpoint to resume from")
             logger.warning("%s holds no checkpoint yet: training starts from the beginning", args.output_dir)
             return None
-        return checkpoints[-1]
+        for folder in reversed(checkpoints):
+            problem = what_is_broken(folder)
+            if not problem:
+                return folder
+            logger.warning("%s is broken and skipped: %s", folder, problem)
+        raise UsageError(f"no checkpoint in {args.output_dir} is whole (see above): remove them to start from the beginning")
     folder = Path(args.resume_from_checkpoint)
     if not (folder / STATE_FILE).is_file():
         raise UsageError(
             f"--resume_from_checkpoint {folder} is no checkpoint (it holds no {STATE_FILE}): "
             "give a checkpoint-<step> folder, or 'latest'"
         )
+    if problem := what_is_broken(folder):
+        raise UsageError(f"--resume_from_checkpoint {folder} is broken: {problem}; 'latest' takes the newest whole one")
     return folder
 
 
 def remove_old_checkpoints(output_dir: Path, limit: int | None) -> None:
-    """Keep the newest `limit` checkpoints of a run."""
-    if limit is not None:
-        for folder in find_checkpoints(output_dir)[:-limit]:
-            shutil.rmtree(folder)
+    """Keep the newest `limit` checkpoints of a run, and more where none of these is whole."""
+    if limit is None:
+        return
+    checkpoints = find_checkpoints(output_dir)
+    if len(checkpoints) <= limit or all(what_is_broken(folder) for folder in reversed(checkpoints[-limit:])):
+        return
+    for folder in checkpoints[:-limit]:
+        gone = folder.with_name(f".{folder.name}-old")  # a name that `remove_leftovers` knows, should this be killed
+        folder.rename(gone)
+        shutil.rmtree(gone)
 
 
 def remove_leftovers(output_dir: Path) -> None:
@@ -249,9 +294,11 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     with _aside(target, target.parent, f".{target.name}-") as place:
         fill(place / "new")
         _open_to_others(place / "new")
+        _sync(place / "new")
         if target.exists():
             target.rename(place / "old")
         (place / "new").rename(target)
+        _sync_folder(target.parent)
 
 
 def write_into(target: Path, fill: Callable[[Path], None]) -> None:
@@ -259,8 +306,10 @@ def write_into(target: Path, fill: Callable[[Path], None]) -> None:
     with _aside(target, target, ".writing-") as place:
         fill(place / "new")
         _open_to_others(place / "new")
+        _sync(place / "new")
         for file in sorted((place / "new").iterdir()):
             os.replace(file, target / file.name)
+        _sync_folder(target)
 
 
 @contextmanager
@@ -277,6 +326,23 @@ def _aside(target: Path, parent: Path, prefix: str):
     finally:
         if place:
             shutil.rmtree(place, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Have all files of a folder, and their names, on the disk before the folder gets its own name."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_json(path: Path, value) -> None:
@@ -299,6 +365,10 @@ def _reason(error: Exception) -> str:
     """An error in a line, without the names of files that are written aside."""
     if isinstance(error, TrainingError) and error.__cause__:
         error = error.__cause__
+    chain = [error]
+    while chain[-1].__context__:  # torch raises an error of its own over what the system said
+        chain.append(chain[-1].__context__)
+    error = next((link for link in chain if isinstance(link, OSError)), error)
     return getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
 
 

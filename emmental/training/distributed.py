@@ -46,6 +46,14 @@ class World:
         if self.size > 1 and self.is_main:
             dist.broadcast_object_list([None], src=0)
 
+    def largest(self, value: int) -> int:
+        """The largest `value` of all ranks, on every rank."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(value, device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return int(tensor)
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()

@@ -3,6 +3,8 @@
 import argparse
 import itertools
 import logging
+import signal
+import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,6 +21,7 @@ from ..losses import distillation_loss, regularization
 from ..modules.masked_nn import fraction_above, masked_layers
 from ..schedule import LambdaSteering, learning_rate_factor, schedule_threshold
 from .args import (
+    Interrupted,
     TrainingError,
     UsageError,
     check_plateaus,
@@ -133,54 +136,63 @@ def train(
     skipped, figures = 0, _Figures(world)
     bar = progress_bar(world, total=total, initial=state.step, desc="training", unit="update")
 
-    for step in range(state.step, total):
-        threshold, penalty_weight = schedule_threshold(
-            step, total, args.warmup_steps, args.initial_threshold, args.final_threshold,
-            args.initial_warmup, args.final_warmup, 1.0 if state.steering else args.final_lambda,
-        )  # fmt: skip
-        if state.steering:
-            penalty_weight *= state.steering.steer(step, fraction_above(model, state.steering.reference(step)))
-        set_learning_rates(optimizer, learning_rate_factor(step, total, args.warmup_steps))
-        if masked:
-            renew = state.cutoff is None or step % args.global_topk_frequency_compute == 0
-            state.cutoff = model.update_masks(threshold, None if renew else state.cutoff, state.mask_generator)
+    with _Signals() as signals:
+        for step in range(state.step, total):
+            threshold, penalty_weight = schedule_threshold(
+                step, total, args.warmup_steps, args.initial_threshold, args.final_threshold,
+                args.initial_warmup, args.final_warmup, 1.0 if state.steering else args.final_lambda,
+            )  # fmt: skip
+            if state.steering:
+                penalty_weight *= state.steering.steer(step, fraction_above(model, state.steering.reference(step)))
+            set_learning_rates(optimizer, learning_rate_factor(step, total, args.warmup_steps))
+            if masked:
+                renew = state.cutoff is None or step % args.global_topk_frequency_compute == 0
+                state.cutoff = model.update_masks(threshold, None if renew else state.cutoff, state.mask_generator)
 
-        shares = batches.shares(step)
-        losses = passes.backward(itertools.islice(loader, len(shares)), shares, penalty_weight, state.scaler)
-        state.scaler.unscale_(optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or torch.inf)
-        skipped = 0 if torch.isfinite(grad_norm) else skipped + 1
-        if skipped > (PATIENCE_FP16 if args.fp16 else 0):
-            raise TrainingError(_explain_non_finite(step, losses, output_dir, world))
-        state.scaler.step(optimizer)
-        state.scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        state.step = step + 1
+            shares = batches.shares(step)
+            losses = passes.backward(itertools.islice(loader, len(shares)), shares, penalty_weight, state.scaler)
+            state.scaler.unscale_(optimizer)
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or torch.inf)
+            skipped = 0 if torch.isfinite(grad_norm) else skipped + 1
+            if skipped > (PATIENCE_FP16 if args.fp16 else 0):
+                raise TrainingError(_explain_non_finite(step, losses, output_dir, world))
+            state.scaler.step(optimizer)
+            state.scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            state.step = step + 1
 
-        figures.add(losses, grad_norm, skipped > 0)
-        bar.update()
-        if bar.n % 10 == 0 or state.step == total:
-            shown = {"loss": f"{losses['loss'].item():.3f}", "lr": f"{optimizer.param_groups[-1]['lr']:.1e}"}
-            if masked:
-                shown |= {"threshold": f"{threshold:.3f}", "remaining": f"{remaining_fraction(model)['overall']:.1%}"}
-            bar.set_postfix(shown, refresh=False)
-        if state.step % args.logging_steps == 0 or state.step == total:
-            values = figures.take() | {f"learning_rate/{g['name']}": g["lr"] for g in optimizer.param_groups}
-            if masked:
-                values |= {"threshold": threshold, "lambda": penalty_weight}
-                values |= {f"remaining/{name}": value for name, value in remaining_fraction(model).items()}
-            log.scalars(values, state.step)
-        if evaluate and args.evaluate_during_training and state.step % args.logging_steps == 0:
-            log.scalars({f"eval/{name}": value for name, value in evaluate(model, state.step).items()}, state.step)
-            model.train()
-        if args.save_steps and state.step % args.save_steps == 0:
-            if masked:
-                model.config.threshold = threshold
-            seconds = state.seconds + time.perf_counter() - started
-            state.save(output_dir / f"checkpoint-{state.step}", args, save_model, seconds)
-            log.score_histograms(model, state.step)
-            if world.is_main:
-                remove_old_checkpoints(output_dir, keep)
+            figures.add(losses, grad_norm, skipped > 0)
+            bar.update()
+            if bar.n % 10 == 0 or state.step == total:
+                shown = {"loss": f"{losses['loss'].item():.3f}", "lr": f"{optimizer.param_groups[-1]['lr']:.1e}"}
+                if masked:
+                    shown |= {"threshold": f"{threshold:.3f}", "remaining": f"{remaining_fraction(model)['overall']:.1%}"}
+                bar.set_postfix(shown, refresh=False)
+            if state.step % args.logging_steps == 0 or state.step == total:
+                values = figures.take() | {f"learning_rate/{g['name']}": g["lr"] for g in optimizer.param_groups}
+                if masked:
+                    values |= {"threshold": threshold, "lambda": penalty_weight}
+                    values |= {f"remaining/{name}": value for name, value in remaining_fraction(model).items()}
+                log.scalars(values, state.step)
+            if evaluate and args.evaluate_during_training and state.step % args.logging_steps == 0:
+                log.scalars({f"eval/{name}": value for name, value in evaluate(model, state.step).items()}, state.step)
+                model.train()
+            stopping = world.largest(signals.number)  # of any rank
+            if stopping or (args.save_steps and state.step % args.save_steps == 0):
+                if masked:
+                    model.config.threshold = threshold
+                seconds = state.seconds + time.perf_counter() - started
+                state.save(output_dir / f"checkpoint-{state.step}", args, save_model, seconds)
+                log.score_histograms(model, state.step)
+                if world.is_main:
+                    remove_old_checkpoints(output_dir, keep)
+            if stopping:
+                bar.close()
+                raise Interrupted(
+                    f"stopped by {signal.Signals(stopping).name} after update {state.step} of {total}: give the same command "
+                    "again with --resume_from_checkpoint latest to continue",
+                    stopping,
+                )
 
     bar.close()
     model.eval()
@@ -206,6 +218,30 @@ def _report_steering(steering: LambdaSteering, remaining: float, penalty_weight:
         steering.target, 100 * remaining, 100 * off, penalty_weight,
         "" if abs(off) <= STEERED_WITHIN else "; for a closer hit train longer, or raise --mask_scores_learning_rate",
     )  # fmt: skip
+
+
+class _Signals:
+    """SIGTERM and SIGINT while it is entered: noted, for the update to be finished. A second one interrupts at once."""
+
+    def __init__(self):
+        self.number = 0
+        self.handlers = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.handlers[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame) -> None:
+        if self.number:
+            raise KeyboardInterrupt
+        self.number = number
+        logger.warning("%s: stopping after this update, with a checkpoint", signal.Signals(number).name)
 
 
 class _Passes:

@@ -3,6 +3,8 @@
 import logging
 import os
 import sys
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..modules.masked_nn import masked_layers
+from .args import TrainingError
 from .checkpoint import write_json, write_text
 from .distributed import World
 
@@ -39,25 +42,44 @@ class RunLog:
         if self.world.is_main:
             from torch.utils.tensorboard import SummaryWriter  # slow to import; the other ranks need none
 
-            self.writer = SummaryWriter(log_dir=str(self.output_dir), purge_step=step + 1 if step else None)
+            threading.excepthook = _quiet_about_curves
+            with self._writing():
+                self.writer = SummaryWriter(log_dir=str(self.output_dir), purge_step=step + 1 if step else None)
 
     def scalars(self, values: dict[str, float], step: int | None = None) -> None:
         """Log values after `step` updates, by default after as many as were logged last."""
         self.step = self.step if step is None else step
         if self.writer:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, self.step)
+            with self._writing():
+                for name, value in values.items():
+                    self.writer.add_scalar(name, value, self.step)
 
     def score_histograms(self, model: nn.Module, step: int) -> None:
         """Distribution of the scores of every masked matrix."""
         if self.writer:
-            for name, layer in masked_layers(model).items():
-                if layer.mask_scores is not None:
-                    self.writer.add_histogram(f"scores/{name}", layer.mask_scores.detach().float().cpu(), step)
+            with self._writing():
+                for name, layer in masked_layers(model).items():
+                    if layer.mask_scores is not None:
+                        self.writer.add_histogram(f"scores/{name}", layer.mask_scores.detach().float().cpu(), step)
 
     def close(self) -> None:
         if self.writer:
-            self.writer.close()
+            with self._writing():
+                self.writer.close()
+
+    @contextmanager
+    def _writing(self):
+        """Raises TrainingError for what TensorBoard's thread could not write, which it says at a later call."""
+        try:
+            yield
+        except OSError as error:
+            raise TrainingError(f"cannot write TensorBoard's curves into {self.output_dir}: {error.strerror or error}") from error
+
+
+def _quiet_about_curves(args) -> None:
+    """`threading.excepthook` without the traceback of TensorBoard's thread: `RunLog` tells of its errors."""
+    if not (isinstance(args.exc_value, OSError) and "event_file_writer" in type(args.thread).__module__):
+        threading.__excepthook__(args)
 
 
 def progress_bar(world: World, **kwargs) -> tqdm:

@@ -1,0 +1,183 @@
+"""Kill runs with SIGKILL at random moments, resume them, and compare with runs that were left alone: bit for bit.
+
+    python tests/stress/kill_resume.py                    # 25 kills over five methods: 10 minutes on 2 cores
+    python tests/stress/kill_resume.py --kills 100 --seed 7
+
+A run is 40 updates of a tiny BERT with accumulation, a teacher, batches of similar lengths, evaluation and a
+checkpoint every few updates. A kill falls anywhere: start, update, evaluation, the writing of a checkpoint or of the
+model. Each line is a method: kills, where they fell, whether weights, scores, optimiser and metrics are equal.
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+METHODS = {
+    "topK": ["--pruning_method", "topK", "--initial_threshold", "1", "--final_threshold", "0.2"],
+    "sigmoied_threshold": ["--pruning_method", "sigmoied_threshold", "--initial_threshold", "0", "--final_threshold", "0.1",
+                           "--regularization", "l1", "--target_remaining", "0.3", "--mask_scores_learning_rate", "0.1"],
+    "magnitude": ["--pruning_method", "magnitude", "--initial_threshold", "1", "--final_threshold", "0.2"],
+    "threshold": ["--pruning_method", "threshold", "--global_topk", "--global_topk_frequency_compute", "3",
+                  "--initial_threshold", "1", "--final_threshold", "0.2"],
+    "l0": ["--pruning_method", "l0", "--initial_threshold", "1", "--final_threshold", "1", "--mask_scale", "2.197",
+           "--regularization", "l0", "--final_lambda", "20", "--mask_scores_learning_rate", "0.1"],
+}  # fmt: skip
+UPDATES = 40
+COMPARED = ("model.safetensors", "eval_results.json", "predictions_.json")
+TIMEOUT = 300
+
+
+class Job:
+    """A run of masked_run_squad.py with everything on that resuming must restore."""
+
+    def __init__(self, folder: Path, model: Path, data: Path, method: str):
+        self.folder, self.method = Path(folder), method
+        self.flags = [
+            "--model_type", "masked_bert", "--model_name_or_path", str(model), "--data_dir", str(data), "--do_lower_case",
+            "--do_train", "--do_eval", "--evaluate_during_training", "--logging_steps", "5", "--max_steps", str(UPDATES),
+            "--teacher_type", "bert", "--teacher_name_or_path", str(model), "--gradient_accumulation_steps", "2",
+            "--warmup_steps", "5", "--save_steps", "3", "--max_seq_length", "48", "--max_query_length", "16", "--doc_stride", "16",
+            "--per_gpu_train_batch_size", "3", "--no_cuda", "--cache_dir", str(self.folder / "cache"), *METHODS[method],
+        ]  # fmt: skip
+
+    def start(self, name: str, *flags: str, limit: int | None = None) -> subprocess.Popen:
+        """Begin the run in the folder `name`; `limit`: the largest file in bytes that it may write."""
+        command = [sys.executable, str(ROOT / "masked_run_squad.py"), *self.flags, "--output_dir", str(self.folder / name), *flags]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        limits = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None
+        return subprocess.Popen(command, env=environment, preexec_fn=limits, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def finish(process: subprocess.Popen) -> None:
+    _, error = process.communicate(timeout=TIMEOUT)
+    if process.returncode:
+        raise SystemExit(f"a run failed with status {process.returncode}:\n{error[-2000:]}")
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """Files of two runs that are not alike; of the training state all tensors and numbers."""
+    import torch
+
+    found = [name for name in COMPARED if (one / name).exists() and (one / name).read_bytes() != (other / name).read_bytes()]
+    states = [torch.load(next(iter(sorted(folder.glob(pattern))), folder), weights_only=True, map_location="cpu")
+              for folder in (one, other) for pattern in ["**/training_state.pt"]]  # fmt: skip
+    return found + (["training_state.pt"] if not alike(*states) else [])
+
+
+def alike(a, b) -> bool:
+    """Whether two values of a training state are bit for bit the same; the seconds of a run may differ."""
+    import torch
+
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a if key != "seconds")
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(alike, a, b))
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    return type(a) is type(b) and a == b
+
+
+def where(out: Path) -> str:
+    """What a killed run was about, from what lies there."""
+    if any(out.glob(".checkpoint-*")) or any(out.glob(".writing-*")):
+        return "while writing"
+    steps = [int(path.name.partition("-")[2]) for path in out.glob("checkpoint-*")]
+    return f"after checkpoint {max(steps)}" if steps else "before the first checkpoint"
+
+
+def kill_until_done(job: Job, kills: int, seed: int) -> dict:
+    """Kill the run so many times, resume it, compare it. The moments are spread over the time that a whole run takes."""
+    rng = random.Random(f"{seed} {job.method}")
+    started = time.perf_counter()
+    finish(job.start("whole"))
+    span = time.perf_counter() - started
+    out, moments, resumes, done = job.folder / "killed", [], 0, 0
+    for attempt in range(20 * kills):
+        process = job.start("killed", "--resume_from_checkpoint", "latest")
+        resumes += attempt > 0
+        try:
+            # Imports take a part of the time in which a kill proves little: most kills come after them.
+            process.communicate(timeout=rng.uniform(0.5 * span, span) if rng.random() < 0.8 else rng.uniform(0, span))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            moments.append(where(out))
+            done += 1
+            if done < kills:
+                continue
+        else:
+            if process.returncode and "holds a finished model" not in "":
+                finish(process)
+            if done < kills:  # it got through: once more from its middle
+                _rewind(out)
+                continue
+        break
+    finish(job.start("killed", "--resume_from_checkpoint", "latest"))
+    different = differences(job.folder / "whole", out)
+    return {"method": job.method, "kills": done, "resumes": resumes + 1, "where": moments, "equal": not different, "different": different}
+
+
+def _rewind(out: Path) -> None:
+    """Make a finished run one that was killed early: its first whole checkpoint stays."""
+    import shutil
+
+    checkpoints = sorted(out.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+    for path in [*checkpoints[1:], *(path for path in out.iterdir() if path.is_file())]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def make_material(folder: Path) -> tuple[Path, Path]:
+    """A tiny BERT and a tiny SQuAD."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    import conftest
+    import torch
+    from transformers import BertConfig, BertForQuestionAnswering, BertTokenizerFast
+
+    data, model = folder / "squad", folder / "bert"
+    data.mkdir()
+    conftest.make_squad(data / "train-v1.1.json", 60, seed=1)
+    conftest.make_squad(data / "dev-v1.1.json", 20, seed=2)
+    words = conftest.VOCABULARY + [f"[unused{i}]" for i in range(120 - len(conftest.VOCABULARY))]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=120, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+                        max_position_embeddings=64, initializer_range=0.2)  # fmt: skip
+    BertForQuestionAnswering(config).save_pretrained(model)
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(model)
+    return model, data
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=25, help="in all (default: 25)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
+    parser.add_argument("--json", help="file to write the rows to")
+    args = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        material = make_material(Path(name))
+        for place, method in enumerate(METHODS):
+            share = args.kills // len(METHODS) + (place < args.kills % len(METHODS))
+            folder = Path(name) / method
+            folder.mkdir()
+            rows.append(kill_until_done(Job(folder, *material, method), share, args.seed) if share else {})
+            print(json.dumps(rows[-1]), flush=True)
+    print("\n| method | kills | while writing | resumes | bit-equal |\n|---|---|---|---|---|")
+    for row in filter(None, rows):
+        writing = sum(moment == "while writing" for moment in row["where"])
+        print(f"| {row['method']} | {row['kills']} | {writing} | {row['resumes']} | {'yes' if row['equal'] else ', '.join(row['different'])} |")
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1))
+    sys.exit(0 if all(row["equal"] for row in rows if row) else 1)
+
+
+if __name__ == "__main__":
+    main()
