@@ -17,7 +17,18 @@ import sys
 from pathlib import Path
 
 from emmental.loading import LoadError
-from emmental.tables.points import METHODS, TASKS, TEACHER, Options, Point, Step, TableError, find_point, load_points, steps
+from emmental.tables.points import (
+    METHODS,
+    TASKS,
+    TEACHER,
+    Options,
+    Point,
+    Step,
+    TableError,
+    find_point,
+    load_points,
+    steps,
+)
 from emmental.tables.report import headline, run_rows, to_csv, to_markdown
 from emmental.tables.runs import FINISHED, TRAINED, find_runs, run_state
 from emmental.training.args import Parser, TrainingError, one_line_errors
@@ -30,7 +41,9 @@ TAIL = 5  # lines of a failed run's log that are shown
 
 def get_parser() -> Parser:
     parser = Parser(description=__doc__)
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="list | command | run | report | plot", help="what to do")
+    verbs = parser.add_subparsers(
+        dest="verb", required=True, metavar="list | command | run | report | plot", help="what to do"
+    )
 
     def verb(name: str, summary: str):
         sub = verbs.add_parser(name, help=summary, description=summary)
@@ -41,10 +54,18 @@ def get_parser() -> Parser:
     add("--method", choices=METHODS, help="those of one method")
     add("--distil", action="store_true", help="those with a teacher")
     add("--remaining", type=interval, metavar="LOW..HIGH", help="percent of the weights that remain, such as 3..10")
-    for name, summary in ("command", "print the commands of a point"), ("run", "run the commands of points, skipping what is finished"):
+    for name, summary in (
+        ("command", "print the commands of a point"),
+        ("run", "run the commands of points, skipping what is finished"),
+    ):
         add = verb(name, summary)
         add("task", choices=TASKS, help="task of the points")
-        add("points", metavar="POINT", nargs="+" if name == "run" else 1, help="names that `list` shows, such as 10D3, or teacher")
+        add(
+            "points",
+            metavar="POINT",
+            nargs="+" if name == "run" else 1,
+            help="names that `list` shows, such as 10D3, or teacher",
+        )
         add("--model", default="bert-base-uncased", help="pre-trained model: a name on the hub, or a folder")
         add("--data_dir", help="folder of the data; without it they come from the hub")
         add("--runs_dir", "--output_dir", default="runs", help="where the runs go, each in a folder <task>/<point>")
@@ -79,7 +100,12 @@ def list_points(args) -> None:
             args.task in (None, point.task)
             and args.method in (None, point.method)
             and (point.distil or not args.distil)
-            and (point.remaining is None and not args.remaining or point.remaining is not None and low - 0.5 <= point.remaining <= high + 0.5)
+            and (
+                point.remaining is None
+                and not args.remaining
+                or point.remaining is not None
+                and low - 0.5 <= point.remaining <= high + 0.5
+            )
         ):
             print(f"| {point.task} | {point.name} | {describe(point)} | "
                   f"{'' if point.remaining is None else f'{point.remaining:.1f}'} | "
@@ -94,21 +120,33 @@ def options_of(args, extra: list[str]) -> Options:
     if args.nproc < 1:
         raise TableError(f"--nproc must be at least 1, got {args.nproc}")
     return Options(
-        args.model, args.data_dir, args.runs_dir, args.teacher, args.seed, args.scale, args.nproc, args.task_name, tuple(extra)
+        args.model,
+        args.data_dir,
+        args.runs_dir,
+        args.teacher,
+        args.seed,
+        args.scale,
+        args.nproc,
+        args.task_name,
+        tuple(extra),
     )
 
 
 def plan(args, extra: list[str]) -> list[Step]:
     """The steps of all points asked for, each once, in an order in which teachers come first."""
     options = options_of(args, extra)
-    return list({step.output_dir: step for name in args.points for step in steps(find_point(args.task, name), options)}.values())
+    return list(
+        {step.output_dir: step for name in args.points for step in steps(find_point(args.task, name), options)}.values()
+    )
 
 
 def run(args, extra: list[str]) -> None:
     """Raises TrainingError when a run fails."""
     planned = plan(args, extra)
     # A run with other settings ends this before it begins; a teacher that is there serves as it is, unless it was asked for.
-    wanted = [{} if step.output_dir.name == TEACHER and TEACHER not in args.points else step.settings for step in planned]
+    wanted = [
+        {} if step.output_dir.name == TEACHER and TEACHER not in args.points else step.settings for step in planned
+    ]
     states = [run_state(step.output_dir, settings) for step, settings in zip(planned, wanted, strict=True)]
     for number, (step, state) in enumerate(zip(planned, states, strict=True), 1):
         label = f"[{number}/{len(planned)}] {step.output_dir}"
@@ -117,22 +155,36 @@ def run(args, extra: list[str]) -> None:
             continue
         flags = [*step.flags, "--resume_from_checkpoint", "latest"]
         if state == TRAINED:  # and not evaluated
-            flags = [*(flag for flag in step.flags if flag != "--do_train"), "--model_name_or_path", str(step.output_dir)]
+            flags = [
+                *(flag for flag in step.flags if flag != "--do_train"),
+                "--model_name_or_path",
+                str(step.output_dir),
+            ]
         print(f"{label}: {shlex.join([*step.words[: -len(step.flags)], *flags])}", flush=True)
         log = step.output_dir.with_name(step.output_dir.name + ".log")
         log.parent.mkdir(parents=True, exist_ok=True)
-        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(step.processes)] if step.processes > 1 else []
+        launcher = (
+            ["-m", "torch.distributed.run", "--nproc_per_node", str(step.processes)] if step.processes > 1 else []
+        )
         with log.open("ab") as out:
             command = [sys.executable, *launcher, str(ROOT / step.script), *flags]
             status = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT).returncode
         if status:
-            raise TrainingError(f"{step.output_dir} failed: {reason(log)} (see {log}; the same command goes on where it stopped)")
+            raise TrainingError(
+                f"{step.output_dir} failed: {reason(log)} (see {log}; the same command goes on where it stopped)"
+            )
         print(f"{label}: done, see {log}", flush=True)
 
 
 def reason(log: Path) -> str:
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines() if line.strip()]
-    return next((line.partition("error: ")[2] for line in reversed(lines) if "error: " in line), "; ".join(lines[-TAIL:]))
+    lines = [
+        line
+        for line in log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines()
+        if line.strip()
+    ]
+    return next(
+        (line.partition("error: ")[2] for line in reversed(lines) if "error: " in line), "; ".join(lines[-TAIL:])
+    )
 
 
 def report(args) -> None:

@@ -163,7 +163,12 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--densities", type=fraction, nargs="*", default=[0.15, 0.1, 0.06, 0.03],
         help="of the random BERTs (default: 0.15 0.1 0.06 0.03)")  # fmt: skip
-    add("--models", nargs="*", default=[], help="folders of fine-pruned checkpoints, masked or bertarized, to measure too")
+    add(
+        "--models",
+        nargs="*",
+        default=[],
+        help="folders of fine-pruned checkpoints, masked or bertarized, to measure too",
+    )
     add("--batches", type=positive, nargs="+", default=[1, 8, 32], help="default: 1 8 32")
     add("--lengths", type=positive, nargs="+", default=[32, 128, 384], help="in tokens (default: 32 128 384)")
     add("--layers", type=positive, default=12, help="of the random BERTs (default: 12)")

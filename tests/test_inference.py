@@ -151,7 +151,9 @@ def test_a_sequence_without_tokens(tiny_config, kernel):
     given = inputs(2, 6)
     given["attention_mask"][1] = 0
     with torch.inference_mode():
-        torch.testing.assert_close(sparsify(model, kernel)(**given).start_logits, model(**given).start_logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            sparsify(model, kernel)(**given).start_logits, model(**given).start_logits, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_with_and_without_gradients(tiny_config, kernel):
@@ -182,7 +184,11 @@ def test_gelu_of_the_kernel():
     found = run.leave(run.product(identity, run.enter(x), "inner", activation="gelu"))
     expected = F.gelu(x.double()).float()
     assert (found - expected).abs().max() < 1e-6
-    assert run.leave(run.product(identity, run.enter(torch.full((1, 96, 11), torch.nan)), "inner", activation="gelu")).isnan().all()
+    assert (
+        run.leave(run.product(identity, run.enter(torch.full((1, 96, 11), torch.nan)), "inner", activation="gelu"))
+        .isnan()
+        .all()
+    )
 
 
 def test_threads(tiny_config):
@@ -221,7 +227,9 @@ def test_several_threads_of_torch_agree(tiny_config):
 
 
 def affine(rows, columns, rng):
-    return Affine(csr_array(rng.normal(size=(rows, columns)).astype(np.float32)), rng.normal(size=rows).astype(np.float32))
+    return Affine(
+        csr_array(rng.normal(size=(rows, columns)).astype(np.float32)), rng.normal(size=rows).astype(np.float32)
+    )
 
 
 def empty(layer, field, rows=(), columns=()):
@@ -250,7 +258,9 @@ def test_what_compaction_drops():
     np.testing.assert_allclose(found.output.bias, folded, rtol=1e-5)
     assert found.first.weight.shape == (9, 8) and found.second.weight.shape == (8, 9)
     gelu = F.gelu(torch.tensor(layer.first.bias[3])).item()
-    np.testing.assert_allclose(found.second.bias, layer.second.bias + layer.second.weight.toarray()[:, 3] * gelu, rtol=1e-4)
+    np.testing.assert_allclose(
+        found.second.bias, layer.second.bias + layer.second.weight.toarray()[:, 3] * gelu, rtol=1e-4
+    )
     assert layer.query.weight.shape == (8, 8)
 
 

@@ -55,7 +55,11 @@ def commands(options):
             yield point, step
 
 
-@pytest.mark.parametrize("options", [Options(), Options(scale=0.01, processes=4, seed=7, extra=("--bf16", "--no_cuda"))], ids=["whole", "scaled"])
+@pytest.mark.parametrize(
+    "options",
+    [Options(), Options(scale=0.01, processes=4, seed=7, extra=("--bf16", "--no_cuda"))],
+    ids=["whole", "scaled"],
+)
 def test_every_command_parses_and_passes_the_checks(options, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     number = 0
@@ -73,7 +77,9 @@ def test_every_command_parses_and_passes_the_checks(options, tmp_path, monkeypat
 
 
 def test_scaled_and_shared_commands():
-    (teacher, step) = steps(find_point("mnli", "3D3"), Options(scale=0.1, processes=4, seed=3, task_name="sst-2", extra=("--bf16",)))
+    (teacher, step) = steps(
+        find_point("mnli", "3D3"), Options(scale=0.1, processes=4, seed=3, task_name="sst-2", extra=("--bf16",))
+    )
     args = masked_run_glue.get_parser().parse_args(step.flags)
     assert args.max_steps == round(0.1 * 6 * 392_702 / 32) and args.warmup_steps == 1200
     assert (args.per_gpu_train_batch_size, args.task_name, args.seed, args.bf16) == (8, "sst-2", 3, True)
@@ -88,7 +94,9 @@ def test_scaled_and_shared_commands():
 
 
 def test_settings_of_a_step_are_those_that_the_script_takes():
-    (step,) = steps(find_point("squad", "3D1"), Options(extra=("--learning_rate=1e-4", "--no_cuda", "--seed", "5", "--seed", "6")))
+    (step,) = steps(
+        find_point("squad", "3D1"), Options(extra=("--learning_rate=1e-4", "--no_cuda", "--seed", "5", "--seed", "6"))
+    )
     args = vars(masked_run_squad.get_parser().parse_args(step.flags))
     assert step.flags.count("--learning_rate") == 0  # ours takes the place of the point's
     for name, text in step.settings.items():
@@ -99,8 +107,12 @@ def test_settings_of_a_step_are_those_that_the_script_takes():
 def test_the_paper_between_its_points():
     low, high = find_point("squad", "8E4"), find_point("squad", "13E4")
     middle = (low.remaining + high.remaining) / 2
-    assert paper_value("squad", "f1", "soft movement", True, middle) == pytest.approx((low.metrics["f1"] + high.metrics["f1"]) / 2)
-    assert paper_value("squad", "f1", "soft movement", True, 10) == pytest.approx(84.9, abs=0.05)  # the headline table's
+    assert paper_value("squad", "f1", "soft movement", True, middle) == pytest.approx(
+        (low.metrics["f1"] + high.metrics["f1"]) / 2
+    )
+    assert paper_value("squad", "f1", "soft movement", True, 10) == pytest.approx(
+        84.9, abs=0.05
+    )  # the headline table's
     assert paper_value("squad", "f1", "soft movement", True, 1) is None
 
 
@@ -115,7 +127,9 @@ def test_list(capsys):
 def test_command(capsys):
     paper_tables.main(["command", "qqp", "14C4", "--model", "my bert", "--data_dir", "d", "--output_dir", "o"])
     teacher, student = capsys.readouterr().out.splitlines()
-    assert teacher.startswith("python masked_run_glue.py --model_type bert --model_name_or_path 'my bert' --task_name qqp")
+    assert teacher.startswith(
+        "python masked_run_glue.py --model_type bert --model_name_or_path 'my bert' --task_name qqp"
+    )
     assert "--output_dir o/qqp/teacher" in teacher and "--teacher_name_or_path o/qqp/teacher" in student
 
 
@@ -143,7 +157,16 @@ def settings(tmp_path_factory, tiny_bert, squad_dir):
     """Arguments of `run` that make tiny runs of the points of SQuAD: 11 updates."""
     cache = tmp_path_factory.mktemp("cache")
     own = ["--model", tiny_bert, "--data_dir", squad_dir, "--scale", "0.0002"]
-    short = ["--max_seq_length", "48", "--max_query_length", "16", "--doc_stride", "16", "--per_gpu_train_batch_size", "4"]
+    short = [
+        "--max_seq_length",
+        "48",
+        "--max_query_length",
+        "16",
+        "--doc_stride",
+        "16",
+        "--per_gpu_train_batch_size",
+        "4",
+    ]
     return [*own, "--", *short, "--no_cuda", "--cache_dir", cache, "--save_steps", "5"]
 
 
@@ -172,13 +195,27 @@ def test_a_run_is_made_once(runs, settings, capsys, monkeypatch):
         assert json.loads((runs / "squad" / name / "training_summary.json").read_text())["updates"] in (11, 3)
     tables("run", "squad", "10D3", "--runs_dir", runs, "--teacher", teacher_of(runs), *settings)
     assert "finished already" in capsys.readouterr().out
-    error = refused(capsys, "run", "squad", "10D3", "--runs_dir", runs, "--teacher", teacher_of(runs), *settings, "--learning_rate", "1")
+    error = refused(
+        capsys,
+        "run",
+        "squad",
+        "10D3",
+        "--runs_dir",
+        runs,
+        "--teacher",
+        teacher_of(runs),
+        *settings,
+        "--learning_rate",
+        "1",
+    )
     assert "holds a run with other settings (--learning_rate 3e-05 there, 1 now)" in error
 
 
 def test_a_teacher_serves_as_it_is_unless_asked_for(runs, settings, capsys, monkeypatch):
     started = []
-    monkeypatch.setattr(paper_tables.subprocess, "run", lambda command, **_: started.append(command) or SimpleNamespace(returncode=0))
+    monkeypatch.setattr(
+        paper_tables.subprocess, "run", lambda command, **_: started.append(command) or SimpleNamespace(returncode=0)
+    )
     tables("run", "squad", "3D3", "--runs_dir", runs, *settings, "--learning_rate", "1")
     assert f"{runs}/squad/teacher: finished already" in capsys.readouterr().out
     assert [command[-1] for command in started] == ["latest"] and f"{runs}/squad/3D3" in started[0]
@@ -223,12 +260,17 @@ def test_report(runs, capsys, tmp_path):
     assert movement["metrics"] == f"exact {results['exact']:.2f}, f1 {results['f1']:.2f}"
     state = load_file(runs / "squad" / "10D3" / "model.safetensors")
     sizes = [t.numel() for name, t in state.items() if name.endswith("mask_scores")]
-    assert float(movement["of the Linears %"]) == pytest.approx(100 * sum(int(0.1 * n) for n in sizes) / sum(sizes), abs=0.01)
+    assert float(movement["of the Linears %"]) == pytest.approx(
+        100 * sum(int(0.1 * n) for n in sizes) / sum(sizes), abs=0.01
+    )
     assert float(movement["remaining %"]) == pytest.approx(results["remaining_percent"], abs=0.01)
     assert (movement["seed"], movement["updates"], movement["batch"]) == ("92", "11", "4")
     assert dense["method"] == "dense" and dense["remaining %"] == "100.0"
     assert "threads of" in movement["hardware"]
-    assert "| squad (exact/f1), distilled | paper | 80.4/88.1 | 10% | 70.2/80.1 |" in said or float(movement["remaining %"]) > 12.5
+    assert (
+        "| squad (exact/f1), distilled | paper | 80.4/88.1 | 10% | 70.2/80.1 |" in said
+        or float(movement["remaining %"]) > 12.5
+    )
 
 
 def spoil_results(folder):

@@ -113,14 +113,18 @@ def _check_model(model: nn.Module) -> None:
     if isinstance(encoder, SparseEncoder):
         raise ValueError("this model is sparse already")
     if config.is_decoder or config.add_cross_attention:
-        raise ValueError("sparse inference knows BERT as an encoder; this one is a decoder (is_decoder of its configuration)")
+        raise ValueError(
+            "sparse inference knows BERT as an encoder; this one is a decoder (is_decoder of its configuration)"
+        )
     if any(parameter.dtype != torch.float32 for parameter in encoder.parameters()):
         raise ValueError("sparse inference computes in float32: call float() on the model first")
     if not isinstance(config.hidden_act, str) or config.hidden_act not in ACT2FN:
         raise ValueError(f"unknown hidden_act {config.hidden_act!r} in the configuration of the {name}")
     linears = [block.get_submodule(name) for block in encoder.layer for name in NAMES.values()]
     if odd := {type(linear).__name__ for linear in linears if type(linear) not in (nn.Linear, MaskedLinear)}:
-        raise ValueError(f"the encoder has {', '.join(sorted(odd))} in place of nn.Linear (quantised, adapted): give the plain model")
+        raise ValueError(
+            f"the encoder has {', '.join(sorted(odd))} in place of nn.Linear (quantised, adapted): give the plain model"
+        )
 
 
 def _unfit(model: PreTrainedModel) -> str | None:
@@ -175,7 +179,13 @@ def _sparse_layer(
         limit = csr_below
         if limit is None:  # of a whole matrix, as every compacted one has a shape of its own
             hidden, inner = config.hidden_size, config.intermediate_size
-            shape = (inner, hidden) if affine is layer.first else (hidden, inner) if affine is layer.second else (hidden, hidden)
+            shape = (
+                (inner, hidden)
+                if affine is layer.first
+                else (hidden, inner)
+                if affine is layer.second
+                else (hidden, hidden)
+            )
             limit = measured_limit(backend, *shape)
         return backend.prepare(affine, sparse=affine.weight.nnz < limit * max(1, rows * columns))
 

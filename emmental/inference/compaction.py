@@ -158,7 +158,9 @@ def _multiple(size: int, most: int) -> int:
 
 def _places(sizes: list[int], size: int) -> np.ndarray:
     """Where the rows of heads of these sizes lie when each has room for `size`."""
-    return np.concatenate([np.arange(own) + head * size for head, own in enumerate(sizes)] + [np.zeros(0, int)]).astype(int)
+    return np.concatenate([np.arange(own) + head * size for head, own in enumerate(sizes)] + [np.zeros(0, int)]).astype(
+        int
+    )
 
 
 def _replace(parent: nn.Module, name: str, affine: Affine, *, total: int, rows=None, columns=None) -> None:

@@ -106,7 +106,9 @@ def key_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor |
     """
     if attention_mask is None:
         return None
-    wanted = f"a sparse model takes an attention_mask of batch x length ({batch} x {length}), 1 for tokens and 0 for padding"
+    wanted = (
+        f"a sparse model takes an attention_mask of batch x length ({batch} x {length}), 1 for tokens and 0 for padding"
+    )
     if attention_mask.dtype != torch.bool or attention_mask.dim() != 4 or attention_mask.shape[-1] != length:
         raise ValueError(f"{wanted}, not {list(attention_mask.shape)} of {attention_mask.dtype}")
     first = attention_mask[:, :1, :1]

@@ -42,7 +42,9 @@ def metric_figure(task: str, runs: list[Run]) -> Figure:
     for run in own:
         if run.is_dense:
             axes.axhline(run.metrics[metric], color="black", linewidth=0.8, linestyle="--")
-            axes.annotate("dense (ours)", (0.01, run.metrics[metric]), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
+            axes.annotate(
+                "dense (ours)", (0.01, run.metrics[metric]), xycoords=("axes fraction", "data"), va="bottom", fontsize=8
+            )
     axes.set(xscale="log", xlabel="remaining weights, % of the encoder", ylabel=f"{metric}, %", title=task)
     axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
     axes.legend(fontsize=7)
@@ -80,7 +82,9 @@ def scatter_figure(run: Run) -> Figure:
     for name, layer in layers.items():
         before = first.get_parameter(f"{name}.weight")
         if before.shape != layer.weight.shape:
-            raise LoadError(f"{run.args['model_name_or_path']} is not what {run.folder} was fine-pruned from: {name} has another shape")
+            raise LoadError(
+                f"{run.args['model_name_or_path']} is not what {run.folder} was fine-pruned from: {name} has another shape"
+            )
         for kept in parts:
             places = ((layer.mask != 0) == kept).flatten().nonzero().flatten()
             chosen = places[torch.randperm(len(places), generator=generator)[:share]]

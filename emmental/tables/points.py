@@ -13,8 +13,16 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parents[2] / "paper"
 TASKS = ("squad", "mnli", "qqp")
 METHODS = ("magnitude", "l0", "movement", "soft movement")
-METRICS = {"squad": ("exact", "f1"), "mnli": ("acc_matched", "acc_mismatched"), "qqp": ("acc", "f1")}  # as the scripts name them
-COLUMNS = {"squad": ("exact_match", "f1"), "mnli": ("acc_matched", "acc_mismatched"), "qqp": ("acc", "f1")}  # and the paper
+METRICS = {
+    "squad": ("exact", "f1"),
+    "mnli": ("acc_matched", "acc_mismatched"),
+    "qqp": ("acc", "f1"),
+}  # as the scripts name them
+COLUMNS = {
+    "squad": ("exact_match", "f1"),
+    "mnli": ("acc_matched", "acc_mismatched"),
+    "qqp": ("acc", "f1"),
+}  # and the paper
 EXAMPLES = {"squad": 88_524, "mnli": 392_702, "qqp": 363_846}  # of training; for SQuAD, features of 384 tokens
 SEEDS = {"squad": 92}  # that the paper's sheets name; else the scripts' default
 TEACHER = "teacher"
@@ -45,7 +53,11 @@ class Point:
     @property
     def updates(self) -> int:
         """Of the paper's run."""
-        return round(float(self.settings["num_train_epochs"]) * EXAMPLES[self.task] / int(self.settings["per_gpu_train_batch_size"]))
+        return round(
+            float(self.settings["num_train_epochs"])
+            * EXAMPLES[self.task]
+            / int(self.settings["per_gpu_train_batch_size"])
+        )
 
 
 def load_points(task: str) -> list[Point]:
@@ -57,12 +69,23 @@ def load_points(task: str) -> list[Point]:
         for row in csv.DictReader(file):
             scale = 1 if task == "squad" else 100
             metrics = {
-                name: scale * float(row[column]) for name, column in zip(METRICS[task], COLUMNS[task], strict=True) if row[column]
+                name: scale * float(row[column])
+                for name, column in zip(METRICS[task], COLUMNS[task], strict=True)
+                if row[column]
             }
             remaining = float(row["remaining_weights_pct"]) if row["remaining_weights_pct"] else None
             settings = {flag: row[flag] for flag in FLAGS if row[flag]}
             points.append(
-                Point(task, row["point"], row["method"], bool(row["global_topk"]), bool(row["distil"]), remaining, metrics, settings)
+                Point(
+                    task,
+                    row["point"],
+                    row["method"],
+                    bool(row["global_topk"]),
+                    bool(row["distil"]),
+                    remaining,
+                    metrics,
+                    settings,
+                )
             )
     return points
 
@@ -182,5 +205,14 @@ def _step(point: Point, options: Options, output_dir: Path, teacher: list[str]) 
         flags += [f"--{flag}", value] if f"--{flag}" not in given else []
     flags += ["--global_topk"] if point.global_topk else []
     # A teacher is one for all seeds.
-    flags += [*teacher, "--seed", str(_seed(point, Options() if dense else options)), "--output_dir", str(output_dir), *options.extra]
-    return Step("masked_run_squad.py" if point.task == "squad" else "masked_run_glue.py", flags, output_dir, options.processes)
+    flags += [
+        *teacher,
+        "--seed",
+        str(_seed(point, Options() if dense else options)),
+        "--output_dir",
+        str(output_dir),
+        *options.extra,
+    ]
+    return Step(
+        "masked_run_squad.py" if point.task == "squad" else "masked_run_glue.py", flags, output_dir, options.processes
+    )

@@ -42,7 +42,9 @@ def headline(runs: list[Run]) -> list[list[str]]:
 
 
 def _belongs(run: Run, method: str, distil: bool, level: int) -> bool:
-    return (run.method, run.distil, run.global_topk) == (method, distil, False) and abs(run.remaining / level - 1) <= NEAR
+    return (run.method, run.distil, run.global_topk) == (method, distil, False) and abs(
+        run.remaining / level - 1
+    ) <= NEAR
 
 
 def _cell(runs: list[Run], remaining: bool = True) -> str:

@@ -16,7 +16,13 @@ from .points import METRICS, TableError
 
 FINISHED, TRAINED, BEGUN = "finished", "trained", "begun"
 RESULTS = "eval_results.json"
-METHOD_NAMES = {"magnitude": "magnitude", "l0": "l0", "topK": "movement", "threshold": "movement", "sigmoied_threshold": "soft movement"}
+METHOD_NAMES = {
+    "magnitude": "magnitude",
+    "l0": "l0",
+    "topK": "movement",
+    "threshold": "movement",
+    "sigmoied_threshold": "soft movement",
+}
 COUNT_TOLERANCE = 0.01  # percent points between the recorded and the recounted remaining weights
 
 
@@ -132,7 +138,6 @@ def _recount(run: Run, config: dict, results: dict) -> None:
 def _read(folder: Path, name: str) -> dict:
     path = folder / name
     if not path.exists():
-        checkpoints = any(folder.glob("checkpoint-*"))
         raise RunError(f"it has no {name}: it is not finished, or not of these scripts")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -144,7 +149,11 @@ def _read(folder: Path, name: str) -> dict:
 
 
 def _is_metric(name: str, value) -> bool:
-    return isinstance(value, float) and not name.startswith(("entropy", "remaining", "threshold")) and name.rpartition("_")[2].isalpha()
+    return (
+        isinstance(value, float)
+        and not name.startswith(("entropy", "remaining", "threshold"))
+        and name.rpartition("_")[2].isalpha()
+    )
 
 
 def _means(text: str, value) -> bool:

@@ -13,11 +13,14 @@ import json
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = {
@@ -50,10 +53,19 @@ class Job:
 
     def start(self, name: str, *flags: str, limit: int | None = None) -> subprocess.Popen:
         """Begin the run in the folder `name`; `limit`: the largest file in bytes that it may write."""
-        command = [sys.executable, str(ROOT / "masked_run_squad.py"), *self.flags, "--output_dir", str(self.folder / name), *flags]
+        command = [
+            sys.executable,
+            str(ROOT / "masked_run_squad.py"),
+            *self.flags,
+            "--output_dir",
+            str(self.folder / name),
+            *flags,
+        ]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         limits = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None
-        return subprocess.Popen(command, env=environment, preexec_fn=limits, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return subprocess.Popen(
+            command, env=environment, preexec_fn=limits, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
 
 
 def finish(process: subprocess.Popen) -> None:
@@ -63,19 +75,22 @@ def finish(process: subprocess.Popen) -> None:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """Files of two runs that are not alike; of the training state all tensors and numbers."""
-    import torch
-
-    found = [name for name in COMPARED if (one / name).exists() and (one / name).read_bytes() != (other / name).read_bytes()]
-    states = [torch.load(next(iter(sorted(folder.glob(pattern))), folder), weights_only=True, map_location="cpu")
-              for folder in (one, other) for pattern in ["**/training_state.pt"]]  # fmt: skip
-    return found + (["training_state.pt"] if not alike(*states) else [])
+    """Files of the run `one` that are not alike in `other`; of the training states all tensors and numbers count."""
+    found = [
+        name
+        for name in COMPARED
+        if (one / name).exists()
+        and not ((other / name).exists() and (one / name).read_bytes() == (other / name).read_bytes())
+    ]
+    for path in sorted(one.rglob("training_state.pt")):
+        name = path.relative_to(one)
+        if not (other / name).exists() or not alike(*(torch.load(run / name, weights_only=True) for run in (one, other))):
+            found.append(str(name))
+    return found
 
 
 def alike(a, b) -> bool:
     """Whether two values of a training state are bit for bit the same; the seconds of a run may differ."""
-    import torch
-
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a if key != "seconds")
     if isinstance(a, list | tuple):
@@ -105,7 +120,8 @@ def kill_until_done(job: Job, kills: int, seed: int) -> dict:
         resumes += attempt > 0
         try:
             # Imports take a part of the time in which a kill proves little: most kills come after them.
-            process.communicate(timeout=rng.uniform(0.5 * span, span) if rng.random() < 0.8 else rng.uniform(0, span))
+            moment = rng.uniform(0.5 * span if rng.random() < 0.8 else 0.0, span)
+            _, error = process.communicate(timeout=moment)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
@@ -114,21 +130,26 @@ def kill_until_done(job: Job, kills: int, seed: int) -> dict:
             if done < kills:
                 continue
         else:
-            if process.returncode and "holds a finished model" not in "":
-                finish(process)
+            if process.returncode:
+                raise SystemExit(f"a resumed run failed with status {process.returncode}:\n{error[-2000:]}")
             if done < kills:  # it got through: once more from its middle
                 _rewind(out)
                 continue
         break
     finish(job.start("killed", "--resume_from_checkpoint", "latest"))
     different = differences(job.folder / "whole", out)
-    return {"method": job.method, "kills": done, "resumes": resumes + 1, "where": moments, "equal": not different, "different": different}
+    return {
+        "method": job.method,
+        "kills": done,
+        "resumes": resumes + 1,
+        "where": moments,
+        "equal": not different,
+        "different": different,
+    }
 
 
 def _rewind(out: Path) -> None:
     """Make a finished run one that was killed early: its first whole checkpoint stays."""
-    import shutil
-
     checkpoints = sorted(out.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
     for path in [*checkpoints[1:], *(path for path in out.iterdir() if path.is_file())]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -138,7 +159,6 @@ def make_material(folder: Path) -> tuple[Path, Path]:
     """A tiny BERT and a tiny SQuAD."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     import conftest
-    import torch
     from transformers import BertConfig, BertForQuestionAnswering, BertTokenizerFast
 
     data, model = folder / "squad", folder / "bert"
@@ -173,7 +193,9 @@ def main() -> None:
     print("\n| method | kills | while writing | resumes | bit-equal |\n|---|---|---|---|---|")
     for row in filter(None, rows):
         writing = sum(moment == "while writing" for moment in row["where"])
-        print(f"| {row['method']} | {row['kills']} | {writing} | {row['resumes']} | {'yes' if row['equal'] else ', '.join(row['different'])} |")
+        print(
+            f"| {row['method']} | {row['kills']} | {writing} | {row['resumes']} | {'yes' if row['equal'] else ', '.join(row['different'])} |"
+        )
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1))
     sys.exit(0 if all(row["equal"] for row in rows if row) else 1)
