@@ -12,6 +12,7 @@ the scripts as it is, and wins over the point's own settings: `... --scale 0.04 
 
 import argparse
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -87,9 +88,12 @@ def get_parser() -> Parser:
 def interval(text: str) -> tuple[float, float]:
     low, dots, high = text.partition("..")
     try:
-        return float(low), float(high if dots else low)
+        bounds = float(low), float(high if dots else low)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no interval such as 3..10, in percent") from None
+        bounds = (1.0, 0.0)
+    if not 0 <= bounds[0] <= bounds[1] <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is no interval such as 3..10, in percent")
+    return bounds
 
 
 def list_points(args) -> None:
@@ -143,15 +147,14 @@ def plan(args, extra: list[str]) -> list[Step]:
 def run(args, extra: list[str]) -> None:
     """Raises TrainingError when a run fails."""
     planned = plan(args, extra)
-    # A run with other settings ends this before it begins; a teacher that is there serves as it is, unless it was asked for.
-    wanted = [
-        {} if step.output_dir.name == TEACHER and TEACHER not in args.points else step.settings for step in planned
-    ]
-    states = [run_state(step.output_dir, settings) for step, settings in zip(planned, wanted, strict=True)]
-    for number, (step, state) in enumerate(zip(planned, states, strict=True), 1):
+    # Runs with other settings end this before it begins. A teacher that is there serves, unless it was asked for itself.
+    served = [step.output_dir.name == TEACHER and TEACHER not in args.points for step in planned]
+    states = [run_state(step.output_dir, step.settings, tolerant) for step, tolerant in zip(planned, served, strict=True)]
+    for number, (step, (state, differing)) in enumerate(zip(planned, states, strict=True), 1):
         label = f"[{number}/{len(planned)}] {step.output_dir}"
         if state == FINISHED:
-            print(f"{label}: finished already", flush=True)
+            others = f", with other settings: {'; '.join(differing)}" if differing else ""
+            print(f"{label}: finished already{others}", flush=True)
             continue
         flags = [*step.flags, "--resume_from_checkpoint", "latest"]
         if state == TRAINED:  # and not evaluated
@@ -167,24 +170,24 @@ def run(args, extra: list[str]) -> None:
             ["-m", "torch.distributed.run", "--nproc_per_node", str(step.processes)] if step.processes > 1 else []
         )
         with log.open("ab") as out:
+            begin = out.tell()
             command = [sys.executable, *launcher, str(ROOT / step.script), *flags]
             status = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT).returncode
         if status:
             raise TrainingError(
-                f"{step.output_dir} failed: {reason(log)} (see {log}; the same command goes on where it stopped)"
+                f"{step.output_dir} failed: {reason(log, begin, status)} (see {log}; the same command goes on where it stopped)"
             )
         print(f"{label}: done, see {log}", flush=True)
 
 
-def reason(log: Path) -> str:
-    lines = [
-        line
-        for line in log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines()
-        if line.strip()
-    ]
-    return next(
-        (line.partition("error: ")[2] for line in reversed(lines) if "error: " in line), "; ".join(lines[-TAIL:])
-    )
+def reason(log: Path, begin: int, status: int) -> str:
+    """Why a run failed, from what it wrote into its log from the byte `begin` on."""
+    if status < 0:
+        return f"it was killed by {signal.Signals(-status).name}"
+    text = log.read_bytes()[begin:].decode(errors="replace").replace("\r", "\n")
+    lines = [line for line in text.splitlines() if line.strip()]
+    said = [line.partition("error: ")[2] for line in lines if "error: " in line]
+    return said[-1] if said else "; ".join(lines[-TAIL:])
 
 
 def report(args) -> None:

@@ -185,6 +185,8 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors(LoadError, storage.StorageError):
         if args.hidden % 64:
             raise UsageError("--hidden must be a multiple of 64")
+        if not (args.densities or args.models):
+            raise UsageError("nothing to measure: give --densities or --models")
         models = {folder: load(folder) for folder in args.models}
         for folder, model in models.items():
             if max(args.lengths) > model.config.max_position_embeddings:

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import os
+import pickle
 import threading
 
 import numpy as np
@@ -358,6 +359,26 @@ def test_a_copy_works_and_cannot_be_saved(tiny_config, tmp_path, kernel):
     model.save_pretrained(tmp_path / "dense")
 
 
+def test_eager_attention_and_pickles(tiny_config, kernel):
+    model = build(tiny_config)
+    model.set_attn_implementation("eager")
+    sparse = sparsify(model, kernel)
+    assert_same(model, sparse)
+    del sparse.save_pretrained  # a method of this object alone
+    assert_same(model, pickle.loads(pickle.dumps(sparse)))
+
+
+def test_masked_models_of_other_classes(tiny_config, kernel):
+    class Mine(emmental.MaskedBertForQuestionAnswering):
+        pass
+
+    torch.manual_seed(0)
+    config = MaskedBertConfig(**tiny_config, mask_init="uniform", mask_scale=1.0, threshold=0.1)
+    for model in (Mine(config).eval(), emmental.MaskedBertModel(config, add_pooling_layer=False).eval()):
+        model.update_masks(0.1)
+        assert_same(model, sparsify(model, kernel))
+
+
 def test_a_dense_model_is_told(tiny_config, caplog):
     model = build(tiny_config, density=1.0)
     assert_same(model, sparsify(model))
@@ -369,9 +390,12 @@ def test_a_dense_model_is_told(tiny_config, caplog):
     (lambda m: torch.nn.Linear(2, 2), "this is a Linear"),
     (lambda m: m.half(), r"float\(\)"),
     (lambda m: sparsify(m, "library"), "sparse already"),
+    (lambda m: BertModel(BertConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, hidden_act="prelu")), "parameters of its own"),
+    (lambda m: (setattr(m.config, "hidden_act", "relu"), m)[1], "another activation than hidden_act 'relu'"),
+    (lambda m: (setattr(m.bert.encoder.layer[0].output.dense, "bias", None), m)[1], "Linears without bias"),
     (lambda m: (setattr(m.config, "is_decoder", True), m)[1], "decoder"),
     (lambda m: torch.ao.quantization.quantize_dynamic(m, {torch.nn.Linear}), "quantised|knows BERT"),
-], ids=["distilbert", "linear", "half", "twice", "decoder", "quantised"])  # fmt: skip
+], ids=["distilbert", "linear", "half", "twice", "prelu", "activation", "bias", "decoder", "quantised"])  # fmt: skip
 @pytest.mark.filterwarnings("ignore")
 def test_models_that_it_refuses(tiny_config, spoil, message):
     with pytest.raises(ValueError, match=message):
@@ -399,6 +423,10 @@ def test_calls_that_it_refuses(tiny_config):
     for name in ("output_hidden_states", "output_attentions"):
         with pytest.raises(ValueError, match=f"without {name}"):
             sparse(**given, **{name: True})
+    sparse.bert.encoder.config.output_hidden_states = True
+    with pytest.raises(ValueError, match="without output_hidden_states"):
+        sparse(**given)
+    sparse.bert.encoder.config.output_hidden_states = False
     with pytest.raises(ValueError, match="cannot be trained"):
         sparse.train()(**given)
     with pytest.raises(ValueError, match="float32 on the CPU"):
@@ -448,6 +476,18 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, tiny_config):
 def test_a_cache_folder_that_is_a_file(tmp_path, monkeypatch, tiny_config):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    kernels.load_native.cache_clear()
+    model = build(tiny_config)
+    assert_same(model, sparsify(model))
+    kernels.load_native.cache_clear()
+
+
+def test_no_home(monkeypatch, tiny_config):
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(kernels.Path, "home", nowhere)
     kernels.load_native.cache_clear()
     model = build(tiny_config)
     assert_same(model, sparsify(model))

@@ -13,7 +13,8 @@ import masked_run_glue
 import masked_run_squad
 import paper_tables
 from emmental.tables.points import Options, find_point, load_points, paper_value, steps
-from emmental.tables.runs import METHOD_NAMES
+from emmental.tables.report import headline
+from emmental.tables.runs import METHOD_NAMES, read_run
 from emmental.training.args import check_common_arguments
 
 POINTS = [point for task in ("squad", "mnli", "qqp") for point in load_points(task)]
@@ -95,13 +96,13 @@ def test_scaled_and_shared_commands():
 
 def test_settings_of_a_step_are_those_that_the_script_takes():
     (step,) = steps(
-        find_point("squad", "3D1"), Options(extra=("--learning_rate=1e-4", "--no_cuda", "--seed", "5", "--seed", "6"))
+        find_point("squad", "3D1"), Options(extra=("--learning_rate=1e-4", "--no_cuda", "--save_steps", "5", "--save_steps", "6"))
     )
     args = vars(masked_run_squad.get_parser().parse_args(step.flags))
     assert step.flags.count("--learning_rate") == 0  # ours takes the place of the point's
     for name, text in step.settings.items():
         assert args[name] == (True if text == "True" else type(args[name])(text)), name
-    assert (args["seed"], args["learning_rate"], args["no_cuda"]) == (6, 1e-4, True)
+    assert (args["save_steps"], args["learning_rate"], args["no_cuda"]) == (6, 1e-4, True)
 
 
 def test_the_paper_between_its_points():
@@ -140,6 +141,10 @@ def test_command(capsys):
     (["command", "squad", "10D3", "--nproc", "3"], "choose a divisor"),
     (["command", "squad", "10D3", "--task_name", "rte"], "--task_name is for"),
     (["list", "--remaining", "x"], "no interval"),
+    (["list", "--remaining", "10..3"], "no interval"),
+    (["command", "squad", "10D3", "--scale", "nan"], "--scale must be positive"),
+    (["command", "squad", "10D3", "--seed", "-1"], "--seed must lie in"),
+    (["command", "squad", "10D3", "--", "--output_dir", "x"], "--output_dir is not for the scripts alone"),
     (["report", "nowhere"], "there is no folder nowhere"),
     (["report", ".", "--", "--bf16"], "takes nothing after --"),
     (["plot", "nowhere"], "there is no folder nowhere"),
@@ -217,7 +222,10 @@ def test_a_teacher_serves_as_it_is_unless_asked_for(runs, settings, capsys, monk
         paper_tables.subprocess, "run", lambda command, **_: started.append(command) or SimpleNamespace(returncode=0)
     )
     tables("run", "squad", "3D3", "--runs_dir", runs, *settings, "--learning_rate", "1")
-    assert f"{runs}/squad/teacher: finished already" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{runs}/squad/teacher: finished already, with other settings: --learning_rate 3e-05 there, 1 now" in said
+    error = refused(capsys, "run", "squad", "3D3", "--runs_dir", runs, *settings[:1], runs, *settings[2:])
+    assert "teacher holds a run with other settings (--model_name_or_path" in error
     assert [command[-1] for command in started] == ["latest"] and f"{runs}/squad/3D3" in started[0]
     error = refused(capsys, "run", "squad", "teacher", "--runs_dir", runs, *settings, "--learning_rate", "1")
     assert "teacher holds a run with other settings" in error
@@ -291,6 +299,12 @@ def spoil_weights(folder):
     save_file(state, folder / "model.safetensors", {"format": "pt"})
 
 
+def drop(folder, name):
+    args = json.loads((folder / "training_args.json").read_text())
+    del args[name]
+    (folder / "training_args.json").write_text(json.dumps(args))
+
+
 def spoil_arguments(folder):
     args = json.loads((folder / "training_args.json").read_text()) | {"pruning_method": "magnitude"}
     (folder / "training_args.json").write_text(json.dumps(args))
@@ -300,6 +314,8 @@ def spoil_arguments(folder):
     (spoil_results, "eval_results.json says that 5.0% remain, and its checkpoint holds"),
     (spoil_metric, "eval_results.txt and eval_results.json differ"),
     (spoil_weights, "is not the one that the run ended with"),
+    (lambda folder: drop(folder, "gradient_accumulation_steps"), "its files lack 'gradient_accumulation_steps'"),
+    (lambda folder: drop(folder, "model_name_or_path"), "its files lack 'model_name_or_path'"),
     (spoil_arguments, "training_args.json says magnitude, and config.json topK"),
     (lambda folder: (folder / "eval_results.json").unlink(), "it has no eval_results.json: it is not finished"),
     (lambda folder: (folder / "training_summary.json").write_text("{"), "training_summary.json cannot be read"),
@@ -312,6 +328,19 @@ def test_runs_that_do_not_match_their_files_are_left_out(runs, capsys, spoil, sa
     text = capsys.readouterr().out
     assert f"left out: {runs / 'squad' / '10D3'}: " in text and said in text
     assert "dense" in text and "movement |" not in text.split("left out")[0].split("\n\n")[1]
+
+
+def test_seeds_are_averaged_and_other_settings_stand_apart(runs, capsys):
+    own = runs / "squad" / "10D3"
+    for name, changes in (("seed", {"seed": 1}), ("longer", {"max_steps": 99})):
+        shutil.copytree(own, own.with_name(name))
+        args = json.loads((own / "training_args.json").read_text()) | changes
+        (own.with_name(name) / "training_args.json").write_text(json.dumps(args))
+    found = [read_run(own.with_name(name)) for name in ("10D3", "seed", "longer")]
+    for run, score in zip(found, (10.0, 20.0, 50.0), strict=True):
+        run.metrics, run.remaining = {"exact": score, "f1": score}, 10.0
+    (row,) = [row for row in headline(found) if row[1] == "ours"]
+    assert sorted(row[6].split("; ")) == ["15.0/15.0 (10.0 to 20.0, 2 seeds) at 10.0%", "50.0/50.0 at 10.0%"]
 
 
 def test_a_folder_without_runs(capsys, tmp_path):

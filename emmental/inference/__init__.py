@@ -23,7 +23,7 @@ from ..export import bertarized_config, bertarized_state_dict
 from ..modules.masked_nn import MaskedLinear, masked_layers
 from .compaction import NAMES, compact, compact_model, encoder_of, read_layer
 from .encoder import SparseEncoder, SparseLayer
-from .kernels import BACKENDS, KernelError, Library, Native, fastest, load_native, measured_limit
+from .kernels import BACKENDS, MOST_COLUMNS, KernelError, Library, Native, fastest, load_native, measured_limit
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,6 @@ KERNELS = ("auto", *BACKENDS, "compact")
 NORMS = ("attention.output.LayerNorm", "output.LayerNorm")
 PRUNED = 0.99  # a model with more left than this is called dense
 TRIAL_TOKENS = 128
-MOST_COLUMNS = 2**16  # of a sparse matrix: its column indices have 16 bits
 
 
 def sparsify(model: PreTrainedModel, kernel: str = "auto", csr_below: float | None = None) -> PreTrainedModel:
@@ -67,6 +66,7 @@ def sparsify(model: PreTrainedModel, kernel: str = "auto", csr_below: float | No
         for block in encoder.layer
     ]
     sparse = copy.deepcopy(model, {id(encoder): SparseEncoder(model.config, backend, layers)})
+    sparse.config._attn_implementation = "sdpa"  # the form of mask that SparseEncoder takes
     if kernel != "auto":
         return _finished(sparse)
     compacted = _compacted(model)
@@ -120,7 +120,15 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError("sparse inference computes in float32: call float() on the model first")
     if not isinstance(config.hidden_act, str) or config.hidden_act not in ACT2FN:
         raise ValueError(f"unknown hidden_act {config.hidden_act!r} in the configuration of the {name}")
+    for block in encoder.layer:
+        function = block.intermediate.intermediate_act_fn
+        if isinstance(function, nn.Module) and any(True for _ in function.parameters()):
+            raise ValueError(f"hidden_act {config.hidden_act!r} has parameters of its own, which sparse inference does not know")
+        if type(function) is not type(ACT2FN[config.hidden_act]):
+            raise ValueError(f"the layers have another activation than hidden_act {config.hidden_act!r} of the configuration")
     linears = [block.get_submodule(name) for block in encoder.layer for name in NAMES.values()]
+    if any(linear.bias is None for linear in linears if isinstance(linear, nn.Linear)):
+        raise ValueError("the encoder has Linears without bias: sparse inference knows those of BERT, which have one")
     if odd := {type(linear).__name__ for linear in linears if type(linear) not in (nn.Linear, MaskedLinear)}:
         raise ValueError(
             f"the encoder has {', '.join(sorted(odd))} in place of nn.Linear (quantised, adapted): give the plain model"
@@ -143,10 +151,13 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
     """The model itself, or the plain one that a masked one is with its masks."""
     if not masked_layers(model):
         return model
-    plain_class = getattr(transformers, type(model).__name__.removeprefix("Masked"))
+    names = (kind.__name__.removeprefix("Masked") for kind in type(model).__mro__)
+    plain_class = next(getattr(transformers, name) for name in names if hasattr(transformers, name))
     config = bertarized_config(model.config)
     state = {name: tensor.detach() for name, tensor in bertarized_state_dict(model).items()}
     plain = plain_class.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
+    if getattr(model, "pooler", True) is None:
+        plain.pooler = None
     return plain.to(model.device).train(model.training)
 
 

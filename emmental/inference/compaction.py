@@ -8,6 +8,8 @@ In attention with softmax(Q K^T / sqrt(d)) V, and after it W_O:
 - a head none of whose values is left goes whole.
 In the feed-forward part a neuron goes when its row of W_1 or its column of W_2 is empty; W_2 times the constant
 activation of the former goes to the bias of W_2.
+
+Exact wherever softmax sums to 1: not for a sequence that is nothing but padding, nor under dropout of attention.
 """
 
 from collections.abc import Callable

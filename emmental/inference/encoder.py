@@ -94,7 +94,8 @@ class SparseEncoder(nn.Module):
                 "call sparsify on a model that is on the GPU to have it compacted there"
             )
         given = [name for name in ("past_key_values", "encoder_hidden_states") if kwargs.get(name) is not None]
-        given += [name for name in ("output_attentions", "output_hidden_states") if kwargs.get(name)]
+        asked = ("output_attentions", "output_hidden_states")
+        given += [name for name in asked if kwargs.get(name) or getattr(self.config, name, False)]
         if given:
             raise ValueError(f"a sparse model gives last states only, without {', '.join(given)}: use the dense model")
 

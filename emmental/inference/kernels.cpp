@@ -223,8 +223,6 @@ struct Matrix {
   const float* bias;
 };
 
-int kernel_version() { return 1; }
-
 // y = activation(W x + bias + residual). x [tiles][columns][T], y and residual (or null) [tiles][rows][T].
 void product(const Matrix* w, const float* x, const float* residual, float* y, int64_t tiles, int64_t T, int activate, int threads) {
   const int64_t chunks = (w->rows + CHUNK - 1) / CHUNK;

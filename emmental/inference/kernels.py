@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 BUILD_SECONDS = 120
+LIMITS_FILE = "inference.json"
+MOST_COLUMNS = 2**16  # of a sparse matrix: its column indices have 16 bits
 TRIAL_TOKENS = 128
 TRIAL_DENSITIES = (0.05, 0.3)
 LANES = 16
@@ -78,7 +80,11 @@ class _Matrix(ctypes.Structure):
 
 
 def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emmental"
+    """Where builds and measurements are kept. Raises OSError when there is no home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emmental"
+    except RuntimeError as error:
+        raise OSError(f"there is no home folder ({error})") from error
 
 
 # ------------------------------------------------------------------------------------------- the build
@@ -178,7 +184,10 @@ class Native:
         bias = torch.from_numpy(np.array(affine.bias))
         if not sparse:
             return Matrix(*weight.shape, bias, torch.from_numpy(weight.toarray()))
-        parts = (weight.indptr.astype(np.int32), weight.indices.astype(np.uint16))
+        if weight.shape[1] > MOST_COLUMNS:
+            raise ValueError(f"a sparse matrix has {MOST_COLUMNS:,} columns at most, not {weight.shape[1]:,}")
+        # Unsigned 16 bits in a signed tensor, as torch cannot pickle the unsigned ones.
+        parts = (weight.indptr.astype(np.int32), weight.indices.astype(np.uint16).view(np.int16))
         starts, indices = map(torch.from_numpy, parts)
         return Matrix(*weight.shape, bias, torch.from_numpy(np.array(weight.data)), starts, indices)
 
@@ -233,7 +242,7 @@ class Library:
         if not sparse:
             matrix.weight = matrix.values
         else:  # 32-bit indices: with others MKL would convert at every product
-            matrix.indices = matrix.indices.to(torch.int32)
+            matrix.indices = torch.from_numpy(affine.weight.indices.astype(np.int32))
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
                 matrix.weight = torch.sparse_csr_tensor(
@@ -285,12 +294,11 @@ def measured_limit(backend: type, rows: int, columns: int) -> float:
     CSR is a line through two densities. The result is kept in inference.json of the cache folder.
     """
     key = f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {backend.name}, {rows} x {columns}"
-    file = cache_folder() / "inference.json"
-    known = _read_cache(file)
+    known = _read_cache()
     if key not in known:
         known[key] = round(_measure_limit(backend, rows, columns), 3)
         try:
-            _write_cache(file, known)
+            _write_cache(known)
         except OSError as error:
             logger.info("the measurement is not kept: %s", error)
     return known[key]
@@ -330,15 +338,16 @@ def processor_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def _read_cache(file: Path) -> dict[str, float]:
+def _read_cache() -> dict[str, float]:
     try:
-        known = json.loads(file.read_text())
+        known = json.loads((cache_folder() / LIMITS_FILE).read_text())
         return {key: limit for key, limit in known.items() if isinstance(limit, float) and 0.0 <= limit <= 1.0}
     except (OSError, ValueError, AttributeError):
         return {}
 
 
-def _write_cache(file: Path, known: dict) -> None:
+def _write_cache(known: dict) -> None:
+    file = cache_folder() / LIMITS_FILE
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as aside:
         json.dump(known, aside, indent=1)

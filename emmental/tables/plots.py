@@ -3,9 +3,9 @@
 import math
 from pathlib import Path
 
-import matplotlib
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter
 
 from ..export import remaining_weights
 from ..loading import LoadError, load_masked, load_model
@@ -35,19 +35,25 @@ def metric_figure(task: str, runs: list[Run]) -> Figure:
             if line:
                 axes.plot(*zip(*line, strict=True), color=COLOURS[method], linestyle="-" if distil else ":",
                           label=f"{method}{', distilled' if distil else ''} (paper)")  # fmt: skip
-            ours = [(run.remaining, run.metrics[metric]) for run in own if (run.method, run.distil) == (method, distil)]
+            ours = [
+                (run.remaining, run.metrics[metric])
+                for run in own
+                if (run.method, run.distil, run.global_topk) == (method, distil, False) and metric in run.metrics
+            ]
             if ours:
                 axes.scatter(*zip(*ours, strict=True), color=COLOURS[method], marker="o" if distil else "x", zorder=3,
                              label=f"{method}{', distilled' if distil else ''} (ours)")  # fmt: skip
     for run in own:
-        if run.is_dense:
+        if run.is_dense and metric in run.metrics:
             axes.axhline(run.metrics[metric], color="black", linewidth=0.8, linestyle="--")
             axes.annotate(
                 "dense (ours)", (0.01, run.metrics[metric]), xycoords=("axes fraction", "data"), va="bottom", fontsize=8
             )
     axes.set(xscale="log", xlabel="remaining weights, % of the encoder", ylabel=f"{metric}, %", title=task)
-    axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-    axes.legend(fontsize=7)
+    for axis_formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        axis_formatter(FormatStrFormatter("%g"))
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
     return figure
 
@@ -68,13 +74,14 @@ def layer_figure(run: Run) -> Figure:
 
 @torch.no_grad()
 def scatter_figure(run: Run) -> Figure:
-    """Final weight against pre-trained weight of a sample of weights of all matrices, kept and pruned.
+    """Final weight against pre-trained weight of a sample of weights of all matrices, kept and pruned, and how far
+    each moved away from zero.
 
     Raises LoadError when the pre-trained model is not to be had.
     """
     model = load_masked(str(run.folder))
     head = type(model).__name__.partition("For")[2]
-    first = load_model(run.args["model_name_or_path"], head, masked=False, cache_dir=run.args.get("cache_dir"))
+    first = load_model(run.model, head, masked=False, cache_dir=run.args.get("cache_dir"))
     generator = torch.Generator().manual_seed(0)
     layers = masked_layers(model)
     share = math.ceil(POINTS / len(layers))
@@ -83,20 +90,27 @@ def scatter_figure(run: Run) -> Figure:
         before = first.get_parameter(f"{name}.weight")
         if before.shape != layer.weight.shape:
             raise LoadError(
-                f"{run.args['model_name_or_path']} is not what {run.folder} was fine-pruned from: {name} has another shape"
+                f"{run.model} is not what {run.folder} was fine-pruned from: {name} has another shape"
             )
         for kept in parts:
             places = ((layer.mask != 0) == kept).flatten().nonzero().flatten()
             chosen = places[torch.randperm(len(places), generator=generator)[:share]]
             parts[kept].append(torch.stack([before.flatten()[chosen], layer.weight.flatten()[chosen]]))
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    for axes, kept, colour in zip(panels, (True, False), ("tab:orange", "tab:gray"), strict=True):
-        axes.scatter(*torch.cat(parts[kept], 1).numpy(), s=2, alpha=0.4, color=colour, linewidths=0)
-        axes.axline((0, 0), slope=1, color="black", linewidth=0.6, linestyle=":")
-        axes.axhline(0, color="black", linewidth=0.4)
-        axes.set(xlabel="pre-trained weight", title="kept" if kept else "pruned (its weight before the mask)")
-    panels[0].set_ylabel("final weight")
+    figure = Figure(figsize=(9, 8), layout="constrained")
+    panels = figure.subplots(2, 2, sharex=True, sharey="row")
+    for column, (kept, colour) in enumerate(((True, "tab:orange"), (False, "tab:gray"))):
+        before, after = torch.cat(parts[kept], 1)
+        style = {"s": 2, "alpha": 0.4, "color": colour, "linewidths": 0}
+        above, below = panels[:, column]
+        above.scatter(before.numpy(), after.numpy(), **style)
+        above.axline((0, 0), slope=1, color="black", linewidth=0.6, linestyle=":")
+        above.set(title="kept" if kept else "pruned (its weight before the mask)")
+        below.scatter(before.numpy(), (after.abs() - before.abs()).numpy(), **style)
+        below.set(xlabel="pre-trained weight")
+        for axes in (above, below):
+            axes.axhline(0, color="black", linewidth=0.4)
+    panels[0, 0].set_ylabel("final weight")
+    panels[1, 0].set_ylabel("moved away from zero (below 0: towards it)")
     figure.suptitle(_title(run))
     return figure
 
@@ -110,10 +124,10 @@ def draw(runs: list[Run], folder: Path) -> list[tuple[Path, str | None]]:
     folder.mkdir(parents=True, exist_ok=True)
     outcomes = []
     for task in sorted({run.task for run in runs}):
-        outcomes.append(_save(folder / f"{task}-metric.png", metric_figure, task, runs))
+        outcomes.append(_save(folder / f"{task.replace(chr(47), chr(45))}-metric.png", metric_figure, task, runs))
     for run in runs:
         if not run.is_dense:
-            name = "-".join([run.task, run.folder.name])
+            name = "-".join(run.folder.parts[-2:])
             outcomes.append(_save(folder / f"{name}-layers.png", layer_figure, run))
             outcomes.append(_save(folder / f"{name}-weights.png", scatter_figure, run))
     return outcomes

@@ -33,6 +33,12 @@ FLAGS = (
 )  # fmt: skip
 
 
+OURS = {  # flags that commands, folders and teachers depend on
+    "--output_dir", "--seed", "--teacher_type", "--teacher_name_or_path", "--model_type", "--model_name_or_path",
+    "--task_name", "--data_dir", "--do_train", "--do_eval", "--resume_from_checkpoint",
+}  # fmt: skip
+
+
 class TableError(ValueError):
     """What the user asked of the tables cannot be done; one line, with what to do about it."""
 
@@ -162,8 +168,13 @@ def steps(point: Point, options: Options) -> list[Step]:
 
     Raises TableError for options that do not fit.
     """
-    if options.scale <= 0:
-        raise TableError(f"--scale must be positive, got {options.scale:g}")
+    if not 0 < options.scale <= 1000:
+        raise TableError(f"--scale must be positive and at most 1000, got {options.scale:g}")
+    if options.seed is not None and not 0 <= options.seed < 2**32:
+        raise TableError(f"--seed must lie in [0, 2^32), got {options.seed}")
+    for word in options.extra:
+        if word.partition("=")[0] in OURS:
+            raise TableError(f"{word.partition('=')[0]} is not for the scripts alone: give it, or what decides it, before the --")
     if options.task_name and point.task == "squad":
         raise TableError("--task_name is for points of mnli and qqp")
     task = options.task_name or point.task

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import statistics
 from collections.abc import Iterable
 
@@ -48,13 +49,16 @@ def _belongs(run: Run, method: str, distil: bool, level: int) -> bool:
 
 
 def _cell(runs: list[Run], remaining: bool = True) -> str:
-    """Means over the seeds, with the range of the first metric where there are several."""
-    if not runs:
-        return ""
+    """Means over seeds, with the range of the first metric where there are several; other settings stand apart."""
+    groups = itertools.groupby(sorted(runs, key=lambda run: run.settings), key=lambda run: run.settings)
+    return "; ".join(_seeds(list(group), remaining) for _, group in groups)
+
+
+def _seeds(runs: list[Run], remaining: bool) -> str:
     text = "/".join(f"{statistics.mean(run.metrics[name] for run in runs):.1f}" for name in runs[0].metrics)
     if len(runs) > 1:
         first = [next(iter(run.metrics.values())) for run in runs]
-        text += f" ({min(first):.1f} to {max(first):.1f}, {len(runs)} runs)"
+        text += f" ({min(first):.1f} to {max(first):.1f}, {len(runs)} seeds)"
     return text + (f" at {statistics.mean(run.remaining for run in runs):.1f}%" if remaining else "")
 
 
@@ -85,7 +89,7 @@ def run_rows(runs: list[Run]) -> list[dict]:
         row["paper there"] = ", ".join(f"{name} {value:.2f}" for name, value in paper.items() if value is not None)
         row |= {
             "updates": run.updates, "batch": run.batch, "hours": round(run.seconds / 3600, 2), "hardware": run.hardware,
-            "model": str(run.args["model_name_or_path"]), "folder": str(run.folder),
+            "model": run.model, "folder": str(run.folder),
         }  # fmt: skip
         rows.append(row)
     return rows

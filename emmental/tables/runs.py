@@ -16,6 +16,8 @@ from .points import METRICS, TableError
 
 FINISHED, TRAINED, BEGUN = "finished", "trained", "begun"
 RESULTS = "eval_results.json"
+ESSENTIAL = {"data_dir", "model_name_or_path", "task_name"}
+BARE = {"target_remaining", "regularization", "teacher_name_or_path", "teacher_type"}
 METHOD_NAMES = {
     "magnitude": "magnitude",
     "l0": "l0",
@@ -47,11 +49,14 @@ class Run:
     seconds: float
     hardware: str
     args: dict
+    batch: int = 0  # examples of an update, on one process
+    model: str = ""  # that it began from
 
     @property
-    def batch(self) -> int:
-        """Examples of an update on one process."""
-        return self.args["per_gpu_train_batch_size"] * self.args["gradient_accumulation_steps"]
+    def settings(self) -> tuple:
+        """All that its seed does not decide: runs with the same ones differ by their seeds."""
+        free = FREE_ARGUMENTS - {"model_name_or_path"} | {"seed"}
+        return tuple(sorted((name, str(value)) for name, value in self.args.items() if name not in free))
 
     @property
     def is_dense(self) -> bool:
@@ -94,25 +99,30 @@ def read_run(folder: Path) -> Run:
     text = {}
     try:
         lines = (folder / "eval_results.txt").read_text(encoding="utf-8").splitlines()
-        text = dict(line.split(" = ", 1) for line in lines)
+        text = dict(line.split(" = ", 1) for line in lines if " = " in line)
         config = read_config(str(folder))
     except (OSError, ValueError, LoadError) as error:
         raise RunError(f"it is incomplete: {error}") from error
     if text != {name: str(value) for name, value in results.items()}:
         raise RunError("eval_results.txt and eval_results.json differ")
     try:
-        task = "squad" if "doc_stride" in args else str(args["task_name"]).lower()
+        squad = "squad_v2" if args.get("version_2_with_negative") else "squad"
+        task = squad if "doc_stride" in args else str(args["task_name"]).lower()
         masked = args["model_type"] == "masked_bert"
         names = METRICS.get(task) or tuple(name for name in results if _is_metric(name, results[name]))
-        scale = 1 if task == "squad" else 100
+        scale = 1 if "doc_stride" in args else 100
         metrics = {name: scale * float(results[name]) for name in names}
         method = METHOD_NAMES[args["pruning_method"]] if masked else "dense"
         run = Run(
             folder, task, method, masked and bool(args["global_topk"]), bool(args["teacher_name_or_path"]), int(args["seed"]),
             metrics, 100.0, 100.0, int(summary["updates"]), float(summary["seconds"]), str(summary["hardware"]), args,
         )  # fmt: skip
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"it is none of these scripts' runs, or of an older version ({error!r})") from error
+        run.batch = int(args["per_gpu_train_batch_size"]) * int(args["gradient_accumulation_steps"])
+        run.model = str(args["model_name_or_path"])
+    except KeyError as error:
+        raise RunError(f"its files lack {error}: it is of another version of these scripts, or of another task") from error
+    except (TypeError, ValueError) as error:
+        raise RunError(f"its files hold what these scripts do not write ({error})") from error
     if not all(math.isfinite(value) for value in metrics.values()) or not metrics:
         raise RunError("its metrics are missing or not finite")
     if (config.get("model_type") == "masked_bert") != masked:
@@ -151,8 +161,8 @@ def _read(folder: Path, name: str) -> dict:
 def _is_metric(name: str, value) -> bool:
     return (
         isinstance(value, float)
-        and not name.startswith(("entropy", "remaining", "threshold"))
-        and name.rpartition("_")[2].isalpha()
+        and not name.startswith(("entropy", "remaining", "threshold", "best_", "HasAns", "NoAns"))
+        and not name.rpartition("_")[2].isdigit()
     )
 
 
@@ -163,28 +173,34 @@ def _means(text: str, value) -> bool:
             return float(text) == value
         except ValueError:
             return False
-    return text.lower() == str(value).lower()
+    return text.removeprefix("./").rstrip("/").lower() == str(value).removeprefix("./").rstrip("/").lower()
 
 
-def run_state(output_dir: Path, settings: dict[str, str]) -> str:
-    """How far the run with these flags (name and text) has come in its folder: FINISHED, TRAINED (not evaluated) or BEGUN.
+def run_state(output_dir: Path, settings: dict[str, str], tolerant: bool = False) -> tuple[str, list[str]]:
+    """How far the run with these flags (name and text) has come in its folder, and which settings differ there.
 
-    Raises TableError when a run with other arguments has been trained there.
+    FINISHED, TRAINED (not evaluated) or BEGUN. Raises TableError when a run with other settings has been trained there;
+    when `tolerant`, only when it is of another model, other data or another task.
     """
     if not all((output_dir / name).is_file() for name in (ARGS_FILE, SUMMARY_FILE, WEIGHTS_FILE)):
-        return BEGUN
+        return BEGUN, []
     try:
         found = _read(output_dir, ARGS_FILE)
     except RunError as error:
         raise TableError(f"{output_dir}: {error}; remove it, or choose another --runs_dir") from error
-    free = FREE_ARGUMENTS - {"data_dir", "model_name_or_path"}
-    differing = [
-        f"--{name} {found.get(name)} there, {text} now"
+    free = FREE_ARGUMENTS - ESSENTIAL
+    differing = {
+        name: f"--{name} {found.get(name)} there, {text} now"
         for name, text in sorted(settings.items())
         if name not in free and not _means(text, found.get(name))
-    ]
-    if differing:
+    }
+    differing |= {  # flags that have no value of their own when they are not given
+        name: f"--{name} {value} there, not given now"
+        for name, value in sorted(found.items())
+        if name not in settings and name not in free and (value is True or (name in BARE and value is not None))
+    }
+    if differing.keys() & ESSENTIAL if tolerant else differing:
         raise TableError(
-            f"{output_dir} holds a run with other settings ({'; '.join(differing)}): choose another --runs_dir"
+            f"{output_dir} holds a run with other settings ({'; '.join(differing.values())}): choose another --runs_dir"
         )
-    return FINISHED if (output_dir / RESULTS).is_file() else TRAINED
+    return (FINISHED if (output_dir / RESULTS).is_file() else TRAINED), list(differing.values())

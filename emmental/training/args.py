@@ -16,6 +16,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ..losses import REGULARIZATIONS
+from ..modules.binarizer import MIN_REMAINING
 from ..modules.masked_nn import MASK_INITS, PRUNING_METHODS, closing_score, has_scores
 from ..schedule import LambdaSteering, plateaus_overlap, usual_lambda
 
@@ -365,6 +366,11 @@ def _check_target(args: argparse.Namespace) -> list[str]:
     problems, wanted = [], STEERED.get(args.pruning_method)
     if not 0 < args.target_remaining < 1:
         problems.append(f"--target_remaining is a fraction and must lie between 0 and 1, got {args.target_remaining}")
+    elif args.pruning_method == "sigmoied_threshold" and args.target_remaining <= 1.2 * MIN_REMAINING:
+        problems.append(
+            f"--target_remaining {args.target_remaining:g}: each matrix keeps {MIN_REMAINING:.1%} at least, so ask for more than "
+            f"{1.2 * MIN_REMAINING:g}"
+        )
     if not wanted:
         methods = " and ".join(STEERED)
         problems.append(f"--target_remaining goes with {methods}; --final_threshold sets what {args.pruning_method} leaves")
@@ -392,7 +398,7 @@ def lambda_steering(args: argparse.Namespace, total_step: int) -> LambdaSteering
 
 def check_plateaus(args: argparse.Namespace, total_step: int) -> list[str]:
     """The problem, if any, that the plateaus of the threshold have with `total_step` updates."""
-    if args.initial_threshold == args.final_threshold:
+    if args.initial_threshold == args.final_threshold and args.target_remaining is None:
         return []  # a constant threshold needs no room to move
     problem = plateaus_overlap(total_step, args.warmup_steps, args.initial_warmup, args.final_warmup)
     return [problem] if problem else []
