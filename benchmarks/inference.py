@@ -22,11 +22,11 @@ import report
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import BertConfig, BertForQuestionAnswering, PreTrainedModel
+from transformers import BertConfig, PreTrainedModel
 
 from emmental import storage
 from emmental.inference import sparsify
-from emmental.inference.compaction import encoder_of
+from emmental.inference.compaction import density, encoder_of
 from emmental.inference.encoder import SparseEncoder
 from emmental.inference.kernels import fastest
 from emmental.loading import LoadError
@@ -36,34 +36,11 @@ HELPS = 1.05  # gains below this are named in the end
 DENSE_SIDES = ("dense", "compiled", "int8")
 
 
-def random_bert(density: float, args: argparse.Namespace) -> PreTrainedModel:
-    """A BERT with weights as at initialisation, and a uniformly random mask over its encoder."""
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(0)
-    config = BertConfig(
-        num_hidden_layers=args.layers,
-        hidden_size=args.hidden,
-        intermediate_size=4 * args.hidden,
-        num_attention_heads=args.hidden // 64,
-    )
-    model = BertForQuestionAnswering(config).eval()
-    with torch.no_grad():
-        for parameter in model.bert.encoder.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(torch.rand(parameter.shape, generator=generator) < density)
-    return model
-
-
 def load(checkpoint: str) -> PreTrainedModel:
     """The plain model of a masked or plain checkpoint. Raises LoadError."""
     architecture, config, state = storage.load_plain(checkpoint)
     model_class = getattr(transformers, architecture)
     return model_class.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32).eval()
-
-
-def density(model: PreTrainedModel) -> float:
-    weights = [module.weight for module in encoder_of(model).modules() if isinstance(module, nn.Linear)]
-    return sum(int(weight.count_nonzero()) for weight in weights) / sum(weight.numel() for weight in weights)
 
 
 def quantised(model: PreTrainedModel) -> Callable:
@@ -122,7 +99,7 @@ def run_group(title: str, models: dict[str, PreTrainedModel], args: argparse.Nam
                 encoder = encoder_of(ours[name])
                 sparse = isinstance(encoder, SparseEncoder)
                 found.append({
-                    "model": name, "batch": batch, "length": length, "left": density(model),
+                    "model": name, "batch": batch, "length": length, "left": density(encoder_of(model)),
                     "kernels": encoder.backend.name if sparse else "compact", **summarise(times, name),
                     "bound": encoder.multiply_adds(length) * ids.numel() / rate if sparse else None,
                     "difference": difference(ours[name], model, ids), "int8 difference": int8,
@@ -204,7 +181,13 @@ def run(args: argparse.Namespace, models: dict[str, PreTrainedModel]) -> None:
     print(f"dense product: {rate / 1e9:.0f} G multiply-adds/s")
     if args.densities:
         title = f"BERT of {args.layers} layers, hidden {args.hidden}, random masks"
-        group = {f"random {left:.0%}": random_bert(left, args) for left in args.densities}
+        size = {
+            "num_hidden_layers": args.layers,
+            "hidden_size": args.hidden,
+            "intermediate_size": 4 * args.hidden,
+            "num_attention_heads": args.hidden // 64,
+        }
+        group = {f"random {left:.0%}": report.random_bert(left, **size) for left in args.densities}
         results["rows"] += run_group(title, group, args, rate)
     for folder, model in models.items():
         results["rows"] += run_group(folder, {folder: model}, args, rate)

@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the benchmark
 
 import torch
 import transformers
+from transformers import BertConfig, BertForQuestionAnswering
 
 from emmental.inference.kernels import processor_name
 from emmental.training import checkpoint
@@ -23,6 +24,18 @@ def machine(device: str = "cpu") -> str:
         f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
     )
+
+
+def random_bert(remaining: float, **size: int) -> BertForQuestionAnswering:
+    """A BERT, base or of another `size`, with weights as at initialisation and a uniformly random mask over its encoder."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    model = BertForQuestionAnswering(BertConfig(**size)).eval()
+    with torch.no_grad():
+        for parameter in model.bert.encoder.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(torch.rand(parameter.shape, generator=generator) < remaining)
+    return model
 
 
 def print_table(title: str, columns: list[str], rows: list[list]) -> None:

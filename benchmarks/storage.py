@@ -17,7 +17,7 @@ from pathlib import Path
 import report
 import torch
 import transformers
-from transformers import BertConfig, BertForQuestionAnswering, BertTokenizerFast
+from transformers import BertTokenizerFast
 
 import saving_prunebert
 from emmental import storage
@@ -28,17 +28,9 @@ MB = 1e6
 BITS = (32, 16, 8, 6, 5, 4)
 
 
-def random_bert(folder: Path, remaining: float) -> None:
-    """A BERT-base with weights as at initialisation, and a uniformly random mask over its encoder."""
-    generator = torch.Generator().manual_seed(0)
-    torch.manual_seed(0)
-    model = BertForQuestionAnswering(BertConfig())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".encoder." in name and parameter.dim() == 2:
-                kept = torch.rand(parameter.shape, generator=generator) < remaining
-                parameter.mul_(kept)
-    model.save_pretrained(folder)
+def save_random_bert(folder: Path, remaining: float) -> None:
+    """A random BERT-base and a tokenizer, as a checkpoint."""
+    report.random_bert(remaining).save_pretrained(folder)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(1000))]
     BertTokenizerFast(vocab={word: place for place, word in enumerate(words)}).save_pretrained(folder)
 
@@ -151,7 +143,7 @@ def run(args: argparse.Namespace) -> None:
     print(results["machine"])
     for remaining in args.remaining:
         with tempfile.TemporaryDirectory() as folder:
-            random_bert(Path(folder), remaining)
+            save_random_bert(Path(folder), remaining)
             rows = results[f"random, {remaining:.2%}"] = measure(Path(folder), None)
         show(f"BERT-base, random weights, uniformly random mask, {remaining:.2%} remaining", rows)
     if args.model:

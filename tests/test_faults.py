@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 from stress import kill_resume
+from test_masked_run_squad import SHORT
 
 from emmental.training import checkpoint, loop
 
@@ -21,19 +22,9 @@ def run(tmp_path, tiny_bert, squad_dir):
 
     def run_squad(*flags, output="out"):
         out = tmp_path / output
-        short = [
-            "--max_seq_length",
-            "48",
-            "--max_query_length",
-            "16",
-            "--doc_stride",
-            "16",
-            "--per_gpu_train_batch_size",
-            "4",
-        ]
         masked_run_squad.main([
             "--model_type", "masked_bert", "--model_name_or_path", str(tiny_bert), "--data_dir", str(squad_dir), "--do_lower_case",
-            "--output_dir", str(out), "--cache_dir", str(tmp_path / "cache"), *short, *TOPK, *TRAIN, *flags,
+            "--output_dir", str(out), "--cache_dir", str(tmp_path / "cache"), *SHORT, *TOPK, *TRAIN, *flags,
         ])  # fmt: skip
         return out
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_masked_run_squad import SHORT
 
 import masked_run_glue
 import masked_run_squad
@@ -96,7 +97,8 @@ def test_scaled_and_shared_commands():
 
 def test_settings_of_a_step_are_those_that_the_script_takes():
     (step,) = steps(
-        find_point("squad", "3D1"), Options(extra=("--learning_rate=1e-4", "--no_cuda", "--save_steps", "5", "--save_steps", "6"))
+        find_point("squad", "3D1"),
+        Options(extra=("--learning_rate=1e-4", "--no_cuda", "--save_steps", "5", "--save_steps", "6")),
     )
     args = vars(masked_run_squad.get_parser().parse_args(step.flags))
     assert step.flags.count("--learning_rate") == 0  # ours takes the place of the point's
@@ -162,17 +164,7 @@ def settings(tmp_path_factory, tiny_bert, squad_dir):
     """Arguments of `run` that make tiny runs of the points of SQuAD: 11 updates."""
     cache = tmp_path_factory.mktemp("cache")
     own = ["--model", tiny_bert, "--data_dir", squad_dir, "--scale", "0.0002"]
-    short = [
-        "--max_seq_length",
-        "48",
-        "--max_query_length",
-        "16",
-        "--doc_stride",
-        "16",
-        "--per_gpu_train_batch_size",
-        "4",
-    ]
-    return [*own, "--", *short, "--no_cuda", "--cache_dir", cache, "--save_steps", "5"]
+    return [*own, "--", *SHORT, "--no_cuda", "--cache_dir", cache, "--save_steps", "5"]
 
 
 def tables(verb, *words):

@@ -21,7 +21,7 @@ from transformers.activations import ACT2FN
 
 from ..export import bertarized_config, bertarized_state_dict
 from ..modules.masked_nn import MaskedLinear, masked_layers
-from .compaction import NAMES, compact, compact_model, encoder_of, read_layer
+from .compaction import NAMES, compact, compact_model, density, encoder_of, read_layer
 from .encoder import SparseEncoder, SparseLayer
 from .kernels import BACKENDS, MOST_COLUMNS, KernelError, Library, Native, fastest, load_native, measured_limit
 
@@ -52,9 +52,9 @@ def sparsify(model: PreTrainedModel, kernel: str = "auto", csr_below: float | No
     if unfit and kernel in BACKENDS:
         raise ValueError(f"kernel {kernel!r} cannot be used: {unfit}; choose auto or compact")
     model = _plain(model)
-    density = _density(encoder_of(model))
-    if density > PRUNED:
-        logger.warning("%.0f%% of the encoder's weights are left: nothing is gained by sparse inference", 100 * density)
+    left = density(encoder_of(model))
+    if left > PRUNED:
+        logger.warning("%.0f%% of the encoder's weights are left: nothing is gained by sparse inference", 100 * left)
     if kernel == "compact" or unfit:
         if unfit:
             logger.warning("%s: compaction only, with dense products", unfit)
@@ -71,7 +71,7 @@ def sparsify(model: PreTrainedModel, kernel: str = "auto", csr_below: float | No
         return _finished(sparse)
     compacted = _compacted(model)
     gain = _gain(compacted, sparse)
-    logger.info("%s kernels: %.2f times as fast as dense products, at %.1f%% left", backend.name, gain, 100 * density)
+    logger.info("%s kernels: %.2f times as fast as dense products, at %.1f%% left", backend.name, gain, 100 * left)
     return _finished(sparse) if gain > 1.0 else compacted
 
 
@@ -123,9 +123,13 @@ def _check_model(model: nn.Module) -> None:
     for block in encoder.layer:
         function = block.intermediate.intermediate_act_fn
         if isinstance(function, nn.Module) and any(True for _ in function.parameters()):
-            raise ValueError(f"hidden_act {config.hidden_act!r} has parameters of its own, which sparse inference does not know")
+            raise ValueError(
+                f"hidden_act {config.hidden_act!r} has parameters of its own, which sparse inference does not know"
+            )
         if type(function) is not type(ACT2FN[config.hidden_act]):
-            raise ValueError(f"the layers have another activation than hidden_act {config.hidden_act!r} of the configuration")
+            raise ValueError(
+                f"the layers have another activation than hidden_act {config.hidden_act!r} of the configuration"
+            )
     linears = [block.get_submodule(name) for block in encoder.layer for name in NAMES.values()]
     if any(linear.bias is None for linear in linears if isinstance(linear, nn.Linear)):
         raise ValueError("the encoder has Linears without bias: sparse inference knows those of BERT, which have one")
@@ -159,11 +163,6 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
     if getattr(model, "pooler", True) is None:
         plain.pooler = None
     return plain.to(model.device).train(model.training)
-
-
-def _density(encoder: nn.Module) -> float:
-    weights = [module.weight for module in encoder.modules() if isinstance(module, nn.Linear)]
-    return sum(int(weight.count_nonzero()) for weight in weights) / max(1, sum(weight.numel() for weight in weights))
 
 
 def _backend(kernel: str) -> type:

@@ -189,3 +189,9 @@ def _spread(array: np.ndarray, places: np.ndarray, total: int) -> np.ndarray:
 
 def encoder_of(model: PreTrainedModel) -> nn.Module:
     return (model if isinstance(model, BertModel) else model.bert).encoder
+
+
+def density(encoder: nn.Module) -> float:
+    """The fraction of weights of its Linears that are not zero, in [0, 1]."""
+    weights = [module.weight for module in encoder.modules() if isinstance(module, nn.Linear)]
+    return sum(int(weight.count_nonzero()) for weight in weights) / max(1, sum(weight.numel() for weight in weights))

@@ -11,10 +11,6 @@
 #include <algorithm>
 #include <vector>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 namespace {
 
 constexpr int LANES = 16;  // floats of a vector: one register of AVX-512, two of AVX2, four of NEON
