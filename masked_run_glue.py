@@ -100,7 +100,7 @@ def load_task(args: argparse.Namespace, source: str) -> tuple[glue.Task, dict]:
         splits += task.evaluation_splits if evaluating else ()
         splits += task.submissions if args.do_predict else ()
         if args.data_dir:
-            return task, {split: glue.read_examples(task, args.data_dir, split) for split in splits}
+            return task, {split: glue.read_examples(task, args.data_dir, split, args.cache_dir) for split in splits}
         return task, {split: glue.load_hub_examples(task, split, args.cache_dir) for split in splits}
 
     labels, examples = None, {}
@@ -117,6 +117,7 @@ def load_task(args: argparse.Namespace, source: str) -> tuple[glue.Task, dict]:
             label_column=None if split == "test" else args.label_column,
             labels=labels,
             regression=args.regression,
+            cache_dir=args.cache_dir,
         )
     return glue.custom_task(labels), examples
 

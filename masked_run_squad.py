@@ -93,7 +93,7 @@ def data_file(args: argparse.Namespace, split: str) -> Path | None:
 def load_examples(args: argparse.Namespace, split: str):
     file = data_file(args, split)
     if file:
-        return squad.read_examples(file, args.version_2_with_negative, unique_ids=split == "predict")
+        return squad.read_examples(file, args.version_2_with_negative, unique_ids=split == "predict", cache_dir=args.cache_dir)
     hub_split = "train" if split == "train" else "validation"
     return squad.load_hub_examples(hub_split, args.version_2_with_negative, args.cache_dir)
 
@@ -206,10 +206,10 @@ def run(args: argparse.Namespace, given: set[str]) -> dict[str, float | str]:
         with world.main_first():
             train_examples, skipped = squad.drop_misaligned(load_examples(args, "train"))
             if skipped:
-                shown = skipped if args.verbose_logging else skipped[:5]
+                shown = [squad.shown(id_) for id_ in (skipped if args.verbose_logging else skipped[:5])]
                 logger.warning(
                     "%d training questions skipped, their answer_start does not match their text: %s%s",
-                    len(skipped), ", ".join(shown), "" if shown == skipped else ", ... (all with --verbose_logging)",
+                    len(skipped), ", ".join(shown), "" if len(shown) == len(skipped) else ", ... (all with --verbose_logging)",
                 )  # fmt: skip
             if not len(train_examples):
                 raise UsageError("no training question is usable: see the warning above")

@@ -1,12 +1,15 @@
-"""What the features of every task share: their cache on disk, ragged columns, and the padding of a batch.
+"""What the data of every task share: the cache on disk, limits, ragged columns, and the padding of a batch.
 
-Features are cached under a hash of all that they depend on, so a cache is never stale and is never named
-by the user. A cache that cannot be read is built again, and one that cannot be written is done without.
+Examples and features are Arrow files, read through a memory map: however large a data set is, what is in memory is
+the part in use. They are cached under a hash of all that they depend on, so a cache is never stale and is never
+named by the user. A cache that cannot be read is built again, and one that cannot be written is done without: the
+data are then held in memory.
 """
 
 import copy
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -21,6 +24,23 @@ import torch
 from datasets import Dataset
 
 logger = logging.getLogger(__name__)
+
+BATCH = 1000  # rows worked on at a time
+MAX_TEXT = 10_000_000  # characters of a text; a tokenizer takes some hundred bytes for each
+
+
+def shown(text, longest=60):
+    """A text as Python writes it, cut to so many characters, for a message."""
+    return repr(text if len(text) <= longest else f"{text[: longest - 3]}...")
+
+
+def why_no_text(text):
+    """What is wrong with a string as a text of an example; None for nothing."""
+    if len(text) > MAX_TEXT:
+        return f"has {len(text):,} characters, and {MAX_TEXT:,} are the most that can be worked on; split it"
+    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+        return "holds half a surrogate pair, which is no text; correct it"
+    return None
 
 
 def one_line(error):
@@ -80,6 +100,29 @@ def content_hash(settings, batches):
     return digest.hexdigest()
 
 
+def stored_rows(rows, features, *, name, cache_dir):
+    """The examples that the iterator `rows()` yields, dictionaries with the columns of `features`, as a `Dataset`.
+
+    They are stored in `<cache_dir>/movement_pruning/<name>-<hash of them>.arrow`. What `rows()` raises is raised, and
+    leaves nothing behind.
+    """
+    schema = features.arrow_schema
+
+    def batches():
+        return (pa.RecordBatch.from_pylist(batch, schema) for batch in _batched(rows(), BATCH))
+
+    def write(path):
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
+            for batch in batches():
+                stream.write_batch(batch)
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        return path.parent.parent / f"{name}-{digest}.arrow"
+
+    stored = _store(_root(cache_dir) / name, write, Dataset.from_file)
+    return Dataset(pa.Table.from_batches(batches(), schema)) if stored is None else stored
+
+
 def cached_map(
     examples, featurize, columns, *,
     name, key, is_complete, num_proc, cache_dir, overwrite_cache, with_indices=False,
@@ -90,28 +133,49 @@ def cached_map(
     where `key` is the hash of all that they depend on. `is_complete(features)` tells whether what was found
     there is whole. `num_proc` processes give the same rows as one.
     """
-    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "movement_pruning" / f"{name}-{key}"
-    features = None if overwrite_cache else _load(folder, is_complete)
-    if features is None:
-        features = examples.map(
+
+    def build(**where):
+        return examples.map(
             featurize,
             batched=True,
+            batch_size=BATCH,
+            writer_batch_size=BATCH,
             with_indices=with_indices,
             input_columns=columns,
             num_proc=min(num_proc, len(examples)) if num_proc > 1 else None,
-            keep_in_memory=True,  # `map` has a cache of its own, which must not come between
             new_fingerprint=key,
             desc=f"{name} features",
+            **where,
         )
-        features = _save(features, folder)
-    return features
+
+    def write(folder):
+        parts = folder.with_name("parts")
+        parts.mkdir()
+        _save_quietly(build(cache_file_name=str(parts / "features.arrow"), load_from_cache_file=False), folder)
+        return target
+
+    target = _root(cache_dir) / f"{name}-{key}"
+    features = None if overwrite_cache else _load(target, is_complete)
+    if features is None:
+        features = _store(target, write, Dataset.load_from_disk)
+    return build(keep_in_memory=True) if features is None else features
+
+
+def _root(cache_dir):
+    return Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "movement_pruning"
+
+
+def _batched(rows, size):
+    rows = iter(rows)
+    while batch := list(itertools.islice(rows, size)):
+        yield batch
 
 
 def _load(folder, is_complete):
-    if not os.path.exists(folder):
+    if not folder.exists():
         return None
     try:
-        features = Dataset.load_from_disk(folder)
+        features = Dataset.load_from_disk(str(folder))
         if is_complete(features):
             return features
         reason = "it is incomplete"
@@ -121,17 +185,22 @@ def _load(folder, is_complete):
     return None
 
 
-def _save(features, folder):
-    aside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp")
+def _store(place, write, load):
+    """Load what `write(path)` makes aside, once it has been moved to where `write` says; None where it cannot be written.
+
+    place: about where it goes, in the same folder.
+    """
+    aside = place.with_name(f"{place.name}.{uuid.uuid4().hex}.tmp")
     try:
-        _save_quietly(features, aside / "new")
-        if folder.exists():
-            os.rename(folder, aside / "old")
-        os.rename(aside / "new", folder)
-        return Dataset.load_from_disk(folder)
+        aside.mkdir(parents=True)
+        target = write(aside / "new")
+        if target.exists():
+            os.rename(target, aside / "old")
+        os.rename(aside / "new", target)
+        return load(str(target))
     except OSError as error:
-        warn_once(f"cannot write the feature cache in {folder.parent} ({error.strerror or error}); going on without")
-        return features
+        warn_once(f"cannot write the cache in {place.parent} ({error.strerror or error}); going on without")
+        return None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

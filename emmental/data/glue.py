@@ -30,7 +30,18 @@ from scipy.special import entr, softmax
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from emmental.data.features import cached_map, content_hash, fast_backend, one_line, pad_batch, ragged
+from emmental.data.features import (
+    BATCH,
+    cached_map,
+    content_hash,
+    fast_backend,
+    one_line,
+    pad_batch,
+    ragged,
+    shown,
+    stored_rows,
+    why_no_text,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -163,23 +174,27 @@ def _listed(names):
 # ---------------------------------------------------------------------------------------- examples
 
 
-def read_examples(task, data_dir, split):
+def read_examples(task, data_dir, split, cache_dir=None):
     """Read and check the file of a split (one of `task.splits`) in GLUE's original layout.
 
-    Returns a `Dataset` in memory with the columns index (int64: the test file's own, else the number of the
+    Returns a `Dataset` with the columns index (int64: the test file's own, else the number of the
     row from 0), text_a, text_b (None where the task has single sentences) and, but for test splits, label
-    (int64 index into `task.labels`; float64 for a regression). Rows of QQP with too few fields are skipped,
-    save in the test file, where every index needs a prediction: there a missing text is empty.
+    (int64 index into `task.labels`; float64 for a regression), stored beside the features. Rows of QQP with too few
+    fields are skipped, save in the test file, where every index needs a prediction: there a missing text is empty.
     Raises `GlueError` for whatever is wrong with the file.
     """
     path, labelled = _split_file(task, data_dir, split), split not in task.submissions
+    return _stored(functools.partial(_examples, task, path, labelled), path, labelled, task.is_regression, cache_dir)
+
+
+def _examples(task, path, labelled):
     rows = _tsv_rows(path)
     header = task.headerless if labelled and task.headerless else _header(path, rows)
     wanted = (*task.text_columns, *((task.label_column,) if labelled else ()))
     places = _places(path, header, wanted)
     index_place = next((header.index(name) for name in ("index", "id") if name in header and not labelled), None)
     parse_label = _label_parser(task)
-    columns, short, long = collections.defaultdict(list), [], []
+    count, short, long = 0, [], []
     for line, fields in rows:
         where = f"{path}:{line}"
         if fields == [""] != header:
@@ -193,20 +208,25 @@ def read_examples(task, data_dir, split):
             if labelled:
                 continue
             fields += [""] * (len(header) - len(fields))
-        index = len(columns["index"]) if index_place is None else _index(fields[index_place], where)
-        columns["index"].append(index)
-        texts = [fields[place] for place in places]
+        values = [fields[place] for place in places]
+        example = {"index": count if index_place is None else _index(fields[index_place], where)}
         if labelled:
-            columns["label"].append(parse_label(texts.pop(), where))
-        columns["text_a"].append(texts[0])
-        columns["text_b"].append(texts[1] if len(texts) > 1 else None)
+            example["label"] = parse_label(values.pop(), where)
+        yield example | _texts(values, wanted, where)
+        count += 1
     for lines, what in (
         (short, f"too few fields, which {'are skipped' if labelled else 'get empty texts'}"),
         (long, "too many fields, of which the last are ignored"),
     ):
         if lines:
             logger.warning(f"{path}: rows with {what}: {len(lines)} (the first in line {lines[0]})")
-    return _dataset(columns, path)
+
+
+def _texts(texts, columns, where):
+    for text, column in zip(texts, columns):
+        if problem := why_no_text(text):
+            raise GlueError(f"{where}: {column} {problem}")
+    return {"text_a": texts[0], "text_b": texts[1] if len(texts) > 1 else None}
 
 
 def load_hub_examples(task, split, cache_dir=None):
@@ -223,19 +243,20 @@ def load_hub_examples(task, split, cache_dir=None):
         raise GlueError(
             f"{where}: cannot be loaded from the hub ({one_line(error)}); pass local files with --data_dir"
         ) from error
-    texts = [list(hub[column]) for column in task.hub_columns or task.text_columns]
-    columns = {"text_a": texts[0], "text_b": texts[1] if len(texts) > 1 else [None] * len(hub)}
-    if split in task.submissions:
-        columns["index"] = list(hub["idx"])
-    else:
-        columns["index"] = list(range(len(hub)))
-        labels = list(hub["label"])
-        if not task.is_regression:
-            names = hub.features["label"].names
-            labels = [names[label] if label >= 0 else label for label in labels]
-        parse_label = _label_parser(task)
-        columns["label"] = [parse_label(str(label), f"{where}, row {row}") for row, label in enumerate(labels)]
-    return _dataset(columns, where)
+    columns, labelled = task.hub_columns or task.text_columns, split not in task.submissions
+    parse_label = _label_parser(task)
+    names = hub.features["label"].names if labelled and not task.is_regression else ()
+
+    def rows():
+        for row, found in enumerate(hub):
+            example = {"index": row if labelled else found["idx"]}
+            if labelled:
+                label = found["label"]
+                label = names[label] if names and label >= 0 else label
+                example["label"] = parse_label(str(label), f"{where}, row {row}")
+            yield example | _texts([found[column] for column in columns], columns, f"{where}, row {row}")
+
+    return _stored(rows, where, labelled, task.is_regression, cache_dir)
 
 
 def custom_files(data_dir, splits):
@@ -255,7 +276,9 @@ def custom_files(data_dir, splits):
     return files
 
 
-def read_custom_examples(path, *, text_column, text_pair_column=None, label_column=None, labels=None, regression=False):
+def read_custom_examples(
+    path, *, text_column, text_pair_column=None, label_column=None, labels=None, regression=False, cache_dir=None
+):
     """Read a .tsv, .csv (with the usual quoting) or .jsonl file of a task of one's own.
 
     Returns (examples with the columns of `read_examples`, label names). The names are `labels`, which the
@@ -266,37 +289,39 @@ def read_custom_examples(path, *, text_column, text_pair_column=None, label_colu
     wanted = [name for name in (text_column, text_pair_column, label_column) if name]
     if len(set(wanted)) < len(wanted):
         raise GlueError("--text_column, --text_pair_column and --label_column must name different columns")
-    columns = collections.defaultdict(list)
-    places = []
-    for where, record in _custom_rows(Path(path), wanted):
-        columns["index"].append(len(columns["index"]))
-        columns["text_a"].append(_text(record, text_column, where))
-        columns["text_b"].append(_text(record, text_pair_column, where) if text_pair_column else None)
-        if label_column:
-            columns["label"].append(_label_text(record, label_column, where, regression))
-            places.append(where)
-    if label_column:
-        if not regression and not labels:
-            labels = sorted(set(columns["label"]))
-            if len(labels) == 1:
-                raise GlueError(f"{path}: has the label {labels[0]!r} alone; a classification needs at least two")
-            if len(labels) > max(20, len(places) / 10):
-                logger.warning(f"{path}: has {len(labels)} labels in {len(places)} rows; are they numbers (--regression)?")
-        parse_label = _label_parser(custom_task(() if regression else labels))
-        columns["label"] = [parse_label(label, where) for label, where in zip(columns["label"], places)]
-    return _dataset(columns, path), () if regression else tuple(labels or ())
+    text_columns = [name for name in (text_column, text_pair_column) if name]
+
+    def checked():
+        for row, (where, record) in enumerate(_custom_rows(Path(path), wanted)):
+            texts = [_text(record, column, where) for column in text_columns]
+            label = _label_text(record, label_column, where, regression) if label_column else None
+            yield where, label, {"index": row} | _texts(texts, text_columns, where)
+
+    if label_column and not regression and not labels:
+        counts = collections.Counter(label for _, label, _ in checked())
+        labels = sorted(counts)
+        if len(labels) == 1:
+            raise GlueError(f"{path}: has the label {shown(labels[0])} alone; a classification needs at least two")
+        if len(labels) > max(20, counts.total() / 10):
+            logger.warning(f"{path}: has {len(labels)} labels in {counts.total()} rows; are they numbers (--regression)?")
+    parse_label = _label_parser(custom_task(() if regression else labels or ()))
+
+    def rows():
+        for where, label, example in checked():
+            yield example | ({"label": parse_label(label, where)} if label_column else {})
+
+    examples = _stored(rows, path, bool(label_column), regression, cache_dir)
+    return examples, () if regression else tuple(labels or ())
 
 
-def _dataset(columns, where):
-    if not columns["text_a"]:
+def _stored(rows, where, labelled, regression, cache_dir):
+    kinds = {"index": Value("int64"), "text_a": Value("string"), "text_b": Value("string")}
+    if labelled:
+        kinds["label"] = Value("float64" if regression else "int64")
+    examples = stored_rows(rows, Features(kinds), name="glue-examples", cache_dir=cache_dir)
+    if not len(examples):
         raise GlueError(f"{where}: holds no examples; give a file with examples")
-    kinds = {name: Value("string") for name in ("text_a", "text_b")} | {"index": Value("int64")}
-    if "label" in columns:
-        kinds["label"] = Value("float64" if isinstance(columns["label"][0], float) else "int64")
-    order = [name for name in ("index", "text_a", "text_b", "label") if name in kinds]
-    return Dataset.from_dict(
-        {name: columns[name] for name in order}, features=Features({name: kinds[name] for name in order})
-    )
+    return examples
 
 
 def _check_split(task, split):
@@ -406,8 +431,6 @@ def _text(record, column, where):
     text = record[column]
     if not isinstance(text, str):
         raise GlueError(f"{where}: {column} must be a text, not {json.dumps(text)[:40]}; correct it")
-    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
-        raise GlueError(f"{where}: {column} holds half a surrogate pair, which is no text; correct it")
     return text
 
 
@@ -489,7 +512,7 @@ def build_features(examples, tokenizer, *, max_seq_length, num_proc=1, cache_dir
         functools.partial(_featurize, backend=backend),
         columns,
         name="glue",
-        key=content_hash([FEATURES_VERSION, backend.to_str()], examples.select_columns(columns).iter(batch_size=1000)),
+        key=content_hash([FEATURES_VERSION, backend.to_str()], examples.select_columns(columns).iter(batch_size=BATCH)),
         is_complete=lambda features: len(features) == len(examples),
         num_proc=num_proc,
         cache_dir=cache_dir,

@@ -15,7 +15,6 @@ import json
 import re
 import string
 import unicodedata
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -23,9 +22,21 @@ import pyarrow as pa
 import torch
 from datasets import Dataset, Features, List, Value
 
-from emmental.data.features import cached_map, content_hash, fast_backend, one_line, pad_batch, ragged
+from emmental.data.features import (
+    BATCH,
+    cached_map,
+    content_hash,
+    fast_backend,
+    one_line,
+    pad_batch,
+    ragged,
+    shown,
+    stored_rows,
+    why_no_text,
+)
 
 FEATURES_VERSION = 1  # raise it when the features of the same input change: old caches are then ignored
+CHUNK = 2**20  # characters of a file read at a time
 NO_SPAN_ODDS = 1e6  # null odds of a question without any valid span: finite, and above every real score
 EXAMPLE_FEATURES = Features(
     id=Value("string"),
@@ -44,39 +55,39 @@ class SquadError(ValueError):
 # ---------------------------------------------------------------------------------------- examples
 
 
-def read_examples(path, version_2_with_negative, unique_ids=True):
-    """Read and check a SQuAD JSON file.
+def read_examples(path, version_2_with_negative, unique_ids=True, cache_dir=None):
+    """Read and check a SQuAD JSON file, an article at a time.
 
-    Returns a `Dataset` in memory with the columns id, title, context, question, answers {text: list of
-    str, answer_start: list of int, in characters} and is_impossible (False where the file does not say).
+    Returns a `Dataset` with the columns id, title, context, question, answers {text: list of str, answer_start:
+    list of int, in characters} and is_impossible (False where the file does not say), stored beside the features.
     Predictions are keyed by id, so repeated ids are refused; training can do with them (`unique_ids=False`).
     Raises `SquadError` for whatever is wrong with the file.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        if not text.strip():
-            raise SquadError(f"{path}: is empty; give a SQuAD file with questions")
-        document = json.loads(text)
-    except SquadError:
-        raise
-    except OSError as error:
-        reason = error.strerror or error
-        raise SquadError(f"{path}: cannot be read ({reason}); check --data_dir or --train/predict_file") from error
-    except (ValueError, RecursionError) as error:
-        raise SquadError(f"{path}: is not JSON in UTF-8 ({error}); download it again") from error
-    rows, seen = [], {}
-    for question, where in _questions(document, str(path)):
+
+    def questions():
+        return (question for question, _ in _checked(path, version_2_with_negative, unique_ids))
+
+    examples = stored_rows(questions, EXAMPLE_FEATURES, name="squad-examples", cache_dir=cache_dir)
+    if not len(examples):
+        raise SquadError(f"{path}: holds no questions; give a SQuAD file with questions")
+    return examples
+
+
+def _checked(path, version_2_with_negative, unique_ids):
+    """Yield the questions of a file with their places; refuse those that do not fit the version, or ids that repeat."""
+    seen = set()
+    for question, where in _questions(path):
         if question["is_impossible"] and not version_2_with_negative:
             raise SquadError(
                 f"{where}: is_impossible is true (SQuAD v2.0); add --version_2_with_negative or give a v1.1 file"
             )
-        first = seen.setdefault(question["id"], where)
-        if unique_ids and first is not where:
-            raise SquadError(f'{where}: "id" {question["id"]!r} already belongs to {first}; give it another one')
-        rows.append(question)
-    if not rows:
-        raise SquadError(f"{path}: holds no questions; give a SQuAD file with questions")
-    return Dataset.from_list(rows, features=EXAMPLE_FEATURES)
+        if unique_ids:
+            id_ = question["id"]
+            if id_ in seen:
+                first = next(place for other, place in _questions(path) if other["id"] == id_)
+                raise SquadError(f'{where}: "id" {shown(id_)} already belongs to {first}; give it another one')
+            seen.add(id_)
+        yield question, where
 
 
 def load_hub_examples(split, version_2_with_negative, cache_dir=None):
@@ -92,9 +103,12 @@ def load_hub_examples(split, version_2_with_negative, cache_dir=None):
             f"{name} ({split}): cannot be loaded from the hub ({one_line(error)}); "
             "pass local files with --data_dir, or with --train_file and --predict_file"
         ) from error
-    rows = {column: list(hub[column]) for column in ("id", "title", "context", "question", "answers")}
-    rows["is_impossible"] = [not answers["text"] for answers in rows["answers"]]
-    return Dataset.from_dict(rows, features=EXAMPLE_FEATURES)
+    hub = hub.select_columns(["id", "title", "context", "question", "answers"])
+
+    def questions():
+        return (question | {"is_impossible": not question["answers"]["text"]} for question in hub)
+
+    return stored_rows(questions, EXAMPLE_FEATURES, name="squad-examples", cache_dir=cache_dir)
 
 
 def drop_misaligned(examples):
@@ -104,8 +118,7 @@ def drop_misaligned(examples):
     stand at its `answer_start`. Unanswerable questions stay.
     """
     keep, skipped = [], []
-    columns = examples.select_columns(["id", "context", "answers", "is_impossible"])[:]
-    for row, (id_, context, answers, is_impossible) in enumerate(zip(*columns.values())):
+    for row, (id_, context, answers, is_impossible) in enumerate(_columns(examples, "id", "context", "answers", "is_impossible")):
         text, start = next(zip(answers["text"], answers["answer_start"]), ("", 0))
         if is_impossible or (text.strip() and context.startswith(text, start)):
             keep.append(row)
@@ -114,11 +127,120 @@ def drop_misaligned(examples):
     return (examples.select(keep, keep_in_memory=True) if skipped else examples), skipped
 
 
-def _questions(document, path):
+def _columns(examples, *names):
+    """Tuples of the values of these columns, row by row."""
+    for batch in examples.select_columns(list(names)).iter(batch_size=BATCH):
+        yield from zip(*(batch[name] for name in names))
+
+
+class _Json:
+    """JSON decoded a value at a time: no more of the file is in memory than the value at hand.
+
+    (ijson, which does this too, turns half a surrogate pair into a question mark, and takes memory with the square
+    of the depth: a megabyte of brackets is too much for it.)
+    """
+
+    decoder = json.JSONDecoder()
+
+    def __init__(self, file):
+        self.file = file
+        self.text, self.place, self.passed = "", 0, 0  # what is read and kept, where we are in it, what was before it
+
+    def more(self):
+        """Read on, as much again as is left; returns whether there was anything."""
+        self.passed, self.text, self.place = self.passed + self.place, self.text[self.place :], 0
+        chunk = self.file.read(max(CHUNK, len(self.text)))
+        self.text += chunk
+        return bool(chunk)
+
+    def peek(self):
+        """The next character that is no blank; "" at the end."""
+        while True:
+            self.place = _BLANKS.match(self.text, self.place).end()
+            if self.place < len(self.text) or not self.more():
+                return self.text[self.place : self.place + 1]
+
+    def take(self, wanted):
+        """The next character, one of `wanted`. Raises ValueError for another."""
+        found = self.peek()
+        if not found or found not in wanted:
+            raise ValueError(f"expected {' or '.join(wanted)} at character {self.passed + self.place:,}")
+        self.place += 1
+        return found
+
+    def value(self):
+        """The next value. Raises ValueError, or RecursionError where it is nested too deep."""
+        self.peek()
+        while True:
+            length, problem = len(self.text) - self.place, ""
+            try:
+                value, end = self.decoder.raw_decode(self.text, self.place)
+            except json.JSONDecodeError as error:
+                end, problem = error.pos, error.msg
+            taken = end - self.place
+            cut = taken == length or problem and (taken > length - 16 or problem.startswith("Unterminated"))
+            if cut and self.more():
+                continue
+            if problem:
+                raise ValueError(f"{problem} at character {self.passed + self.place + taken:,}")
+            self.place += taken
+            return value
+
+    def values(self, brackets):
+        """Yield before each value of an array "[]" or each key of an object "{}", for the caller to take it."""
+        self.take(brackets[0])
+        if self.peek() == brackets[1]:
+            self.take(brackets[1])
+            return
+        while True:
+            yield
+            if self.take("," + brackets[1]) == brackets[1]:
+                return
+
+
+def _articles(path):
+    """Yield the articles of a SQuAD file, the values of its "data". Raises SquadError."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            reader, found = _Json(file), False
+            if not reader.peek():
+                raise SquadError(f"{path}: is empty; give a SQuAD file with questions")
+            if reader.peek() != "{":
+                _get(reader.value(), "data", list, path)  # which says what there is instead
+            for _ in reader.values("{}"):
+                key = reader.value() if reader.peek() == '"' else reader.take('"')
+                reader.take(":")
+                if key != "data":
+                    reader.value()
+                elif found:
+                    raise ValueError('"data" stands there twice')
+                elif reader.peek() != "[":
+                    _get({key: reader.value()}, "data", list, path)
+                else:
+                    found = True
+                    for _ in reader.values("[]"):
+                        yield reader.value()
+            if reader.peek():
+                raise ValueError(f"something follows after its end, at character {reader.passed + reader.place:,}")
+            if not found:
+                _get({}, "data", list, path)
+    except SquadError:
+        raise
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except (ValueError, RecursionError) as error:
+        raise SquadError(f"{path}: is not JSON in UTF-8 ({error}); download it again") from error
+
+
+def _unreadable(path, error):
+    return SquadError(f"{path}: cannot be read ({error.strerror or error}); check --data_dir or --train/predict_file")
+
+
+def _questions(path):
     """Yield (question as a row of the data set, its place in the file), checking the form on the way."""
-    for a, article in enumerate(_get(document, "data", list, path)):
+    for a, article in enumerate(_articles(path)):
         title = _get(article, "title", str, f"{path}: article {a}", default="")
-        in_article = f"{path}: article {a} ({title!r})"
+        in_article = f"{path}: article {a} ({shown(title)})"
         for p, paragraph in enumerate(_get(article, "paragraphs", list, in_article)):
             in_paragraph = f"{in_article}, paragraph {p}"
             context = _get(paragraph, "context", str, in_paragraph)
@@ -136,6 +258,7 @@ def _questions(document, path):
                 yield row, where
 
 
+_BLANKS = re.compile(r"[ \t\n\r]*")
 _REQUIRED = object()
 _JSON_NAMES = {
     dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a whole number",
@@ -154,8 +277,8 @@ def _get(record, key, kind, where, default=_REQUIRED):
         raise SquadError(f'{where}: "{key}" must be {_JSON_NAMES[kind]}, not {_JSON_NAMES[type(value)]}; correct it')
     if kind is int and not 0 <= value < 2**31:
         raise SquadError(f'{where}: "{key}" is {value}, but must be an index into the context; correct it')
-    if kind is str and not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
-        raise SquadError(f'{where}: "{key}" holds half a surrogate pair, which is no text; correct it')
+    if kind is str and (problem := why_no_text(value)):
+        raise SquadError(f'{where}: "{key}" {problem}')
     return value
 
 
@@ -207,7 +330,7 @@ def build_features(
 
 
 def _batches(examples, columns):
-    for batch in examples.select_columns(columns).iter(batch_size=1000):
+    for batch in examples.select_columns(columns).iter(batch_size=BATCH):
         # A context is repeated for each of its questions: once is enough.
         batch["context"] = [(text, len(list(run))) for text, run in itertools.groupby(batch["context"])]
         yield batch
@@ -233,7 +356,7 @@ def _featurize(
         room = max_seq_length - len(head) - 1
         if room < 1:
             raise SquadError(
-                f"question {id_!r} has {len(question)} tokens, which leaves no room for its context in "
+                f"question {shown(id_)} has {len(question)} tokens, which leaves no room for its context in "
                 f"--max_seq_length {max_seq_length}; raise it, or lower --max_query_length ({max_query_length})"
             )
         windows = _windows(len(context_ids), room, doc_stride)
@@ -344,8 +467,7 @@ def postprocess(
         nulls[row] = min(nulls.get(row, (np.inf,)), (float(start[0]) + float(end[0]), float(start[0]), float(end[0])))
 
     predictions, nbest, null_odds = {}, {}, {}
-    columns = examples.select_columns(["id", "context"])[:]
-    for row, (id_, context) in enumerate(zip(columns["id"], columns["context"])):
+    for row, (id_, context) in enumerate(_columns(examples, "id", "context")):
         pool = np.concatenate(candidates[row])
         spans = {}  # text -> (score, start logit, end logit), best first
         for candidate in np.argsort(-pool[:, 0], kind="stable"):
@@ -366,7 +488,7 @@ def postprocess(
 
 def _rows(features):
     names = ["example_index", "context_start", "offsets", "max_context"]
-    for batch in features.select_columns(names).with_format("numpy").iter(batch_size=1000):
+    for batch in features.select_columns(names).with_format("numpy").iter(batch_size=BATCH):
         yield from zip(*(batch[name] for name in names))
 
 
@@ -406,8 +528,7 @@ def squad_metrics(examples, predictions, null_odds=None, *, version_2_with_negat
     the null odds could do for the given predictions. A question without a prediction counts as wrong.
     """
     exact, f1, has_answer = {}, {}, {}
-    columns = examples.select_columns(["id", "answers"])[:]
-    for id_, answers in zip(columns["id"], columns["answers"]):
+    for id_, answers in _columns(examples, "id", "answers"):
         golds = [_words(text) for text in answers["text"]]
         has_answer[id_] = bool(golds)
         if version_2_with_negative:

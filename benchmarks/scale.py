@@ -1,0 +1,265 @@
+"""What grows with the size of the data, and of the model.
+
+    python benchmarks/scale.py                                      # 10,000 and 100,000 questions, BERT-large: 5 min on 2 cores
+    python benchmarks/scale.py --questions 10000 1000000 --layers 0
+
+The first table is about data: questions in a generated SQuAD file (paragraphs of 120 words with five questions each, 50 to
+an article), read, checked and made into features by a process of its own for each size. Memory is that beyond what the
+process held with everything imported: "held" is anonymous memory, sampled every 5 ms; "with mapped files" is the peak of
+the resident set, where pages of Arrow files count that the system takes back when it needs them.
+
+The second and third are about a model of the size of BERT-large: the masks of all its matrices, ours beside sorting each
+matrix (the same masks, or the script stops), and packing it.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import report
+import torch
+import transformers
+from transformers import BertTokenizerFast
+
+from emmental import MaskedBertConfig, MaskedBertForQuestionAnswering, storage
+from emmental.data import squad
+from emmental.export import mask_report
+from emmental.modules import masked_layers
+from emmental.training.args import UsageError, one_line_errors
+
+MIB = 2**20
+STATUS = Path("/proc/self/status")
+WORDS = [f"{first}{second}{third}" for first in "bdfgkl" for second in "aeiou" for third in "mnprst"]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+THRESHOLDS = {"topK": 0.1, "magnitude": 0.1, "sigmoied_threshold": 0.52, "topK --global_topk": 0.1}
+
+
+# -------------------------------------------------------------------------------------------- memory
+
+
+def status(name: str) -> float:
+    """A figure of this process in MiB."""
+    (line,) = (line for line in STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024 / MIB
+
+
+@contextmanager
+def peak_memory():
+    """Yields a dictionary that holds, afterwards, the peak of anonymous memory beyond what there was, in MiB."""
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)  # memory that was freed and kept would hide what is taken
+    found, before, stop = {}, status("RssAnon"), threading.Event()
+    peak = before
+
+    def watch():
+        nonlocal peak
+        while not stop.wait(0.005):
+            peak = max(peak, status("RssAnon"))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        stop.set()
+        thread.join()
+        found["held"] = max(peak, status("RssAnon")) - before
+
+
+# ---------------------------------------------------------------------------------------------- data
+
+
+def write_squad(path: Path, questions: int) -> None:
+    """Generate a SQuAD file, an article at a time."""
+    rng = random.Random(0)
+    with path.open("w") as file:
+        file.write('{"version": "1.1", "data": [')
+        for start in range(0, questions, 250):
+            paragraphs = []
+            for place in range(start, min(start + 250, questions), 5):
+                words = rng.choices(WORDS, k=120)
+                context = " ".join(words)
+                qas = []
+                for number in range(place, min(place + 5, questions)):
+                    answer = rng.randrange(120)
+                    begin = len(" ".join(words[:answer])) + (answer > 0)
+                    asked = " ".join(rng.choices(WORDS, k=10))
+                    answers = [{"text": words[answer], "answer_start": begin}]
+                    qas.append({"id": f"{number:024}", "question": f"{asked}?", "answers": answers})
+                paragraphs.append({"context": context, "qas": qas})
+            file.write((", " if start else "") + json.dumps({"title": f"article {start}", "paragraphs": paragraphs}))
+        file.write("]}")
+
+
+def make_features(path: str, folder: str) -> dict:
+    """Read a SQuAD file and make its features, and measure that: the work of a process of its own."""
+    tokenizer = BertTokenizerFast(vocab={word: place for place, word in enumerate([*SPECIAL, *WORDS, "?"])})
+    transformers.utils.logging.disable_progress_bar()
+    squad.datasets.disable_progress_bars()
+    resident, begun = status("VmRSS"), time.perf_counter()
+    with peak_memory() as found:
+        examples, _ = squad.drop_misaligned(squad.read_examples(path, False, cache_dir=folder))
+        sizes = {"max_seq_length": 384, "doc_stride": 128, "max_query_length": 64}
+        features = squad.build_features(examples, tokenizer, training=True, cache_dir=folder, **sizes)
+    found |= {"seconds": time.perf_counter() - begun, "resident": status("VmHWM") - resident}
+    return found | {"features": len(features), "bytes": Path(path).stat().st_size}
+
+
+def measure_data(counts: list[int]) -> list[dict]:
+    rows = []
+    for questions in counts:
+        with tempfile.TemporaryDirectory() as folder:
+            write_squad(Path(folder) / "squad.json", questions)
+            command = [sys.executable, __file__, "--make_features", f"{folder}/squad.json", folder]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise UsageError(f"making the features of {questions} questions failed: {done.stderr.strip()}")
+            rows.append({"questions": questions} | json.loads(done.stdout.splitlines()[-1]))
+    return rows
+
+
+# --------------------------------------------------------------------------------------------- model
+
+
+def large(layers: int, method: str) -> MaskedBertForQuestionAnswering:
+    """A BERT as wide as BERT-large, with random weights and scores."""
+    torch.manual_seed(0)
+    size = {"num_hidden_layers": layers, "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16}
+    config = MaskedBertConfig(
+        **size, pruning_method=method.split()[0], global_topk="global" in method, mask_init="uniform", mask_scale=1.0,
+        threshold=THRESHOLDS[method],
+    )  # fmt: skip
+    return MaskedBertForQuestionAnswering(config).eval()
+
+
+def sorted_masks(model: MaskedBertForQuestionAnswering, method: str) -> list[torch.Tensor]:
+    """The masks by sorting, as the 2020 scripts did: each matrix, or all scores in one."""
+    threshold, rankings = THRESHOLDS[method], [layer.ranking for layer in masked_layers(model).values()]
+    if method == "sigmoied_threshold":
+        return [torch.sigmoid(ranking) > threshold for ranking in rankings]
+    groups = [torch.cat([ranking.flatten() for ranking in rankings])] if "global" in method else rankings
+    cuts = []
+    for group in groups:
+        kept = int(threshold * group.numel())
+        cuts.append(group.flatten().sort(descending=True).values[kept - 1])
+    return [ranking >= cut for ranking, cut in zip(rankings, cuts if len(cuts) > 1 else cuts * len(rankings), strict=True)]
+
+
+def measure_masks(layers: int, repeats: int) -> list[dict]:
+    rows = []
+    for method in THRESHOLDS:
+        model = large(layers, method)
+        times = []
+        for _ in range(repeats):
+            model.train()  # or the masks would be found current, and kept
+            begun = time.perf_counter()
+            model.update_masks(THRESHOLDS[method])
+            times.append(time.perf_counter() - begun)
+        with peak_memory() as found:
+            model.update_masks(THRESHOLDS[method])
+        begun = time.perf_counter()
+        wanted = sorted_masks(model, method)
+        sorting = time.perf_counter() - begun
+        for layer, mask in zip(masked_layers(model).values(), wanted, strict=True):
+            if (layer.mask != mask).sum() > mask.sum() * 1e-4:  # ties at the cut-off may fall either way
+                raise UsageError(f"{method}: the masks differ from those of sorting")
+        row = {"method": method, "ours": statistics.median(times), "sorting": sorting, **found}
+        row["weights"] = sum(layer.weight.numel() for layer in masked_layers(model).values())
+        rows.append(row)
+        del model, wanted
+    return rows
+
+
+def measure_packing(layers: int) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        model = large(layers, "topK")
+        model.update_masks()
+        remaining = mask_report(model)
+        model.save_pretrained(f"{folder}/model")
+        del model
+        words = [*SPECIAL, *WORDS]
+        BertTokenizerFast(vocab={word: place for place, word in enumerate(words)}).save_pretrained(f"{folder}/model")
+        begun = time.perf_counter()
+        with peak_memory() as packing:
+            packed = storage.pack(f"{folder}/model", f"{folder}/packed")
+        between = time.perf_counter()
+        with peak_memory() as loading:
+            model = storage.load_packed(f"{folder}/packed")
+        ended = time.perf_counter()
+        totals = storage.summary(packed)["totals"]["encoder and head"]
+        return {
+            "remaining": remaining["remaining_percent_linear"],
+            "dense": totals["dense"] / 1e6, "packed": totals["packed"] / 1e6, "entropy": totals["entropy"] / 1e6,
+            "pack_seconds": between - begun, "load_seconds": ended - between,
+            "pack_memory": packing["held"], "load_memory": loading["held"],
+            "model_memory": sum(parameter.numel() for parameter in model.parameters()) * 4 / MIB,
+        }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- main
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--questions", type=int, nargs="*", default=[10_000, 100_000], help="sizes of the files (default: 10000 100000)")
+    add("--layers", type=int, default=24, help="of the model; 0 leaves it out (default: 24, as BERT-large)")
+    add("--repeats", type=int, default=5, help="of each of our maskings; sorting is timed once (default: 5)")
+    add("--json", help="file to write the results to")
+    add("--make_features", nargs=2, help=argparse.SUPPRESS)  # what the processes of the first table do
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = get_parser().parse_args(argv)
+    if args.make_features:
+        print(json.dumps(make_features(*args.make_features)))
+        return
+    with one_line_errors(squad.SquadError, storage.StorageError):
+        if not STATUS.exists():
+            raise UsageError("memory is read from /proc: this benchmark needs Linux")
+        if min([*args.questions, args.repeats]) < 1 or args.layers < 0:
+            raise UsageError("--questions and --repeats must be at least 1, --layers not negative")
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    transformers.utils.logging.disable_progress_bar()
+    results = {"machine": report.machine()}
+    print(results["machine"])
+    results["data"] = measure_data(args.questions)
+    report.print_table(
+        "Reading a SQuAD file and making its features: memory in MiB",
+        ["questions", "file MB", "features", "seconds", "held", "with mapped files"],
+        [[r["questions"], r["bytes"] / 1e6, r["features"], r["seconds"], r["held"], r["resident"]] for r in results["data"]],
+    )
+    if args.layers:
+        results["masks"] = rows = measure_masks(args.layers, args.repeats)
+        report.print_table(
+            f"Masks of {rows[0]['weights']:,} weights, {args.layers} layers as wide as BERT-large's: seconds, MiB",
+            ["method", "ours", "sorting", "ours/sorting", "ours, memory"],
+            [[r["method"], r["ours"], r["sorting"], r["ours"] / r["sorting"], r["held"]] for r in rows],
+        )
+        results["packing"] = row = measure_packing(args.layers)
+        report.print_table(
+            f"Packing that model at {row['remaining']:.1f}% remaining, 8 bits: encoder and head in MB, seconds, MiB",
+            ["dense MB", "packed MB", "entropy MB", "pack s", "load s", "pack, memory", "load, memory", "model itself"],
+            [[row[name] for name in ("dense", "packed", "entropy", "pack_seconds", "load_seconds", "pack_memory",
+                                     "load_memory", "model_memory")]],
+        )  # fmt: skip
+    report.write_json(args.json, results)
+
+
+if __name__ == "__main__":
+    main()
