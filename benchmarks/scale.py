@@ -153,7 +153,9 @@ def sorted_masks(model: MaskedBertForQuestionAnswering, method: str) -> list[tor
     for group in groups:
         kept = int(threshold * group.numel())
         cuts.append(group.flatten().sort(descending=True).values[kept - 1])
-    return [ranking >= cut for ranking, cut in zip(rankings, cuts if len(cuts) > 1 else cuts * len(rankings), strict=True)]
+    return [
+        ranking >= cut for ranking, cut in zip(rankings, cuts if len(cuts) > 1 else cuts * len(rankings), strict=True)
+    ]
 
 
 def measure_masks(layers: int, repeats: int) -> list[dict]:
@@ -213,7 +215,9 @@ def measure_packing(layers: int) -> dict:
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--questions", type=int, nargs="*", default=[10_000, 100_000], help="sizes of the files (default: 10000 100000)")
+    add(
+        "--questions", type=int, nargs="*", default=[10_000, 100_000], help="sizes of the files (default: 10000 100000)"
+    )
     add("--layers", type=int, default=24, help="of the model; 0 leaves it out (default: 24, as BERT-large)")
     add("--repeats", type=int, default=5, help="of each of our maskings; sorting is timed once (default: 5)")
     add("--json", help="file to write the results to")
@@ -242,7 +246,10 @@ def run(args: argparse.Namespace) -> None:
     report.print_table(
         "Reading a SQuAD file and making its features: memory in MiB",
         ["questions", "file MB", "features", "seconds", "held", "with mapped files"],
-        [[r["questions"], r["bytes"] / 1e6, r["features"], r["seconds"], r["held"], r["resident"]] for r in results["data"]],
+        [
+            [r["questions"], r["bytes"] / 1e6, r["features"], r["seconds"], r["held"], r["resident"]]
+            for r in results["data"]
+        ],
     )
     if args.layers:
         results["masks"] = rows = measure_masks(args.layers, args.repeats)

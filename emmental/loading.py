@@ -4,6 +4,7 @@ transformers initialises what a checkpoint lacks and ignores what it has too muc
 that silently starts from random values costs a researcher a day. Here every gap is looked at.
 """
 
+import json
 import logging
 import os
 import re
@@ -16,6 +17,7 @@ from torch import nn
 from transformers import AutoTokenizer, BertConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from . import modeling_bert_masked
+from .archive import what_is_odd
 from .configuration_bert_masked import MaskedBertConfig
 from .modules.masked_nn import masked_layers
 
@@ -36,7 +38,9 @@ def read_config(name_or_path: str, cache_dir: str | None = None) -> dict:
         require_folder(name_or_path, "the checkpoint")
     try:
         config, _ = PreTrainedConfig.get_config_dict(name_or_path, cache_dir=cache_dir)
-    except (OSError, ValueError) as error:
+        if type(config) is not dict:
+            raise ValueError("it is no object")
+    except Exception as error:  # the hub has errors of its own, and JSON that is nested too deep another
         raise LoadError(
             f"no checkpoint found at {name_or_path!r}: it must be a folder with a config.json, "
             f"or a model name that the hub can serve ({first_line(error)})"
@@ -44,7 +48,43 @@ def read_config(name_or_path: str, cache_dir: str | None = None) -> dict:
     model_type = config.get("model_type", "bert" if "hidden_size" in config else None)
     if model_type not in ("bert", "masked_bert"):
         raise LoadError(f"{name_or_path} is a checkpoint of type {model_type!r}; these scripts take BERT checkpoints only")
+    if os.path.isdir(name_or_path):
+        _check_files(Path(name_or_path), config)
     return config
+
+
+def _check_files(folder: Path, config: dict) -> None:
+    """Raises LoadError for weight files that would lead elsewhere or fill the memory, before any of them is read."""
+    for index in folder.glob("*.index.json"):
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            outside = sorted(name for name in names if not name or Path(name).name != name)
+        except Exception as error:
+            raise LoadError(f"{index} is no index of weights: download it again") from error
+        if outside:
+            raise LoadError(f"{index} points out of its folder, to {outside[0]!r}: do not use this checkpoint")
+    for file in folder.glob("*.bin"):
+        if problem := what_is_odd(file):
+            raise LoadError(f"{file} was not written by torch: {problem}; do not use this checkpoint")
+    stored = sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
+    described = _described_weights(folder, config)
+    if stored and described > stored:
+        raise LoadError(
+            f"{folder}/config.json describes a model of {described:,} weights, which its files of {stored:,} bytes cannot hold: "
+            "they are incomplete, or of another model"
+        )
+
+
+def _described_weights(folder: Path, config: dict) -> int:
+    """How many weights a BERT of this configuration has at least, in embeddings and encoder."""
+    sizes = {}
+    for name in ("vocab_size", "max_position_embeddings", "type_vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
+        sizes[name] = config.get(name, getattr(BertConfig, name, 0))
+        if type(sizes[name]) is not int or sizes[name] < 0:
+            raise LoadError(f"{folder}/config.json: {name} is {str(sizes[name])[:40]}, but must be a whole number; correct it")
+    rows = sizes["vocab_size"] + sizes["max_position_embeddings"] + sizes["type_vocab_size"]
+    layer = 4 * sizes["hidden_size"] + 2 * sizes["intermediate_size"]
+    return sizes["hidden_size"] * (rows + sizes["num_hidden_layers"] * layer)
 
 
 def head_of(name_or_path: str, config: dict) -> str:
@@ -214,6 +254,9 @@ def _check_loaded(name_or_path: str, model: PreTrainedModel, info: dict, need_ma
             f"{name_or_path} does not record the threshold that it was trained at: give it, with --threshold of "
             "counts_parameters.py and bertarize.py, --final_threshold of the training scripts (a teacher: bertarize it)"
         )
+    threshold = model.config.threshold if need_masks else None
+    if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, int | float)):
+        raise LoadError(f"{name_or_path}/config.json: its threshold is {str(threshold)[:40]!r}, but must be a number; correct it")
     learned = [layer.mask_scores for layer in masked_layers(model).values() if layer.mask_scores is not None]
     if need_masks and not all(scores.isfinite().all() for scores in learned):
         raise LoadError(f"{name_or_path} holds scores that are not finite: its training had diverged")
@@ -236,7 +279,7 @@ def load_tokenizer(name_or_path: str, do_lower_case: bool = False, cache_dir: st
     """
     options = {"do_lower_case": True} if do_lower_case else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, cache_dir=cache_dir, use_fast=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, cache_dir=cache_dir, use_fast=True, trust_remote_code=False, **options)
     except Exception as error:  # a missing vocabulary surfaces as many things
         raise LoadError(
             f"no tokenizer found at {name_or_path!r}: give one with --tokenizer_name ({first_line(error)})"

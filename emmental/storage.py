@@ -25,6 +25,7 @@ import json
 import lzma
 import math
 import os
+import re
 import struct
 import tempfile
 import uuid
@@ -50,6 +51,8 @@ MAGIC, VERSION = b"PRUNBERT", 1
 PREFIX = struct.Struct("<8sIII16s")
 MAX_HEADER = 2**26
 MAX_TOKENIZER_FILE = 2**28
+MAX_WEIGHTS = 2**31  # entries of a model, six times those of BERT-large: a file can say more than a memory holds
+TOKENIZER_FILES = re.compile(r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.(json|txt)|chat_template\.jinja")
 EMBEDDINGS = "bert.embeddings."
 ENCODER = "bert.encoder."
 
@@ -272,10 +275,13 @@ def _check_header(packed: Packed) -> None:
     if header["bits"] not in coding.BITS:
         raise ValueError(f"bits {header['bits']}")
     for entry in header["files"]:
-        if not entry["name"] or Path(entry["name"]).name != entry["name"] or entry["name"] in (".", ".."):
-            raise ValueError(f"a file named {entry['name']!r}")
+        if not TOKENIZER_FILES.fullmatch(entry["name"]):
+            raise ValueError(f"{entry['name']!r}, which is no file of a tokenizer")
         if entry["bytes"] < 0 or not 0 <= entry["size"] <= MAX_TOKENIZER_FILE:
             raise ValueError(f"a file of {entry['size']} bytes")
+    weights = sum(math.prod(entry["shape"]) for entry in header["tensors"])
+    if weights > MAX_WEIGHTS or packed.config.num_hidden_layers > len(header["tensors"]):
+        raise ValueError(f"{weights:,} weights, {packed.config.num_hidden_layers:,} layers")
     with torch.device("meta"):
         wanted = {name: list(tensor.shape) for name, tensor in packed.model_class(packed.config).state_dict().items()}
     if header["base_model"]:

@@ -17,7 +17,8 @@ ALLOWED = {  # part: (parts of emmental, libraries beyond the standard one it ma
     "losses": ({"modules"}, {"torch"}),
     "modeling_bert_masked": ({"configuration_bert_masked", "modules"}, {"torch", "transformers"}),
     "export": ({"configuration_bert_masked", "modules"}, {"torch", "transformers"}),
-    "loading": ({"configuration_bert_masked", "modeling_bert_masked", "modules"}, {"torch", "transformers"}),
+    "archive": (set(), set()),
+    "loading": ({"archive", "configuration_bert_masked", "modeling_bert_masked", "modules"}, {"torch", "transformers"}),
     "coding": (set(), {"numpy", "constriction"}),
     "inference": ({"inference", "export", "modules"}, {"torch", "transformers", "numpy", "scipy"}),
     "storage": (
@@ -26,7 +27,7 @@ ALLOWED = {  # part: (parts of emmental, libraries beyond the standard one it ma
     ),
     "tables": ({"tables", "export", "loading", "modules", "training"}, {"torch", "matplotlib"}),
     "data": ({"data"}, None),
-    "training": ({"training", "schedule", "losses", "modules", "inference"}, None),
+    "training": ({"archive", "training", "schedule", "losses", "modules", "inference"}, None),
 }
 TASKS = {"squad", "glue", "cola", "sst", "mrpc", "sts", "qqp", "mnli", "qnli", "rte", "wnli"}
 

@@ -252,7 +252,7 @@ def test_the_hub_is_asked_when_there_is_no_data_dir(tmp_path, tiny_bert, monkeyp
         asked.append((name, config, split))
         rows = {"sentence": ["ada lives in oslo .", "dan lives in rome and rome ."] * 6, "label": [0, 1] * 6, "idx": list(range(12))}
         kinds = {"sentence": glue.Value("string"), "label": glue.datasets.ClassLabel(names=["negative", "positive"])}
-        return glue.Dataset.from_dict(rows, features=glue.Features(kinds | {"idx": glue.Value("int32")}))
+        return glue.datasets.Dataset.from_dict(rows, features=glue.Features(kinds | {"idx": glue.Value("int32")}))
 
     monkeypatch.setattr(glue.datasets, "load_dataset", load_dataset)
     masked_run_glue.main(["--model_type", "masked_bert", "--model_name_or_path", str(tiny_bert), "--task_name", "SST-2",

@@ -543,9 +543,10 @@ def test_loading_refuses_the_wrong_kind(tiny_bert, pruned, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"\x08\x00\x00\x00\x00\x00\x00\x00{", b"not a model"])
-def test_broken_files_are_refused(pruned, content):
-    (pruned / "model.safetensors").write_bytes(content)
-    with pytest.raises(LoadError, match="cannot load"):
+@pytest.mark.parametrize("size, said", [(0, "cannot load|cannot hold"), (2**20, "cannot load")])
+def test_broken_files_are_refused(pruned, content, size, said):
+    (pruned / "model.safetensors").write_bytes(content + bytes(size))
+    with pytest.raises(LoadError, match=said):
         load_masked(str(pruned))
 
 
@@ -558,7 +559,7 @@ def test_no_code_in_a_checkpoint_is_run(tiny_config, tmp_path):
     import builtins
 
     write_2020_checkpoint(tmp_path, tiny_config)
-    torch.save({"qa_outputs.weight": Exploit()}, tmp_path / "pytorch_model.bin")
+    torch.save({"qa_outputs.weight": Exploit(), "padding": torch.zeros(10**6)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(LoadError, match="cannot load"):
         load_qa(tmp_path)
     assert not hasattr(builtins, "was_run")

@@ -25,7 +25,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets import Dataset, Features, Value
+from datasets import Features, Value
 from scipy.special import entr, softmax
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef

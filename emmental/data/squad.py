@@ -20,7 +20,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets import Dataset, Features, List, Value
+from datasets import Features, List, Value
 
 from emmental.data.features import (
     BATCH,

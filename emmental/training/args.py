@@ -142,6 +142,8 @@ def one_line_errors(*kinds: type[Exception]):
         fail([str(error)], getattr(error, "status", 2))
     except OSError as error:
         fail([f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")], status=1)
+    except MemoryError as error:
+        fail([f"out of memory ({error or 'no size given'}): take smaller batches, or a machine with more"], 1)
     except RuntimeError as error:
         if not lost_connection(error):
             raise
@@ -244,6 +246,8 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, max_seq_length: int
     add("--bf16", action="store_true", help="mixed precision in bfloat16 (GPU, recent CPUs)")
     add("--compile", action="store_true", help="compile the encoder; pays after some hundred updates")
     add("--num_workers", type=int, default=0, help="processes that load batches")
+    add("--check_ranks", action="store_true",
+        help="for debugging: compare cut-offs, masks and weights of all processes after every update, and stop where they differ")
     add("--local_rank", type=int, default=-1, help="accepted for old launchers; torchrun's environment wins")
     for name in WITHOUT_MEANING:
         if name != "lang_id":  # a SQuAD flag

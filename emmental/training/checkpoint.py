@@ -25,6 +25,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
+from ..archive import what_is_odd
 from ..schedule import LambdaSteering
 from .args import TrainingError, UsageError
 from .distributed import World
@@ -41,7 +42,7 @@ WEIGHTS_FILE = "model.safetensors"
 FREE_ARGUMENTS = {
     "output_dir", "model_name_or_path", "do_eval", "do_predict", "evaluate_during_training", "eval_all_checkpoints",
     "overwrite_output_dir", "overwrite_cache", "resume_from_checkpoint", "cache_dir", "config_name", "tokenizer_name",
-    "per_gpu_eval_batch_size", "logging_steps", "save_steps", "save_total_limit", "num_workers", "local_rank",
+    "per_gpu_eval_batch_size", "logging_steps", "save_steps", "save_total_limit", "num_workers", "local_rank", "check_ranks",
     "data_dir", "train_file", "predict_file", "threads", "verbose_logging", "n_best_size",
     "max_answer_length", "null_score_diff_threshold", "sparse_inference", "fp16_opt_level", "server_ip", "server_port", "lang_id",
 }  # fmt: skip
@@ -106,6 +107,8 @@ class TrainingState:
         if differing:
             raise UsageError(f"cannot continue {folder} exactly, the arguments differ: {'; '.join(differing)}")
         try:
+            if problem := what_is_odd(folder / STATE_FILE):
+                raise ValueError(problem)
             saved = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
             data, labels, processes = saved["data"], saved["labels"], len(saved["random_states"])
             self.step, self.cutoff = int(saved["step"]), saved["cutoff"]
@@ -113,6 +116,9 @@ class TrainingState:
             if self.steering:
                 self.steering.integral = float(saved["steering"])
             self.optimizer.load_state_dict(saved["optimizer"])
+            for parameter, moments in self.optimizer.state.items():
+                if any(tensor.shape not in (parameter.shape, ()) for tensor in moments.values()):
+                    raise ValueError("moments of other weights")
             self.scaler.load_state_dict(saved["scaler"])
             self.mask_generator.set_state(saved["mask_generator"])
             _set_random_state(saved["random_states"][self.world.rank % processes], self.world.device)
@@ -163,7 +169,7 @@ def _set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> N
 def _read_json(folder: Path, name: str) -> dict:
     try:
         value = json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         value = None
     if type(value) is not dict:
         raise UsageError(f"{folder} is no checkpoint to resume from: {name} is missing or broken")
@@ -185,8 +191,8 @@ def what_is_broken(folder: Path) -> str | None:
     try:
         listed = _read_json(folder, MANIFEST_FILE)
         for name, entry in listed.items():
-            path = folder / Path(name).name
-            if not path.is_file():
+            path = folder / name
+            if path.parent != folder or not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != entry["bytes"]:
                 return f"{name} has {path.stat().st_size:,} bytes, not {entry['bytes']:,}"

@@ -1,8 +1,10 @@
 """The training loop and the evaluation pass. Neither knows a task: hooks bring its logits and its loss."""
 
 import argparse
+import hashlib
 import itertools
 import logging
+import math
 import signal
 import threading
 import time
@@ -155,11 +157,13 @@ def train(
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or torch.inf)
             skipped = 0 if torch.isfinite(grad_norm) else skipped + 1
             if skipped > (PATIENCE_FP16 if args.fp16 else 0):
-                raise TrainingError(_explain_non_finite(step, losses, output_dir, world))
+                raise TrainingError(_explain_non_finite(step, losses, args, world))
             state.scaler.step(optimizer)
             state.scaler.update()
             optimizer.zero_grad(set_to_none=True)
             state.step = step + 1
+            if args.check_ranks:
+                _check_ranks(model, state.cutoff, state.step, world)
 
             figures.add(losses, grad_norm, skipped > 0)
             bar.update()
@@ -179,6 +183,7 @@ def train(
                 model.train()
             stopping = world.largest(signals.number)  # of any rank
             if stopping or (args.save_steps and state.step % args.save_steps == 0):
+                _check_weights(model, state.step, output_dir)
                 if masked:
                     model.config.threshold = threshold
                 seconds = state.seconds + time.perf_counter() - started
@@ -195,6 +200,7 @@ def train(
                 )
 
     bar.close()
+    _check_weights(model, state.step, output_dir)
     model.eval()
     if masked:
         model.config.threshold = args.final_threshold
@@ -333,13 +339,37 @@ def _halve_linears(teacher: nn.Module, args: argparse.Namespace) -> None:
                 module.to(torch.float16 if args.fp16 else torch.bfloat16)
 
 
-def _explain_non_finite(step: int, losses: dict[str, Tensor], output_dir: Path, world: World) -> str:
+def _explain_non_finite(step: int, losses: dict[str, Tensor], args: argparse.Namespace, world: World) -> str:
     values = {name: value.item() for name, value in losses.items()}
-    shown = ", ".join(f"{name} = {value:.4g}" for name, value in values.items())
+    found = [f"{name} = {value:.4g} on rank {rank}" for rank, part in enumerate(world.gather(values))
+             for name, value in part.items() if name != "loss" and not math.isfinite(value)]  # fmt: skip
+    what = f"{', '.join(found)}" if found else "the gradient is not finite, though every part of the loss is"
+    series = f" for {PATIENCE_FP16 + 1} updates in a row" if args.fp16 else ""
     return (
-        f"the gradient of update {step + 1} is not finite ({shown} on rank {world.rank}): training stops; lower the "
-        f"learning rates or do without --fp16, and continue from the last checkpoint in {output_dir}"
+        f"update {step + 1}{series}: {what}: training stops; lower the learning rates or do without --fp16, and continue "
+        f"from the last checkpoint in {args.output_dir}"
     )
+
+
+def _check_weights(model: nn.Module, step: int, output_dir: Path) -> None:
+    """Raises TrainingError for weights or scores that are not finite: such a checkpoint would push out a good one."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise TrainingError(
+                f"update {step}: {name} is not finite any more: nothing is saved; lower the learning rates, and continue "
+                f"from the last checkpoint in {output_dir}"
+            )
+
+
+def _check_ranks(model: nn.Module, cutoff: float | None, step: int, world: World) -> None:
+    """Raises TrainingError when cut-off, masks, scores or weights are not the same on every rank, bit for bit."""
+    tensors = dict(model.named_parameters())
+    tensors |= {f"{name}.mask": layer.mask for name, layer in masked_layers(model).items()}
+    own = {name: hashlib.sha256(tensor.detach().cpu().numpy()).hexdigest() for name, tensor in tensors.items()}
+    ranks = world.gather(own | {"global cut-off": cutoff})
+    for name in ranks[0]:
+        if other := next((rank for rank, values in enumerate(ranks) if values[name] != ranks[0][name]), None):
+            raise TrainingError(f"--check_ranks: after update {step}, {name} of rank {other} is not that of rank 0")
 
 
 def evaluate_all(
@@ -378,16 +408,16 @@ def predict(
     """Logits of every example, in the order of `dataset`, as tuples of float32 arrays; None but on rank 0.
 
     The ranks share the examples out. Masks are computed once, before the first batch; so is the sparse form of the
-    model that --sparse_inference asks for.
+    model that --sparse_inference asks for. Raises UsageError when logits are not finite.
     """
     model.to(world.device).eval()
-    if masked_layers(model):
-        model.update_masks()
-    if args.sparse_inference:
-        try:
+    try:
+        if masked_layers(model):
+            model.update_masks()
+        if args.sparse_inference:
             model = sparsify(model)
-        except ValueError as error:
-            raise UsageError(f"--sparse_inference: {error}") from error
+    except ValueError as error:
+        raise UsageError(f"{'--sparse_inference' if args.sparse_inference else 'the masks of the model'}: {error}") from error
     batches = evaluation_batches(lengths, args.per_gpu_eval_batch_size, world.rank, world.size)
     loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=args.num_workers,
                         generator=torch.Generator())  # fmt: skip
@@ -402,4 +432,7 @@ def predict(
     gathered = world.gather(results)
     if not world.is_main:
         return None
-    return [logits for _, logits in sorted(itertools.chain(*gathered), key=lambda item: item[0])]
+    ordered = [logits for _, logits in sorted(itertools.chain(*gathered), key=lambda item: item[0])]
+    if not all(np.isfinite(part).all() for logits in ordered for part in logits):
+        raise UsageError("the outputs of the model are not finite: its training had diverged")
+    return ordered
