@@ -6,6 +6,7 @@ that silently starts from random values costs a researcher a day. Here every gap
 
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -254,9 +255,8 @@ def _check_loaded(name_or_path: str, model: PreTrainedModel, info: dict, need_ma
             f"{name_or_path} does not record the threshold that it was trained at: give it, with --threshold of "
             "counts_parameters.py and bertarize.py, --final_threshold of the training scripts (a teacher: bertarize it)"
         )
-    threshold = model.config.threshold if need_masks else None
-    if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, int | float)):
-        raise LoadError(f"{name_or_path}/config.json: its threshold is {str(threshold)[:40]!r}, but must be a number; correct it")
+    if need_masks:
+        _check_threshold(name_or_path, model.config)
     learned = [layer.mask_scores for layer in masked_layers(model).values() if layer.mask_scores is not None]
     if need_masks and not all(scores.isfinite().all() for scores in learned):
         raise LoadError(f"{name_or_path} holds scores that are not finite: its training had diverged")
@@ -270,6 +270,15 @@ def _check_loaded(name_or_path: str, model: PreTrainedModel, info: dict, need_ma
             "fine-tune it first with --do_train"
         )
     return any(key.startswith("classifier.") for key in head)
+
+
+def _check_threshold(name_or_path: str, config: MaskedBertConfig) -> None:
+    threshold, ranked = config.threshold, config.global_topk or config.pruning_method in ("topK", "magnitude", "sigmoied_threshold")
+    if threshold is None or config.pruning_method == "l0":
+        return
+    if type(threshold) not in (int, float) or not -math.inf < threshold < math.inf or (ranked and not 0 <= threshold <= 1):
+        wanted = "lie in [0, 1]" if ranked else "be a finite number"
+        raise LoadError(f"{name_or_path}: its threshold must {wanted}, and is {str(threshold)[:40]}")
 
 
 def load_tokenizer(name_or_path: str, do_lower_case: bool = False, cache_dir: str | None = None) -> PreTrainedTokenizerFast:

@@ -1,14 +1,17 @@
-"""Two processes under torchrun do what one process does."""
+"""Several processes under torchrun do what one process does, and stop together."""
 
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from emmental.training import checkpoint
 
 ROOT = Path(__file__).parent.parent
 FLAGS = [
@@ -20,6 +23,8 @@ METHODS = {
     "topK": ["--pruning_method", "topK", "--final_threshold", "0.3", "--gradient_accumulation_steps", "2"],
     "l0": ["--pruning_method", "l0", "--initial_threshold", "1", "--final_threshold", "1", "--mask_scale", "2.197",
            "--regularization", "l0", "--final_lambda", "10"],
+    "threshold": ["--pruning_method", "threshold", "--final_threshold", "0.3", "--global_topk",
+                  "--global_topk_frequency_compute", "3"],
 }  # fmt: skip
 
 
@@ -35,24 +40,28 @@ def run(launcher, output, cache, model, data, *flags, script="masked_run_squad.p
     return done
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+def torchrun(processes):
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_two_processes_reach_the_weights_of_one(method, tmp_path, tiny_bert, squad_dir):
-    # 24 questions in batches of 5: the last batch of an epoch is uneven, and one rank has no part in some.
+TORCHRUN = torchrun(2)
+
+
+@pytest.mark.parametrize("method, processes", [("topK", 2), ("l0", 2), ("threshold", 2), ("topK", 4)])
+def test_several_processes_reach_the_weights_of_one(method, processes, tmp_path, tiny_bert, squad_dir):
+    # 24 questions in batches of 10 or 20: the last of an epoch is uneven, and some rank has no part in it.
     common = (tmp_path / "cache", tiny_bert, squad_dir, *SQUAD, *METHODS[method])
-    run([sys.executable], tmp_path / "one", *common, "--per_gpu_train_batch_size", "10")
-    done = run(TORCHRUN, tmp_path / "two", *common, "--per_gpu_train_batch_size", "5")
+    run([sys.executable], tmp_path / "one", *common, "--per_gpu_train_batch_size", str(5 * processes))
+    done = run(torchrun(processes), tmp_path / "many", *common, "--per_gpu_train_batch_size", "5", "--check_ranks")
     assert done.stdout.count("everything lies in") == 1  # rank 0 alone speaks
     assert "Warning" not in done.stderr
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    one, many = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "many"))
     for key, value in one.items():
-        torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
-    results = [json.loads((tmp_path / name / "eval_results.json").read_text()) for name in ("one", "two")]
+        torch.testing.assert_close(many[key], value, rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+    results = [json.loads((tmp_path / name / "eval_results.json").read_text()) for name in ("one", "many")]
     assert results[0] == pytest.approx(results[1])
-    predictions = [json.loads((tmp_path / name / "predictions_.json").read_text()) for name in ("one", "two")]
-    assert predictions[0] == predictions[1]
+    predictions = [json.loads((tmp_path / name / "predictions_.json").read_text()) for name in ("one", "many")]
+    assert predictions[0] == predictions[1]  # of every question, though ten are no multiple of the processes
 
 
 def test_two_processes_on_a_glue_task(tmp_path, tiny_bert):
@@ -81,3 +90,82 @@ def test_errors_of_two_processes_are_said_once(tmp_path, tiny_bert, squad_dir):
         run(TORCHRUN, tmp_path / "out", tmp_path / "cache", tiny_bert, squad_dir, *SQUAD, "--train_file", tmp_path / "broken.json")
     said = str(failed.value)
     assert said.count('"data" is missing') == 1 and "gloo" not in said and 'masked_run_squad.py", line' not in said
+
+
+SCRIPT = """
+import os, signal, sys, time
+sys.path.insert(0, {root!r})
+import masked_run_squad
+from emmental.training import checkpoint, loop
+rank, act, update = int(os.environ["RANK"]), {act!r}, iter(range(1, 1000))
+original = loop.set_learning_rates
+
+def set_learning_rates(optimizer, factor):
+    number = next(update)
+    if number == 6 and rank == 1 and act == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if number == 6 and rank == 1 and act == "drift":
+        optimizer.param_groups[0]["params"][0].data.view(-1)[0] += 1e-3
+    if number == 6 and act == "stop":
+        os.kill(os.getppid(), signal.SIGTERM)  # torchrun, which tells all
+        time.sleep(1)
+    original(optimizer, factor)
+
+loop.set_learning_rates = set_learning_rates
+if act == "die writing" and rank == 0:
+    fill = checkpoint.file_digest
+    checkpoint.file_digest = lambda path: os.kill(os.getpid(), signal.SIGKILL) if "checkpoint-8" in str(path) else fill(path)
+masked_run_squad.main()
+"""
+
+
+@pytest.fixture
+def spoiled(tmp_path, tiny_bert, squad_dir):
+    """Run two processes, of which one does something at update 6; returns how it ended, and the seconds it took."""
+
+    def start(act, *flags, launcher=TORCHRUN):
+        (tmp_path / "script.py").write_text(SCRIPT.format(root=str(ROOT), act=act))
+        command = [
+            *launcher, str(tmp_path / "script.py"), *FLAGS, *SQUAD, *METHODS["topK"], "--per_gpu_train_batch_size", "5",
+            "--save_steps", "2", "--max_steps", "8", "--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache"),
+            "--model_name_or_path", str(tiny_bert), "--data_dir", str(squad_dir), *flags,
+        ]  # fmt: skip
+        started = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        return done, time.perf_counter() - started
+
+    return start
+
+
+def whole_checkpoints(folder):
+    return [path.name for path in checkpoint.find_checkpoints(folder) if checkpoint.what_is_broken(path) is None]
+
+
+@pytest.mark.parametrize("act, kept", [("die", ["checkpoint-2", "checkpoint-4"]), ("die writing", ["checkpoint-4", "checkpoint-6"])])
+def test_a_rank_that_is_killed_stops_the_others(spoiled, tmp_path, tiny_bert, squad_dir, act, kept):
+    done, seconds = spoiled(act)
+    assert done.returncode != 0 and seconds < 60
+    assert "lost another process of this run" in done.stderr, done.stderr
+    assert 'loop.py", line' not in done.stderr  # of the one that was killed torchrun tells
+    assert whole_checkpoints(tmp_path / "out") == kept
+    rest = [*METHODS["topK"], "--per_gpu_train_batch_size", "5", "--save_steps", "2"]
+    common = (tmp_path / "cache", tiny_bert, squad_dir, *SQUAD, *rest)
+    run(TORCHRUN, tmp_path / "out", *common, "--resume_from_checkpoint", "latest")
+    run(TORCHRUN, tmp_path / "whole", *common)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    # Another number of processes is refused in words.
+    with pytest.raises(AssertionError, match="it was written by 2 processes, and this run has 1"):
+        run([sys.executable], tmp_path / "out", *common, "--resume_from_checkpoint", "latest")
+
+
+def test_a_rank_that_drifts_is_found(spoiled):
+    done, _ = spoiled("drift", "--check_ranks")
+    assert done.returncode != 0
+    assert "--check_ranks: after update 6, bert.encoder.layer.0.attention.self.query.mask_scores of rank 1 is not that" in done.stderr
+
+
+def test_a_signal_to_all_ranks(spoiled, tmp_path):
+    done, seconds = spoiled("stop")
+    assert done.returncode != 0 and seconds < 60
+    assert done.stderr.count("stopped by SIGTERM after update") == 1
+    assert whole_checkpoints(tmp_path / "out")[-1] in ("checkpoint-6", "checkpoint-7")

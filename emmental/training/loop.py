@@ -411,13 +411,13 @@ def predict(
     model that --sparse_inference asks for. Raises UsageError when logits are not finite.
     """
     model.to(world.device).eval()
-    try:
-        if masked_layers(model):
-            model.update_masks()
-        if args.sparse_inference:
+    if masked_layers(model):
+        model.update_masks()
+    if args.sparse_inference:
+        try:
             model = sparsify(model)
-    except ValueError as error:
-        raise UsageError(f"{'--sparse_inference' if args.sparse_inference else 'the masks of the model'}: {error}") from error
+        except ValueError as error:
+            raise UsageError(f"--sparse_inference: {error}") from error
     batches = evaluation_batches(lengths, args.per_gpu_eval_batch_size, world.rank, world.size)
     loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=args.num_workers,
                         generator=torch.Generator())  # fmt: skip

@@ -4,7 +4,7 @@
     python tests/stress/kill_resume.py --kills 100 --seed 7
 
 A run is 40 updates of a tiny BERT with accumulation, a teacher, batches of similar lengths, evaluation and a
-checkpoint every few updates. A kill falls anywhere: start, update, evaluation, the writing of a checkpoint or of the
+checkpoint every few updates. A kill falls in an update, an evaluation, or the writing of a checkpoint or of the
 model. Each line is a method: kills, where they fell, whether weights, scores, optimiser and metrics are equal.
 """
 
@@ -100,47 +100,68 @@ def alike(a, b) -> bool:
     return type(a) is type(b) and a == b
 
 
-def where(out: Path) -> str:
-    """What a killed run was about, from what lies there."""
-    if any(out.glob(".checkpoint-*")) or any(out.glob(".writing-*")):
-        return "while writing"
-    steps = [int(path.name.partition("-")[2]) for path in out.glob("checkpoint-*")]
-    return f"after checkpoint {max(steps)}" if steps else "before the first checkpoint"
+def being_written(out: Path) -> bool:
+    """Whether a checkpoint, or the final model, is half there."""
+    return any(out.glob(".checkpoint-*")) or any(out.glob(".writing-*"))
+
+
+def being_evaluated(out: Path) -> bool:
+    """Whether an evaluation has written a part of its files: predictions come first, their n-best lists after them."""
+    files = {path.name for path in out.glob("*predictions_*.json*")}
+    return any(f"nbest_{name}" not in files for name in files if name.startswith("predictions_")) or any(
+        name.startswith(".") for name in files
+    )
+
+
+WATCHED = {"writing a checkpoint": being_written, "evaluating": being_evaluated}
+
+
+def kill_at(process: subprocess.Popen, out: Path, moment: str, delay: float, patience: float) -> str | None:
+    """Kill the run at that moment and say when that was; None if the run ends before.
+
+    moment: one of WATCHED, as soon as it is seen; else so many seconds after the training has begun to write.
+    """
+    end = time.perf_counter() + TIMEOUT
+    known, seen = {path.name for path in out.glob("events.*")}, None
+    while process.poll() is None and time.perf_counter() < end:
+        now = time.perf_counter()
+        if seen is None and {path.name for path in out.glob("events.*")} - known:
+            seen = now
+        if moment in WATCHED and seen and WATCHED[moment](out) or (seen and moment not in WATCHED and now >= seen + delay):
+            process.kill()
+            process.communicate()
+            return next((name for name, sign in WATCHED.items() if sign(out)), "an update or between two")
+        if moment in WATCHED and seen and now > seen + patience:
+            return None
+        time.sleep(0.0005)
+    return None
 
 
 def kill_until_done(job: Job, kills: int, seed: int) -> dict:
-    """Kill the run so many times, resume it, compare it. The moments are spread over the time that a whole run takes."""
+    """Kill the run so many times, resume it after each, and compare what comes out with a run that was left alone.
+
+    Every other kill falls at a random time of the training, the others while something is being written.
+    """
     rng = random.Random(f"{seed} {job.method}")
-    started = time.perf_counter()
     finish(job.start("whole"))
-    span = time.perf_counter() - started
-    out, moments, resumes, done = job.folder / "killed", [], 0, 0
-    for attempt in range(20 * kills):
+    span = json.loads((job.folder / "whole" / "training_summary.json").read_text())["seconds"]
+    out, moments, resumes = job.folder / "killed", [], 0
+    out.mkdir()
+    while len(moments) < kills:
         process = job.start("killed", "--resume_from_checkpoint", "latest")
-        resumes += attempt > 0
-        try:
-            # Imports take a part of the time in which a kill proves little: most kills come after them.
-            moment = rng.uniform(0.5 * span if rng.random() < 0.8 else 0.0, span)
-            _, error = process.communicate(timeout=moment)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            moments.append(where(out))
-            done += 1
-            if done < kills:
-                continue
-        else:
-            if process.returncode:
-                raise SystemExit(f"a resumed run failed with status {process.returncode}:\n{error[-2000:]}")
-            if done < kills:  # it got through: once more from its middle
-                _rewind(out)
-                continue
-        break
+        resumes += bool(moments)
+        moment = rng.choice(["any", "any", *WATCHED])
+        found = kill_at(process, out, moment, rng.uniform(0, 0.6 * span), span)
+        if found:
+            moments.append(found)
+        else:  # it got through: once more from its first checkpoint
+            finish(process)
+            _rewind(out)
     finish(job.start("killed", "--resume_from_checkpoint", "latest"))
     different = differences(job.folder / "whole", out)
     return {
         "method": job.method,
-        "kills": done,
+        "kills": len(moments),
         "resumes": resumes + 1,
         "where": moments,
         "equal": not different,
@@ -190,12 +211,11 @@ def main() -> None:
             folder.mkdir()
             rows.append(kill_until_done(Job(folder, *material, method), share, args.seed) if share else {})
             print(json.dumps(rows[-1]), flush=True)
-    print("\n| method | kills | while writing | resumes | bit-equal |\n|---|---|---|---|---|")
+    print(f"\n| method | kills | {' | '.join(WATCHED)} | resumes | bit-equal |\n|{'---|' * (4 + len(WATCHED))}")
     for row in filter(None, rows):
-        writing = sum(moment == "while writing" for moment in row["where"])
-        print(
-            f"| {row['method']} | {row['kills']} | {writing} | {row['resumes']} | {'yes' if row['equal'] else ', '.join(row['different'])} |"
-        )
+        counts = " | ".join(str(row["where"].count(name)) for name in WATCHED)
+        equal = "yes" if row["equal"] else ", ".join(row["different"])
+        print(f"| {row['method']} | {row['kills']} | {counts} | {row['resumes']} | {equal} |")
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1))
     sys.exit(0 if all(row["equal"] for row in rows if row) else 1)
