@@ -7,10 +7,13 @@ import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from stress import kill_resume
 from test_masked_run_squad import SHORT
 
+import masked_run_squad
 from emmental.training import checkpoint, loop
+from emmental.training.distributed import World
 
 TOPK = ["--pruning_method", "topK", "--initial_threshold", "1", "--final_threshold", "0.2"]
 TRAIN = ["--do_train", "--max_steps", "12", "--warmup_steps", "2", "--save_steps", "4", "--logging_steps", "4"]
@@ -18,8 +21,6 @@ TRAIN = ["--do_train", "--max_steps", "12", "--warmup_steps", "2", "--save_steps
 
 @pytest.fixture
 def run(tmp_path, tiny_bert, squad_dir):
-    import masked_run_squad
-
     def run_squad(*flags, output="out"):
         out = tmp_path / output
         masked_run_squad.main([
@@ -174,6 +175,104 @@ def test_a_disk_that_is_full(tmp_path, tiny_bert, squad_dir):
 def test_a_read_only_folder(run, capsys, tmp_path):
     (tmp_path / "out").mkdir(mode=0o500)
     assert "cannot be written to" in stopped(capsys, run, status=2)
+
+
+# ------------------------------------------------------------------------------------------- numbers
+
+TEACH = ["--alpha_ce", "0.5", "--alpha_distil", "0.5", "--teacher_type", "bert", "--teacher_name_or_path"]
+
+
+def spoil_loss(monkeypatch, name, calls, value=torch.nan):
+    """Multiply a loss of the SQuAD script with `value` at these calls, counted from 1."""
+    function, count = getattr(masked_run_squad, name), iter(range(1, 10**6))
+
+    def spoiled(*args):
+        loss = function(*args)
+        return loss * value if next(count) in calls else loss
+
+    monkeypatch.setattr(masked_run_squad, name, spoiled)
+
+
+def test_a_loss_that_is_not_finite_stops_and_is_named(run, capsys, monkeypatch):
+    whole = run(output="whole")
+    with monkeypatch.context() as patch:
+        spoil_loss(patch, "span_loss", {7})
+        error = stopped(capsys, run, status=1)
+    assert "update 7: loss/task = nan on rank 0: training stops" in error
+    assert [folder.name for folder in checkpoint.find_checkpoints(whole.parent / "out")] == ["checkpoint-4"]
+    out = run("--resume_from_checkpoint", "latest")
+    assert same_files(whole, out, "model.safetensors")
+
+
+@pytest.mark.parametrize("part, flags", [
+    ("loss/distil", TEACH),
+    ("loss/penalty", ["--regularization", "l1", "--final_lambda", "1"]),
+])  # fmt: skip
+def test_every_part_of_the_loss_is_named(run, capsys, monkeypatch, tiny_bert, part, flags):
+    count = iter(range(1, 100))
+
+    def spoiled(function):
+        return lambda *args: function(*args) * (torch.inf if next(count) == 5 else 1.0)
+
+    monkeypatch.setattr(loop, "regularization", spoiled(loop.regularization))
+    init = loop._Passes.__init__
+    if part == "loss/distil":
+        monkeypatch.setattr(
+            loop._Passes, "__init__",
+            lambda self, *args: (init(self, *args), setattr(self, "distil_loss", spoiled(self.distil_loss)))[0],
+        )  # fmt: skip
+        flags = [*flags, str(tiny_bert)]
+    assert f"update 5: {part} = inf on rank 0: training stops" in stopped(capsys, run, *flags, status=1)
+
+
+def test_a_gradient_that_is_not_finite_stops_too(run, capsys, monkeypatch):
+    function, count = torch.nn.utils.clip_grad_norm_, iter(range(1, 100))
+    monkeypatch.setattr(
+        loop.nn.utils, "clip_grad_norm_", lambda *args: function(*args) * (torch.nan if next(count) == 3 else 1.0)
+    )
+    assert "update 3: the gradient is not finite, though every part" in stopped(capsys, run, status=1)
+
+
+def test_weights_that_are_not_finite_are_not_saved(run, capsys, monkeypatch, tmp_path):
+    function, count = loop.set_learning_rates, iter(range(1, 100))
+
+    def spoil(optimizer, factor):
+        function(optimizer, torch.inf if next(count) == 8 else factor)
+
+    monkeypatch.setattr(loop, "set_learning_rates", spoil)
+    error = stopped(capsys, run, "--save_total_limit", "1", status=1)
+    assert "update 8: " in error and "is not finite any more: nothing is saved" in error
+    assert [folder.name for folder in checkpoint.find_checkpoints(tmp_path / "out")] == ["checkpoint-4"]
+
+
+@pytest.fixture
+def half(monkeypatch):
+    """--fp16 on a CPU, which the scripts refuse as too slow to be meant."""
+    monkeypatch.setattr(masked_run_squad, "join_world", lambda args: World(torch.device("cpu")))
+
+
+def test_the_gradient_scaler_skips_and_counts(run, half, monkeypatch):
+    scalars = {}
+    monkeypatch.setattr(loop.RunLog, "scalars", lambda self, values, step=None: scalars.update({step: values}))
+    spoil_loss(monkeypatch, "span_loss", {5, 6}, torch.inf)
+    out = run("--fp16")
+    assert scalars[8]["skipped_updates"] == 2 and "skipped_updates" not in scalars[4] and "skipped_updates" not in scalars[12]
+    assert all(torch.isfinite(torch.tensor(value)).all() for values in scalars.values() for value in values.values())
+    assert all(tensor.isfinite().all() for tensor in load_file(out / "model.safetensors").values())
+
+
+def test_a_long_series_of_skipped_updates_stops(run, half, capsys, monkeypatch):
+    monkeypatch.setattr(loop, "PATIENCE_FP16", 3)
+    spoil_loss(monkeypatch, "span_loss", {2, 3, 4, *range(6, 100)}, torch.inf)
+    error = stopped(capsys, run, "--fp16", status=1)
+    assert "update 9 for 4 updates in a row: loss/task = inf" in error  # three in a row, at first, were none too many
+
+
+def test_the_same_seed_gives_the_same_bits(run):
+    one, two, other = run(output="one"), run(output="two"), run("--seed", "43", output="other")
+    assert same_files(one, two, "model.safetensors") and not same_files(one, other, "model.safetensors")
+    states = [torch.load(folder / "checkpoint-12" / "training_state.pt", weights_only=True) for folder in (one, two)]
+    assert kill_resume.alike(*states)
 
 
 # -------------------------------------------------------------------------------------------- murder
