@@ -305,7 +305,7 @@ def _steps(values: np.ndarray, largest: np.ndarray, places: np.ndarray, bits: in
     if bits >= 8 or not len(values):
         return steps
     stride = max(1, len(values) // 50_000)
-    sample, sampled = values[::stride], steps[places[::stride]]
+    sample, sampled = values[::stride].astype(np.float64), steps[places[::stride]]
 
     def error(fraction: float) -> float:
         tried = sampled * np.float32(fraction)
@@ -446,14 +446,17 @@ def decode_sparse(words: np.ndarray, shape: tuple[int, ...], bits: int, by_row: 
     elif bits <= 8:
         step = np.array([decoder.number(32)], np.uint32).view(np.float32)[0]
     values = _decode_values(decoder, count, bits)
-    if bits <= 8 and by_row:
-        if indices is None:
-            values.reshape(shape)[...] *= step[:, None]
-        else:
-            ends = np.searchsorted(indices, np.arange(1, shape[0] + 1) * shape[1])
-            values *= np.repeat(step, np.diff(ends, prepend=0))
-    elif bits <= 8:
-        values *= step
+    with np.errstate(over="ignore", invalid="ignore"):  # a spoilt step; what it makes is looked at below
+        if bits <= 8 and by_row:
+            if indices is None:
+                values.reshape(shape)[...] *= step[:, None]
+            else:
+                ends = np.searchsorted(indices, np.arange(1, shape[0] + 1) * shape[1])
+                values *= np.repeat(step, np.diff(ends, prepend=0))
+        elif bits <= 8:
+            values *= step
+    if not np.isfinite(values).all():
+        raise CodingError("it holds values that are not finite")
     return indices, values
 
 

@@ -8,11 +8,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import pytest
 import torch
 from transformers import BertConfig, BertForQuestionAnswering, BertTokenizerFast
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("suite", max_examples=40, derandomize=True, deadline=None, database=None)
+hypothesis.settings.register_profile("long", max_examples=4000, deadline=None, database=None)
+hypothesis.settings.load_profile("suite")
 
 NAMES = ["ada", "ben", "cleo", "dan", "eva", "finn", "gus", "hana"]
 PLACES = ["oslo", "rome", "lima", "kyoto", "cairo", "paris", "quito", "delhi"]
