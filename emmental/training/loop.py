@@ -138,7 +138,7 @@ def train(
     skipped, figures = 0, _Figures(world)
     bar = progress_bar(world, total=total, initial=state.step, desc="training", unit="update")
 
-    with _Signals() as signals:
+    with _Signals() as signals, bar:  # which ends its line, so that an error begins one
         for step in range(state.step, total):
             threshold, penalty_weight = schedule_threshold(
                 step, total, args.warmup_steps, args.initial_threshold, args.final_threshold,
@@ -192,14 +192,12 @@ def train(
                 if world.is_main:
                     remove_old_checkpoints(output_dir, keep)
             if stopping:
-                bar.close()
                 raise Interrupted(
                     f"stopped by {signal.Signals(stopping).name} after update {state.step} of {total}: give the same command "
                     "again with --resume_from_checkpoint latest to continue",
                     stopping,
                 )
 
-    bar.close()
     _check_weights(model, state.step, output_dir)
     model.eval()
     if masked:
@@ -423,12 +421,13 @@ def predict(
                         generator=torch.Generator())  # fmt: skip
     results = []
     bar = progress_bar(world, iterable=zip(batches, loader, strict=True), total=len(batches), desc="evaluating", unit="batch")
-    for indices, batch in bar:
-        batch = {name: tensor.to(world.device) for name, tensor in batch.items()}
-        with autocast(args, world):
-            outputs = model(**{name: batch[name] for name in MODEL_INPUTS})
-        logits = [tensor.float().cpu().numpy() for tensor in task_logits(outputs, batch)]
-        results += [(index, tuple(part[row] for part in logits)) for row, index in enumerate(indices)]
+    with bar:
+        for indices, batch in bar:
+            batch = {name: tensor.to(world.device) for name, tensor in batch.items()}
+            with autocast(args, world):
+                outputs = model(**{name: batch[name] for name in MODEL_INPUTS})
+            logits = [tensor.float().cpu().numpy() for tensor in task_logits(outputs, batch)]
+            results += [(index, tuple(part[row] for part in logits)) for row, index in enumerate(indices)]
     gathered = world.gather(results)
     if not world.is_main:
         return None
