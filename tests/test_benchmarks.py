@@ -109,6 +109,29 @@ def test_inference(benchmark, tiny_config, tiny_tokenizer, tmp_path, capsys):
     assert all(("no help: " + row["model"] in said) == (row["gain"] < 1.05) for row in rows)
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_scale(benchmark, monkeypatch):
+    scale = importlib.import_module("scale")
+    large = scale.large
+
+    def small(layers, method):
+        size = {"num_hidden_layers": layers, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+        monkeypatch.setattr(scale, "MaskedBertConfig", lambda **values: MaskedBertConfig(**values | size))
+        return large(layers, method)
+
+    from emmental import MaskedBertConfig
+
+    monkeypatch.setattr(scale, "large", small)
+    found = benchmark("scale", "--questions", 300, "--layers", 2, "--repeats", 1)
+    (data,) = found["data"]
+    assert data["features"] == 300 and data["held"] > 0 and data["resident"] > 0 and data["bytes"] > 30_000
+    assert [row["method"] for row in found["masks"]] == list(scale.THRESHOLDS)
+    assert all(row["weights"] == 2 * (4 * 32 * 32 + 2 * 32 * 64) and row["ours"] > 0 < row["sorting"] for row in found["masks"])
+    packing = found["packing"]
+    assert packing["remaining"] == pytest.approx(10, abs=0.1)
+    assert 0 < packing["entropy"] < packing["packed"] < packing["dense"]
+
+
 @pytest.mark.parametrize("flags, said", [
     (["--hidden", "100"], "--hidden must be a multiple of 64"),
     (["--lengths", "600"], "512 tokens at most"),

@@ -60,7 +60,7 @@ def test_commands_parse(name, flags, tmp_path, monkeypatch):
 
 def test_every_flag_of_the_readme_exists():
     parsers = [script.get_parser() for script in SCRIPTS.values()]
-    parsers += [importlib.import_module(name).get_parser() for name in ("training_step", "features", "storage", "inference")]
+    parsers += [importlib.import_module(name).get_parser() for name in ("training_step", "features", "scale", "storage", "inference")]
     known = set()
     for parser in parsers:
         for action in parser._actions:
@@ -68,6 +68,7 @@ def test_every_flag_of_the_readme_exists():
             if isinstance(action, argparse._SubParsersAction):
                 known |= {flag for verb in action.choices.values() for a in verb._actions for flag in a.option_strings}
     known |= {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port", "--logdir"}
+    known |= {"--hypothesis"}  # -profile, of pytest
     assert set(re.findall(r"--[a-z_0-9]+", README)) <= known
 
 
