@@ -64,6 +64,12 @@ def fast_backend(tokenizer, error):
     return backend
 
 
+def row_tuples(examples, names):
+    """Yield a tuple of the values of these columns for each row, reading a batch at a time."""
+    for batch in examples.select_columns(list(names)).iter(batch_size=BATCH):
+        yield from zip(*(batch[name] for name in names))
+
+
 def ragged(pieces, lengths):
     """Arrow list column whose rows, of these lengths, lie one after the other in the arrays `pieces`."""
     ends = pa.array(np.cumsum([0, *lengths]), pa.int32())

@@ -38,6 +38,7 @@ from emmental.data.features import (
     one_line,
     pad_batch,
     ragged,
+    row_tuples,
     shown,
     stored_rows,
     why_no_text,
@@ -248,13 +249,12 @@ def load_hub_examples(task, split, cache_dir=None):
     names = hub.features["label"].names if labelled and not task.is_regression else ()
 
     def rows():
-        for row, found in enumerate(hub):
-            example = {"index": row if labelled else found["idx"]}
+        for row, (label, *texts) in enumerate(row_tuples(hub, ["label" if labelled else "idx", *columns])):
+            example = {"index": row if labelled else label}
             if labelled:
-                label = found["label"]
                 label = names[label] if names and label >= 0 else label
                 example["label"] = parse_label(str(label), f"{where}, row {row}")
-            yield example | _texts([found[column] for column in columns], columns, f"{where}, row {row}")
+            yield example | _texts(texts, columns, f"{where}, row {row}")
 
     return _stored(rows, where, labelled, task.is_regression, cache_dir)
 

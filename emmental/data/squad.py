@@ -30,6 +30,7 @@ from emmental.data.features import (
     one_line,
     pad_batch,
     ragged,
+    row_tuples,
     shown,
     stored_rows,
     why_no_text,
@@ -103,10 +104,11 @@ def load_hub_examples(split, version_2_with_negative, cache_dir=None):
             f"{name} ({split}): cannot be loaded from the hub ({one_line(error)}); "
             "pass local files with --data_dir, or with --train_file and --predict_file"
         ) from error
-    hub = hub.select_columns(["id", "title", "context", "question", "answers"])
+    names = ["id", "title", "context", "question", "answers"]
 
     def questions():
-        return (question | {"is_impossible": not question["answers"]["text"]} for question in hub)
+        for *values, answers in row_tuples(hub, names):
+            yield dict(zip(names, [*values, answers]), is_impossible=not answers["text"])
 
     return stored_rows(questions, EXAMPLE_FEATURES, name="squad-examples", cache_dir=cache_dir)
 
@@ -118,19 +120,13 @@ def drop_misaligned(examples):
     stand at its `answer_start`. Unanswerable questions stay.
     """
     keep, skipped = [], []
-    for row, (id_, context, answers, is_impossible) in enumerate(_columns(examples, "id", "context", "answers", "is_impossible")):
+    for row, (id_, context, answers, is_impossible) in enumerate(row_tuples(examples, ["id", "context", "answers", "is_impossible"])):
         text, start = next(zip(answers["text"], answers["answer_start"]), ("", 0))
         if is_impossible or (text.strip() and context.startswith(text, start)):
             keep.append(row)
         else:
             skipped.append(id_)
     return (examples.select(keep, keep_in_memory=True) if skipped else examples), skipped
-
-
-def _columns(examples, *names):
-    """Tuples of the values of these columns, row by row."""
-    for batch in examples.select_columns(list(names)).iter(batch_size=BATCH):
-        yield from zip(*(batch[name] for name in names))
 
 
 class _Json:
@@ -467,7 +463,7 @@ def postprocess(
         nulls[row] = min(nulls.get(row, (np.inf,)), (float(start[0]) + float(end[0]), float(start[0]), float(end[0])))
 
     predictions, nbest, null_odds = {}, {}, {}
-    for row, (id_, context) in enumerate(_columns(examples, "id", "context")):
+    for row, (id_, context) in enumerate(row_tuples(examples, ["id", "context"])):
         pool = np.concatenate(candidates[row])
         spans = {}  # text -> (score, start logit, end logit), best first
         for candidate in np.argsort(-pool[:, 0], kind="stable"):
@@ -528,7 +524,7 @@ def squad_metrics(examples, predictions, null_odds=None, *, version_2_with_negat
     the null odds could do for the given predictions. A question without a prediction counts as wrong.
     """
     exact, f1, has_answer = {}, {}, {}
-    for id_, answers in _columns(examples, "id", "answers"):
+    for id_, answers in row_tuples(examples, ["id", "answers"]):
         golds = [_words(text) for text in answers["text"]]
         has_answer[id_] = bool(golds)
         if version_2_with_negative:
