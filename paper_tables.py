@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 from emmental.loading import LoadError
 from emmental.tables.points import (
@@ -32,11 +33,12 @@ from emmental.tables.points import (
 )
 from emmental.tables.report import headline, run_rows, to_csv, to_markdown
 from emmental.tables.runs import FINISHED, TRAINED, find_runs, run_state
-from emmental.training.args import Parser, TrainingError, one_line_errors
+from emmental.training.args import Interrupted, Parser, TrainingError, one_line_errors
 from emmental.training.checkpoint import write_text
 from emmental.training.runlog import set_up_logging
 
 ROOT = Path(__file__).resolve().parent
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 TAIL = 5  # lines of a failed run's log that are shown
 
 
@@ -172,12 +174,25 @@ def run(args, extra: list[str]) -> None:
         with log.open("ab") as out:
             begin = out.tell()
             command = [sys.executable, *launcher, str(ROOT / step.script), *flags]
-            status = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT).returncode
+            status = run_process(command, out)
+        if status - 128 in SIGNALS:
+            raise Interrupted(f"{step.output_dir}: {reason(log, begin, status)}", status - 128)
         if status:
             raise TrainingError(
                 f"{step.output_dir} failed: {reason(log, begin, status)} (see {log}; the same command goes on where it stopped)"
             )
         print(f"{label}: done, see {log}", flush=True)
+
+
+def run_process(command: list[str], out: BinaryIO) -> int:
+    """Its exit status. SIGTERM and Ctrl-C are for the process, which writes a checkpoint and ends."""
+    process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+    handlers = {number: signal.signal(number, lambda number, _: process.send_signal(number)) for number in SIGNALS}
+    try:
+        return process.wait()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def reason(log: Path, begin: int, status: int) -> str:

@@ -14,7 +14,7 @@ import datasets
 import numpy as np
 import pytest
 from conftest import VOCABULARY
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from transformers import BertTokenizerFast
 
@@ -164,6 +164,7 @@ def documents(draw):
 
 
 @given(content=documents(), chunk=st.integers(1, 40))
+@example(content=b'{"data": [0.5, -1e+2, true], "version": 2.0}', chunk=1)
 def test_a_file_read_in_pieces_is_what_json_reads(content, chunk, folder):
     path = folder / "document.json"
     path.write_bytes(content)

@@ -3,7 +3,10 @@
 import csv
 import json
 import shutil
-from types import SimpleNamespace
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -187,7 +190,7 @@ def runs(tmp_path, finished):
 
 def test_a_run_is_made_once(runs, settings, capsys, monkeypatch):
     assert {path.name for path in (runs / "squad").iterdir()} == {"teacher", "10D3", "teacher.log", "10D3.log"}
-    monkeypatch.setattr(paper_tables.subprocess, "run", lambda *a, **k: pytest.fail("run again"))
+    monkeypatch.setattr(paper_tables, "run_process", lambda *_: pytest.fail("run again"))
     for name in ("teacher", "10D3"):  # a copy knows its old place: output_dir may differ
         assert json.loads((runs / "squad" / name / "training_summary.json").read_text())["updates"] in (11, 3)
     tables("run", "squad", "10D3", "--runs_dir", runs, "--teacher", teacher_of(runs), *settings)
@@ -211,7 +214,7 @@ def test_a_run_is_made_once(runs, settings, capsys, monkeypatch):
 def test_a_teacher_serves_as_it_is_unless_asked_for(runs, settings, capsys, monkeypatch):
     started = []
     monkeypatch.setattr(
-        paper_tables.subprocess, "run", lambda command, **_: started.append(command) or SimpleNamespace(returncode=0)
+        paper_tables, "run_process", lambda command, _: started.append(command) or 0
     )
     tables("run", "squad", "3D3", "--runs_dir", runs, *settings, "--learning_rate", "1")
     said = capsys.readouterr().out
@@ -243,6 +246,26 @@ def test_an_interrupted_run_goes_on(runs, settings, capsys):
     capsys.readouterr()
     tables("run", "squad", "10D3", "--runs_dir", runs, "--teacher", teacher, *settings)
     assert "--do_train" not in capsys.readouterr().out
+    assert (own / "eval_results.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_for_the_run(runs, settings, number):
+    """It writes a checkpoint and ends; the command ends after it, and goes on from there."""
+    place = settings.index("--scale") + 1
+    words = ["run", "squad", "3D3", "--runs_dir", runs, "--teacher", teacher_of(runs), *settings[:place], "0.001", *settings[place + 1 :]]
+    command = [sys.executable, paper_tables.__file__, *map(str, words)]
+    process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    own, end = runs / "squad" / "3D3", time.monotonic() + 60
+    while not (own / "checkpoint-5").exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, error
+    assert f"stopped by {number.name} after update" in error and "Traceback" not in error
+    last = max(int(path.name.partition("-")[2]) for path in own.glob("checkpoint-*"))
+    assert last > 5 and not (own / "model.safetensors").exists()
+    tables(*words)
     assert (own / "eval_results.json").exists()
 
 

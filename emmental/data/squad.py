@@ -174,8 +174,8 @@ class _Json:
             except json.JSONDecodeError as error:
                 end, problem = error.pos, error.msg
             taken = end - self.place
-            cut = taken == length or problem and (taken > length - 16 or problem.startswith("Unterminated"))
-            if cut and self.more():
+            # Near the end of what is read a value may be a part of one, as "1." and "tru" are; and a string anywhere.
+            if (taken > length - 16 or problem.startswith("Unterminated")) and self.more():
                 continue
             if problem:
                 raise ValueError(f"{problem} at character {self.passed + self.place + taken:,}")
