@@ -277,8 +277,8 @@ def _check_threshold(name_or_path: str, config: MaskedBertConfig) -> None:
     if threshold is None or config.pruning_method == "l0":
         return
     if type(threshold) not in (int, float) or not -math.inf < threshold < math.inf or (ranked and not 0 <= threshold <= 1):
-        wanted = "lie in [0, 1]" if ranked else "be a finite number"
-        raise LoadError(f"{name_or_path}: its threshold must {wanted}, and is {str(threshold)[:40]}")
+        wanted = "is a fraction and must lie in [0, 1]" if ranked else "must be a finite number"
+        raise LoadError(f"{name_or_path}: its threshold {wanted}, got {str(threshold)[:40]}")
 
 
 def load_tokenizer(name_or_path: str, do_lower_case: bool = False, cache_dir: str | None = None) -> PreTrainedTokenizerFast:

@@ -147,7 +147,7 @@ def one_line_errors(*kinds: type[Exception]):
     except RuntimeError as error:
         if not lost_connection(error):
             raise
-        fail(["lost another process of this run, whose message says why; continue with --resume_from_checkpoint latest"], 1)
+        fail(["lost another process of this run (its own message, if it had time for one, says why); continue with --resume_from_checkpoint latest"], 1)
     except KeyboardInterrupt:
         fail(["interrupted; a run with checkpoints continues with --resume_from_checkpoint latest"], status=130)
 
