@@ -200,9 +200,9 @@ def _store(place, write, load):
     try:
         aside.mkdir(parents=True)
         target = write(aside / "new")
-        if target.exists():
+        if target.is_dir():  # a file is replaced at once, a folder is not
             os.rename(target, aside / "old")
-        os.rename(aside / "new", target)
+        os.replace(aside / "new", target)
         return load(str(target))
     except OSError as error:
         warn_once(f"cannot write the cache in {place.parent} ({error.strerror or error}); going on without")
