@@ -38,7 +38,7 @@ from emmental.training.checkpoint import write_text
 from emmental.training.runlog import set_up_logging
 
 ROOT = Path(__file__).resolve().parent
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 TAIL = 5  # lines of a failed run's log that are shown
 
 
@@ -174,9 +174,9 @@ def run(args, extra: list[str]) -> None:
         with log.open("ab") as out:
             begin = out.tell()
             command = [sys.executable, *launcher, str(ROOT / step.script), *flags]
-            status = run_process(command, out)
-        if status - 128 in SIGNALS:
-            raise Interrupted(f"{step.output_dir}: {reason(log, begin, status)}", status - 128)
+            status, received = run_process(command, out)
+        if status and received:
+            raise Interrupted(f"{step.output_dir}: {reason(log, begin, status)}", received)
         if status:
             raise TrainingError(
                 f"{step.output_dir} failed: {reason(log, begin, status)} (see {log}; the same command goes on where it stopped)"
@@ -184,12 +184,22 @@ def run(args, extra: list[str]) -> None:
         print(f"{label}: done, see {log}", flush=True)
 
 
-def run_process(command: list[str], out: BinaryIO) -> int:
-    """Its exit status. SIGTERM and Ctrl-C are for the process, which writes a checkpoint and ends."""
+def run_process(command: list[str], out: BinaryIO) -> tuple[int, int]:
+    """Its exit status, and the signal that came meanwhile, or 0.
+
+    SIGTERM, Ctrl-C and a closed terminal are for the process, which writes a checkpoint and ends.
+    """
     process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
-    handlers = {number: signal.signal(number, lambda number, _: process.send_signal(number)) for number in SIGNALS}
+    received = 0
+
+    def pass_on(number: int, _) -> None:
+        nonlocal received
+        received = number
+        process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+
+    handlers = {number: signal.signal(number, pass_on) for number in SIGNALS}
     try:
-        return process.wait()
+        return process.wait(), received
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -49,14 +49,27 @@ def read_config(name_or_path: str, cache_dir: str | None = None) -> dict:
     model_type = config.get("model_type", "bert" if "hidden_size" in config else None)
     if model_type not in ("bert", "masked_bert"):
         raise LoadError(f"{name_or_path} is a checkpoint of type {model_type!r}; these scripts take BERT checkpoints only")
+    if problem := absurd_sizes(config):
+        raise LoadError(f"{name_or_path}/config.json: {problem}; correct it")
     if os.path.isdir(name_or_path):
         _check_files(Path(name_or_path), config)
     return config
 
 
+def absurd_sizes(config: dict) -> str | None:
+    """What stands in a configuration that would keep transformers busy for ever; None for nothing."""
+    for name, most in (("num_labels", 100_000), ("num_hidden_layers", 1000)):
+        if name in config and (type(config[name]) is not int or not 0 <= config[name] <= most):
+            return f"{name} is {str(config[name])[:40]}, but must be a whole number up to {most:,}"
+    return None
+
+
 def _check_files(folder: Path, config: dict) -> None:
     """Raises LoadError for weight files that would lead elsewhere or fill the memory, before any of them is read."""
-    for index in folder.glob("*.index.json"):
+    weights = [file for pattern in ("model*.safetensors", "pytorch_model*.bin") for file in folder.glob(pattern) if file.is_file()]
+    for index in (folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json"):
+        if not index.is_file():
+            continue
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             outside = sorted(name for name in names if not name or Path(name).name != name)
@@ -64,10 +77,10 @@ def _check_files(folder: Path, config: dict) -> None:
             raise LoadError(f"{index} is no index of weights: download it again") from error
         if outside:
             raise LoadError(f"{index} points out of its folder, to {outside[0]!r}: do not use this checkpoint")
-    for file in folder.glob("*.bin"):
+    for file in weights:
         if problem := what_is_odd(file):
             raise LoadError(f"{file} was not written by torch: {problem}; do not use this checkpoint")
-    stored = sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
+    stored = sum(file.stat().st_size for file in weights)
     described = _described_weights(folder, config)
     if stored and described > stored:
         raise LoadError(
@@ -90,13 +103,14 @@ def _described_weights(folder: Path, config: dict) -> int:
 
 def head_of(name_or_path: str, config: dict) -> str:
     """Which of the four heads a checkpoint was saved with. Raises LoadError if it does not say."""
-    for architecture in config.get("architectures") or []:
-        head = architecture.removeprefix("Masked").removeprefix("BertFor")
+    architectures = config.get("architectures")
+    for architecture in architectures if isinstance(architectures, list) else ():
+        head = str(architecture).removeprefix("Masked").removeprefix("BertFor")
         if head in HEADS:
             return head
     raise LoadError(
         f"{name_or_path}/config.json names no fine-tuned head: its `architectures` is "
-        f"{config.get('architectures')}, expected one of {', '.join(f'MaskedBertFor{head}' for head in HEADS)}"
+        f"{str(architectures)[:100]}, expected one of {', '.join(f'MaskedBertFor{head}' for head in HEADS)}"
     )
 
 
@@ -173,8 +187,8 @@ def checkpoint_labels(name_or_path: str, cache_dir: str | None = None) -> tuple[
 
 
 def _label_names(name_or_path: str, config: dict) -> tuple[str, ...]:
-    names = config.get("id2label") or {column: f"LABEL_{column}" for column in range(config.get("num_labels", 2))}
     try:
+        names = config.get("id2label") or {column: f"LABEL_{column}" for column in range(config.get("num_labels", 2))}
         return tuple(str(name) for _, name in sorted((int(column), name) for column, name in names.items()))
     except (AttributeError, TypeError, ValueError) as error:
         raise LoadError(f"{name_or_path}/config.json: its id2label must name the outputs 0, 1, ...; correct it") from error

@@ -45,7 +45,7 @@ from transformers import BertConfig, BertModel, PreTrainedModel
 from . import coding
 from .export import bertarized_config, bertarized_state_dict
 from .inference import sparse_model
-from .loading import HEADS, LoadError, first_line, head_of, load_masked, load_model, load_tokenizer, read_config
+from .loading import HEADS, LoadError, absurd_sizes, first_line, head_of, load_masked, load_model, load_tokenizer, read_config
 
 MAGIC, VERSION = b"PRUNBERT", 1
 PREFIX = struct.Struct("<8sIII16s")
@@ -138,7 +138,7 @@ def pack(
     files, contents = [], []
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        for path in sorted(Path(folder).iterdir()):
+        for path in sorted(path for path in Path(folder).iterdir() if TOKENIZER_FILES.fullmatch(path.name)):
             raw = path.read_bytes()
             contents.append(lzma.compress(raw, preset=9))
             files.append(
@@ -277,8 +277,14 @@ def _check_header(packed: Packed) -> None:
     for entry in header["files"]:
         if not TOKENIZER_FILES.fullmatch(entry["name"]):
             raise ValueError(f"{entry['name']!r}, which is no file of a tokenizer")
+        if type(entry["size"]) is not int or type(entry["bytes"]) is not int:
+            raise ValueError(f"a file of {entry['size']!r} bytes")
         if entry["bytes"] < 0 or not 0 <= entry["size"] <= MAX_TOKENIZER_FILE:
             raise ValueError(f"a file of {entry['size']} bytes")
+    if problem := absurd_sizes(header["config"]):
+        raise ValueError(problem)
+    if not isinstance(header["config"].get("model_type", "bert"), str):
+        raise ValueError(f"model_type {header['config']['model_type']!r}")
     weights = sum(math.prod(entry["shape"]) for entry in header["tensors"])
     if weights > MAX_WEIGHTS or packed.config.num_hidden_layers > len(header["tensors"]):
         raise ValueError(f"{weights:,} weights, {packed.config.num_hidden_layers:,} layers")
@@ -291,6 +297,9 @@ def _check_header(packed: Packed) -> None:
         odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         raise ValueError(f"its tensors are not those of its configuration: {', '.join(odd[:3])}")
     for entry in header["tensors"]:
+        numbers = [entry[name] for name in ("bytes", "kept", "position_entropy", "value_entropy")]
+        if any(type(number) is not int or number < 0 for number in numbers) or type(entry["by_row"]) is not bool:
+            raise ValueError(f"{entry['name']} has {numbers}")
         if entry["bytes"] < 0 or not 0 <= entry["kept"] <= math.prod(entry["shape"]):
             raise ValueError(f"{entry['name']} has {entry['bytes']} bytes and keeps {entry['kept']}")
 

@@ -227,6 +227,10 @@ DAMAGES = {
     "config: threshold above all": settings(threshold=3),
     "config: quantised by something": settings(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
     "config: architectures of text": settings(architectures="BertForQuestionAnswering"),
+    "config: a thousand million labels": settings(num_labels=10**9),
+    "config: labels of text": settings(num_labels="x", id2label=None),
+    "config: architectures of numbers": settings(architectures=[1]),
+    "config: two thousand layers": settings(num_hidden_layers=2000),
     "config: id2label of nonsense": settings(id2label=[1, 2]),
     "tokenizer: nested deep": text("tokenizer.json", "[" * NEST),
     "tokenizer: empty": text("tokenizer.json", ""),
@@ -268,6 +272,10 @@ def test_a_state_that_is_a_bomb_or_of_other_weights(run, refused):
         lambda: state["optimizer"].update(state={}, param_groups=[]),
         lambda: state.update(mask_generator=torch.zeros(3, dtype=torch.uint8)),
         lambda: state.update(step="many"),
+        lambda: state.update(step=-5),
+        lambda: state.update(cutoff=torch.nan),
+        lambda: state["optimizer"]["param_groups"][0].update(updates=10**9),
+        lambda: moments.update(exp_avg=moments["exp_avg"] * torch.nan),
         lambda: state.pop("cutoff"),
     ):
         change()
@@ -280,6 +288,28 @@ def test_a_state_that_is_a_bomb_or_of_other_weights(run, refused):
             for name in plain.namelist():
                 packed.writestr(name, plain.read(name))
     assert "is damaged" in refused(run, *resume)
+
+
+def test_settings_of_the_optimiser_come_from_the_arguments(run):
+    out = run(*TRAIN)
+    whole = (out / "model.safetensors").read_bytes()
+    folder = out / "checkpoint-2"
+    (folder / "files.json").unlink()
+    state = torch.load(folder / "training_state.pt", weights_only=True)
+    for group in state["optimizer"]["param_groups"]:
+        group |= {"peak_lr": 1e3, "betas": "x", "weight_decay": [], "maximize": True}
+    torch.save(state, folder / "training_state.pt")
+    run(*TRAIN, "--resume_from_checkpoint", folder)
+    assert (out / "model.safetensors").read_bytes() == whole
+
+
+def test_what_is_no_weight_file_is_left_alone(run, model):
+    (model / "extra.bin").symlink_to("nowhere")
+    (model / "pytorch_model.bin").symlink_to("nowhere")
+    (model / "docs.index.json").write_text("[]")
+    (model / "folder.bin").mkdir()
+    os.mkfifo(model / "pipe.bin")
+    run("--do_eval", model=model)
 
 
 def test_names_in_the_list_of_files_stay_in_the_folder(run, refused, tmp_path):
@@ -318,6 +348,11 @@ LIES = {
     "a file that is no tokenizer's": lambda h: h["files"][0].update(name="pytorch_model.bin"),
     "a file that inflates": lambda h: h["files"][0].update(size=2**40),
     "a config of nonsense": lambda h: h.update(config={"hidden_size": "wide"}),
+    "a thousand million labels": lambda h: h["config"].update(num_labels=10**9),
+    "an entropy of text": change_tensor(position_entropy="much"),
+    "a fraction kept": change_tensor(kept=1.5),
+    "a file of one and a half bytes": lambda h: h["files"][0].update(size=1.5),
+    "a type that is a list": lambda h: h["config"].update(model_type=[]),
     "no tensors": lambda h: h.update(tensors=[]),
 }  # fmt: skip
 

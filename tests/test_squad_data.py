@@ -187,6 +187,14 @@ def test_repeated_ids_are_allowed_on_request(tmp_path):
     assert list(read_examples(path, False, unique_ids=False)["id"]) == ["a", "a"]
 
 
+def test_long_contexts_are_worked_on_a_few_at_a_time(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.setattr(shared, "BATCH_TEXT", 200)
+    questions = [qa(f"q{n}", CONTEXT, "France") for n in range(20)]
+    examples = read_examples(write(tmp_path, document((CONTEXT, questions))), False, cache_dir=tmp_path)
+    assert shared.batch_rows(examples) < 5 and len(examples.data.column("id").chunks) > 5
+    assert len(build_features(examples, tokenizer, training=True, cache_dir=tmp_path, **SIZES)) >= 20
+
+
 def test_drop_misaligned(tmp_path):
     off, blank, beyond = (qa(name, CONTEXT, "France") for name in ("off", "blank", "beyond"))
     off["answers"][0]["answer_start"] += 1

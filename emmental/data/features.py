@@ -6,10 +6,11 @@ named by the user. A cache that cannot be read is built again, and one that cann
 data are then held in memory.
 """
 
+import contextlib
 import copy
+import errno
 import functools
 import hashlib
-import itertools
 import json
 import logging
 import os
@@ -25,7 +26,8 @@ from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
-BATCH = 1000  # rows worked on at a time
+BATCH = 1000  # rows worked on at a time, and fewer where their texts are long:
+BATCH_TEXT = 2**24  # characters of them
 MAX_TEXT = 10_000_000  # characters of a text; a tokenizer takes some hundred bytes for each
 
 
@@ -66,8 +68,13 @@ def fast_backend(tokenizer, error):
 
 def row_tuples(examples, names):
     """Yield a tuple of the values of these columns for each row, reading a batch at a time."""
-    for batch in examples.select_columns(list(names)).iter(batch_size=BATCH):
+    for batch in examples.select_columns(list(names)).iter(batch_size=batch_rows(examples)):
         yield from zip(*(batch[name] for name in names))
+
+
+def batch_rows(examples):
+    """How many rows of a data set to work on at a time."""
+    return max(1, min(BATCH, BATCH_TEXT * len(examples) // max(1, examples.data.nbytes)))
 
 
 def ragged(pieces, lengths):
@@ -115,7 +122,7 @@ def stored_rows(rows, features, *, name, cache_dir):
     schema = features.arrow_schema
 
     def batches():
-        return (pa.RecordBatch.from_pylist(batch, schema) for batch in _batched(rows(), BATCH))
+        return (pa.RecordBatch.from_pylist(batch, schema) for batch in _batched(rows()))
 
     def write(path):
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
@@ -144,8 +151,8 @@ def cached_map(
         return examples.map(
             featurize,
             batched=True,
-            batch_size=BATCH,
-            writer_batch_size=BATCH,
+            batch_size=batch_rows(examples),
+            writer_batch_size=batch_rows(examples),
             with_indices=with_indices,
             input_columns=columns,
             num_proc=min(num_proc, len(examples)) if num_proc > 1 else None,
@@ -171,9 +178,15 @@ def _root(cache_dir):
     return Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "movement_pruning"
 
 
-def _batched(rows, size):
-    rows = iter(rows)
-    while batch := list(itertools.islice(rows, size)):
+def _batched(rows):
+    batch, characters = [], 0
+    for row in rows:
+        batch.append(row)
+        characters += sum(len(value) for value in row.values() if isinstance(value, str))
+        if len(batch) == BATCH or characters > BATCH_TEXT:
+            yield batch
+            batch, characters = [], 0
+    if batch:
         yield batch
 
 
@@ -196,7 +209,7 @@ def _store(place, write, load):
 
     place: about where it goes, in the same folder.
     """
-    aside = place.with_name(f"{place.name}.{uuid.uuid4().hex}.tmp")
+    aside, target = place.with_name(f"{place.name}.{uuid.uuid4().hex}.tmp"), place
     try:
         aside.mkdir(parents=True)
         target = write(aside / "new")
@@ -205,6 +218,9 @@ def _store(place, write, load):
         os.replace(aside / "new", target)
         return load(str(target))
     except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST) and target.exists():
+            with contextlib.suppress(Exception):  # another run was a little faster, with the same
+                return load(str(target))
         warn_once(f"cannot write the cache in {place.parent} ({error.strerror or error}); going on without")
         return None
     finally:

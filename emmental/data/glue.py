@@ -31,7 +31,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from emmental.data.features import (
-    BATCH,
+    batch_rows,
     cached_map,
     content_hash,
     fast_backend,
@@ -442,6 +442,8 @@ def _label_text(record, column, where, regression):
         label = " ".join(_text(record, column, where).split())
         if not label:
             raise GlueError(f"{where}: {column} is empty; correct it")
+        if problem := why_no_text(label):
+            raise GlueError(f"{where}: {column} {problem}")
     return str(label)
 
 
@@ -512,7 +514,7 @@ def build_features(examples, tokenizer, *, max_seq_length, num_proc=1, cache_dir
         functools.partial(_featurize, backend=backend),
         columns,
         name="glue",
-        key=content_hash([FEATURES_VERSION, backend.to_str()], examples.select_columns(columns).iter(batch_size=BATCH)),
+        key=content_hash([FEATURES_VERSION, backend.to_str()], examples.select_columns(columns).iter(batch_size=batch_rows(examples))),
         is_complete=lambda features: len(features) == len(examples),
         num_proc=num_proc,
         cache_dir=cache_dir,

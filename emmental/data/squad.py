@@ -15,6 +15,7 @@ import json
 import re
 import string
 import unicodedata
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -24,6 +25,7 @@ from datasets import Features, List, Value
 
 from emmental.data.features import (
     BATCH,
+    batch_rows,
     cached_map,
     content_hash,
     fast_backend,
@@ -85,7 +87,8 @@ def _checked(path, version_2_with_negative, unique_ids):
         if unique_ids:
             id_ = question["id"]
             if id_ in seen:
-                first = next(place for other, place in _questions(path) if other["id"] == id_)
+                places = (place for other, place in _questions(path) if other["id"] == id_)
+                first = next(places, None) if Path(path).is_file() else "a question before"  # a pipe cannot be read again
                 raise SquadError(f'{where}: "id" {shown(id_)} already belongs to {first}; give it another one')
             seen.add(id_)
         yield question, where
@@ -326,7 +329,7 @@ def build_features(
 
 
 def _batches(examples, columns):
-    for batch in examples.select_columns(columns).iter(batch_size=BATCH):
+    for batch in examples.select_columns(columns).iter(batch_size=batch_rows(examples)):
         # A context is repeated for each of its questions: once is enough.
         batch["context"] = [(text, len(list(run))) for text, run in itertools.groupby(batch["context"])]
         yield batch

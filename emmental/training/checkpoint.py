@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -112,13 +113,21 @@ class TrainingState:
             saved = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
             data, labels, processes = saved["data"], saved["labels"], len(saved["random_states"])
             self.step, self.cutoff = int(saved["step"]), saved["cutoff"]
+            if not 0 <= self.step < 2**40 or not (self.cutoff is None or math.isfinite(float(self.cutoff))):
+                raise ValueError("an impossible update or cut-off")
             self.seconds = float(saved.get("seconds", 0.0))
             if self.steering:
                 self.steering.integral = float(saved["steering"])
+            settings = [dict(group) for group in self.optimizer.param_groups]
             self.optimizer.load_state_dict(saved["optimizer"])
+            for group, own in zip(self.optimizer.param_groups, settings, strict=True):  # they come from the arguments
+                if not 0 <= group["updates"] <= self.step:
+                    raise ValueError("an impossible number of updates")
+                group |= {name: value for name, value in own.items() if name not in ("params", "updates")}
             for parameter, moments in self.optimizer.state.items():
-                if any(tensor.shape not in (parameter.shape, ()) for tensor in moments.values()):
-                    raise ValueError("moments of other weights")
+                for tensor in moments.values():
+                    if tensor.shape not in (parameter.shape, ()) or tensor.dtype != torch.float32 or not tensor.isfinite().all():
+                        raise ValueError("moments of other weights")
             self.scaler.load_state_dict(saved["scaler"])
             self.mask_generator.set_state(saved["mask_generator"])
             _set_random_state(saved["random_states"][self.world.rank % processes], self.world.device)
