@@ -106,8 +106,9 @@ def set_learning_rates(optimizer, factor):
         os.kill(os.getpid(), signal.SIGKILL)
     if number == 6 and rank == 1 and act == "drift":
         optimizer.param_groups[0]["params"][0].data.view(-1)[0] += 1e-3
-    if number == 6 and act == "stop":
-        os.kill(os.getppid(), signal.SIGTERM)  # torchrun, which tells all
+    if number == 6 and rank == 0 and act == "stop":
+        os.kill(os.getppid(), signal.SIGTERM)  # torchrun, which tells all; as does who stops a group of processes
+        os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1)
     original(optimizer, factor)
 

@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 STEERED_WITHIN = 0.02  # of --target_remaining, relative
+SAME_SIGNAL = 3.0  # seconds in which a second signal is taken for the first
 PATIENCE_FP16 = 50  # updates in a row that the gradient scaler may skip
 
 
@@ -225,10 +226,13 @@ def _report_steering(steering: LambdaSteering, remaining: float, penalty_weight:
 
 
 class _Signals:
-    """SIGTERM and SIGINT while it is entered: noted, for the update to be finished. A second one interrupts at once."""
+    """SIGTERM and SIGINT while it is entered: noted, for the update to be finished. A later one interrupts at once.
+
+    (One that follows soon is the same: a process group's, which torchrun passes on besides.)
+    """
 
     def __init__(self):
-        self.number = 0
+        self.number, self.noted = 0, 0.0
         self.handlers = {}
 
     def __enter__(self):
@@ -243,8 +247,10 @@ class _Signals:
 
     def _note(self, number: int, frame) -> None:
         if self.number:
-            raise KeyboardInterrupt
-        self.number = number
+            if time.monotonic() - self.noted >= SAME_SIGNAL:
+                raise KeyboardInterrupt
+            return
+        self.number, self.noted = number, time.monotonic()
         logger.warning("%s: stopping after this update, with a checkpoint", signal.Signals(number).name)
 
 
