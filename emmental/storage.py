@@ -277,10 +277,10 @@ def _check_header(packed: Packed) -> None:
     for entry in header["files"]:
         if not TOKENIZER_FILES.fullmatch(entry["name"]):
             raise ValueError(f"{entry['name']!r}, which is no file of a tokenizer")
-        if type(entry["size"]) is not int or type(entry["bytes"]) is not int:
+        if any(type(entry[name]) is not int for name in ("bytes", "size")) or not (
+            0 <= entry["bytes"] and 0 <= entry["size"] <= MAX_TOKENIZER_FILE
+        ):
             raise ValueError(f"a file of {entry['size']!r} bytes")
-        if entry["bytes"] < 0 or not 0 <= entry["size"] <= MAX_TOKENIZER_FILE:
-            raise ValueError(f"a file of {entry['size']} bytes")
     if problem := absurd_sizes(header["config"]):
         raise ValueError(problem)
     if not isinstance(header["config"].get("model_type", "bert"), str):
@@ -300,7 +300,7 @@ def _check_header(packed: Packed) -> None:
         numbers = [entry[name] for name in ("bytes", "kept", "position_entropy", "value_entropy")]
         if any(type(number) is not int or number < 0 for number in numbers) or type(entry["by_row"]) is not bool:
             raise ValueError(f"{entry['name']} has {numbers}")
-        if entry["bytes"] < 0 or not 0 <= entry["kept"] <= math.prod(entry["shape"]):
+        if entry["kept"] > math.prod(entry["shape"]):
             raise ValueError(f"{entry['name']} has {entry['bytes']} bytes and keeps {entry['kept']}")
 
 
