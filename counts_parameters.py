@@ -10,6 +10,7 @@ from pathlib import Path
 
 from emmental.export import RemainingWeights, remaining_weights
 from emmental.loading import LoadError, load_masked, require_folder
+from emmental.modules.methods import METHODS
 from emmental.training.args import Parser, one_line_errors, pruning_method
 from emmental.training.checkpoint import write_json
 from emmental.training.runlog import set_up_logging
@@ -30,7 +31,7 @@ def get_parser() -> Parser:
 
 def print_report(counts: RemainingWeights, method: str, threshold: float | None, global_topk: bool) -> None:
     ranked = ", all matrices ranked together" if global_topk else ""
-    print(f"{method}" + ("" if method == "l0" else f" at threshold {threshold:g}{ranked}"))
+    print(method + (f" at threshold {threshold:g}{ranked}" if METHODS[method].threshold else ""))
     width = max(len(m.name) for m in counts.matrices)
     print(f"{'matrix':<{width}}  {'remaining %':>11}  {'remaining':>12}")
     for m in counts.matrices:

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from emmental.data import glue
 from emmental.export import mask_report
+from emmental.families import is_masked
 from emmental.loading import LoadError, checkpoint_labels, load_model, load_student, load_teacher
 from emmental.losses import distillation_loss, regression_distillation_loss
 from emmental.training.args import (
@@ -149,7 +150,7 @@ def run(args: argparse.Namespace, given: set[str]) -> dict[str, float | str]:
     world = join_world(args)
     started = time.perf_counter()
     output_dir = Path(args.output_dir)
-    masked = args.model_type == "masked_bert"
+    masked = is_masked(args.model_type)
     resume_folder = find_resume_folder(args)
     source = str(resume_folder or args.model_name_or_path)
 
@@ -198,6 +199,7 @@ def run(args: argparse.Namespace, given: set[str]) -> dict[str, float | str]:
     collate = functools.partial(
         glue.collate,
         pad_token_id=tokenizer.pad_token_id,
+        input_names=tokenizer.model_input_names,
         multiple_of=8 if model.config.max_position_embeddings % 8 == 0 else 1,
     )
     hooks = {"collate": collate, "task_logits": task_logits}
@@ -212,7 +214,7 @@ def run(args: argparse.Namespace, given: set[str]) -> dict[str, float | str]:
             teacher = load_teacher(
                 args.teacher_name_or_path,
                 HEAD,
-                masked=args.teacher_type == "masked_bert",
+                masked=is_masked(args.teacher_type),
                 student=model,
                 tokenizer=tokenizer,
                 cache_dir=args.cache_dir,

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from emmental.data import squad
 from emmental.export import mask_report
+from emmental.families import is_masked
 from emmental.loading import LoadError, load_model, load_student, load_teacher
 from emmental.training.args import (
     Parser,
@@ -157,7 +158,7 @@ def run(args: argparse.Namespace, given: set[str]) -> dict[str, float | str]:
     world = join_world(args)
     started = time.perf_counter()
     output_dir = Path(args.output_dir)
-    masked = args.model_type == "masked_bert"
+    masked = is_masked(args.model_type)
     resume_folder = find_resume_folder(args)
     source = str(resume_folder or args.model_name_or_path)
 
@@ -178,6 +179,7 @@ def run(args: argparse.Namespace, given: set[str]) -> dict[str, float | str]:
     collate = functools.partial(
         squad.collate,
         pad_token_id=tokenizer.pad_token_id,
+        input_names=tokenizer.model_input_names,
         multiple_of=8 if model.config.max_position_embeddings % 8 == 0 else 1,
     )
 
@@ -198,7 +200,7 @@ def run(args: argparse.Namespace, given: set[str]) -> dict[str, float | str]:
             teacher = load_teacher(
                 args.teacher_name_or_path,
                 HEAD,
-                masked=args.teacher_type == "masked_bert",
+                masked=is_masked(args.teacher_type),
                 student=model,
                 tokenizer=tokenizer,
                 cache_dir=args.cache_dir,

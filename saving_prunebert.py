@@ -16,7 +16,8 @@ import tempfile
 from pathlib import Path
 
 from emmental import coding, storage
-from emmental.loading import LoadError
+from emmental.families import is_masked
+from emmental.loading import LoadError, read_config
 from emmental.training.args import Parser, one_line_errors, pruning_method
 from emmental.training.checkpoint import write_json
 from emmental.training.runlog import set_up_logging
@@ -108,10 +109,11 @@ def print_info(packed: storage.Packed, report: dict) -> None:
 def evaluate(model: str, args) -> dict:
     """Results of the evaluation script on a model folder, in a process of its own."""
     script = "masked_run_glue.py" if args.task_name else "masked_run_squad.py"
-    masked = json.loads((Path(model) / "config.json").read_text(encoding="utf-8")).get("model_type") == "masked_bert"
+    model_type = read_config(model)["model_type"]
+    masked = is_masked(model_type)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(Path(__file__).with_name(script)), "--do_eval", "--output_dir", f"{folder}/out",
-                   "--model_type", "masked_bert" if masked else "bert", "--model_name_or_path", model]  # fmt: skip
+                   "--model_type", model_type, "--model_name_or_path", model]  # fmt: skip
         for name in ("task_name", "data_dir", "predict_file", "max_seq_length"):
             if getattr(args, name):
                 command += [f"--{name}", str(getattr(args, name))]

@@ -26,7 +26,8 @@ from transformers import BertConfig, PreTrainedModel
 
 from emmental import storage
 from emmental.inference import sparsify
-from emmental.inference.compaction import density, encoder_of
+from emmental.families import encoder_of
+from emmental.inference.compaction import density
 from emmental.inference.encoder import SparseEncoder
 from emmental.inference.kernels import fastest
 from emmental.loading import LoadError

@@ -34,7 +34,7 @@ from transformers import BertTokenizerFast
 from emmental import MaskedBertConfig, MaskedBertForQuestionAnswering, storage
 from emmental.data import squad
 from emmental.export import mask_report
-from emmental.modules import masked_layers
+from emmental.modules import find_masks, masked_layers
 from emmental.training.args import UsageError, one_line_errors
 
 MIB = 2**20
@@ -145,7 +145,7 @@ def large(layers: int, method: str) -> MaskedBertForQuestionAnswering:
 
 def sorted_masks(model: MaskedBertForQuestionAnswering, method: str) -> list[torch.Tensor]:
     """The masks by sorting, as the 2020 scripts did: each matrix, or all scores in one."""
-    threshold, rankings = THRESHOLDS[method], [layer.ranking for layer in masked_layers(model).values()]
+    threshold, rankings = THRESHOLDS[method], [layer.source for layer in masked_layers(model).values()]
     if method == "sigmoied_threshold":
         return [torch.sigmoid(ranking) > threshold for ranking in rankings]
     groups = [torch.cat([ranking.flatten() for ranking in rankings])] if "global" in method else rankings
@@ -164,17 +164,16 @@ def measure_masks(layers: int, repeats: int) -> list[dict]:
         model = large(layers, method)
         times = []
         for _ in range(repeats):
-            model.train()  # or the masks would be found current, and kept
             begun = time.perf_counter()
-            model.update_masks(THRESHOLDS[method])
+            find_masks(model, THRESHOLDS[method])
             times.append(time.perf_counter() - begun)
         with peak_memory() as found:
-            model.update_masks(THRESHOLDS[method])
+            masks = find_masks(model, THRESHOLDS[method])
         begun = time.perf_counter()
         wanted = sorted_masks(model, method)
         sorting = time.perf_counter() - begun
-        for layer, mask in zip(masked_layers(model).values(), wanted, strict=True):
-            if (layer.mask != mask).sum() > mask.sum() * 1e-4:  # ties at the cut-off may fall either way
+        for ours, mask in zip(masks.by_layer.values(), wanted, strict=True):
+            if (ours != mask).sum() > mask.sum() * 1e-4:  # ties at the cut-off may fall either way
                 raise UsageError(f"{method}: the masks differ from those of sorting")
         row = {"method": method, "ours": statistics.median(times), "sorting": sorting, **found}
         row["weights"] = sum(layer.weight.numel() for layer in masked_layers(model).values())
@@ -186,7 +185,6 @@ def measure_masks(layers: int, repeats: int) -> list[dict]:
 def measure_packing(layers: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         model = large(layers, "topK")
-        model.update_masks()
         remaining = mask_report(model)
         model.save_pretrained(f"{folder}/model")
         del model

@@ -30,14 +30,13 @@ from transformers import BertConfig, BertForQuestionAnswering
 
 from emmental import MaskedBertConfig, MaskedBertForQuestionAnswering
 from emmental.losses import regularization
-from emmental.modules import masked_layers
-from emmental.modules.masked_nn import PRUNING_METHODS
+from emmental.modules import find_masks, masked, masked_layers
+from emmental.modules.methods import METHODS
 from emmental.training.args import UsageError, one_line_errors
 from emmental.training.distributed import keep_freed_memory
 from emmental.training.optim import build_optimizer
 
 THRESHOLD = {"topK": 0.15, "magnitude": 0.15, "sigmoied_threshold": 0.5, "threshold": 0.0, "l0": 1.0}
-PENALTY = {"sigmoied_threshold": "l1", "l0": "l0"}
 PHASES = ("cut-offs", "forward", "backward", "optimiser")
 MIB = 2**20
 STATUS = Path("/proc/self/status")
@@ -74,20 +73,19 @@ class Side:
 
     def step(self, batch: dict[str, torch.Tensor], clock) -> None:
         """One update, as `emmental.training.loop` makes it; `clock(phase)` is called after each phase."""
-        penalty = PENALTY.get(self.method)
-        if self.method != "dense":
-            self.model.update_masks(THRESHOLD[self.method])
-        clock("cut-offs")
-        outputs = self.forward(batch)
-        target = torch.zeros(len(outputs.start_logits), dtype=torch.int64, device=self.args.device)
-        loss = F.cross_entropy(outputs.start_logits.float(), target) + F.cross_entropy(
-            outputs.end_logits.float(), target
-        )
-        if penalty:
-            loss = loss + regularization(self.model, penalty)
-        clock("forward")
-        loss.backward()
-        clock("backward")
+        penalty = METHODS[self.method].penalty if self.method != "dense" else None
+        with masked(self.model, THRESHOLD.get(self.method)):
+            clock("cut-offs")
+            outputs = self.forward(batch)
+            target = torch.zeros(len(outputs.start_logits), dtype=torch.int64, device=self.args.device)
+            loss = F.cross_entropy(outputs.start_logits.float(), target) + F.cross_entropy(
+                outputs.end_logits.float(), target
+            )
+            if penalty:
+                loss = loss + regularization(self.model, penalty)
+            clock("forward")
+            loss.backward()
+            clock("backward")
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -100,9 +98,8 @@ class Side:
     @contextlib.contextmanager
     def evaluating(self):
         self.model.eval()
-        if self.method != "dense":
-            self.model.update_masks(THRESHOLD[self.method])
-        yield
+        with masked(self.model, THRESHOLD.get(self.method)):
+            yield
         self.model.train()
 
 
@@ -190,8 +187,9 @@ def _measure_peak(args: argparse.Namespace) -> float:
 def allowed_memory(masked: Side) -> float:
     """MiB that masks must cost: see the top of this file."""
     sizes = [layer.weight.numel() for layer in masked_layers(masked.model).values()]
-    scores = 0 if masked.method == "magnitude" else 4 * 4
-    mask = 4 if masked.method == "l0" else 1
+    scores = 4 * 4 if METHODS[masked.method].scores else 0
+    masks = find_masks(masked.model, THRESHOLD[masked.method]).by_layer
+    mask = next(iter(masks.values())).element_size()
     return (sum(sizes) * (scores + mask) + 4 * max(sizes)) / MIB
 
 
@@ -209,7 +207,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--shapes", type=shape, nargs="+", default=[(8, 384), (2, 128)], help="batch x length (default: 8x384 2x128)")
-    add("--methods", nargs="+", choices=PRUNING_METHODS, default=list(PRUNING_METHODS), help="default: all")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
     add("--layers", type=int, default=12, help="layers of the BERT (default: 12)")
     add("--hidden", type=int, default=768, help="its hidden size, a multiple of 64 (default: 768)")
     add("--repeats", type=int, default=7, help="counted steps of each side (default: 7)")

@@ -1,14 +1,16 @@
-"""From masks to figures and to a plain BERT: remaining-weight report and bertarized state dict."""
+"""From masks to figures and to a plain model: remaining-weight report and bertarized state dict."""
 
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from .configuration_bert_masked import MASK_FIELDS, MaskedBertConfig
-from .modules.binarizer import floor_count
-from .modules.masked_nn import apply_mask, masked_layers
+from .configuration_bert_masked import MASK_FIELDS
+from .families import MASKED, encoder_of
+from .modules.masked_nn import apply_mask
+from .modules.masks import Masks, count, find_masks, masked_layers
+from .modules.topk import floor_count
 
 
 @dataclass
@@ -59,35 +61,28 @@ class RemainingWeights:
 
 
 @torch.no_grad()
-def remaining_weights(model: nn.Module) -> RemainingWeights:
-    """Count the weights that the stored masks keep (for l0: whose gate is not closed).
+def remaining_weights(model: nn.Module, masks: Masks | None = None) -> RemainingWeights:
+    """Count the weights that the masks keep (for l0: whose gate is not closed).
 
-    `update_masks` must have run. Raises ValueError when a layer has no mask.
+    masks: by default those of evaluation at `config.threshold`. Raises ValueError when the model has no masked layers,
+    or no threshold.
     """
-    layers = masked_layers(model)
-    if any(layer.mask is None for layer in layers.values()):
-        raise ValueError("the model has no masks yet: call update_masks first")
-    global_topk = getattr(model.config, "global_topk", False)
+    masks = masks or find_masks(model)
+    counts, layers = count(masks), masked_layers(model)
 
-    def thresholded(layer: nn.Module) -> bool:
-        return global_topk or layer.pruning_method in ("threshold", "sigmoied_threshold")
+    def floored(name: str) -> bool:
+        scores, weights = masks.by_layer[name].numel(), masks.weights[name]
+        has_floor = model.config.global_topk or layers[name].method.has_floor
+        return has_floor and counts.remaining[name] == floor_count(scores) * weights
 
-    kept = torch.stack([layer.mask.count_nonzero() for layer in layers.values()]).tolist()
-    matrices = [
-        MatrixCount(name, count, layer.weight.numel(), thresholded(layer) and count == floor_count(layer.weight.numel()))
-        for (name, layer), count in zip(layers.items(), kept, strict=True)
-    ]
-    encoder = sum(
-        parameter.numel()
-        for name, parameter in model.named_parameters()
-        if "encoder." in name and not name.endswith(".mask_scores")
-    )
+    matrices = [MatrixCount(name, counts.remaining[name], counts.total[name], floored(name)) for name in layers]
+    parameters = encoder_of(model).named_parameters()
+    encoder = sum(parameter.numel() for name, parameter in parameters if not name.endswith(".mask_scores"))
     return RemainingWeights(matrices, encoder - sum(m.total for m in matrices))
 
 
 def mask_report(model: nn.Module) -> dict[str, float | str | bool]:
-    """What an evaluation says of a masked model's masks, which are computed if they are not: figures and settings."""
-    model.update_masks()
+    """What an evaluation says of a masked model's masks: figures and settings."""
     counts = remaining_weights(model)
     settings = {name: getattr(model.config, name) for name in ("pruning_method", "threshold", "global_topk")}
     percents = {"remaining_percent": counts.published_percent, "remaining_percent_linear": counts.linear_percent}
@@ -95,25 +90,23 @@ def mask_report(model: nn.Module) -> dict[str, float | str | bool]:
 
 
 @torch.no_grad()
-def bertarized_state_dict(model: nn.Module) -> dict[str, Tensor]:
+def bertarized_state_dict(model: nn.Module, masks: Masks | None = None) -> dict[str, Tensor]:
     """State dict of the plain model: each masked weight is W * M, and the scores are gone.
 
-    `update_masks` must have run in evaluation mode (masks of l0 are fractional there, and are baked so).
-    Raises ValueError otherwise.
+    masks: by default those of evaluation at `config.threshold` (for l0 they are fractional, and are baked so). Raises
+    ValueError when the model has no masked layers, or no threshold.
     """
+    masks = masks or find_masks(model)
     state = {key: value for key, value in model.state_dict().items() if not key.endswith(".mask_scores")}
     for name, layer in masked_layers(model).items():
-        if layer.mask is None:
-            raise ValueError("the model has no masks yet: call update_masks first")
-        if layer.mask_sampled:
-            raise ValueError("these masks of l0 are samples: call model.eval() and update_masks first")
-        state[f"{name}.weight"] = apply_mask(layer.weight, layer.mask)
+        mask = layer.granularity.expand(masks.by_layer[name], layer.weight.shape)
+        state[f"{name}.weight"] = apply_mask(layer.weight, mask)
     return state
 
 
-def bertarized_config(config: MaskedBertConfig) -> BertConfig:
-    """The configuration of the plain BERT: nothing of the masks is left in it."""
+def bertarized_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of the plain model: nothing of the masks is in it."""
     values = config.to_dict()
     for field in (*MASK_FIELDS, "model_type", "architectures", "transformers_version"):
         values.pop(field, None)
-    return BertConfig.from_dict(values)
+    return CONFIG_MAPPING[config.model_type.removeprefix(MASKED)].from_dict(values)

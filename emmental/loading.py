@@ -15,16 +15,15 @@ from pathlib import Path
 import torch
 import transformers
 from torch import nn
-from transformers import AutoTokenizer, BertConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from . import modeling_bert_masked
+from . import modeling_bert_masked  # noqa: F401, registers the masked classes
 from .archive import what_is_odd
-from .configuration_bert_masked import MaskedBertConfig
-from .modules.masked_nn import masked_layers
+from .families import FAMILIES, HEADS, MASKED, family_of, head_name, is_masked
+from .modules.masks import find_masks, masked_layers
+from .modules.methods import METHODS
 
 logger = logging.getLogger(__name__)
-
-HEADS = ("QuestionAnswering", "SequenceClassification", "TokenClassification", "MultipleChoice")
 
 
 class LoadError(ValueError):
@@ -32,7 +31,7 @@ class LoadError(ValueError):
 
 
 def read_config(name_or_path: str, cache_dir: str | None = None) -> dict:
-    """The `config.json` of a BERT or masked BERT checkpoint. Raises LoadError for anything else."""
+    """The `config.json` of a checkpoint of a known family, plain or masked. Raises LoadError for anything else."""
     if not os.path.isdir(name_or_path) and (name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1):
         raise LoadError(f"no checkpoint found at {name_or_path}: there is no such folder")
     if os.path.isdir(name_or_path):
@@ -46,9 +45,11 @@ def read_config(name_or_path: str, cache_dir: str | None = None) -> dict:
             f"no checkpoint found at {name_or_path!r}: it must be a folder with a config.json, "
             f"or a model name that the hub can serve ({first_line(error)})"
         ) from error
-    model_type = config.get("model_type", "bert" if "hidden_size" in config else None)
-    if model_type not in ("bert", "masked_bert"):
-        raise LoadError(f"{name_or_path} is a checkpoint of type {model_type!r}; these scripts take BERT checkpoints only")
+    if "hidden_size" in config:  # before there was another family than BERT, this was not said
+        config.setdefault("model_type", "bert")
+    model_type = str(config.get("model_type"))
+    if model_type.removeprefix(MASKED) not in FAMILIES:
+        raise LoadError(f"{name_or_path} is a checkpoint of type {model_type!r}; these scripts take {', '.join(FAMILIES)}")
     if problem := absurd_sizes(config):
         raise LoadError(f"{name_or_path}/config.json: {problem}; correct it")
     if os.path.isdir(name_or_path):
@@ -90,10 +91,15 @@ def _check_files(folder: Path, config: dict) -> None:
 
 
 def _described_weights(folder: Path, config: dict) -> int:
-    """How many weights a BERT of this configuration has at least, in embeddings and encoder."""
+    """How many weights a model of this configuration has at least, in embeddings and encoder."""
+    try:
+        sizes = {name: value for name, value in config.items() if name not in ("id2label", "label2id", "num_labels")}
+        described = CONFIG_MAPPING[config["model_type"]].from_dict(sizes)
+    except Exception as error:  # transformers checks a part of the fields, each in its own way
+        raise LoadError(f"{folder}/config.json cannot be used ({first_line(error)}); correct it") from error
     sizes = {}
     for name in ("vocab_size", "max_position_embeddings", "type_vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
-        sizes[name] = config.get(name, getattr(BertConfig, name, 0))
+        sizes[name] = getattr(described, name, 0)
         if type(sizes[name]) is not int or sizes[name] < 0:
             raise LoadError(f"{folder}/config.json: {name} is {str(sizes[name])[:40]}, but must be a whole number; correct it")
     rows = sizes["vocab_size"] + sizes["max_position_embeddings"] + sizes["type_vocab_size"]
@@ -105,12 +111,11 @@ def head_of(name_or_path: str, config: dict) -> str:
     """Which of the four heads a checkpoint was saved with. Raises LoadError if it does not say."""
     architectures = config.get("architectures")
     for architecture in architectures if isinstance(architectures, list) else ():
-        head = str(architecture).removeprefix("Masked").removeprefix("BertFor")
-        if head in HEADS:
+        if head := head_name(str(architecture)):
             return head
     raise LoadError(
         f"{name_or_path}/config.json names no fine-tuned head: its `architectures` is "
-        f"{str(architectures)[:100]}, expected one of {', '.join(f'MaskedBertFor{head}' for head in HEADS)}"
+        f"{str(architectures)[:100]}, expected one that ends with For{', For'.join(HEADS)}"
     )
 
 
@@ -125,43 +130,43 @@ def load_model(
     labels: int | Sequence[str] | None = None,
     **overrides,
 ) -> PreTrainedModel:
-    """A `BertFor<head>` or `MaskedBertFor<head>` in float32, in evaluation mode.
+    """The model of a checkpoint with the stock or the masked head of its family, in float32, in evaluation mode.
 
     trained: the checkpoint must hold the head and, if it is masked, its scores and threshold; else they may
         be fresh. labels: outputs of the head, when not those of the configuration: how many, or their names; no
         name makes a regression, with one output. A trained classifier is brought into the order of the names;
         one with other names is initialised anew, or refused if `trained`. overrides: values that replace those
         of the configuration; a masked checkpoint that contradicts them is warned of.
-    Raises LoadError for what is missing, broken, of another architecture, or masked where a plain BERT
+    Raises LoadError for what is missing, broken, of another architecture, or masked where a plain model
     is asked for and the other way round.
     """
     config_source = config_name or name_or_path
     values = read_config(config_source, cache_dir)
     checkpoint = read_config(name_or_path, cache_dir)
-    is_masked = checkpoint.get("model_type") == "masked_bert"
-    if is_masked and not masked:
+    family = checkpoint["model_type"].removeprefix(MASKED)
+    masked_before = is_masked(checkpoint["model_type"])
+    if masked_before and not masked:
         raise LoadError(
-            f"{name_or_path} is a masked checkpoint: use model type masked_bert, or convert it with bertarize.py first"
+            f"{name_or_path} is a masked checkpoint: use model type {MASKED}{family}, or convert it with bertarize.py first"
         )
-    if trained and masked and not is_masked:
-        raise LoadError(f"{name_or_path} is a plain BERT without masks: use model type bert")
+    if trained and masked and not masked_before:
+        raise LoadError(f"{name_or_path} is a plain model without masks: use model type {family}")
     for name, value in overrides.items():
-        if is_masked and value is not None and values.get(name, value) not in (value, None):
+        if masked_before and value is not None and values.get(name, value) not in (value, None):
             logger.warning("%s %s contradicts %s of the checkpoint; %s is used", name, value, values[name], value)
     stale = ["model_type", "architectures", "transformers_version", "dtype", "torch_dtype"]
     if labels is not None:
         stale += ["id2label", "label2id", "num_labels", "problem_type"]
         overrides |= _label_settings(labels)
     values = {name: value for name, value in values.items() if name not in stale} | overrides
-    library = modeling_bert_masked if masked else transformers
-    model_class = getattr(library, f"{'Masked' if masked else ''}BertFor{head}")
     try:
-        config = (MaskedBertConfig if masked else BertConfig).from_dict(values)
-        model, info = model_class.from_pretrained(
+        config = CONFIG_MAPPING[MASKED + family if masked else family].from_dict(values)
+        model, info = getattr(transformers, f"AutoModelFor{head}").from_pretrained(
             name_or_path,
             config=config,
             cache_dir=cache_dir,
             dtype=torch.float32,
+            trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, with the name of the matrix
         )
@@ -169,7 +174,7 @@ def load_model(
         raise LoadError(f"cannot load the checkpoint {name_or_path}: {first_line(error)}") from error
     fresh_head = _check_loaded(name_or_path, model, info, trained and masked, trained)
     if labels and not isinstance(labels, int) and not fresh_head:
-        _align_head(name_or_path, model.classifier, _label_names(name_or_path, checkpoint), labels, trained)
+        _align_head(name_or_path, _output_layer(model)[1], _label_names(name_or_path, checkpoint), labels, trained)
     return model.eval()
 
 
@@ -208,6 +213,11 @@ def label_order(own: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
     return None
 
 
+def _output_layer(model: PreTrainedModel) -> tuple[str, nn.Linear]:
+    """The last Linear of a head, whose rows are its outputs, and its name."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+
+
 @torch.no_grad()
 def _align_head(name_or_path: str, head: nn.Linear, own: Sequence[str], wanted: Sequence[str], trained: bool) -> None:
     """Bring the outputs of a trained classifier into the order of the `wanted` labels."""
@@ -231,19 +241,19 @@ def _align_head(name_or_path: str, head: nn.Linear, own: Sequence[str], wanted: 
 def load_masked(
     folder: str, pruning_method: str | None = None, threshold: float | None = None, global_topk: bool | None = None
 ) -> PreTrainedModel:
-    """A fine-pruned masked model of any head, with its masks computed, in evaluation mode.
+    """A fine-pruned masked model of any head, whose masks can be found, in evaluation mode.
 
     What is None is taken from the checkpoint's config.json; a value that contradicts it is used, with a
     warning. Raises LoadError when the checkpoint is not masked, or method or threshold are not known.
     """
     config = read_config(folder)
-    if config.get("model_type") != "masked_bert":
-        raise LoadError(f"{folder} is a plain BERT without masks: give the fine-pruned masked_bert checkpoint")
+    if not is_masked(config["model_type"]):
+        raise LoadError(f"{folder} is a plain model without masks: give the fine-pruned masked checkpoint")
     asked = {"pruning_method": pruning_method, "threshold": threshold, "global_topk": global_topk}
     overrides = {name: value for name, value in asked.items() if value is not None}
     model = load_model(folder, head_of(folder, config), masked=True, trained=True, **overrides)
     try:
-        model.update_masks()
+        find_masks(model)
     except ValueError as error:
         raise LoadError(f"{folder}: {error}") from error
     return model
@@ -254,7 +264,8 @@ def _check_loaded(name_or_path: str, model: PreTrainedModel, info: dict, need_ma
     mismatched = {entry[0]: entry[1:] for entry in info["mismatched_keys"]}
     missing = set(info["missing_keys"]) | set(mismatched)
     scores = {key for key in missing if key.endswith(".mask_scores")}
-    body = {key for key in missing - scores if key.startswith(("bert.encoder.", "bert.embeddings."))}
+    base, family = model.base_model_prefix, family_of(model.config)
+    body = {key for key in missing - scores if key.startswith((f"{base}.{family.encoder}.", f"{base}.{family.embeddings}."))}
     head = missing - scores - body  # a pooler is part of it
     for key in sorted(body | (scores & set(mismatched))):
         why = f"has another shape there ({mismatched[key]})" if key in mismatched else "lacks it"
@@ -264,7 +275,7 @@ def _check_loaded(name_or_path: str, model: PreTrainedModel, info: dict, need_ma
             f"{name_or_path} holds no scores for pruning_method {model.config.pruning_method} "
             f"({min(scores)} is missing): give the method that it was trained with"
         )
-    if need_masks and model.config.threshold is None and model.config.pruning_method != "l0":
+    if need_masks and model.config.threshold is None and METHODS[model.config.pruning_method].threshold:
         raise LoadError(
             f"{name_or_path} does not record the threshold that it was trained at: give it, with --threshold of "
             "counts_parameters.py and bertarize.py, --final_threshold of the training scripts (a teacher: bertarize it)"
@@ -274,7 +285,7 @@ def _check_loaded(name_or_path: str, model: PreTrainedModel, info: dict, need_ma
     learned = [layer.mask_scores for layer in masked_layers(model).values() if layer.mask_scores is not None]
     if need_masks and not all(scores.isfinite().all() for scores in learned):
         raise LoadError(f"{name_or_path} holds scores that are not finite: its training had diverged")
-    resized = [key for key in sorted(head & set(mismatched)) if not key.startswith("bert.")]
+    resized = [key for key in sorted(head & set(mismatched)) if not key.startswith(f"{base}.")]
     if need_head and resized:
         theirs, ours = mismatched[resized[0]]
         raise LoadError(f"the head of {name_or_path} has {theirs[0]} outputs, and {ours[0]} are needed: is it of another task?")
@@ -283,15 +294,17 @@ def _check_loaded(name_or_path: str, model: PreTrainedModel, info: dict, need_ma
             f"{name_or_path} has no trained {type(model).__name__} head ({min(head)} is missing): "
             "fine-tune it first with --do_train"
         )
-    return any(key.startswith("classifier.") for key in head)
+    output = _output_layer(model)[0]
+    return any(key.startswith(f"{output}.") for key in head)
 
 
-def _check_threshold(name_or_path: str, config: MaskedBertConfig) -> None:
-    threshold, ranked = config.threshold, config.global_topk or config.pruning_method in ("topK", "magnitude", "sigmoied_threshold")
-    if threshold is None or config.pruning_method == "l0":
+def _check_threshold(name_or_path: str, config: PreTrainedConfig) -> None:
+    threshold, method = config.threshold, METHODS[config.pruning_method]
+    if threshold is None or not method.threshold:
         return
-    if type(threshold) not in (int, float) or not -math.inf < threshold < math.inf or (ranked and not 0 <= threshold <= 1):
-        wanted = "is a fraction and must lie in [0, 1]" if ranked else "must be a finite number"
+    fraction = config.global_topk or method.is_fraction
+    if type(threshold) not in (int, float) or not -math.inf < threshold < math.inf or (fraction and not 0 <= threshold <= 1):
+        wanted = "is a fraction and must lie in [0, 1]" if fraction else "must be a finite number"
         raise LoadError(f"{name_or_path}: its threshold {wanted}, got {str(threshold)[:40]}")
 
 
@@ -331,7 +344,7 @@ def load_student(
     model = load_model(name_or_path, head, cache_dir=cache_dir, **options)
     tokenizer = load_tokenizer(tokenizer_name or name_or_path, do_lower_case, cache_dir)
     check_tokenizer(tokenizer, model, tokenizer_name or name_or_path)
-    if model.config.type_vocab_size < 2:
+    if "token_type_ids" in tokenizer.model_input_names and model.config.type_vocab_size < 2:
         raise LoadError(f"{name_or_path} has one token type, and these scripts tell two texts apart by theirs")
     if max_seq_length > model.config.max_position_embeddings:
         raise LoadError(
@@ -350,7 +363,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel, 
         )
     lacking = [name for name in ("cls_token", "sep_token", "pad_token") if getattr(tokenizer, f"{name}_id") is None]
     if lacking:
-        raise LoadError(f"the tokenizer at {name_or_path} is none of a BERT: it has no {', '.join(lacking)}")
+        raise LoadError(f"the tokenizer at {name_or_path} is not that of an encoder such as BERT: it has no {', '.join(lacking)}")
 
 
 def load_teacher(
@@ -372,7 +385,7 @@ def load_teacher(
         if ours != theirs:
             raise LoadError(f"the teacher {name_or_path} does not fit the student: {what} {theirs} against {ours}")
     for what in ("max_position_embeddings", "type_vocab_size"):
-        ours, theirs = getattr(student.config, what), getattr(teacher.config, what)
+        ours, theirs = getattr(student.config, what, 0), getattr(teacher.config, what, 0)
         if ours > theirs:
             raise LoadError(f"the teacher {name_or_path} does not fit the student: {what} {theirs} against {ours}")
     ours, theirs = (tuple(map(str, m.config.id2label.values())) for m in (student, teacher))

@@ -1,14 +1,13 @@
 """Losses that fine-pruning adds to a task's own: penalties on the scores, and distillation."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .modules.masked_nn import L0_LEFT, L0_RIGHT, L0_TEMPERATURE, masked_layers
+from .modules.masks import masked_layers
+from .modules.methods import METHODS
 
-REGULARIZATIONS = ("l0", "l1")
+PENALTIES = dict(sorted((method.penalty, method) for method in METHODS.values() if method.penalty))
 
 
 def regularization(model: nn.Module, mode: str) -> Tensor:
@@ -18,33 +17,12 @@ def regularization(model: nn.Module, mode: str) -> Tensor:
     `l0`: the mean of sigmoid(S - b log(-l/r)), the probability that a hard concrete gate is open
     (Louizos et al. 2018, eq. 12). Raises ValueError for another mode, or a model without scores.
     """
-    if mode not in REGULARIZATIONS:
-        raise ValueError(f"unknown regularization {mode!r}: choose one of {', '.join(REGULARIZATIONS)}")
-    shift = L0_TEMPERATURE * math.log(-L0_LEFT / L0_RIGHT) if mode == "l0" else 0.0
+    if mode not in PENALTIES:
+        raise ValueError(f"unknown regularization {mode!r}: choose one of {', '.join(PENALTIES)}")
     scores = [layer.mask_scores for layer in masked_layers(model).values() if layer.mask_scores is not None]
     if not scores:
         raise ValueError(f"regularization {mode} needs scores, and this model has none")
-    return torch.stack([_MeanSigmoid.apply(s, shift) for s in scores]).mean()
-
-
-class _MeanSigmoid(torch.autograd.Function):
-    """mean(sigmoid(S - shift)), keeping S alone: the sigmoids of all matrices would be a second set of scores."""
-
-    @staticmethod
-    def forward(ctx, scores: Tensor, shift: float) -> Tensor:
-        ctx.save_for_backward(scores)
-        ctx.shift = shift
-        return _sigmoid(scores, shift).mean()
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (scores,) = ctx.saved_tensors
-        probability = _sigmoid(scores, ctx.shift)
-        return torch.ops.aten.sigmoid_backward(grad / scores.numel(), probability, grad_input=probability), None
-
-
-def _sigmoid(scores: Tensor, shift: float) -> Tensor:
-    return (scores - shift).sigmoid_() if shift else scores.sigmoid()
+    return torch.stack([PENALTIES[mode].penalty_of(s) for s in scores]).mean()
 
 
 def distillation_loss(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], temperature: float) -> Tensor:

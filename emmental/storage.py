@@ -44,8 +44,9 @@ from transformers import BertConfig, BertModel, PreTrainedModel
 
 from . import coding
 from .export import bertarized_config, bertarized_state_dict
+from .families import HEADS, MASKED, is_masked
 from .inference import sparse_model
-from .loading import HEADS, LoadError, absurd_sizes, first_line, head_of, load_masked, load_model, load_tokenizer, read_config
+from .loading import LoadError, absurd_sizes, first_line, head_of, load_masked, load_model, load_tokenizer, read_config
 
 MAGIC, VERSION = b"PRUNBERT", 1
 PREFIX = struct.Struct("<8sIII16s")
@@ -168,7 +169,9 @@ def load_plain(
 ) -> tuple[str, BertConfig, dict[str, Tensor]]:
     """Class name, configuration and state dict of the plain BERT that a checkpoint is, or is once bertarized."""
     values = read_config(checkpoint)
-    if values.get("model_type") == "masked_bert":
+    if values["model_type"].removeprefix(MASKED) != "bert":
+        raise StorageError(f"{checkpoint} is of type {values['model_type']}: packed files hold BERT only")
+    if is_masked(values["model_type"]):
         model = load_masked(checkpoint, pruning_method, threshold, global_topk)
         config, state = bertarized_config(model.config), bertarized_state_dict(model)
     else:

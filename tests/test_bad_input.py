@@ -139,7 +139,7 @@ def test_models_that_do_not_fit(refused, tmp_path, tiny_bert, tiny_config, tiny_
 
 def test_evaluation_wants_a_trained_model(refused, tmp_path, tiny_bert, tiny_config, tiny_tokenizer):
     length = ["--max_seq_length", "48", "--max_query_length", "16", "--do_eval"]
-    assert "is a plain BERT without masks" in refused(*length)
+    assert "is a plain model without masks: use model type bert" in refused(*length)
     from transformers import BertModel
 
     BertModel(BertConfig(**tiny_config)).save_pretrained(tmp_path / "headless")
@@ -195,7 +195,7 @@ def test_counting_and_bertarizing_refuse_what_is_not_masked(refused, script, fla
         return refused(*flags, script=script, bare=True)
 
     assert "is no folder" in said(flag, tmp_path / "absent")
-    assert "is a plain BERT" in said(flag, tiny_bert)
+    assert "is a plain model" in said(flag, tiny_bert)
     model = MaskedBertForQuestionAnswering(MaskedBertConfig(**tiny_config))
     model.save_pretrained(tmp_path / "old")
     assert "does not record the threshold" in said(flag, tmp_path / "old")

@@ -10,7 +10,8 @@ from torch import nn
 import emmental
 from emmental import MaskedBertConfig, MaskedBertForQuestionAnswering, MaskedBertModel
 from emmental.export import bertarized_config, bertarized_state_dict, remaining_weights
-from emmental.modules import masked_layers, update_masks
+from emmental.modules import find_masks, masked_layers
+from emmental.modules.masks import Masks
 
 SUFFIXES = ["Model", "ForQuestionAnswering", "ForSequenceClassification", "ForTokenClassification", "ForMultipleChoice"]
 CASES = [  # method, threshold, global_topk
@@ -55,7 +56,6 @@ def plain_masks(model, method, threshold, global_topk):
 @pytest.mark.parametrize("method, threshold, global_topk", CASES)
 def test_counts(tiny_config, method, threshold, global_topk):
     model = make_model(tiny_config, method, threshold, global_topk)
-    model.update_masks()
     masks = plain_masks(model, method, threshold, global_topk)
     report = remaining_weights(model)
     assert {m.name: (m.remaining, m.total) for m in report.matrices} == {
@@ -75,11 +75,9 @@ def test_counts(tiny_config, method, threshold, global_topk):
 def test_published_percentages_of_bert_base(topk, linear, published):
     with torch.device("meta"):
         model = MaskedBertModel(MaskedBertConfig())
-    for layer in masked_layers(model).values():
-        n = layer.weight.numel()
-        layer.mask = (torch.arange(n) < int(topk * n)).view_as(layer.weight)
-        layer.mask_source = (topk, False)
-    report = remaining_weights(model)
+    sizes = {name: layer.weight.numel() for name, layer in masked_layers(model).items()}
+    masks = {name: torch.arange(n) < int(topk * n) for name, n in sizes.items()}
+    report = remaining_weights(model, Masks(masks, dict.fromkeys(masks, 1)))
     assert sum(m.total for m in report.matrices) == 12 * (4 * 768**2 + 2 * 768 * 3072) == 84_934_656
     assert report.encoder_others == 12 * (4 * 768 + 3072 + 768 + 4 * 768)
     assert round(report.linear_percent, 1) == linear
@@ -90,11 +88,9 @@ def test_the_floor_is_reported_where_it_bites(tiny_config):
     model = make_model(tiny_config, "threshold", 5.0)
     with torch.no_grad():
         model.bert.encoder.layer[0].output.dense.mask_scores.add_(100)
-    model.update_masks()
     floored = {m.name: m.floored for m in remaining_weights(model).matrices}
     assert not floored.pop("bert.encoder.layer.0.output.dense") and all(floored.values())
     model = make_model(tiny_config, "topK", 0.0059)  # the count of the floor, asked for
-    model.update_masks()
     assert not any(m.floored for m in remaining_weights(model).matrices)
 
 
@@ -133,27 +129,27 @@ def test_bertarized_config_is_a_plain_bert(tiny_config, tmp_path):
 
 
 @pytest.mark.parametrize("export", [remaining_weights, bertarized_state_dict])
-def test_export_needs_masks(tiny_config, export):
-    with pytest.raises(ValueError, match="update_masks"):
-        export(make_model(tiny_config, "topK", 0.3))
+def test_export_needs_a_threshold_and_masks(tiny_config, export):
+    with pytest.raises(ValueError, match="threshold"):
+        export(make_model(tiny_config, "topK", None))
+    with pytest.raises(ValueError, match="no masked layers"):
+        export(nn.Linear(2, 2))
 
 
 def test_sampled_masks_of_l0_are_not_baked(tiny_config):
-    model = make_model(tiny_config, "l0", None).train()
-    model.update_masks(1.0)
-    with pytest.raises(ValueError, match="evaluation|eval"):
-        bertarized_state_dict(model)
+    model = make_model(tiny_config, "l0", None)
+    wanted = bertarized_state_dict(model)
+    got = bertarized_state_dict(model.train())
+    assert all(torch.equal(got[name], value) for name, value in wanted.items())
 
 
 def test_export_takes_any_module(tiny_config):
     model = nn.Sequential(MaskedBertForQuestionAnswering(MaskedBertConfig(**tiny_config)))
-    update_masks(model, 0.25)
-    assert bertarized_state_dict(model)["0.bert.encoder.layer.0.output.dense.weight"].count_nonzero() == 32 * 64 // 4
+    assert bertarized_state_dict(model, find_masks(model, 0.25))["0.bert.encoder.layer.0.output.dense.weight"].count_nonzero() == 32 * 64 // 4
 
 
 @pytest.mark.parametrize("method", ["topK", "l0"])
 def test_export_keeps_the_dtype(tiny_config, tmp_path, method):
     make_model(tiny_config, method, 0.3).save_pretrained(tmp_path)
     model = MaskedBertForQuestionAnswering.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    model.update_masks()
     assert {value.dtype for value in bertarized_state_dict(model).values()} == {torch.bfloat16}

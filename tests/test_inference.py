@@ -25,6 +25,7 @@ from transformers import (
 
 import emmental
 from emmental import MaskedBertConfig, storage
+from emmental.families import encoder_of
 from emmental.inference import compaction, encoder, kernels, sparsify
 from emmental.inference.compaction import Affine
 
@@ -82,10 +83,6 @@ def assert_same(model, sparse, shapes=SHAPES, tolerance=1e-4):
                 torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance / 5)
 
 
-def encoder_of(model):
-    return compaction.encoder_of(model)
-
-
 # ------------------------------------------------------------------------------------- same outputs
 
 
@@ -133,7 +130,6 @@ def test_masked_models(tiny_config, method, threshold, kernel):
         **tiny_config, pruning_method=method, mask_init="uniform", mask_scale=1.0, threshold=threshold
     )
     model = emmental.MaskedBertForSequenceClassification(config).eval()
-    model.update_masks()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     sparse = sparsify(model, kernel)
     assert type(sparse) is BertForSequenceClassification
@@ -375,7 +371,6 @@ def test_masked_models_of_other_classes(tiny_config, kernel):
     torch.manual_seed(0)
     config = MaskedBertConfig(**tiny_config, mask_init="uniform", mask_scale=1.0, threshold=0.1)
     for model in (Mine(config).eval(), emmental.MaskedBertModel(config, add_pooling_layer=False).eval()):
-        model.update_masks(0.1)
         assert_same(model, sparsify(model, kernel))
 
 

@@ -1,11 +1,11 @@
-"""MaskedLinear and update_masks against plain formulas and autograd of them."""
+"""MaskedLinear and the masks of many matrices against plain formulas and autograd of them."""
 
 import pytest
 import torch
 from torch import nn
 
-from emmental.modules import MaskedLinear, compute_mask, masked_layers, swap_linears, update_masks
-from emmental.modules.masked_nn import masks_are_current, uniform_noise
+from emmental.modules import MaskedLinear, compute_mask, find_masks, masked, masked_layers, swap_linears
+from emmental.modules.methods import uniform_noise
 
 METHODS = ["topK", "threshold", "sigmoied_threshold", "magnitude", "l0"]
 BINARY = METHODS[:-1]
@@ -60,13 +60,16 @@ def test_forward_and_gradients(method, bias):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_stored_masks_equal_masks_on_the_spot(method):
+def test_the_masks_of_a_block_equal_masks_on_the_spot(method):
     layer, x = make_layer(method).eval(), torch.randn(4, 9)
-    with pytest.raises(RuntimeError, match="update_masks"):
-        layer(x)
-    update_masks(layer, V)
-    assert torch.equal(layer(x), layer(x, threshold=V))
-    assert torch.equal(layer(x), layer(x, V))
+    with masked(layer, V):
+        assert torch.equal(layer(x), layer(x, threshold=V))
+        assert torch.equal(layer(x), layer(x, V))
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), layer(x, V))
+    for _ in range(2):  # a layer alone has no mask outside of the block
+        with pytest.raises(RuntimeError, match="with masked.model, threshold"):
+            layer.train()(x)
 
 
 def hard_concrete(scores, noise=None):
@@ -87,12 +90,12 @@ def test_l0_is_autograd_of_the_formula(training):
     plain = nn.functional.linear(x, weight * mask, layer.bias.detach())
     plain.backward(seed)
 
-    update_masks(layer, 1.0, generator=torch.Generator().manual_seed(6))
     assert 0 < (mask == 0).sum() < 63 and 0 < (mask == 1).sum() < 63  # both ends of the clamp are met
-    torch.testing.assert_close(layer.mask, mask.detach())
-    out = layer(x)
-    torch.testing.assert_close(out, plain)
-    out.backward(seed)
+    with masked(layer, 1.0, generator=torch.Generator().manual_seed(6)):
+        torch.testing.assert_close(layer.mask, mask.detach())
+        out = layer(x)
+        torch.testing.assert_close(out, plain)
+        out.backward(seed)
     torch.testing.assert_close(layer.weight.grad, weight.grad)
     torch.testing.assert_close(layer.mask_scores.grad, scores.grad, rtol=1e-4, atol=1e-6)
 
@@ -115,12 +118,12 @@ def test_l0_noise_is_uniform(shape):
         assert torch.corrcoef(torch.stack([both[0, :-1], both[0, 1:]]))[0, 1].abs() < 4 / (n / 2) ** 0.5  # to its neighbour
 
 
-def test_l0_gradient_is_that_of_the_stored_mask():
+def test_l0_gradient_is_that_of_the_mask_in_force():
     layer, x = make_layer("l0", scale=3.0).eval(), torch.randn(4, 9)
-    update_masks(layer, 1.0)  # without noise, and used so in training until the next update
     scores = layer.mask_scores.detach().clone().requires_grad_()
     nn.functional.linear(x, layer.weight.detach() * hard_concrete(scores)).sum().backward()
-    layer.train()(x).sum().backward()
+    with masked(layer, 1.0):  # without noise, and used so in training inside the block
+        layer.train()(x).sum().backward()
     torch.testing.assert_close(layer.mask_scores.grad, scores.grad, rtol=1e-4, atol=1e-6)
 
 
@@ -149,15 +152,15 @@ def test_scores_of_a_layer_in_another_precision(method, dtype):
 @pytest.mark.parametrize("method", METHODS)
 def test_autocast_is_that_of_the_plain_formula(method):
     layer = make_layer(method).eval()
-    update_masks(layer, V)
+    layer_mask = find_masks(layer, V).by_layer[""]
     x, seed = torch.randn(3, 5, 9, requires_grad=True), torch.randn(3, 5, 7)
     plain_x, weight, bias = (t.detach().clone().requires_grad_() for t in (x, layer.weight, layer.bias))
     scores = None if layer.mask_scores is None else layer.mask_scores.detach().clone().requires_grad_()
-    mask = hard_concrete(scores) if method == "l0" else layer.mask.float()
+    mask = hard_concrete(scores) if method == "l0" else layer_mask.float()
     effective = weight * mask
     effective.retain_grad()
     with torch.autocast("cpu", torch.bfloat16):
-        out, plain = layer(x), nn.functional.linear(plain_x, effective, bias)
+        out, plain = layer(x, threshold=V), nn.functional.linear(plain_x, effective, bias)
     assert out.dtype == plain.dtype == torch.bfloat16
     assert torch.equal(out, plain)
     out.float().backward(seed)
@@ -174,11 +177,11 @@ def test_autocast_is_that_of_the_plain_formula(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_of_the_size_of_the_weights_is_kept_for_the_backward(method):
     layer = make_layer(method)
-    update_masks(layer, V)
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    with masked(layer, V), keep:
         layer(torch.randn(4, 9, requires_grad=True))
-    own = {layer.weight.data_ptr(), layer.mask.data_ptr()}
+        own = {layer.weight.data_ptr(), layer.mask.data_ptr()}
     assert own == {t.data_ptr() for t in kept if t.numel() == layer.weight.numel()}
 
 
@@ -221,13 +224,13 @@ def test_fractions_are_checked(method, threshold):
     with pytest.raises(ValueError, match="fraction"):
         layer(torch.zeros(2, 9), threshold=threshold)
     with pytest.raises(ValueError, match="fraction"):
-        update_masks(layer, threshold)
+        find_masks(layer, threshold)
 
 
 def test_swap_linears_shares_weights_and_obeys_the_filter():
     model = nn.Sequential(nn.Linear(4, 6), nn.Sequential(nn.Linear(6, 6, bias=False), nn.Tanh()), nn.Linear(6, 2))
     before = dict(model.named_parameters())
-    swap_linears(model, "constant", 0.5, "topK", where=lambda name: name != "2")
+    swap_linears(model, where=lambda name: name != "2", mask_init="constant", mask_scale=0.5)
     assert list(masked_layers(model)) == ["0", "1.0"]
     assert type(model[2]) is nn.Linear
     after = dict(model.named_parameters())
@@ -259,9 +262,10 @@ def ranked(layer):
 @pytest.mark.parametrize("ties", [False, True])
 def test_local_masks_of_many_matrices(method, ties):
     model = make_stack(method, ties)
-    assert update_masks(model, V) is None
-    for layer in model:
-        assert torch.equal(layer.mask.float(), expected_mask(layer, method, V))
+    masks = find_masks(model, V)
+    assert masks.cutoff is None
+    for layer, mask in zip(model, masks.by_layer.values(), strict=True):
+        assert torch.equal(mask.float(), expected_mask(layer, method, V))
 
 
 def expected_global(model, count):
@@ -280,9 +284,9 @@ def test_global_masks_rank_everything_together(method, fraction, ties):
     model = make_stack(method, ties)
     total = sum(layer.weight.numel() for layer in model)
     expected = expected_global(model, int(fraction * total))
-    update_masks(model, fraction, global_topk=True)
-    for layer, mask in zip(model, expected, strict=True):
-        assert torch.equal(layer.mask.float(), mask)
+    masks = find_masks(model, fraction, global_topk=True)
+    for mask, wanted in zip(masks.by_layer.values(), expected, strict=True):
+        assert torch.equal(mask.float(), wanted)
 
 
 @pytest.mark.parametrize("method", GLOBAL)
@@ -291,125 +295,53 @@ def test_global_floor_saves_every_matrix(method):
     with torch.no_grad():
         for tensor in filter(lambda t: t is not None, (model[0].weight, model[0].mask_scores)):
             tensor.mul_(1e-3)
-    update_masks(model, 0.05, global_topk=True)
-    assert model[0].mask.sum() == 1 and torch.equal(model[0].mask.float(), top([ranked(model[0])], 1)[0])
-    assert sum(int(layer.mask.sum()) for layer in model[1:]) >= int(0.05 * 544)
+    first, *others = find_masks(model, 0.05, global_topk=True).by_layer.values()
+    assert first.sum() == 1 and torch.equal(first.float(), top([ranked(model[0])], 1)[0])
+    assert sum(int(mask.sum()) for mask in others) >= int(0.05 * 544)
 
 
 @pytest.mark.parametrize("method", GLOBAL)
 def test_global_cutoff_is_reused(method):
     model = make_stack(method)
-    cutoff = update_masks(model, 0.3, global_topk=True)
+    cutoff = find_masks(model, 0.3, global_topk=True).cutoff
     flat = sorted(torch.cat([ranked(layer).reshape(-1) for layer in model]).tolist(), reverse=True)
     assert cutoff == flat[int(0.3 * len(flat)) - 1]
     with torch.no_grad():
         for layer in model:
             for tensor in filter(lambda t: t is not None, (layer.weight, layer.mask_scores)):
                 tensor.add_(0.1 * torch.randn_like(tensor))
-    assert update_masks(model, 0.2, global_topk=True, cutoff=cutoff) == cutoff
-    for layer in model:
+    masks = find_masks(model, 0.2, cutoff, global_topk=True)
+    assert masks.cutoff == cutoff
+    for layer, mask in zip(model, masks.by_layer.values(), strict=True):
         above = (ranked(layer) >= cutoff).float()
         floor = int(0.005 * above.numel()) + 1
-        assert torch.equal(layer.mask.float(), above if above.sum() >= floor else top([ranked(layer)], floor)[0])
-
-
-def test_masks_of_an_old_cutoff_are_not_those_of_the_fraction():
-    model = make_stack("topK").eval()
-    update_masks(model, 0.3, global_topk=True, cutoff=0.9)
-    assert not masks_are_current(model, 0.3, global_topk=True)
-    update_masks(model, 0.3, global_topk=True)
-    assert masks_are_current(model, 0.3, global_topk=True)
+        assert torch.equal(mask.float(), above if above.sum() >= floor else top([ranked(layer)], floor)[0])
 
 
 @pytest.mark.parametrize("method", ["l0", "sigmoied_threshold"])
 def test_global_is_refused(method):
     with pytest.raises(ValueError, match=method):
-        update_masks(make_stack(method), 0.5, global_topk=True)
+        find_masks(make_stack(method), 0.5, global_topk=True)
 
 
 @pytest.mark.parametrize("cutoff", [None, 0.1])
 def test_global_fractions_are_checked(cutoff):
     with pytest.raises(ValueError, match="fraction"):
-        update_masks(make_stack("threshold"), 1.5, global_topk=True, cutoff=cutoff)
+        find_masks(make_stack("threshold"), 1.5, cutoff, global_topk=True)
 
 
-def test_a_model_without_masks_is_refused():
+def test_a_model_without_masks():
     with pytest.raises(ValueError, match="no masked layers"):
-        update_masks(nn.Linear(2, 2), 0.5)
+        find_masks(nn.Linear(2, 2), 0.5)
+    with masked(nn.Linear(2, 2), 0.5) as masks:  # the same loop serves a dense model
+        assert masks is None
 
 
 def test_l0_masks_of_two_ranks_agree():
     first, second = make_stack("l0"), make_stack("l0")
     torch.manual_seed(1)  # dropout's generator differs between ranks
-    update_masks(first, 1.0, generator=torch.Generator().manual_seed(42))
+    ours = find_masks(first, 1.0, generator=torch.Generator().manual_seed(42), sampled=True).by_layer
     torch.manual_seed(2)
-    update_masks(second, 1.0, generator=torch.Generator().manual_seed(42))
-    assert all(torch.equal(a.mask, b.mask) for a, b in zip(first, second, strict=True))
-
-
-# --- when masks are current ---
-
-
-def change_in_place(model):
-    with torch.no_grad():
-        model[0].mask_scores[0, 0] += 1
-
-
-def load_state(model):
-    model.load_state_dict({key: value + 1 for key, value in model.state_dict().items()})
-
-
-def assign_state(model):
-    model.load_state_dict({key: value + 1 for key, value in model.state_dict().items()}, assign=True)
-
-
-def convert(model):
-    model.double()
-
-
-def stepping(**kwargs):
-    def step(model):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, **kwargs)
-        for parameter in model.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        optimizer.step()
-
-    return step
-
-
-CHANGES = {
-    "in place": change_in_place,
-    "load_state_dict": load_state,
-    "assign": assign_state,
-    "dtype": convert,
-    "foreach AdamW": stepping(foreach=True),
-    "fused AdamW": stepping(fused=True),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_masks_are_current_until_scores_change(change):
-    model = make_stack("topK").eval()
-    assert not masks_are_current(model, V)
-    update_masks(model, V)
-    assert masks_are_current(model, V)
-    assert not masks_are_current(model, 0.5)
-    assert not masks_are_current(model, V, global_topk=True)
-    change(model)
-    assert not masks_are_current(model, V)
-
-
-def test_magnitude_masks_follow_the_weights():
-    model = make_stack("magnitude").eval()
-    update_masks(model, V)
-    with torch.no_grad():
-        model[1].weight[0, 0] = 7.0
-    assert not masks_are_current(model, V)
-
-
-def test_sampled_masks_are_not_those_of_evaluation():
-    model = make_stack("l0").train()
-    update_masks(model, 1.0)
-    assert not masks_are_current(model.eval(), 1.0)
-    update_masks(model, 1.0)
-    assert masks_are_current(model, 1.0)
+    theirs = find_masks(second, 1.0, generator=torch.Generator().manual_seed(42), sampled=True).by_layer
+    assert all(torch.equal(mask, theirs[name]) for name, mask in ours.items())
+    assert not torch.equal(ours["0"], find_masks(first, 1.0).by_layer["0"])

@@ -1,6 +1,7 @@
-"""MaskedBert* against the stock classes; loading and saving; when masks are computed."""
+"""MaskedBert* against the stock classes; loading and saving."""
 
 import copy
+import inspect
 import io
 import json
 import logging
@@ -15,7 +16,7 @@ from torch import nn
 import emmental
 from emmental import MaskedBertConfig, MaskedBertForQuestionAnswering, MaskedBertModel
 from emmental.loading import LoadError, load_masked, load_model
-from emmental.modules import masked_layers
+from emmental.modules import find_masks, masked, masked_layers
 from emmental.training.optim import build_optimizer
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.2}
@@ -113,13 +114,19 @@ def test_outputs_are_those_of_the_masked_weights(tiny_config, method):
     assert masked(**INPUTS, threshold=0.4, return_dict=False)[0].equal(out.start_logits)
 
 
-def test_threshold_is_remembered_then_read_from_the_config(tiny_config):
+def test_the_threshold_has_one_home(tiny_config, tmp_path):
     with pytest.raises(ValueError, match="threshold"):
         make_masked(tiny_config).eval()(**INPUTS)
     model = make_masked(tiny_config, threshold=0.3).eval()
     assert model(**INPUTS).last_hidden_state.equal(model(**INPUTS, threshold=0.3).last_hidden_state)
     model(**INPUTS, threshold=0.6)
     assert model(**INPUTS).last_hidden_state.equal(model(**INPUTS, threshold=0.6).last_hidden_state)
+    assert model.config.threshold == 0.6
+    with masked(model, 0.2):
+        wanted = model(**INPUTS).last_hidden_state
+    model.save_pretrained(tmp_path)  # as it was last used
+    again = MaskedBertModel.from_pretrained(tmp_path).eval()
+    assert again.config.threshold == 0.2 and again(**INPUTS).last_hidden_state.equal(wanted)
     assert make_masked(tiny_config, pruning_method="l0").eval()(**INPUTS).last_hidden_state.isfinite().all()
 
 
@@ -164,108 +171,6 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_config, method):
         torch.testing.assert_close(grad, plain[name], msg=name)
 
 
-# --- when masks are computed: a mask that is computed again is another tensor ---
-
-
-def masks(model):
-    return [layer.mask for layer in masked_layers(model).values()]
-
-
-def same(first, second):
-    return all(a is b for a, b in zip(first, second, strict=True))
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_evaluation_computes_masks_once(tiny_config, method):
-    model = make_masked(tiny_config, pruning_method=method).eval()
-    model(**INPUTS, threshold=0.5)
-    before = masks(model)
-    for _ in range(3):
-        model(**INPUTS, threshold=0.5)
-    model(**INPUTS)
-    assert same(masks(model), before)
-    if method != "l0":
-        model(**INPUTS, threshold=0.4)
-        assert not any(a is b for a, b in zip(masks(model), before, strict=True))
-
-
-@pytest.mark.parametrize("global_topk", [False, True])
-def test_training_with_a_threshold_computes_masks_every_time(tiny_config, global_topk):
-    model = make_masked(tiny_config, global_topk=global_topk).train()
-    model(**INPUTS, threshold=0.5)
-    before = masks(model)
-    model(**INPUTS)
-    assert same(masks(model), before)
-    model(**INPUTS, threshold=0.5)
-    assert not any(a is b for a, b in zip(masks(model), before, strict=True))
-
-
-def step_with(make_optimizer):
-    def step(model):
-        optimizer = make_optimizer(model)
-        model(**INPUTS, threshold=0.5).last_hidden_state[..., 0].sum().backward()
-        optimizer.step()
-
-    return step
-
-
-def in_place(model):
-    with torch.no_grad():
-        model.encoder.layer[1].output.dense.mask_scores.neg_()
-
-
-def load_state(model):
-    model.load_state_dict({k: -v for k, v in model.state_dict().items()})
-
-
-CHANGES = {
-    "in place": in_place,
-    "load_state_dict": load_state,
-    "build_optimizer": step_with(lambda m: build_optimizer(m, 1e-2, 1e-1, 0.0, 1e-8)),
-    "fused AdamW": step_with(lambda m: torch.optim.AdamW(m.parameters(), lr=1e-1, fused=True)),
-    "SGD": step_with(lambda m: torch.optim.SGD(m.parameters(), lr=1e3)),
-}
-
-
-@pytest.mark.parametrize("training", [False, True], ids=["changed in eval", "changed in train"])
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_evaluation_sees_changed_scores(tiny_config, change, training):
-    model = make_masked(tiny_config).eval()
-    before = model(**INPUTS, threshold=0.5).last_hidden_state
-    stale = model.encoder.layer[1].output.dense.mask.clone()
-    change(model.train(training))
-    after = model.eval()(**INPUTS, threshold=0.5).last_hidden_state
-    scores = model.encoder.layer[1].output.dense.mask_scores
-    fresh = scores >= scores.flatten().sort(descending=True).values[scores.numel() // 2 - 1]
-    assert not fresh.equal(stale)
-    assert model.encoder.layer[1].output.dense.mask.equal(fresh)
-    assert not after.equal(before)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_masked_weights_are_kept_while_nothing_is_trained(tiny_config, method):
-    model = make_masked(tiny_config, pruning_method=method).eval()
-    with_gradients = model(**INPUTS, threshold=0.5).last_hidden_state
-    layer = model.encoder.layer[1].output.dense
-    assert layer.masked_weight is None
-    with torch.no_grad():
-        without = model(**INPUTS).last_hidden_state
-        kept = layer.masked_weight
-        model(**INPUTS)
-    assert layer.masked_weight is kept and torch.equal(kept, layer.weight * layer.mask)
-    torch.testing.assert_close(without, with_gradients)
-    assert not any("masked_weight" in key for key in model.state_dict())
-
-    with torch.no_grad():
-        layer.weight.mul_(2)  # neither scores nor threshold change
-        assert torch.equal(model(**INPUTS).last_hidden_state, model(**INPUTS, threshold=0.5).last_hidden_state)
-        assert torch.equal(layer.masked_weight, layer.weight * layer.mask)
-        changed = model(**INPUTS).last_hidden_state
-    assert not torch.equal(changed, without)
-    torch.testing.assert_close(changed, model(**INPUTS).last_hidden_state.detach())
-    assert all(layer.masked_weight is None for layer in masked_layers(model.train()).values())
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_masks_survive_a_change_of_dtype(tiny_config, method, dtype):
@@ -284,22 +189,10 @@ def test_masks_follow_the_device(tiny_config):
     torch.testing.assert_close(got.cpu(), wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_masks_made_in_inference_mode_serve_training(tiny_config, training):
-    model = make_masked(tiny_config).eval()
-    with torch.inference_mode():
-        wanted = model(**INPUTS, threshold=0.5).last_hidden_state
-    out = model.train(training)(**INPUTS).last_hidden_state
-    torch.testing.assert_close(out, wanted.clone())
-    out.sum().backward()
-    assert model.encoder.layer[0].output.dense.mask_scores.grad is not None
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_copies_stand_alone(tiny_config, method):
     model = make_masked(tiny_config, pruning_method=method).eval()
     wanted = model(**INPUTS, threshold=0.5).last_hidden_state
-    assert not [key for key in model.state_dict() if key.endswith(".mask")]
     stream = io.BytesIO()
     torch.save(model, stream)
     stream.seek(0)
@@ -568,15 +461,15 @@ def test_no_code_in_a_checkpoint_is_run(tiny_config, tmp_path):
 def test_load_masked_reads_the_config(pruned, caplog):
     model = load_masked(str(pruned))
     assert not model.training and model.config.threshold == 0.3
-    for layer in masked_layers(model).values():
-        assert layer.mask.sum() == int(0.3 * layer.weight.numel())
+    for name, mask in find_masks(model).by_layer.items():
+        assert mask.sum() == int(0.3 * model.get_submodule(name).weight.numel())
     assert not caplog.records
 
 
 def test_load_masked_warns_of_a_contradiction(pruned, caplog):
     with caplog.at_level(logging.WARNING):
         model = load_masked(str(pruned), pruning_method="topK", threshold=0.6)
-    assert model.bert.encoder.layer[0].output.dense.mask.sum() == int(0.6 * 32 * 64)
+    assert find_masks(model).by_layer["bert.encoder.layer.0.output.dense"].sum() == int(0.6 * 32 * 64)
     assert [r.getMessage() for r in caplog.records if "contradicts" in r.getMessage()]
     assert "threshold" in caplog.text and "pruning_method" not in caplog.text
 
@@ -595,3 +488,59 @@ def test_load_masked_refuses_unknown_values(tiny_config, tmp_path):
         load_masked(str(tmp_path))
     with pytest.raises(LoadError, match="global_topk"):
         load_masked(str(tmp_path), pruning_method="l0", global_topk=True)
+
+
+# --- one encoder, and the stock signature ---
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_the_signature_is_the_stock_one_and_threshold(tiny_config, suffix):
+    stock = inspect.signature(getattr(transformers, f"Bert{suffix}").forward).parameters
+    ours = inspect.signature(getattr(emmental, f"MaskedBert{suffix}").forward).parameters
+    assert [name for name in ours if name != "threshold"] == list(stock)
+    assert ours["threshold"].default is None and ours["threshold"].kind is inspect.Parameter.KEYWORD_ONLY
+    model = make_masked(tiny_config, getattr(emmental, f"MaskedBert{suffix}"), threshold=0.4).eval()
+    inputs = {name: value for name, value in make_inputs(suffix).items() if name in INPUTS}
+    wanted = model(**inputs)[0]
+    torch.testing.assert_close(model(*inputs.values())[0], wanted)  # in the order of the stock model
+    ids = inputs.pop("input_ids")
+    embeds = model.base_model.embeddings.word_embeddings(ids.reshape(-1, ids.shape[-1])).reshape(*ids.shape, -1)
+    torch.testing.assert_close(model(inputs_embeds=embeds, **inputs)[0], wanted)
+
+
+def test_a_block_can_be_traced_by_keywords(tiny_config):
+    model = make_masked(tiny_config, MaskedBertForQuestionAnswering, threshold=0.4, return_dict=False).eval()
+    with masked(model), torch.no_grad():
+        wanted = model(**INPUTS)  # W * M is kept from here on
+        traced = torch.jit.trace(model, example_kwarg_inputs=dict(INPUTS), strict=False)
+    for got, value in zip(traced(**INPUTS), wanted, strict=True):
+        torch.testing.assert_close(got, value)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES[1:])
+def test_a_head_builds_one_encoder(tiny_config, suffix, monkeypatch):
+    built = []
+    init = transformers.models.bert.modeling_bert.BertEncoder.__init__
+    monkeypatch.setattr(transformers.models.bert.modeling_bert.BertEncoder, "__init__",
+                        lambda self, *args: built.append(1) or init(self, *args))  # fmt: skip
+    model = make_masked(tiny_config, getattr(emmental, f"MaskedBert{suffix}"))
+    assert len(built) == 1 and type(model.bert) is MaskedBertModel
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_what_a_checkpoint_lacks_is_initialised_and_nothing_else(tiny_bert, tmp_path, suffix):
+    """transformers asks the class of the inner model: a stock one there leaves scores as they lay in memory."""
+    cls = getattr(emmental, f"MaskedBert{suffix}")
+    plain = load_file(tiny_bert / "model.safetensors")
+    for seed in range(3):
+        torch.manual_seed(seed)
+        junk = [torch.full((64, 32), torch.nan) for _ in range(50)]  # what freed memory may hold
+        del junk
+        model = cls.from_pretrained(tiny_bert, mask_init="constant", mask_scale=1.5)
+        state = model.state_dict()
+        for name, value in state.items():
+            if name.endswith("mask_scores"):
+                assert value.eq(1.5).all(), name
+            key = name if suffix != "Model" else f"bert.{name}"
+            if key in plain and ".encoder." in f".{key}":
+                assert value.equal(plain[key]), name

@@ -17,7 +17,7 @@ class Model(torch.nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.weight = torch.nn.Parameter(torch.randn(6))
+        self.weight = torch.nn.Parameter(torch.randn(6, 1))
         self.bias = torch.nn.Parameter(torch.randn(6))
         self.mask_scores = torch.nn.Parameter(torch.zeros(6))
 
@@ -30,20 +30,20 @@ def gradients(steps, scale, seed=1):
 def run(optimizer, model, grads):
     for grad in grads:
         for parameter in model.parameters():
-            parameter.grad = grad.clone()
+            parameter.grad = grad.clone().view_as(parameter)
         optimizer.step()
 
 
 def paper_adamw(start, grads, rate, eps):
     """lr * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps), written out in Python floats."""
-    values = start.tolist()
+    values = start.flatten().tolist()
     for i in range(len(values)):
         m = v = 0.0
         for t, grad in enumerate(grads, start=1):
             g = grad.tolist()[i]
             m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
             values[i] -= rate * math.sqrt(1 - 0.999**t) / (1 - 0.9**t) * m / (math.sqrt(v) + eps)
-    return torch.tensor(values)
+    return torch.tensor(values).view_as(start)
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1e-8, 1e-6, 1.0])
@@ -130,7 +130,7 @@ def test_a_step_that_the_gradient_scaler_skips_is_not_counted():
     for number in range(11):
         for parameter in model.parameters():
             grad = grads[number - (number > 3)] * scaler.get_scale()
-            parameter.grad = torch.full_like(grad, torch.inf) if number == 3 else grad
+            parameter.grad = (torch.full_like(grad, torch.inf) if number == 3 else grad).view_as(parameter)
         scaler.scale(torch.zeros(()))
         scaler.unscale_(optimizer)
         scaler.step(optimizer)

@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from emmental.data import features as shared
@@ -44,6 +44,7 @@ def make_tokenizer(words=("the", "normans", "people", "france", "region", "##s",
     backend = Tokenizer(model)
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     names = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
@@ -399,6 +400,10 @@ def test_refuses_unfit_tokenizers_and_no_examples(tmp_path, tokenizer):
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(SquadError, match=r"no \[CLS\] or \[SEP\]"):
         build_features(examples, bare, training=True, **SIZES)
+    unframed = make_tokenizer()
+    unframed.backend_tokenizer.post_processor = processors.Sequence([])
+    with pytest.raises(SquadError, match="lacks a post-processor"):
+        build_features(examples, unframed, training=True, **SIZES)
     with pytest.raises(SquadError, match="no question"):
         build_features(examples.select([]), tokenizer, training=True, **SIZES)
 

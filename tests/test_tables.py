@@ -18,7 +18,8 @@ import masked_run_squad
 import paper_tables
 from emmental.tables.points import Options, find_point, load_points, paper_value, steps
 from emmental.tables.report import headline
-from emmental.tables.runs import METHOD_NAMES, read_run
+from emmental.modules.methods import METHODS
+from emmental.tables.runs import read_run
 from emmental.training.args import check_common_arguments
 
 POINTS = [point for task in ("squad", "mnli", "qqp") for point in load_points(task)]
@@ -45,7 +46,7 @@ def test_all_points_are_there_with_their_slips_corrected():
             assert point.method == "dense" and "pruning_method" not in point.settings
             continue
         method = point.settings["pruning_method"]
-        assert METHOD_NAMES[method] == point.method
+        assert METHODS[method].title == point.method
         if point.method in ("magnitude", "movement"):  # what they leave is what their threshold says
             assert 100 * float(point.settings["final_threshold"]) == pytest.approx(point.remaining, abs=0.2)
         assert point.global_topk == (point.name[-2:] in ("B2", "B4", "D2", "D4"))

@@ -26,6 +26,7 @@ from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
+MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 BATCH = 1000  # rows worked on at a time, and fewer where their texts are long:
 BATCH_TEXT = 2**24  # characters of them
 MAX_TEXT = 10_000_000  # characters of a text; a tokenizer takes some hundred bytes for each
@@ -58,12 +59,27 @@ def fast_backend(tokenizer, error):
     if not getattr(tokenizer, "is_fast", False):
         raise error(f"{type(tokenizer).__name__} is not a fast tokenizer; use a --tokenizer_name with one")
     if None in (tokenizer.cls_token_id, tokenizer.sep_token_id):
-        raise error("the tokenizer has no [CLS] or [SEP]; use the --tokenizer_name of a BERT model")
+        raise error("the tokenizer has no [CLS] or [SEP]; use the --tokenizer_name of an encoder such as BERT")
     # A copy, because files like tokenizer.json may switch on truncation, and the caller's stays as it is.
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.no_truncation()
     backend.no_padding()
     return backend
+
+
+def pair_frame(backend, error):
+    """The ids that a tokenizer puts before, between and after a pair of texts: [CLS] a [SEP] b [SEP] and the like.
+
+    Raises `error`, the task's exception type, for a tokenizer that puts nothing there.
+    """
+    encoding = backend.encode("a", "b")
+    owners = encoding.sequence_ids
+    first, second = owners.index(0), owners.index(1)
+    ends = [len(owners) - owners[::-1].index(text) for text in (0, 1)]
+    frame = encoding.ids[:first], encoding.ids[ends[0] : second], encoding.ids[ends[1] :]
+    if not all(frame):
+        raise error("the tokenizer puts no [CLS] and [SEP] around two texts: its tokenizer.json lacks a post-processor")
+    return frame
 
 
 def row_tuples(examples, names):
@@ -83,11 +99,11 @@ def ragged(pieces, lengths):
     return pa.ListArray.from_arrays(ends, pa.array(np.concatenate(pieces)))
 
 
-def pad_batch(features, second_starts, pad_token_id, multiple_of):
+def pad_batch(features, second_starts, pad_token_id, multiple_of, input_names):
     """Pad `input_ids` to the longest of the batch, rounded up to a multiple of `multiple_of` tokens.
 
     `second_starts` holds the index of the first token of type 1 for each feature. Returns int64 tensors
-    (batch, tokens): input_ids, attention_mask and token_type_ids.
+    (batch, tokens): those of input_ids, attention_mask and token_type_ids that are in `input_names`.
     """
     longest = max(len(feature["input_ids"]) for feature in features)
     shape = (len(features), -(-longest // multiple_of) * multiple_of)
@@ -98,7 +114,7 @@ def pad_batch(features, second_starts, pad_token_id, multiple_of):
         batch["input_ids"][row, :length] = torch.as_tensor(feature["input_ids"])
         batch["attention_mask"][row, :length] = 1
         batch["token_type_ids"][row, second_start:length] = 1
-    return batch
+    return {name: tensor for name, tensor in batch.items() if name in input_names}
 
 
 # ------------------------------------------------------------------------------------------- cache

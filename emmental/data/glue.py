@@ -31,6 +31,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from emmental.data.features import (
+    MODEL_INPUTS,
     batch_rows,
     cached_map,
     content_hash,
@@ -537,14 +538,15 @@ def _featurize(texts_a, texts_b, labels=None, *, backend):
     return pa.table(table)
 
 
-def collate(features, pad_token_id, multiple_of=8):
+def collate(features, pad_token_id, multiple_of=8, input_names=MODEL_INPUTS):
     """Pad features to the longest of the batch, rounded up to a multiple of `multiple_of` tokens.
 
-    Returns int64 tensors: input_ids, attention_mask and token_type_ids (batch, tokens), and, where the
+    Returns int64 tensors: input_ids, attention_mask and token_type_ids (batch, tokens), as far as the model takes
+    them (`input_names`), and, where the
     features have a label, labels (batch,): int64 class indices, or float32 for a regression.
     """
     second_starts = [feature["second_start"] for feature in features]
-    batch = pad_batch(features, second_starts, pad_token_id, multiple_of)
+    batch = pad_batch(features, second_starts, pad_token_id, multiple_of, input_names)
     if "label" in features[0]:
         labels = [feature["label"] for feature in features]
         batch["labels"] = torch.tensor(labels, dtype=torch.float32 if isinstance(labels[0], float) else torch.int64)

@@ -24,12 +24,14 @@ import torch
 from datasets import Features, List, Value
 
 from emmental.data.features import (
+    MODEL_INPUTS,
     BATCH,
     batch_rows,
     cached_map,
     content_hash,
     fast_backend,
     one_line,
+    pair_frame,
     pad_batch,
     ragged,
     row_tuples,
@@ -310,7 +312,7 @@ def build_features(
         raise SquadError("there is no question to make features of; check the data file")
 
     settings = dict(
-        cls_id=tokenizer.cls_token_id, sep_id=tokenizer.sep_token_id, max_seq_length=max_seq_length,
+        frame=pair_frame(backend, SquadError), max_seq_length=max_seq_length,
         doc_stride=doc_stride, max_query_length=max_query_length, training=training,
     )  # fmt: skip
     columns = ["id", "question", "context", "answers"]
@@ -337,22 +339,22 @@ def _batches(examples, columns):
 
 def _featurize(
     ids, questions, contexts, answers, rows, *,
-    backend, cls_id, sep_id, max_seq_length, doc_stride, max_query_length, training,
+    backend, frame, max_seq_length, doc_stride, max_query_length, training,
 ):  # fmt: skip
     """One batch of examples -> a table of features. Columns are flat arrays, cut up by Arrow, for speed."""
     distinct = list(dict.fromkeys(contexts))
     encodings = backend.encode_batch(distinct, add_special_tokens=False)
     tokenized = {text: (np.array(e.ids, np.int32), _spans(e.offsets, text)) for text, e in zip(distinct, encodings)}
-    sep = np.array([sep_id], np.int32)
+    before, between, after = (np.array(ids, np.int32) for ids in frame)
     tokens, spans, best = [], [], []
     columns = collections.defaultdict(list)
 
     encodings = backend.encode_batch(questions, add_special_tokens=False)
     for id_, encoding, context, answer, row in zip(ids, encodings, contexts, answers, rows):
         question = encoding.ids[:max_query_length]
-        head = np.array([cls_id, *question, sep_id], np.int32)
+        head = np.concatenate([before, np.array(question, np.int32), between])
         context_ids, context_spans = tokenized[context]
-        room = max_seq_length - len(head) - 1
+        room = max_seq_length - len(head) - len(after)
         if room < 1:
             raise SquadError(
                 f"question {shown(id_)} has {len(question)} tokens, which leaves no room for its context in "
@@ -364,8 +366,8 @@ def _featurize(
         else:
             owner = _max_context(len(context_ids), windows)
         for n, (begin, end) in enumerate(windows):
-            tokens += (head, context_ids[begin:end], sep)
-            columns["length"].append(len(head) + end - begin + 1)
+            tokens += (head, context_ids[begin:end], after)
+            columns["length"].append(len(head) + end - begin + len(after))
             columns["context_start"].append(len(head))
             columns["example_index"].append(row)
             if training:
@@ -427,14 +429,14 @@ def _max_context(n_tokens, windows):
     return owner
 
 
-def collate(features, pad_token_id, multiple_of=8):
+def collate(features, pad_token_id, multiple_of=8, input_names=MODEL_INPUTS):
     """Pad features to the longest of the batch, rounded up to a multiple of `multiple_of` tokens.
 
-    Returns int64 tensors: input_ids, attention_mask and token_type_ids (batch, tokens), and, for features
-    made for training, start_positions and end_positions (batch,).
+    Returns int64 tensors: input_ids, attention_mask and token_type_ids (batch, tokens), as far as the model takes
+    them (`input_names`), and, for features made for training, start_positions and end_positions (batch,).
     """
     second_starts = [feature["context_start"] for feature in features]
-    batch = pad_batch(features, second_starts, pad_token_id, multiple_of)
+    batch = pad_batch(features, second_starts, pad_token_id, multiple_of, input_names)
     if "start_position" in features[0]:
         for name in ("start_position", "end_position"):
             batch[f"{name}s"] = torch.tensor([int(feature[name]) for feature in features])

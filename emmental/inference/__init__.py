@@ -20,8 +20,10 @@ from transformers import BertConfig, BertModel, PreTrainedModel
 from transformers.activations import ACT2FN
 
 from ..export import bertarized_config, bertarized_state_dict
-from ..modules.masked_nn import MaskedLinear, masked_layers
-from .compaction import NAMES, compact, compact_model, density, encoder_of, read_layer
+from ..families import encoder_of
+from ..modules.masked_nn import MaskedLinear
+from ..modules.masks import masked_layers
+from .compaction import NAMES, compact, compact_model, density, read_layer
 from .encoder import SparseEncoder, SparseLayer
 from .kernels import BACKENDS, MOST_COLUMNS, KernelError, Library, Native, fastest, load_native, measured_limit
 
@@ -36,7 +38,7 @@ TRIAL_TOKENS = 128
 def sparsify(model: PreTrainedModel, kernel: str = "auto", csr_below: float | None = None) -> PreTrainedModel:
     """A model with the outputs of `model` (float32 rounding aside) that is faster because it is pruned.
 
-    model: a BERT of any head: bertarized, or masked with its masks computed (`update_masks`). It is left as it is.
+    model: a BERT of any head, bertarized or masked. It is left as it is.
     kernel: "native" (kernels of our own; they need a C++ compiler once), "library" (torch's CSR product),
         "compact" (dense products, smaller by what compaction takes out), or "auto": the fastest of them here.
     csr_below: density, in [0, 1], below which a matrix becomes CSR; measured on this machine when None.

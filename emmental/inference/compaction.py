@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from scipy.sparse import csr_array
 from torch import Tensor, nn
-from transformers import BertModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 MULTIPLE = 8  # sizes of compacted dense matrices, as fast matrix units like them
@@ -185,10 +185,6 @@ def _spread(array: np.ndarray, places: np.ndarray, total: int) -> np.ndarray:
     spread = np.zeros((total, *array.shape[1:]), np.float32)
     spread[places] = array
     return spread
-
-
-def encoder_of(model: PreTrainedModel) -> nn.Module:
-    return (model if isinstance(model, BertModel) else model.bert).encoder
 
 
 def density(encoder: nn.Module) -> float:

@@ -1,5 +1,6 @@
 from .binarizer import MagnitudeBinarizer, ThresholdBinarizer, TopKBinarizer
-from .masked_nn import MaskedLinear, compute_mask, masked_layers, swap_linears, update_masks
+from .masked_nn import MaskedLinear, compute_mask, swap_linears
+from .masks import count, find_masks, masked, masked_layers
 
 __all__ = [
     "MagnitudeBinarizer",
@@ -7,7 +8,9 @@ __all__ = [
     "ThresholdBinarizer",
     "TopKBinarizer",
     "compute_mask",
+    "count",
+    "find_masks",
+    "masked",
     "masked_layers",
     "swap_linears",
-    "update_masks",
 ]

@@ -9,7 +9,7 @@ from matplotlib.ticker import FormatStrFormatter
 
 from ..export import remaining_weights
 from ..loading import LoadError, load_masked, load_model
-from ..modules.masked_nn import masked_layers
+from ..modules.masks import find_masks, masked_layers
 from .points import METHODS, TASKS, load_points
 from .runs import Run
 
@@ -83,7 +83,7 @@ def scatter_figure(run: Run) -> Figure:
     head = type(model).__name__.partition("For")[2]
     first = load_model(run.model, head, masked=False, cache_dir=run.args.get("cache_dir"))
     generator = torch.Generator().manual_seed(0)
-    layers = masked_layers(model)
+    layers, masks = masked_layers(model), find_masks(model)
     share = math.ceil(POINTS / len(layers))
     parts = {True: [], False: []}
     for name, layer in layers.items():
@@ -93,7 +93,7 @@ def scatter_figure(run: Run) -> Figure:
                 f"{run.model} is not what {run.folder} was fine-pruned from: {name} has another shape"
             )
         for kept in parts:
-            places = ((layer.mask != 0) == kept).flatten().nonzero().flatten()
+            places = ((masks.by_layer[name] != 0) == kept).flatten().nonzero().flatten()
             chosen = places[torch.randperm(len(places), generator=generator)[:share]]
             parts[kept].append(torch.stack([before.flatten()[chosen], layer.weight.flatten()[chosen]]))
     figure = Figure(figsize=(9, 8), layout="constrained")

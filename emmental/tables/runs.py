@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..export import remaining_weights
+from ..families import is_masked
 from ..loading import LoadError, load_masked, read_config
+from ..modules.methods import METHODS
 from ..training.checkpoint import ARGS_FILE, FREE_ARGUMENTS, SUMMARY_FILE, WEIGHTS_FILE, file_digest
 from .points import METRICS, TableError
 
@@ -18,13 +20,6 @@ FINISHED, TRAINED, BEGUN = "finished", "trained", "begun"
 RESULTS = "eval_results.json"
 ESSENTIAL = {"data_dir", "model_name_or_path", "task_name"}
 BARE = {"target_remaining", "regularization", "teacher_name_or_path", "teacher_type"}
-METHOD_NAMES = {
-    "magnitude": "magnitude",
-    "l0": "l0",
-    "topK": "movement",
-    "threshold": "movement",
-    "sigmoied_threshold": "soft movement",
-}
 COUNT_TOLERANCE = 0.01  # percent points between the recorded and the recounted remaining weights
 
 
@@ -108,11 +103,11 @@ def read_run(folder: Path) -> Run:
     try:
         squad = "squad_v2" if args.get("version_2_with_negative") else "squad"
         task = squad if "doc_stride" in args else str(args["task_name"]).lower()
-        masked = args["model_type"] == "masked_bert"
+        masked = is_masked(args["model_type"])
         names = METRICS.get(task) or tuple(name for name in results if _is_metric(name, results[name]))
         scale = 1 if "doc_stride" in args else 100
         metrics = {name: scale * float(results[name]) for name in names}
-        method = METHOD_NAMES[args["pruning_method"]] if masked else "dense"
+        method = METHODS[args["pruning_method"]].title if masked else "dense"
         run = Run(
             folder, task, method, masked and bool(args["global_topk"]), bool(args["teacher_name_or_path"]), int(args["seed"]),
             metrics, 100.0, 100.0, int(summary["updates"]), float(summary["seconds"]), str(summary["hardware"]), args,
@@ -125,7 +120,7 @@ def read_run(folder: Path) -> Run:
         raise RunError(f"its files hold what these scripts do not write ({error})") from error
     if not all(math.isfinite(value) for value in metrics.values()) or not metrics:
         raise RunError("its metrics are missing or not finite")
-    if (config.get("model_type") == "masked_bert") != masked:
+    if is_masked(config["model_type"]) != masked:
         raise RunError(f"{ARGS_FILE} says {args['model_type']}, and config.json {config.get('model_type')}")
     if masked:
         _recount(run, config, results)

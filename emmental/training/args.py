@@ -15,20 +15,19 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ..losses import REGULARIZATIONS
-from ..modules.binarizer import MIN_REMAINING
-from ..modules.masked_nn import MASK_INITS, PRUNING_METHODS, closing_score, has_scores
+from ..families import FAMILIES, MASKED, is_masked
+from ..losses import PENALTIES
+from ..modules.masked_nn import MASK_INITS
+from ..modules.methods import METHODS
+from ..modules.topk import MIN_REMAINING
 from ..schedule import LambdaSteering, plateaus_overlap, usual_lambda
 
 logger = logging.getLogger(__name__)
 
-MODEL_TYPES = ("bert", "masked_bert")
-FRACTION_METHODS = ("topK", "magnitude", "sigmoied_threshold")
 PRUNING_ARGUMENTS = (
     "pruning_method", "mask_init", "mask_scale", "mask_scores_learning_rate", "initial_threshold", "final_threshold",
     "initial_warmup", "final_warmup", "regularization", "final_lambda", "target_remaining", "global_topk", "global_topk_frequency_compute",
 )  # fmt: skip
-STEERED = {"sigmoied_threshold": "l1", "l0": "l0"}  # methods of --target_remaining, and their penalty
 WITHOUT_MEANING = ("fp16_opt_level", "server_ip", "server_port", "lang_id")
 
 
@@ -67,7 +66,14 @@ def choice(*options: str, aliases: dict[str, str] | None = None) -> Callable[[st
     return parse
 
 
-pruning_method = choice(*PRUNING_METHODS, aliases={"sigmoid_threshold": "sigmoied_threshold"})
+def pruning_method(text: str) -> str:
+    """An argparse type: the name of a pruning method."""
+    return choice(*METHODS, aliases={"sigmoid_threshold": "sigmoied_threshold"})(text)
+
+
+def model_types() -> list[str]:
+    """What --model_type may be."""
+    return [prefix + family for family in FAMILIES for prefix in ("", MASKED)]
 
 
 class Parser(argparse.ArgumentParser):
@@ -162,7 +168,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, max_seq_length: int
     """Add every flag that is not a task's own, in groups."""
     group = parser.add_argument_group("what to run")
     add = group.add_argument
-    add("--model_type", type=choice(*MODEL_TYPES), required=True,
+    add("--model_type", type=choice(*model_types()), required=True,
         help="masked_bert to fine-prune; bert for the dense baseline or the teacher")
     add("--model_name_or_path", required=True, help="checkpoint folder, or a model name on the hub")
     add("--output_dir", required=True, help="where the fine-pruned model, its results and its checkpoints go")
@@ -199,7 +205,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, max_seq_length: int
         help="last plateau, in units of warmup_steps; lengthen it when the metric still climbs at the end")
     add("--mask_init", type=choice(*MASK_INITS), default="constant", help="initialisation of the scores")
     add("--mask_scale", type=float, default=0.0, help="value (constant) or range (uniform) of the initial scores")
-    add("--regularization", type=choice(*REGULARIZATIONS, "null"), default=None,
+    add("--regularization", type=choice(*PENALTIES, "null"), default=None,
         help="penalty on the scores: l1 for soft movement, l0 for l0; null for none")
     add("--final_lambda", type=float, default=0.0,
         help="coefficient of the penalty at the end; raise it for fewer remaining weights")
@@ -210,7 +216,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, max_seq_length: int
 
     group = parser.add_argument_group("distillation")
     add = group.add_argument
-    add("--teacher_type", type=choice(*MODEL_TYPES), help="type of the teacher; needed with --teacher_name_or_path")
+    add("--teacher_type", type=choice(*model_types()), help="type of the teacher; needed with --teacher_name_or_path")
     add("--teacher_name_or_path", help="fine-tuned teacher, a checkpoint folder or a name on the hub")
     add("--alpha_ce", type=float, default=0.5, help="weight of the task's own loss")
     add("--alpha_distil", type=float, default=0.5, help="weight of the distillation loss")
@@ -294,7 +300,7 @@ def check_common_arguments(args: argparse.Namespace, given: set[str]) -> list[st
         problems.append("--alpha_ce 0 and --alpha_distil 0 leave nothing to learn from: raise one")
     if args.resume_from_checkpoint and not args.do_train:
         problems.append("--resume_from_checkpoint continues training: add --do_train")
-    if args.model_type == "masked_bert":
+    if is_masked(args.model_type):
         problems += _check_pruning_arguments(args)
     if not problems:
         _warn_of_idle_arguments(args, given)
@@ -330,29 +336,32 @@ def _warn_of_idle_arguments(args: argparse.Namespace, given: set[str]) -> None:
         "--do_train": () if args.do_train else ("evaluate_during_training", "teacher_name_or_path", "regularization", "target_remaining"),
         "--do_eval": () if args.do_eval else ("eval_all_checkpoints",),
         "--teacher_name_or_path": () if args.teacher_name_or_path else ("alpha_ce", "alpha_distil", "temperature"),
-        "--model_type masked_bert": () if args.model_type == "masked_bert" else PRUNING_ARGUMENTS,
+        f"--model_type {MASKED}{args.model_type}": () if is_masked(args.model_type) else PRUNING_ARGUMENTS,
     }
     for needed, names in idle.items():
         if without_effect := [f"--{name}" for name in names if name in given]:
             logger.warning("%s: no effect without %s", ", ".join(without_effect), needed)
-    if args.do_train and args.model_type == "masked_bert" and args.pruning_method == "sigmoied_threshold":
+    method = METHODS[args.pruning_method]
+    if args.do_train and is_masked(args.model_type) and method.penalty:
         if not (regularization_mode(args) and (args.final_lambda or args.target_remaining)):
-            logger.warning("soft movement prunes little without a penalty: add --regularization l1 --final_lambda ...")
-        if args.initial_threshold > args.final_threshold:
             logger.warning(
-                "soft movement starts at --initial_threshold %g, which masks more than --final_threshold %g does: "
-                "the paper starts at 0", args.initial_threshold, args.final_threshold,
+                "%s prunes little without a penalty: add --regularization %s --final_lambda ...", method.title, method.penalty
+            )
+        if method.threshold and args.initial_threshold > args.final_threshold:
+            logger.warning(
+                "%s starts at --initial_threshold %g, which masks more than --final_threshold %g does: "
+                "the paper starts at 0", method.title, args.initial_threshold, args.final_threshold,
             )  # fmt: skip
 
 
 def _check_pruning_arguments(args: argparse.Namespace) -> list[str]:
-    problems = []
-    if args.pruning_method in FRACTION_METHODS or args.global_topk:
+    problems, method = [], METHODS[args.pruning_method]
+    if method.is_fraction or args.global_topk:
         for name in ("initial_threshold", "final_threshold"):
             if not 0 <= getattr(args, name) <= 1:
                 problems.append(f"--{name} is a fraction and must lie in [0, 1], got {getattr(args, name)}")
     penalty = regularization_mode(args)
-    if penalty and not has_scores(args.pruning_method):
+    if penalty and not method.scores:
         problems.append(f"--regularization {penalty} needs scores, and --pruning_method {args.pruning_method} has none")
     if args.target_remaining is not None:
         problems += _check_target(args)
@@ -360,28 +369,29 @@ def _check_pruning_arguments(args: argparse.Namespace) -> list[str]:
         logger.warning("--regularization %s has no effect with --final_lambda 0", penalty)
     if args.final_lambda and not penalty and args.do_train:
         problems.append("--final_lambda has no effect without --regularization: add --regularization l1 or l0")
-    if args.global_topk and args.pruning_method in ("l0", "sigmoied_threshold"):
-        problems.append(f"--global_topk goes with topK, threshold or magnitude, not with {args.pruning_method}")
+    if args.global_topk and not method.ranks_together:
+        fitting = [name for name, other in METHODS.items() if other.ranks_together]
+        problems.append(f"--global_topk goes with {', '.join(fitting)}, not with {method.name}")
     if args.do_train and args.max_steps > 0:
         problems += check_plateaus(args, args.max_steps)
     return problems
 
 
 def _check_target(args: argparse.Namespace) -> list[str]:
-    problems, wanted = [], STEERED.get(args.pruning_method)
+    problems, method = [], METHODS[args.pruning_method]
     if not 0 < args.target_remaining < 1:
         problems.append(f"--target_remaining is a fraction and must lie between 0 and 1, got {args.target_remaining}")
-    elif args.pruning_method == "sigmoied_threshold" and args.target_remaining <= 1.2 * MIN_REMAINING:
+    elif method.penalty and method.has_floor and args.target_remaining <= 1.2 * MIN_REMAINING:
         problems.append(
             f"--target_remaining {args.target_remaining:g}: each matrix keeps {MIN_REMAINING:.1%} at least, so ask for more than "
             f"{1.2 * MIN_REMAINING:g}"
         )
-    if not wanted:
-        methods = " and ".join(STEERED)
-        problems.append(f"--target_remaining goes with {methods}; --final_threshold sets what {args.pruning_method} leaves")
-    elif regularization_mode(args) != wanted:
-        problems.append(f"--target_remaining steers the penalty: add --regularization {wanted}")
-    elif args.pruning_method == "sigmoied_threshold" and not 0 < args.final_threshold < 1:
+    if not method.penalty:
+        methods = " and ".join(name for name, other in METHODS.items() if other.penalty)
+        problems.append(f"--target_remaining goes with {methods}; --final_threshold sets what {method.name} leaves")
+    elif regularization_mode(args) != method.penalty:
+        problems.append(f"--target_remaining steers the penalty: add --regularization {method.penalty}")
+    elif method.threshold and not 0 < args.final_threshold < 1:
         problems.append(f"--target_remaining needs a --final_threshold between 0 and 1, got {args.final_threshold}")
     return problems
 
@@ -390,14 +400,15 @@ def lambda_steering(args: argparse.Namespace, total_step: int) -> LambdaSteering
     """The steering that --target_remaining asks for, None if it does not."""
     if args.target_remaining is None:
         return None
+    method = METHODS[args.pruning_method]
     return LambdaSteering(
         target=args.target_remaining,
         first_cut=args.mask_scale if args.mask_init == "constant" else 0.0,
-        last_cut=closing_score(args.pruning_method, args.final_threshold),
+        last_cut=method.closing_score(args.final_threshold),
         start=args.initial_warmup * args.warmup_steps,
         end=total_step - args.final_warmup * args.warmup_steps,
         total_step=total_step,
-        first_lambda=args.final_lambda or usual_lambda(args.target_remaining, STEERED[args.pruning_method]),
+        first_lambda=args.final_lambda or usual_lambda(args.target_remaining, method.penalty),
     )
 
 

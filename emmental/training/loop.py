@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..inference import sparsify
 from ..losses import distillation_loss, regularization
-from ..modules.masked_nn import fraction_above, masked_layers
+from ..families import layers_of
+from ..modules.masks import Masks, count, find_masks, masked, masked_layers, masks_above
 from ..schedule import LambdaSteering, learning_rate_factor, schedule_threshold
 from .args import (
     Interrupted,
@@ -42,7 +43,7 @@ from .checkpoint import (
 )
 from .distributed import World, describe_hardware
 from .optim import build_optimizer, set_learning_rates
-from .runlog import RunLog, progress_bar, remaining_fraction
+from .runlog import RunLog, progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +83,8 @@ def train(
     """
     plan = BatchPlan(lengths, args.per_gpu_train_batch_size * world.size, args.gradient_accumulation_steps, args.seed)
     total = args.max_steps if args.max_steps > 0 else plan.total_updates(args.num_train_epochs)
-    masked = bool(masked_layers(model))
-    if masked and (problems := check_plateaus(args, total)):
+    has_masks = bool(masked_layers(model))
+    if has_masks and (problems := check_plateaus(args, total)):
         raise UsageError(problems[0])
 
     output_dir = Path(args.output_dir)
@@ -101,7 +102,7 @@ def train(
         mask_generator=torch.Generator(world.device).manual_seed(args.seed),  # alike on all ranks
         world=world,
         train_set=train_set,
-        steering=lambda_steering(args, total) if masked else None,
+        steering=lambda_steering(args, total) if has_masks else None,
     )
     torch.manual_seed(args.seed + world.rank)  # dropout differs between ranks
     if world.is_main:
@@ -117,7 +118,7 @@ def train(
     )  # fmt: skip
 
     if args.compile:
-        for layer in model.base_model.encoder.layer:  # one by one: they are alike, and share what is compiled
+        for layer in layers_of(model):  # one by one: they are alike, and share what is compiled
             layer.compile()
     parallel = model
     if world.size > 1:
@@ -146,15 +147,16 @@ def train(
                 args.initial_warmup, args.final_warmup, 1.0 if state.steering else args.final_lambda,
             )  # fmt: skip
             if state.steering:
-                penalty_weight *= state.steering.steer(step, fraction_above(model, state.steering.reference(step)))
+                above = masks_above(model, state.steering.reference(step))
+                penalty_weight *= state.steering.steer(step, count(above).overall)
             set_learning_rates(optimizer, learning_rate_factor(step, total, args.warmup_steps))
-            if masked:
-                renew = state.cutoff is None or step % args.global_topk_frequency_compute == 0
-                state.cutoff = model.update_masks(threshold, None if renew else state.cutoff, state.mask_generator)
-
+            renew = step % args.global_topk_frequency_compute == 0
             shares = batches.shares(step)
-            losses = passes.backward(itertools.islice(loader, len(shares)), shares, penalty_weight, state.scaler)
+            with masked(model, threshold, None if renew else state.cutoff, state.mask_generator) as masks:
+                losses = passes.backward(itertools.islice(loader, len(shares)), shares, penalty_weight, state.scaler)
+            state.cutoff = masks.cutoff if masks else None
             state.scaler.unscale_(optimizer)
+            _observe(model, state.scaler)
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or torch.inf)
             skipped = 0 if torch.isfinite(grad_norm) else skipped + 1
             if skipped > (PATIENCE_FP16 if args.fp16 else 0):
@@ -164,20 +166,21 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             state.step = step + 1
             if args.check_ranks:
-                _check_ranks(model, state.cutoff, state.step, world)
+                _check_ranks(model, masks, state.step, world)
 
             figures.add(losses, grad_norm, skipped > 0)
             bar.update()
             if bar.n % 10 == 0 or state.step == total:
                 shown = {"loss": f"{losses['loss'].item():.3f}", "lr": f"{optimizer.param_groups[-1]['lr']:.1e}"}
-                if masked:
-                    shown |= {"threshold": f"{threshold:.3f}", "remaining": f"{remaining_fraction(model)['overall']:.1%}"}
+                if masks:
+                    shown |= {"threshold": f"{threshold:.3f}", "remaining": f"{count(masks).overall:.1%}"}
                 bar.set_postfix(shown, refresh=False)
             if state.step % args.logging_steps == 0 or state.step == total:
                 values = figures.take() | {f"learning_rate/{g['name']}": g["lr"] for g in optimizer.param_groups}
-                if masked:
-                    values |= {"threshold": threshold, "lambda": penalty_weight}
-                    values |= {f"remaining/{name}": value for name, value in remaining_fraction(model).items()}
+                if masks:
+                    counts = count(masks)
+                    values |= {"threshold": threshold, "lambda": penalty_weight, "remaining/overall": counts.overall}
+                    values |= {f"remaining/{name}": value for name, value in counts.fractions.items()}
                 log.scalars(values, state.step)
             if evaluate and args.evaluate_during_training and state.step % args.logging_steps == 0:
                 log.scalars({f"eval/{name}": value for name, value in evaluate(model, state.step).items()}, state.step)
@@ -185,8 +188,6 @@ def train(
             stopping = world.largest(signals.number)  # of any rank
             if stopping or (args.save_steps and state.step % args.save_steps == 0):
                 _check_weights(model, state.step, output_dir)
-                if masked:
-                    model.config.threshold = threshold
                 seconds = state.seconds + time.perf_counter() - started
                 state.save(output_dir / f"checkpoint-{state.step}", args, save_model, seconds)
                 log.score_histograms(model, state.step)
@@ -201,12 +202,11 @@ def train(
 
     _check_weights(model, state.step, output_dir)
     model.eval()
-    if masked:
+    if has_masks:
         model.config.threshold = args.final_threshold
-        model.update_masks(args.final_threshold)
         log.score_histograms(model, state.step)
         if state.steering:
-            _report_steering(state.steering, remaining_fraction(model)["overall"], penalty_weight)
+            _report_steering(state.steering, count(find_masks(model)).overall, penalty_weight)
     seconds = time.perf_counter() - started
     summary = {"updates": state.step, "seconds": seconds, "seconds_per_update": seconds / max(1, total - started_at)}
     if world.is_main:
@@ -300,7 +300,7 @@ class _Passes:
 
     def _logits(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
         with autocast(self.args, self.world):
-            outputs = model(**{name: batch[name] for name in MODEL_INPUTS})
+            outputs = model(**{name: batch[name] for name in MODEL_INPUTS if name in batch})
         return self.task_logits(outputs, batch)
 
 
@@ -343,6 +343,18 @@ def _halve_linears(teacher: nn.Module, args: argparse.Namespace) -> None:
                 module.to(torch.float16 if args.fp16 else torch.bfloat16)
 
 
+@torch.no_grad()
+def _observe(model: nn.Module, scaler: torch.amp.GradScaler) -> None:
+    """Hand the gradients of observed scores to their method; nothing else sees them."""
+    layers = [layer for layer in masked_layers(model).values() if layer.method.observe]
+    grads = [layer.mask_scores.grad for layer in layers]
+    if layers and torch.stack([grad.isfinite().all() for grad in grads]).all():
+        for layer, grad in zip(layers, grads, strict=True):
+            layer.method.observe(layer, grad / scaler.get_scale())
+    for layer in layers:
+        layer.mask_scores.grad = None
+
+
 def _explain_non_finite(step: int, losses: dict[str, Tensor], args: argparse.Namespace, world: World) -> str:
     values = {name: value.item() for name, value in losses.items()}
     found = [f"{name} = {value:.4g} on rank {rank}" for rank, part in enumerate(world.gather(values))
@@ -365,12 +377,12 @@ def _check_weights(model: nn.Module, step: int, output_dir: Path) -> None:
             )
 
 
-def _check_ranks(model: nn.Module, cutoff: float | None, step: int, world: World) -> None:
+def _check_ranks(model: nn.Module, masks: Masks | None, step: int, world: World) -> None:
     """Raises TrainingError when cut-off, masks, scores or weights are not the same on every rank, bit for bit."""
     tensors = dict(model.named_parameters())
-    tensors |= {f"{name}.mask": layer.mask for name, layer in masked_layers(model).items()}
+    tensors |= {f"{name}.mask": mask for name, mask in masks.by_layer.items()} if masks else {}
     own = {name: hashlib.sha256(tensor.detach().cpu().numpy()).hexdigest() for name, tensor in tensors.items()}
-    ranks = world.gather(own | {"global cut-off": cutoff})
+    ranks = world.gather(own | {"global cut-off": masks and masks.cutoff})
     for name in ranks[0]:
         if other := next((rank for rank, values in enumerate(ranks) if values[name] != ranks[0][name]), None):
             raise TrainingError(f"--check_ranks: after update {step}, {name} of rank {other} is not that of rank 0")
@@ -415,8 +427,6 @@ def predict(
     model that --sparse_inference asks for. Raises UsageError when logits are not finite.
     """
     model.to(world.device).eval()
-    if masked_layers(model):
-        model.update_masks()
     if args.sparse_inference:
         try:
             model = sparsify(model)
@@ -427,11 +437,11 @@ def predict(
                         generator=torch.Generator())  # fmt: skip
     results = []
     bar = progress_bar(world, iterable=zip(batches, loader, strict=True), total=len(batches), desc="evaluating", unit="batch")
-    with bar:
+    with bar, masked(model):
         for indices, batch in bar:
             batch = {name: tensor.to(world.device) for name, tensor in batch.items()}
             with autocast(args, world):
-                outputs = model(**{name: batch[name] for name in MODEL_INPUTS})
+                outputs = model(**{name: batch[name] for name in MODEL_INPUTS if name in batch})
             logits = [tensor.float().cpu().numpy() for tensor in task_logits(outputs, batch)]
             results += [(index, tuple(part[row] for part in logits)) for row, index in enumerate(indices)]
     gathered = world.gather(results)

@@ -8,6 +8,8 @@ two agree; gradients of scores are as small as eps, and there they do not.
 import torch
 from torch import nn
 
+from ..modules.masks import masked_layers
+
 
 class AdamW(torch.optim.AdamW):
     """torch's fused AdamW, with eps outside the bias correction (Kingma & Ba 2015, end of section 2)."""
@@ -36,23 +38,23 @@ def build_optimizer(
 ) -> AdamW:
     """AdamW over the trainable parameters of `model`, in the groups `scores`, `weights`, `no_decay`.
 
-    Scores learn at `mask_scores_learning_rate` without decay; weights are decayed; bias and LayerNorm
-    are not. Each group keeps its peak rate in `peak_lr`.
+    Scores learn at `mask_scores_learning_rate` without decay; weights are decayed; bias and LayerNorm, which have
+    fewer than two dimensions, are not. Scores that the pruning method observes are left to it. Each group keeps its
+    peak rate in `peak_lr`.
     """
     groups = {
         "scores": {"params": [], "lr": mask_scores_learning_rate, "weight_decay": 0.0},
         "weights": {"params": [], "lr": learning_rate, "weight_decay": weight_decay},
         "no_decay": {"params": [], "lr": learning_rate, "weight_decay": 0.0},
     }
+    observed = {id(layer.mask_scores) for layer in masked_layers(model).values() if layer.method.observe}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad or id(parameter) in observed:
             continue
         if name.endswith("mask_scores"):
             kind = "scores"
-        elif name.endswith("bias") or "LayerNorm" in name:
-            kind = "no_decay"
         else:
-            kind = "weights"
+            kind = "weights" if parameter.dim() >= 2 else "no_decay"
         groups[kind]["params"].append(parameter)
     named = [{"name": name, "peak_lr": group["lr"], **group} for name, group in groups.items() if group["params"]]
     return AdamW(named, lr=learning_rate, eps=adam_epsilon, weight_decay=weight_decay)

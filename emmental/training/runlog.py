@@ -7,12 +7,11 @@ import threading
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 import transformers
 from torch import nn
 from tqdm import tqdm
 
-from ..modules.masked_nn import masked_layers
+from ..modules.masks import masked_layers
 from .args import TrainingError
 from .checkpoint import write_json, write_text
 from .distributed import World
@@ -84,17 +83,6 @@ def _quiet_about_curves(args) -> None:
 
 def progress_bar(world: World, **kwargs) -> tqdm:
     return tqdm(dynamic_ncols=True, disable=not world.is_main, file=sys.stderr, **kwargs)
-
-
-def remaining_fraction(model: nn.Module) -> dict[str, float]:
-    """Fraction of remaining weights per masked matrix, and `overall`, from the stored masks."""
-    layers = masked_layers(model)
-    if not layers:
-        return {}
-    kept = torch.stack([layer.mask.count_nonzero() for layer in layers.values()]).tolist()
-    sizes = [layer.weight.numel() for layer in layers.values()]
-    fractions = {name: k / n for name, k, n in zip(layers, kept, sizes, strict=True)}
-    return fractions | {"overall": sum(kept) / sum(sizes)}
 
 
 def write_results(output_dir: Path, results: dict[str, float | str]) -> None:

@@ -1,0 +1,426 @@
+"""Masks in scope: right in anybody's loop, found once in a block, and never stale."""
+
+import copy
+import functools
+import io
+import pickle
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from emmental import MaskedBertConfig, MaskedBertForQuestionAnswering, MaskedBertModel
+from emmental.export import bertarized_config, bertarized_state_dict
+from emmental.modules import MaskedLinear, count, find_masks, masked, masked_layers, masks
+from emmental.modules.granularity import GRANULARITIES, Weight
+from emmental.training.optim import build_optimizer
+
+METHODS = ["topK", "threshold", "sigmoied_threshold", "magnitude", "l0"]
+SIZE = dict(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+IDS = torch.randint(5, 60, (3, 12), generator=torch.Generator().manual_seed(0))
+INPUTS = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "token_type_ids": torch.zeros_like(IDS)}
+LAYER = "encoder.layer.1.output.dense"
+
+
+def make(method="topK", cls=MaskedBertModel, **kwargs):
+    torch.manual_seed(1)
+    settings = {"mask_init": "uniform", "mask_scale": 1.0, "threshold": 0.5, "hidden_dropout_prob": 0.0} | kwargs
+    return cls(MaskedBertConfig(**SIZE, pruning_method=method, attention_probs_dropout_prob=0.0, **settings)).eval()
+
+
+def plain_output(model):
+    """What the plain model with W * M in place of W computes now."""
+    plain = transformers.BertModel(bertarized_config(model.config)).eval()
+    plain.load_state_dict(bertarized_state_dict(copy.deepcopy(model).eval()))
+    return plain.to(model.dtype)(**INPUTS).last_hidden_state
+
+
+@pytest.fixture
+def finds(monkeypatch):
+    """How often masks of a model have been found."""
+    calls = []
+    find = masks.find_masks
+    monkeypatch.setattr(masks, "find_masks", lambda *args, **kwargs: calls.append(1) or find(*args, **kwargs))
+    return calls
+
+
+# --- blocks ---
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_block_finds_masks_once_and_keeps_the_masked_weights(method, finds):
+    model = make(method)
+    wanted = plain_output(model)
+    with masked(model) as found, torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(model(**INPUTS).last_hidden_state, wanted)
+        layer = model.get_submodule(LAYER)
+        assert layer.mask is found.by_layer[LAYER]
+        assert torch.equal(layer.in_force.masked_weight, layer.weight * layer.mask)
+    assert len(finds) == 1 and layer.mask is None
+    with torch.no_grad():
+        torch.testing.assert_close(model(**INPUTS).last_hidden_state, wanted)
+    assert len(finds) == 2 and layer.mask is None
+
+
+def test_blocks_nest_and_end_with_an_error():
+    model = make()
+    outputs = {v: model(**INPUTS, threshold=v).last_hidden_state for v in (0.5, 0.2)}
+    with masked(model, 0.5):
+        with masked(model, 0.2), pytest.raises(ZeroDivisionError):
+            assert torch.equal(model(**INPUTS).last_hidden_state, outputs[0.2])
+            raise ZeroDivisionError
+        assert torch.equal(model(**INPUTS).last_hidden_state, outputs[0.5])
+        assert torch.equal(model(**INPUTS, threshold=0.5).last_hidden_state, outputs[0.5])
+        with pytest.raises(ValueError, match="threshold=0.2 inside a block that is masked at 0.5"):
+            model(**INPUTS, threshold=0.2)
+    assert all(layer.mask is None for layer in masked_layers(model).values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_block_in_training_gives_the_gradients_of_its_masks(method):
+    model = make(method).train()
+    with masked(model, generator=torch.Generator().manual_seed(3)) as found:
+        assert all(layer.mask is found.by_layer[name] for name, layer in masked_layers(model).items())
+        losses = [model(**INPUTS).last_hidden_state[..., 0].sum() for _ in range(2)]
+    assert torch.equal(*losses)  # the same sample of l0
+    sampled = [model(**INPUTS).last_hidden_state[..., 0].sum() for _ in range(2)]
+    assert torch.equal(*sampled) == (method != "l0")
+    losses[0].backward()  # outside: the graph holds the masks
+    assert model.get_submodule(LAYER).weight.grad.abs().sum() > 0
+
+
+# --- never stale ---
+
+
+def in_place(model):
+    with torch.no_grad():
+        for layer in masked_layers(model).values():
+            layer.source.neg_() if layer.mask_scores is not None else layer.weight.copy_(layer.weight.roll(1, 0))
+
+
+def behind_autograd(model):
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(-parameter.data if "scores" in name else parameter.data.roll(1, 0))
+
+
+def moving_average(model):
+    torch.manual_seed(9)
+    for parameter in model.parameters():
+        parameter.data.lerp_(torch.randn_like(parameter), 0.5)
+
+
+def load_state(model, **kwargs):
+    torch.manual_seed(8)
+    model.load_state_dict({name: torch.randn_like(value) for name, value in model.state_dict().items()}, **kwargs)
+
+
+def two_steps(model, optimizer):
+    optimizer = optimizer([p for p in model.parameters() if p.requires_grad])
+    for _ in range(2):
+        model(**INPUTS).last_hidden_state[..., 0].sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+CHANGES = {
+    "in place": in_place,
+    "through .data": behind_autograd,
+    "moving average": moving_average,
+    "load_state_dict": load_state,
+    "load_state_dict, assign": functools.partial(load_state, assign=True),
+    "double": lambda model: model.double(),
+    "SGD": lambda model: two_steps(model, functools.partial(torch.optim.SGD, lr=10.0)),
+    "fused AdamW": lambda model: two_steps(model, functools.partial(torch.optim.AdamW, lr=0.1, fused=True)),
+    "foreach AdamW": lambda model: two_steps(model, functools.partial(torch.optim.AdamW, lr=0.1, foreach=True)),
+    "build_optimizer": lambda model: two_steps(model, lambda _: build_optimizer(model, 1e-2, 1e-1, 0.0, 1e-8)),
+}
+
+
+@pytest.mark.parametrize("method", ["topK", "magnitude"])
+@pytest.mark.parametrize("training", [False, True], ids=["changed in eval", "changed in train"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_no_forward_uses_stale_masks(method, change, training):
+    model = make(method)
+    before = model(**INPUTS).last_hidden_state
+    with masked(model), torch.no_grad():
+        model(**INPUTS)
+    change(model.train(training))
+    for mode in (True, False):
+        after = model.train(mode)(**INPUTS).last_hidden_state
+        torch.testing.assert_close(after, plain_output(model))
+        assert not torch.allclose(after, before.to(after.dtype))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_masks_follow_the_device():
+    model = make()
+    wanted = model(**INPUTS).last_hidden_state
+    got = model.cuda()(**{k: v.cuda() for k, v in INPUTS.items()}).last_hidden_state
+    torch.testing.assert_close(got.cpu(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_stock_loop_moves_the_masks():
+    model = make().train()  # the threshold is the configuration's
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.3)
+    first = find_masks(model).by_layer[LAYER]
+    for _ in range(3):
+        model(**INPUTS).last_hidden_state[..., 0].sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.testing.assert_close(model(**INPUTS).last_hidden_state, plain_output(model))
+    last = find_masks(model).by_layer[LAYER]
+    assert first.sum() == last.sum() and not torch.equal(first, last)
+
+
+def test_averaged_models():
+    model = make()
+    averaged = torch.optim.swa_utils.AveragedModel(model)  # before any forward
+    for seed in range(3):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        with masked(model):
+            model(**INPUTS)
+        averaged.update_parameters(model)
+    assert not torch.equal(averaged.module.get_submodule(LAYER).mask_scores, model.get_submodule(LAYER).mask_scores)
+    torch.testing.assert_close(averaged(**INPUTS).last_hidden_state, plain_output(averaged.module))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_copies_are_in_no_block(method):
+    model = make(method)
+    stream = io.BytesIO()
+    with masked(model, 0.5), torch.no_grad():
+        model(**INPUTS)
+        torch.save(model, stream)
+        stream.seek(0)
+        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(stream, weights_only=False)]
+    assert not [key for key in model.state_dict() if key.rpartition(".")[2] not in ("weight", "bias", "mask_scores")]
+    for other in copies:
+        in_place(other)
+        torch.testing.assert_close(other(**INPUTS).last_hidden_state, plain_output(other))
+
+
+# --- clients ---
+
+
+@pytest.mark.parametrize("method", ["topK", "l0"])
+def test_export(method):
+    model = make(method)
+    with masked(model), torch.no_grad():
+        wanted = model(**INPUTS).last_hidden_state
+        program = torch.export.export(model, (), dict(INPUTS))
+        torch.testing.assert_close(program.module()(**INPUTS).last_hidden_state, wanted)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_compile_over_changing_masks(grad):
+    model = make().train(grad)
+    compiles = []
+
+    def backend(graph, inputs):
+        compiles.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend)
+    for number in range(4):
+        with masked(model, 0.2 + 0.1 * number), torch.set_grad_enabled(grad):
+            wanted = model(**INPUTS).last_hidden_state
+            got = compiled(**INPUTS).last_hidden_state
+            torch.testing.assert_close(got, wanted)
+            if grad:
+                gradients = [torch.autograd.grad(x.sum(), model.get_submodule(LAYER).mask_scores)[0] for x in (got, wanted)]
+                torch.testing.assert_close(*gradients)
+        if number == 0:
+            first = len(compiles)
+    assert first > 0 and len(compiles) == first
+
+
+def test_gradients_of_functions():
+    model = make("l0")
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, (), dict(INPUTS)).last_hidden_state.pow(2).mean()
+
+    with masked(model):
+        found = torch.func.grad(loss)(parameters)
+        model(**INPUTS).last_hidden_state.pow(2).mean().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(found[name], parameter.grad, msg=name)
+
+
+@pytest.mark.parametrize("in_block", [False, True])
+def test_gradient_checkpointing_sees_the_same_sample(in_block):
+    gradients = []
+    for checkpointing in (False, True):
+        model = make("l0", MaskedBertForQuestionAnswering).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(5)
+        with masked(model, 0.5) if in_block else torch.enable_grad():
+            model(**INPUTS).start_logits.pow(2).sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+    with pytest.raises(RuntimeError, match="no mask"):  # what was kept for the backward is for nothing else
+        model.eval().bert.get_submodule(LAYER)(torch.zeros(1, 64))
+
+
+def test_the_configuration_asks_for_gradient_checkpointing():
+    model = make(cls=MaskedBertForQuestionAnswering, gradient_checkpointing=True)
+    assert model.is_gradient_checkpointing and all(layer.gradient_checkpointing for layer in model.bert.encoder.layer)
+
+
+class Pairs(torch.utils.data.Dataset):
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, place):
+        ids = (torch.arange(10) * (place + 3)) % 50 + 5
+        return {"input_ids": ids, "attention_mask": torch.ones(10), "start_positions": place % 7, "end_positions": 8, "unused": 1}
+
+
+def test_the_trainer_of_transformers(tmp_path):
+    model = make("topK", MaskedBertForQuestionAnswering, threshold=0.3)
+    before = find_masks(model).by_layer
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=4, max_steps=4, learning_rate=0.05, report_to=[],
+        save_strategy="no", use_cpu=True, disable_tqdm=True, logging_strategy="no",
+    )  # fmt: skip
+    transformers.Trainer(model=model, args=arguments, train_dataset=Pairs()).train()
+    after = find_masks(model).by_layer
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert len(changed) == len(before)  # scores were trained, and the masks with them
+    model.eval().save_pretrained(tmp_path / "model")
+    again = MaskedBertForQuestionAnswering.from_pretrained(tmp_path / "model").eval()
+    assert again.config.threshold == 0.3
+    assert torch.equal(again(**INPUTS).start_logits, model(**INPUTS).start_logits)
+
+
+# --- granularity ---
+
+
+class Block(Weight):
+    """One score for a block of 2 x 2 weights."""
+
+    name = "2x2"
+
+    def shape(self, weight_shape):
+        return torch.Size(size // 2 for size in weight_shape)
+
+    def expand(self, mask, weight_shape):
+        return mask.repeat_interleave(2, 0).repeat_interleave(2, 1)
+
+    def reduce(self, gradient):
+        rows, columns = gradient.shape
+        return gradient.reshape(rows // 2, 2, columns // 2, 2).sum((1, 3))
+
+    def rank(self, weight):
+        return self.reduce(weight**2).sqrt()
+
+
+class Rows(Weight):
+    """One score per row."""
+
+    name = "rows"
+
+    def shape(self, weight_shape):
+        return torch.Size([weight_shape[0]])
+
+    def expand(self, mask, weight_shape):
+        return mask[:, None].expand(weight_shape)
+
+    def reduce(self, gradient):
+        return gradient.sum(1)
+
+
+class Columns(Rows):
+    name = "columns"
+
+    def shape(self, weight_shape):
+        return torch.Size([weight_shape[1]])
+
+    def expand(self, mask, weight_shape):
+        return mask.expand(weight_shape)
+
+    def reduce(self, gradient):
+        return gradient.sum(0)
+
+
+@pytest.fixture
+def granularities(monkeypatch):
+    for granularity in (Block(), Rows(), Columns()):
+        monkeypatch.setitem(GRANULARITIES, granularity.name, granularity)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_blocks_of_weights(method, granularities):
+    torch.manual_seed(3)
+    layer = MaskedLinear(8, 6, True, "uniform", 2.0, method, "2x2")
+    x = torch.randn(5, 8)
+    found = find_masks(layer, 0.4)
+    mask = found.by_layer[""]
+    assert mask.shape == (3, 4) and found.weights == {"": 4}
+    whole = torch.kron(mask.float(), torch.ones(2, 2))
+    if method == "topK":
+        assert mask.sum() == int(0.4 * 12)
+    if method == "magnitude":
+        norms = torch.stack([layer.weight[2 * i : 2 * i + 2, 2 * j : 2 * j + 2].norm() for i in range(3) for j in range(4)])
+        assert torch.equal(mask.flatten(), norms >= norms.sort(descending=True).values[int(0.4 * 12) - 1])
+    counts = count(found)
+    assert counts.remaining[""] == int(whole.count_nonzero()) and counts.total[""] == 48
+    effective = (layer.weight * whole).detach().requires_grad_()
+    nn.functional.linear(x, effective).sum().backward()
+    layer.eval()(x, threshold=0.4).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, effective.grad * whole)
+    if method in ("topK", "threshold", "sigmoied_threshold"):
+        blocks = (effective.grad * layer.weight.detach()).reshape(3, 2, 4, 2).sum((1, 3))
+        torch.testing.assert_close(layer.mask_scores.grad, blocks)
+
+
+@pytest.mark.parametrize("method", ["topK", "sigmoied_threshold", "l0"])
+def test_one_score_for_a_row_and_a_column(method, granularities):
+    """The scores of neurons: a row of one matrix and a column of the next, and how they are counted and ranked."""
+    torch.manual_seed(3)
+    model = nn.Sequential(
+        MaskedLinear(4, 10, True, "uniform", 2.0, method, "rows"), MaskedLinear(10, 3, True, "uniform", 2.0, method, "columns"),
+        MaskedLinear(3, 3, True, "uniform", 2.0, method),
+    )  # fmt: skip
+    model[1].mask_scores = model[0].mask_scores
+    found = find_masks(model.eval(), 0.5)
+    mask = found.by_layer["0"].float()
+    assert found.by_layer["1"] is found.by_layer["0"] and found.weights == {"0": 4, "1": 3, "2": 1}
+    assert count(found).remaining == {"0": 4 * int(mask.count_nonzero()), "1": 3 * int(mask.count_nonzero()),
+                                      "2": int(found.by_layer["2"].count_nonzero())}  # fmt: skip
+    x = torch.randn(5, 4)
+    with masked(model, 0.5):
+        out = model[1](model[0](x))
+        (gradient,) = torch.autograd.grad(out.sum(), model[0].mask_scores)
+    gate = mask.clone().requires_grad_()
+    first, second = ((layer.weight.detach(), layer.bias.detach()) for layer in model[:2])
+    hidden = nn.functional.linear(x, first[0] * gate[:, None], first[1])
+    wanted = nn.functional.linear(hidden, second[0] * gate, second[1])
+    torch.testing.assert_close(out, wanted)
+    (straight,) = torch.autograd.grad(wanted.sum(), gate)
+    if method == "l0":
+        sigmoid = model[0].mask_scores.detach().sigmoid()
+        straight = straight * sigmoid * (1 - sigmoid) * 1.2 * ((mask > 0) & (mask < 1))
+    torch.testing.assert_close(gradient, straight)
+
+    if method == "topK":  # ten neurons of seven weights each, and nine weights alone: at most half of all 79
+        together = find_masks(model, 0.5, global_topk=True)
+        kept = sum(count(together).remaining.values())
+        scores = [(s, 7) for s in model[0].mask_scores.tolist()] + [(s, 1) for s in model[2].mask_scores.flatten().tolist()]
+        total, wanted = 0, 0
+        for _, weights in sorted(scores, reverse=True):
+            total += weights
+            if total > int(0.5 * 79):
+                break
+            wanted = total
+        assert kept == wanted
