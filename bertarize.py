@@ -11,10 +11,11 @@ from pathlib import Path
 
 import transformers
 
+from emmental.errors import UserError, one_line_errors
 from emmental.export import bertarized_config, bertarized_state_dict, remaining_weights
-from emmental.loading import LoadError, load_masked, load_tokenizer, require_folder
-from emmental.training.args import Parser, UsageError, one_line_errors, pruning_method
-from emmental.training.checkpoint import write_folder
+from emmental.files import write_folder
+from emmental.loading import load_masked, load_tokenizer, require_folder
+from emmental.training.args import Parser, pruning_method
 from emmental.training.runlog import set_up_logging
 
 # What an earlier bertarized folder may hold; a target with anything else in it is not ours to replace.
@@ -38,28 +39,28 @@ def get_parser() -> Parser:
 
 
 def target_folder(source: Path, asked: str | None) -> Path:
-    """Where the plain model goes. Raises UsageError for a folder that holds other things."""
+    """Where the plain model goes. Raises UserError for a folder that holds other things."""
     target = Path(asked) if asked else source.resolve().parent / f"bertarized_{source.resolve().name}"
     if target.resolve() == source.resolve():
-        raise UsageError("--target_model_path is the checkpoint itself: choose another folder")
+        raise UserError("--target_model_path is the checkpoint itself: choose another folder")
     if target.exists() and not target.is_dir():
-        raise UsageError(f"--target_model_path {target} is a file")
+        raise UserError(f"--target_model_path {target} is a file")
     others = sorted({file.name for file in target.iterdir()} - MODEL_FILES) if target.is_dir() else []
     if others:
-        raise UsageError(f"--target_model_path {target} holds other files ({', '.join(others[:3])}): choose another folder")
+        raise UserError(f"--target_model_path {target} holds other files ({', '.join(others[:3])}): choose another folder")
     return target
 
 
 def main(argv: list[str] | None = None) -> Path:
     args = get_parser().parse_args(argv)
     set_up_logging()
-    with one_line_errors(LoadError):
+    with one_line_errors():
         source = require_folder(args.model_name_or_path, "--model_name_or_path")
         target = target_folder(source, args.target_model_path)
         masked = load_masked(str(source), args.pruning_method, args.threshold, args.global_topk)
         try:
             tokenizer = load_tokenizer(str(source))
-        except LoadError:
+        except UserError:
             print(f"{source} holds no tokenizer: none is written")
             tokenizer = None
 

@@ -8,11 +8,12 @@ record the threshold, and want --threshold (and --pruning_method, if theirs is n
 
 from pathlib import Path
 
+from emmental.errors import one_line_errors
 from emmental.export import RemainingWeights, remaining_weights
-from emmental.loading import LoadError, load_masked, require_folder
+from emmental.files import write_json
+from emmental.loading import load_masked, require_folder
 from emmental.modules.methods import METHODS
-from emmental.training.args import Parser, one_line_errors, pruning_method
-from emmental.training.checkpoint import write_json
+from emmental.training.args import Parser, pruning_method
 from emmental.training.runlog import set_up_logging
 
 
@@ -43,7 +44,7 @@ def print_report(counts: RemainingWeights, method: str, threshold: float | None,
 def main(argv: list[str] | None = None) -> RemainingWeights:
     args = get_parser().parse_args(argv)
     set_up_logging()
-    with one_line_errors(LoadError):
+    with one_line_errors():
         folder = require_folder(args.serialization_dir, "--serialization_dir")
         model = load_masked(str(folder), args.pruning_method, args.threshold, args.global_topk)
         counts = remaining_weights(model)

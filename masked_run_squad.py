@@ -13,77 +13,111 @@ Without --data_dir and files, SQuAD comes from the hub.
 """
 
 import argparse
-import functools
 import logging
-import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
 from emmental.data import squad
-from emmental.export import mask_report
-from emmental.families import is_masked
-from emmental.loading import LoadError, load_model, load_student, load_teacher
-from emmental.training.args import (
-    Parser,
-    UsageError,
-    add_common_arguments,
-    check_common_arguments,
-    fail,
-    mask_settings,
-    one_line_errors,
-)
-from emmental.training.checkpoint import find_resume_folder, write_json
-from emmental.training.distributed import join_world, leave_world
-from emmental.training.loop import evaluate_all, predict, train
-from emmental.training.runlog import RunLog, print_summary, set_up_logging, write_results
+from emmental.errors import UserError
+from emmental.files import write_json
+from emmental.inference import sparsify
+from emmental.training import run
+from emmental.training.args import make_parser
+from emmental.training.parser import Parser, number
+from emmental.training.task import Task
 
 logger = logging.getLogger(__name__)
 
-HEAD = "QuestionAnswering"
 PADDING_LOGIT = -1e9
-RESULT_FILES = ("eval_results.*", "predictions_*.json", "nbest_predictions_*.json", "null_odds_*.json")
 
 
-def get_parser() -> Parser:
-    parser = Parser(description=__doc__)
-    add_common_arguments(parser, max_seq_length=384, logging_steps=500, save_steps=500)
-    add = parser.add_argument_group("SQuAD").add_argument
-    add("--data_dir", help="folder of the SQuAD JSON files")
-    add("--train_file", help="training file (default in --data_dir: train-v1.1.json or train-v2.0.json)")
-    add("--predict_file", help="evaluation file (default in --data_dir: dev-v1.1.json or dev-v2.0.json)")
-    add("--version_2_with_negative", action="store_true", help="SQuAD v2.0: some questions have no answer")
-    add("--null_score_diff_threshold", type=float, default=0.0,
-        help="v2.0: predict no answer when its score exceeds the best answer's by more than this")
-    add("--doc_stride", type=int, default=128, help="tokens by which the windows over a long context advance")
-    add("--max_query_length", type=int, default=64, help="longest question in tokens; longer ones are cut")
-    add("--n_best_size", type=int, default=20, help="predictions per question in nbest_predictions_.json")
-    add("--max_answer_length", type=int, default=30, help="longest answer in tokens")
-    add("--verbose_logging", action="store_true", help="log one feature, and every skipped question")
-    add("--lang_id", default=None, help=argparse.SUPPRESS)
-    return parser
+class Squad(Task):
+    """SQuAD v1.1 and v2.0: spans of a context that answer a question."""
+
+    head, labels = "QuestionAnswering", 2
+    max_seq_length, logging_steps, save_steps = 384, 500, 500
+    result_files = ("eval_results.*", "predictions_*.json", "nbest_predictions_*.json", "null_odds_*.json")
+
+    def add_arguments(self, parser):
+        add = parser.add_argument_group("SQuAD").add_argument
+        add("--data_dir", help="folder of the SQuAD JSON files")
+        add("--train_file", help="training file (default in --data_dir: train-v1.1.json or train-v2.0.json)")
+        add("--predict_file", help="evaluation file (default in --data_dir: dev-v1.1.json or dev-v2.0.json)")
+        add("--version_2_with_negative", action="store_true", help="SQuAD v2.0: some questions have no answer")
+        add("--null_score_diff_threshold", type=number(float), default=0.0,
+            help="v2.0: predict no answer when its score exceeds the best answer's by more than this")
+        count = number(int, at_least=1)
+        add("--doc_stride", type=count, default=128, help="tokens by which the windows over a long context advance")
+        add("--max_query_length", type=count, default=64, help="longest question in tokens; longer ones are cut")
+        add("--n_best_size", type=count, default=20, help="predictions per question in nbest_predictions_.json")
+        add("--max_answer_length", type=count, default=30, help="longest answer in tokens")
+        add("--verbose_logging", action="store_true", help="log one feature, and every skipped question")
+        add("--lang_id", default=None, help=argparse.SUPPRESS)
+
+    def check(self, args, given):
+        files = {split: data_file(args, split) for split in splits(args)}
+        return [f"--{split}_file: there is no file {file}" for split, file in files.items() if file and not file.is_file()]
+
+    def load_examples(self, args, source):
+        self.v2 = args.version_2_with_negative
+        self.examples = {split: read_examples(args, split) for split in splits(args)}
+        if args.do_train:
+            self.examples["train"], skipped = squad.drop_misaligned(self.examples["train"])
+            if skipped:
+                shown = [squad.shown(id_) for id_ in (skipped if args.verbose_logging else skipped[:5])]
+                rest = "" if len(shown) == len(skipped) else ", ... (all with --verbose_logging)"
+                logger.warning("%d training questions skipped, their answer_start does not match their text: %s%s",
+                               len(skipped), ", ".join(shown), rest)  # fmt: skip
+            if not len(self.examples["train"]):
+                raise UserError("no training question is usable: see the warning above")
+
+    def make_features(self, args, tokenizer, longest):
+        self.padding = {"pad_token_id": tokenizer.pad_token_id, "input_names": tokenizer.model_input_names,
+                        "multiple_of": 8 if longest % 8 == 0 else 1}  # fmt: skip
+        self.search = {name: getattr(args, name) for name in ("n_best_size", "max_answer_length", "null_score_diff_threshold")}
+        sizes = ("max_seq_length", "doc_stride", "max_query_length", "cache_dir", "overwrite_cache")
+        options = {name: getattr(args, name) for name in sizes} | {"num_proc": args.threads}
+        features = {
+            split: squad.build_features(rows, tokenizer, training=split == "train", **options)
+            for split, rows in self.examples.items()
+        }
+        self.train_set = features.pop("train", None)
+        self.evaluation_sets = features
+        if args.verbose_logging and self.train_set:
+            logger.info("first feature: %s", tokenizer.decode(self.train_set[0]["input_ids"]))
+
+    def collate(self, features):
+        return squad.collate(features, **self.padding)
+
+    def logits(self, outputs, batch):
+        return span_logits(outputs, batch)
+
+    def loss(self, logits, batch):
+        return span_loss(logits, batch)
+
+    def score(self, split, logits, step, output_dir):
+        examples, prefix = self.examples[split], "" if step is None else step
+        starts, ends = [start for start, _ in logits], [end for _, end in logits]
+        predictions, nbest, null_odds = squad.postprocess(
+            examples, self.evaluation_sets[split], starts, ends, version_2_with_negative=self.v2, **self.search
+        )
+        write_json(output_dir / f"predictions_{prefix}.json", predictions)
+        write_json(output_dir / f"nbest_predictions_{prefix}.json", nbest)
+        if self.v2:
+            write_json(output_dir / f"null_odds_{prefix}.json", null_odds)
+        return squad.squad_metrics(examples, predictions, null_odds, version_2_with_negative=self.v2)
 
 
-def check_squad_arguments(args: argparse.Namespace) -> list[str]:
-    problems = []
-    for name in ("doc_stride", "max_query_length", "n_best_size", "max_answer_length"):
-        if getattr(args, name) < 1:
-            problems.append(f"--{name} must be at least 1, got {getattr(args, name)}")
-    for wanted, split in ((args.do_train, "train"), (needs_evaluation_data(args), "predict")):
-        file = data_file(args, split)
-        if wanted and file and not file.is_file():
-            problems.append(f"--{split}_file: there is no file {file}")
-    return problems
-
-
-def needs_evaluation_data(args: argparse.Namespace) -> bool:
-    return args.do_eval or args.evaluate_during_training
+def splits(args: argparse.Namespace) -> list[str]:
+    """The splits that the arguments ask for: "train", "predict"."""
+    wanted = {"train": args.do_train, "predict": args.do_eval or args.evaluate_during_training}
+    return [split for split, is_wanted in wanted.items() if is_wanted]
 
 
 def data_file(args: argparse.Namespace, split: str) -> Path | None:
-    """The local file of a split ("train" or "predict"); None when SQuAD comes from the hub."""
+    """The local file of a split; None when SQuAD comes from the hub."""
     name = getattr(args, f"{split}_file")
     if not name and not args.data_dir:
         return None
@@ -91,26 +125,12 @@ def data_file(args: argparse.Namespace, split: str) -> Path | None:
     return Path(args.data_dir or "") / (name or f"{'train' if split == 'train' else 'dev'}-{version}.json")
 
 
-def load_examples(args: argparse.Namespace, split: str):
-    file = data_file(args, split)
+def read_examples(args: argparse.Namespace, split: str):
+    """The examples of a split, from its file or from the hub."""
+    v2, file = args.version_2_with_negative, data_file(args, split)
     if file:
-        return squad.read_examples(file, args.version_2_with_negative, unique_ids=split == "predict", cache_dir=args.cache_dir)
-    hub_split = "train" if split == "train" else "validation"
-    return squad.load_hub_examples(hub_split, args.version_2_with_negative, args.cache_dir)
-
-
-def make_features(args: argparse.Namespace, examples, tokenizer, training: bool):
-    return squad.build_features(
-        examples,
-        tokenizer,
-        max_seq_length=args.max_seq_length,
-        doc_stride=args.doc_stride,
-        max_query_length=args.max_query_length,
-        training=training,
-        num_proc=args.threads,
-        cache_dir=args.cache_dir,
-        overwrite_cache=args.overwrite_cache,
-    )
+        return squad.read_examples(file, v2, unique_ids=split == "predict", cache_dir=args.cache_dir)
+    return squad.load_hub_examples("train" if split == "train" else "validation", v2, args.cache_dir)
 
 
 def span_logits(outputs, batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,149 +142,17 @@ def span_logits(outputs, batch) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def span_loss(logits, batch) -> torch.Tensor:
+    """Mean of the cross-entropies of start and end."""
     start, end = logits
     return (F.cross_entropy(start, batch["start_positions"]) + F.cross_entropy(end, batch["end_positions"])) / 2
 
 
-def evaluate(args, world, model, examples, features, collate, output_dir: Path, prefix: str) -> dict[str, float]:
-    """Predict, write the three JSON files, score; {} but on rank 0."""
-    logits = predict(
-        args, world, model, features, np.asarray(features["length"]), collate=collate, task_logits=span_logits
-    )
-    if not world.is_main:
-        return {}
-    predictions, nbest, null_odds = squad.postprocess(
-        examples,
-        features,
-        [start for start, _ in logits],
-        [end for _, end in logits],
-        n_best_size=args.n_best_size,
-        max_answer_length=args.max_answer_length,
-        version_2_with_negative=args.version_2_with_negative,
-        null_score_diff_threshold=args.null_score_diff_threshold,
-    )
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(output_dir / f"predictions_{prefix}.json", predictions)
-    write_json(output_dir / f"nbest_predictions_{prefix}.json", nbest)
-    if args.version_2_with_negative:
-        write_json(output_dir / f"null_odds_{prefix}.json", null_odds)
-    return squad.squad_metrics(
-        examples, predictions, null_odds, version_2_with_negative=args.version_2_with_negative
-    )
-
-
-def run(args: argparse.Namespace, given: set[str]) -> dict[str, float | str]:
-    """All that the arguments ask for; returns the evaluation's results."""
-    world = join_world(args)
-    started = time.perf_counter()
-    output_dir = Path(args.output_dir)
-    masked = is_masked(args.model_type)
-    resume_folder = find_resume_folder(args)
-    source = str(resume_folder or args.model_name_or_path)
-
-    torch.manual_seed(args.seed)
-    model, tokenizer = load_student(
-        source,
-        HEAD,
-        masked=masked,
-        trained=not args.do_train,
-        config_name=None if resume_folder else args.config_name,
-        cache_dir=args.cache_dir,
-        tokenizer_name=args.tokenizer_name,
-        do_lower_case=args.do_lower_case,
-        max_seq_length=args.max_seq_length,
-        labels=2,
-        **(mask_settings(args, given) if masked else {}),
-    )
-    collate = functools.partial(
-        squad.collate,
-        pad_token_id=tokenizer.pad_token_id,
-        input_names=tokenizer.model_input_names,
-        multiple_of=8 if model.config.max_position_embeddings % 8 == 0 else 1,
-    )
-
-    evaluate_at = None
-    if needs_evaluation_data(args):
-        with world.main_first():
-            dev_examples = load_examples(args, "predict")
-            dev_features = make_features(args, dev_examples, tokenizer, training=False)
-
-        def evaluate_at(model, step) -> dict[str, float]:
-            prefix = "" if step is None else str(step)
-            return evaluate(args, world, model, dev_examples, dev_features, collate, output_dir, prefix)
-
-    summary, log = {}, RunLog(output_dir, world)
-    if args.do_train:
-        teacher = None
-        if args.teacher_name_or_path:
-            teacher = load_teacher(
-                args.teacher_name_or_path,
-                HEAD,
-                masked=is_masked(args.teacher_type),
-                student=model,
-                tokenizer=tokenizer,
-                cache_dir=args.cache_dir,
-            )
-        with world.main_first():
-            train_examples, skipped = squad.drop_misaligned(load_examples(args, "train"))
-            if skipped:
-                shown = [squad.shown(id_) for id_ in (skipped if args.verbose_logging else skipped[:5])]
-                logger.warning(
-                    "%d training questions skipped, their answer_start does not match their text: %s%s",
-                    len(skipped), ", ".join(shown), "" if len(shown) == len(skipped) else ", ... (all with --verbose_logging)",
-                )  # fmt: skip
-            if not len(train_examples):
-                raise UsageError("no training question is usable: see the warning above")
-            train_features = make_features(args, train_examples, tokenizer, training=True)
-        if args.verbose_logging:
-            logger.info("first feature: %s", tokenizer.decode(train_features[0]["input_ids"]))
-
-        def save_model(folder: Path) -> None:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-
-        summary |= train(
-            args,
-            world,
-            model,
-            teacher,
-            train_features,
-            np.asarray(train_features["length"]),
-            log,
-            collate=collate,
-            task_logits=span_logits,
-            task_loss=span_loss,
-            save_model=save_model,
-            evaluate=evaluate_at,
-            resume_folder=resume_folder,
-            result_files=RESULT_FILES,
-        )
-
-    def load_checkpoint(folder: Path):
-        return load_model(str(folder), HEAD, masked=masked, trained=True, labels=2)
-
-    results = evaluate_all(args, model, evaluate_at, load_checkpoint, log) if args.do_eval else {}
-    log.close()
-    if masked and world.is_main:
-        results |= mask_report(model)
-    if args.do_eval and world.is_main:
-        write_results(output_dir, results)
-    print_summary(world, results | summary | {"total_seconds": time.perf_counter() - started}, output_dir)
-    world.barrier()
-    return results
+def get_parser() -> Parser:
+    return make_parser(Squad(), __doc__)
 
 
 def main(argv: list[str] | None = None) -> dict[str, float | str]:
-    set_up_logging()
-    parser = get_parser()
-    args, given = parser.parse_args(argv), parser.given(argv)
-    if problems := check_common_arguments(args, given) + check_squad_arguments(args):
-        fail(problems)
-    with one_line_errors(LoadError, squad.SquadError):
-        try:
-            return run(args, given)
-        finally:
-            leave_world()
+    return run.main(Squad(), __doc__, argv, sparsify)
 
 
 if __name__ == "__main__":

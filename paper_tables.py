@@ -18,23 +18,12 @@ import sys
 from pathlib import Path
 from typing import BinaryIO
 
-from emmental.loading import LoadError
-from emmental.tables.points import (
-    METHODS,
-    TASKS,
-    TEACHER,
-    Options,
-    Point,
-    Step,
-    TableError,
-    find_point,
-    load_points,
-    steps,
-)
+from emmental.errors import Interrupted, TrainingError, UserError, one_line_errors
+from emmental.files import write_text
+from emmental.tables.points import METHODS, TASKS, TEACHER, Options, Point, Step, find_point, load_points, steps
 from emmental.tables.report import headline, run_rows, to_csv, to_markdown
 from emmental.tables.runs import FINISHED, TRAINED, find_runs, run_state
-from emmental.training.args import Interrupted, Parser, TrainingError, one_line_errors
-from emmental.training.checkpoint import write_text
+from emmental.training.args import Parser
 from emmental.training.runlog import set_up_logging
 
 ROOT = Path(__file__).resolve().parent
@@ -124,7 +113,7 @@ def describe(point: Point) -> str:
 
 def options_of(args, extra: list[str]) -> Options:
     if args.nproc < 1:
-        raise TableError(f"--nproc must be at least 1, got {args.nproc}")
+        raise UserError(f"--nproc must be at least 1, got {args.nproc}")
     return Options(
         args.model,
         args.data_dir,
@@ -230,12 +219,12 @@ def report(args) -> None:
 
 
 def plot(args) -> None:
-    """Raises TableError when nothing can be drawn."""
+    """Raises UserError when nothing can be drawn."""
     runs, left_out = find_runs(args.runs_dir)
     for folder, reason in left_out.items():
         print(f"left out: {folder}: {reason}")
     if not runs:
-        raise TableError(f"{args.runs_dir} holds no finished run to draw")
+        raise UserError(f"{args.runs_dir} holds no finished run to draw")
     from emmental.tables.plots import draw  # matplotlib is slow to import
 
     for path, problem in draw(runs, Path(args.to or args.runs_dir)):
@@ -247,9 +236,9 @@ def main(argv: list[str] | None = None) -> None:
     extra = words[words.index("--") + 1 :] if "--" in words else []
     args = get_parser().parse_args(words[: words.index("--")] if "--" in words else words)
     set_up_logging()
-    with one_line_errors(TableError, LoadError):
+    with one_line_errors():
         if extra and args.verb not in ("command", "run"):
-            raise TableError(f"{args.verb} takes nothing after --")
+            raise UserError(f"{args.verb} takes nothing after --")
         if args.verb == "list":
             list_points(args)
         elif args.verb == "command":

@@ -16,10 +16,11 @@ import tempfile
 from pathlib import Path
 
 from emmental import coding, storage
+from emmental.errors import UserError, one_line_errors
 from emmental.families import is_masked
-from emmental.loading import LoadError, read_config
-from emmental.training.args import Parser, one_line_errors, pruning_method
-from emmental.training.checkpoint import write_json
+from emmental.files import write_json
+from emmental.loading import read_config
+from emmental.training.args import Parser, pruning_method
 from emmental.training.runlog import set_up_logging
 
 MB = 1e6
@@ -125,7 +126,7 @@ def evaluate(model: str, args) -> dict:
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             lines = done.stderr.strip().splitlines()
-            raise storage.StorageError(f"{script} cannot evaluate {model}: {lines[-1] if lines else 'it was stopped'}")
+            raise UserError(f"{script} cannot evaluate {model}: {lines[-1] if lines else 'it was stopped'}")
         results = json.loads((Path(folder) / "out" / "eval_results.json").read_text(encoding="utf-8"))
     unwanted = ("remaining", "threshold", "entropy", "total")
     return {k: v for k, v in results.items() if isinstance(v, float) and not k.startswith(unwanted)}
@@ -151,7 +152,7 @@ def verify(args) -> int:
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     set_up_logging()
-    with one_line_errors(LoadError, storage.StorageError):
+    with one_line_errors():
         if args.verb == "pack":
             packed = storage.pack(args.checkpoint, args.file, args.bits, args.base_model, **mask_flags(args))
             size = packed.path.stat().st_size

@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -25,13 +26,15 @@ from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegac
 
 import masked_run_squad
 from emmental.data import glue, squad
-from emmental.loading import LoadError, load_model, load_tokenizer
+from emmental.errors import UserError, one_line_errors
+from emmental.loading import load_model, load_tokenizer
 from emmental.schedule import learning_rate_factor
-from emmental.training.args import UsageError, one_line_errors
 from emmental.training.batches import BatchPlan
 from emmental.training.distributed import World, keep_freed_memory
-from emmental.training.loop import MODEL_INPUTS, autocast, predict
+from emmental.training.evaluate import Predictor
 from emmental.training.optim import build_optimizer, set_learning_rates
+from emmental.training.passes import MODEL_INPUTS, forward
+from emmental.training.settings import Precision
 
 
 class Squad:
@@ -68,7 +71,7 @@ class Squad:
         return found
 
     def model(self, name):
-        return load_model(name, masked_run_squad.HEAD, masked=False)
+        return load_model(name, masked_run_squad.Squad.head, masked=False)
 
     def logits(self, outputs, batch):
         return masked_run_squad.span_logits(outputs, batch)
@@ -93,7 +96,7 @@ class Glue:
     def __init__(self, args):
         self.task = glue.find_task(args.task)
         if self.task.is_regression or not self.task.evaluation_splits:
-            raise UsageError(f"{args.task} is no classification with a dev set: choose another task")
+            raise UserError(f"{args.task} is no classification with a dev set: choose another task")
         self.key_metric = self.task.key_metric
         self.train = glue.read_examples(self.task, args.data_dir, "train")
         self.dev = glue.read_examples(self.task, args.data_dir, self.task.evaluation_splits[0])
@@ -130,7 +133,7 @@ class Glue:
 def find(folder: str, pattern: str) -> Path:
     files = sorted(Path(folder).glob(pattern))
     if not files:
-        raise UsageError(f"--data_dir {folder} holds no {pattern}")
+        raise UserError(f"--data_dir {folder} holds no {pattern}")
     return files[0]
 
 
@@ -170,6 +173,7 @@ class Learner:
     def __init__(self, task, features, tokenizer, fixed: int | None, args):
         self.task, self.features, self.fixed, self.args = task, features, fixed, args
         self.pad = tokenizer.pad_token_id or 0
+        self.precision = Precision(torch.bfloat16 if args.bf16 else None)
         lengths = np.asarray(features["length"])
         self.plan = BatchPlan(lengths if fixed is None else np.zeros_like(lengths), args.batch, 1, args.seed)
         torch.manual_seed(args.seed)
@@ -187,9 +191,8 @@ class Learner:
             room = self.fixed - batch["input_ids"].shape[1]
             for name in MODEL_INPUTS:
                 batch[name] = F.pad(batch[name], (0, room), value=self.pad if name == "input_ids" else 0)
-        with autocast(self.args, WORLD):
-            outputs = self.model(**{name: batch[name] for name in MODEL_INPUTS})
-        self.task.loss(self.task.logits(outputs, batch), batch).backward()
+        logits = forward(self.task, self.model, batch, self.precision, WORLD.device)
+        self.task.loss(logits, batch).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -197,11 +200,9 @@ class Learner:
         self.tokens += batch["input_ids"].numel()
 
     def score(self, dev_features) -> float:
-        logits = predict(
-            self.args, WORLD, self.model, dev_features, np.asarray(dev_features["length"]),
-            collate=lambda rows: self.task.collate(rows, self.pad), task_logits=self.task.logits,
-        )  # fmt: skip
-        return self.task.metric(dev_features, logits)
+        task = SimpleNamespace(collate=lambda rows: self.task.collate(rows, self.pad), logits=self.task.logits)
+        predictor = Predictor(task, WORLD, self.precision, batch_size=32, num_workers=0, output_dir=None)
+        return self.task.metric(dev_features, predictor.predict(self.model, dev_features))
 
 
 WORLD = World(torch.device("cpu"))
@@ -245,13 +246,12 @@ def get_parser() -> argparse.ArgumentParser:
     add("--bf16", action="store_true", help="train in bfloat16, as the scripts' --bf16")
     add("--seed", type=int, default=42, help="default: 42")
     add("--json", help="file to write the results to")
-    parser.set_defaults(sparse_inference=False, fp16=False, per_gpu_eval_batch_size=32, num_workers=0)
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
-    with one_line_errors(glue.GlueError, squad.SquadError, LoadError):
+    with one_line_errors():
         run(args)
 
 

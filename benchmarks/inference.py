@@ -25,20 +25,19 @@ from torch import Tensor, nn
 from transformers import BertConfig, PreTrainedModel
 
 from emmental import storage
-from emmental.inference import sparsify
+from emmental.errors import UserError, one_line_errors
 from emmental.families import encoder_of
+from emmental.inference import sparsify
 from emmental.inference.compaction import density
 from emmental.inference.encoder import SparseEncoder
 from emmental.inference.kernels import fastest
-from emmental.loading import LoadError
-from emmental.training.args import UsageError, one_line_errors
 
 HELPS = 1.05  # gains below this are named in the end
 DENSE_SIDES = ("dense", "compiled", "int8")
 
 
 def load(checkpoint: str) -> PreTrainedModel:
-    """The plain model of a masked or plain checkpoint. Raises LoadError."""
+    """The plain model of a masked or plain checkpoint. Raises UserError."""
     architecture, config, state = storage.load_plain(checkpoint)
     model_class = getattr(transformers, architecture)
     return model_class.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32).eval()
@@ -160,17 +159,17 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
-    with one_line_errors(LoadError, storage.StorageError):
+    with one_line_errors():
         if args.hidden % 64:
-            raise UsageError("--hidden must be a multiple of 64")
+            raise UserError("--hidden must be a multiple of 64")
         if not (args.densities or args.models):
-            raise UsageError("nothing to measure: give --densities or --models")
+            raise UserError("nothing to measure: give --densities or --models")
         models = {folder: load(folder) for folder in args.models}
         for folder, model in models.items():
             if max(args.lengths) > model.config.max_position_embeddings:
-                raise UsageError(f"--lengths: {folder} takes {model.config.max_position_embeddings} tokens at most")
+                raise UserError(f"--lengths: {folder} takes {model.config.max_position_embeddings} tokens at most")
         if args.densities and max(args.lengths) > BertConfig().max_position_embeddings:
-            raise UsageError(f"--lengths: BERT takes {BertConfig().max_position_embeddings} tokens at most")
+            raise UserError(f"--lengths: BERT takes {BertConfig().max_position_embeddings} tokens at most")
         run(args, models)
 
 

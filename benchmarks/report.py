@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import BertConfig, BertForQuestionAnswering
 
-from emmental.inference.kernels import processor_name
+from emmental.hardware import processor_name
 from emmental.training import checkpoint
 
 

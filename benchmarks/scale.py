@@ -33,9 +33,9 @@ from transformers import BertTokenizerFast
 
 from emmental import MaskedBertConfig, MaskedBertForQuestionAnswering, storage
 from emmental.data import squad
+from emmental.errors import UserError, one_line_errors
 from emmental.export import mask_report
 from emmental.modules import find_masks, masked_layers
-from emmental.training.args import UsageError, one_line_errors
 
 MIB = 2**20
 STATUS = Path("/proc/self/status")
@@ -124,7 +124,7 @@ def measure_data(counts: list[int]) -> list[dict]:
             command = [sys.executable, __file__, "--make_features", f"{folder}/squad.json", folder]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                raise UsageError(f"making the features of {questions} questions failed: {done.stderr.strip()}")
+                raise UserError(f"making the features of {questions} questions failed: {done.stderr.strip()}")
             rows.append({"questions": questions} | json.loads(done.stdout.splitlines()[-1]))
     return rows
 
@@ -174,7 +174,7 @@ def measure_masks(layers: int, repeats: int) -> list[dict]:
         sorting = time.perf_counter() - begun
         for ours, mask in zip(masks.by_layer.values(), wanted, strict=True):
             if (ours != mask).sum() > mask.sum() * 1e-4:  # ties at the cut-off may fall either way
-                raise UsageError(f"{method}: the masks differ from those of sorting")
+                raise UserError(f"{method}: the masks differ from those of sorting")
         row = {"method": method, "ours": statistics.median(times), "sorting": sorting, **found}
         row["weights"] = sum(layer.weight.numel() for layer in masked_layers(model).values())
         rows.append(row)
@@ -228,11 +228,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.make_features:
         print(json.dumps(make_features(*args.make_features)))
         return
-    with one_line_errors(squad.SquadError, storage.StorageError):
+    with one_line_errors():
         if not STATUS.exists():
-            raise UsageError("memory is read from /proc: this benchmark needs Linux")
+            raise UserError("memory is read from /proc: this benchmark needs Linux")
         if min([*args.questions, args.repeats]) < 1 or args.layers < 0:
-            raise UsageError("--questions and --repeats must be at least 1, --layers not negative")
+            raise UserError("--questions and --repeats must be at least 1, --layers not negative")
         run(args)
 
 

@@ -21,8 +21,7 @@ from transformers import BertTokenizerFast
 
 import saving_prunebert
 from emmental import storage
-from emmental.loading import LoadError
-from emmental.training.args import UsageError, one_line_errors
+from emmental.errors import UserError, one_line_errors
 
 MB = 1e6
 BITS = (32, 16, 8, 6, 5, 4)
@@ -130,9 +129,9 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
-    with one_line_errors(LoadError, storage.StorageError):
+    with one_line_errors():
         if not all(0 < remaining <= 1 for remaining in args.remaining):
-            raise UsageError("--remaining takes fractions above 0 and up to 1")
+            raise UserError("--remaining takes fractions above 0 and up to 1")
         run(args)
 
 

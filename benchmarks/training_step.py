@@ -29,10 +29,10 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertForQuestionAnswering
 
 from emmental import MaskedBertConfig, MaskedBertForQuestionAnswering
+from emmental.errors import UserError, one_line_errors
 from emmental.losses import regularization
 from emmental.modules import find_masks, masked, masked_layers
 from emmental.modules.methods import METHODS
-from emmental.training.args import UsageError, one_line_errors
 from emmental.training.distributed import keep_freed_memory
 from emmental.training.optim import build_optimizer
 
@@ -230,9 +230,9 @@ def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     with one_line_errors():
         if args.device == "cuda" and not torch.cuda.is_available():
-            raise UsageError("--device cuda: torch finds no GPU here")
+            raise UserError("--device cuda: torch finds no GPU here")
         if args.hidden < 64 or args.hidden % 64 or min(args.layers, args.repeats) < 1 or args.warmup < 0:
-            raise UsageError("--hidden must be a multiple of 64, --layers and --repeats at least 1, --warmup at least 0")
+            raise UserError("--hidden must be a multiple of 64, --layers and --repeats at least 1, --warmup at least 0")
         run(args)
 
 

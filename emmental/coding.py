@@ -25,6 +25,8 @@ from dataclasses import dataclass
 import constriction
 import numpy as np
 
+from .errors import UserError
+
 Categorical = constriction.stream.model.Categorical
 Uniform = constriction.stream.model.Uniform
 RangeEncoder, RangeDecoder = constriction.stream.queue.RangeEncoder, constriction.stream.queue.RangeDecoder
@@ -39,10 +41,6 @@ MAX_CLASSES = 64
 WORTHWHILE = 0.005  # what blocks must save of the positions, as they take time to decode
 NOISE = 7.95  # bits of a byte from which on it is stored as it is
 STEP_CANDIDATES = np.linspace(0.1, 1.0, 46)
-
-
-class CodingError(ValueError):
-    """A stream that does not hold what it should, or values that cannot be coded."""
 
 
 @dataclass
@@ -110,7 +108,7 @@ class _Encoder:
 class _Decoder:
     def __init__(self, words: np.ndarray):
         if not len(words) or words[0] >= len(words):
-            raise CodingError("the stream is shorter than it says")
+            raise UserError("the stream is shorter than it says")
         self.coder = RangeDecoder(words[1 : 1 + int(words[0])])
         self.noise, self.taken = words[1 + int(words[0]) :].view(np.uint8), 0
 
@@ -132,7 +130,7 @@ class _Decoder:
             yield from self.alphabet(count, 256)
             return
         if self.taken + count > len(self.noise):
-            raise CodingError("the stream is shorter than it says")
+            raise UserError("the stream is shorter than it says")
         yield 0, self.noise[self.taken : self.taken + count]
         self.taken += count
 
@@ -145,14 +143,14 @@ class _Decoder:
     def histogram(self, size: int) -> np.ndarray:
         levels = np.cumsum(self.symbols(size, DIFFERENCES) - MAX_LEVEL)
         if levels.min() < 0 or levels.max() > MAX_LEVEL or not levels.any():
-            raise CodingError("the stream holds an impossible frequency")
+            raise UserError("the stream holds an impossible frequency")
         return _distribution(levels)
 
     def _decode(self, model, count: int) -> np.ndarray:
         try:
             return self.coder.decode(model, count)
         except AssertionError as error:  # so constriction says that no symbol has this code
-            raise CodingError("the stream does not decode") from error
+            raise UserError("the stream does not decode") from error
 
 
 def _distribution(levels: np.ndarray) -> np.ndarray:
@@ -199,16 +197,16 @@ def _decode_block(decoder: _Decoder, size: int) -> tuple[np.ndarray, bool]:
         density = np.array(decoder.number(32), np.uint32).view(np.float32)[()]
         skips = decoder.number(32)
         if not 0 < density <= 1:
-            raise CodingError("the stream holds an impossible density")
+            raise UserError("the stream holds an impossible density")
         distribution, longest = _gap_model(density)
         if count > size or skips > size // longest:
-            raise CodingError("the stream holds more positions than the matrix has entries")
+            raise UserError("the stream holds more positions than the matrix has entries")
         symbols = decoder.symbols(count + skips, distribution)
         ends = symbols < longest
         symbols += ends
         places = np.cumsum(symbols, dtype=np.int64)[ends] - 1
         if len(places) != count or places[-1] >= size:
-            raise CodingError("the stream holds positions outside the matrix")
+            raise UserError("the stream holds positions outside the matrix")
     return places, inverted
 
 
@@ -377,14 +375,14 @@ def _decode_floats(decoder: _Decoder, count: int, kind: type) -> np.ndarray:
 def encode(tensor: np.ndarray, bits: int, by_row: bool = False) -> Coded:
     """Code a float32 vector or matrix. `by_row`: a step for each row, not one for all.
 
-    Vectors are never quantised below 16 bits. Raises CodingError for values that are not finite, or too
+    Vectors are never quantised below 16 bits. Raises UserError for values that are not finite, or too
     large for the precision.
     """
     if not np.isfinite(tensor).all():
-        raise CodingError("it holds values that are not finite")
+        raise UserError("it holds values that are not finite")
     bits = precision(tensor.shape, bits)
     if bits == 16 and np.abs(tensor).max(initial=0.0) > np.finfo(np.float16).max:
-        raise CodingError("it holds values too large for half precision: use --bits 32")
+        raise UserError("it holds values too large for half precision: use --bits 32")
     encoder, position_entropy, flat = _Encoder(), 0.0, np.ascontiguousarray(tensor, np.float32).reshape(-1)
     kept = flat.size
     if tensor.ndim == 2:
@@ -433,7 +431,7 @@ def precision(shape: tuple[int, ...], bits: int) -> int:
 def decode_sparse(words: np.ndarray, shape: tuple[int, ...], bits: int, by_row: bool = False):
     """Indices of the kept entries in row-major order (None: all of them) and their values.
 
-    Raises CodingError for a stream that does not fit the shape.
+    Raises UserError for a stream that does not fit the shape.
     """
     decoder, bits = _Decoder(words), precision(shape, bits)
     size, indices = math.prod(shape), None
@@ -456,7 +454,7 @@ def decode_sparse(words: np.ndarray, shape: tuple[int, ...], bits: int, by_row: 
         elif bits <= 8:
             values *= step
     if not np.isfinite(values).all():
-        raise CodingError("it holds values that are not finite")
+        raise UserError("it holds values that are not finite")
     return indices, values
 
 

@@ -71,7 +71,7 @@ def remaining_weights(model: nn.Module, masks: Masks | None = None) -> Remaining
     counts, layers = count(masks), masked_layers(model)
 
     def floored(name: str) -> bool:
-        scores, weights = masks.by_layer[name].numel(), masks.weights[name]
+        scores, weights = masks.by_layer[name].numel(), masks.sizes[name]
         has_floor = model.config.global_topk or layers[name].method.has_floor
         return has_floor and counts.remaining[name] == floor_count(scores) * weights
 

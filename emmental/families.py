@@ -12,13 +12,15 @@ both are registered with the Auto classes.
 import functools
 import inspect
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedConfig
 
 from .modules.masked_nn import MaskedLinear, swap_linears
-from .modules.masks import masked_forward
+from .modules.masks import masked, masked_layers
 
 HEADS = ("QuestionAnswering", "SequenceClassification", "TokenClassification", "MultipleChoice")
 MASKED = "masked_"  # what precedes the stock `model_type` in that of a masked model
@@ -122,12 +124,33 @@ class MaskedHead(Masked):
         self.base_model.mask_encoder()
 
 
+@contextmanager
+def _masked_forward(model: nn.Module, threshold: float | None = None) -> Iterator[None]:
+    """What a forward of a masked model runs in: the block around it, or else one of its own.
+
+    Raises ValueError for a threshold that is not the block's.
+    """
+    layers = list(masked_layers(model).values())
+    if block := layers[0].in_force:
+        if threshold is not None and float(threshold) != block.threshold:
+            raise ValueError(f"threshold={threshold} inside a block masked at {block.threshold}")
+        yield
+        return
+    with masked(model, threshold, lasting=False):
+        # Gradient checkpointing runs the layers again in the backward, with these masks.
+        modules = model.modules() if model.training else ()
+        recomputes = any(getattr(module, "gradient_checkpointing", False) for module in modules)
+        for layer in layers:
+            layer.recomputed = layer.in_force if recomputes else None
+        yield
+
+
 def _with_threshold(stock):
     """The forward of a stock class with `threshold` beside its own arguments."""
 
     @functools.wraps(stock)
     def forward(self, *args, threshold: float | None = None, **kwargs):
-        with masked_forward(self, threshold):
+        with _masked_forward(self, threshold):
             return stock(self, *args, **kwargs)
 
     signature = inspect.signature(stock)

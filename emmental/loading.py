@@ -19,6 +19,7 @@ from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTra
 
 from . import modeling_bert_masked  # noqa: F401, registers the masked classes
 from .archive import what_is_odd
+from .errors import UserError, first_line
 from .families import FAMILIES, HEADS, MASKED, family_of, head_name, is_masked
 from .modules.masks import find_masks, masked_layers
 from .modules.methods import METHODS
@@ -26,14 +27,10 @@ from .modules.methods import METHODS
 logger = logging.getLogger(__name__)
 
 
-class LoadError(ValueError):
-    """A checkpoint or tokenizer that does not exist, is broken, or is of another kind."""
-
-
 def read_config(name_or_path: str, cache_dir: str | None = None) -> dict:
-    """The `config.json` of a checkpoint of a known family, plain or masked. Raises LoadError for anything else."""
+    """The `config.json` of a checkpoint of a known family, plain or masked. Raises UserError for anything else."""
     if not os.path.isdir(name_or_path) and (name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1):
-        raise LoadError(f"no checkpoint found at {name_or_path}: there is no such folder")
+        raise UserError(f"no checkpoint found at {name_or_path}: there is no such folder")
     if os.path.isdir(name_or_path):
         require_folder(name_or_path, "the checkpoint")
     try:
@@ -41,7 +38,7 @@ def read_config(name_or_path: str, cache_dir: str | None = None) -> dict:
         if type(config) is not dict:
             raise ValueError("it is no object")
     except Exception as error:  # the hub has errors of its own, and JSON that is nested too deep another
-        raise LoadError(
+        raise UserError(
             f"no checkpoint found at {name_or_path!r}: it must be a folder with a config.json, "
             f"or a model name that the hub can serve ({first_line(error)})"
         ) from error
@@ -49,9 +46,9 @@ def read_config(name_or_path: str, cache_dir: str | None = None) -> dict:
         config.setdefault("model_type", "bert")
     model_type = str(config.get("model_type"))
     if model_type.removeprefix(MASKED) not in FAMILIES:
-        raise LoadError(f"{name_or_path} is a checkpoint of type {model_type!r}; these scripts take {', '.join(FAMILIES)}")
+        raise UserError(f"{name_or_path} is a checkpoint of type {model_type!r}; these scripts take {', '.join(FAMILIES)}")
     if problem := absurd_sizes(config):
-        raise LoadError(f"{name_or_path}/config.json: {problem}; correct it")
+        raise UserError(f"{name_or_path}/config.json: {problem}; correct it")
     if os.path.isdir(name_or_path):
         _check_files(Path(name_or_path), config)
     return config
@@ -66,7 +63,7 @@ def absurd_sizes(config: dict) -> str | None:
 
 
 def _check_files(folder: Path, config: dict) -> None:
-    """Raises LoadError for weight files that would lead elsewhere or fill the memory, before any of them is read."""
+    """Raises UserError for weight files that would lead elsewhere or fill the memory, before any of them is read."""
     weights = [file for pattern in ("model*.safetensors", "pytorch_model*.bin") for file in folder.glob(pattern) if file.is_file()]
     for index in (folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json"):
         if not index.is_file():
@@ -75,16 +72,16 @@ def _check_files(folder: Path, config: dict) -> None:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             outside = sorted(name for name in names if not name or Path(name).name != name)
         except Exception as error:
-            raise LoadError(f"{index} is no index of weights: download it again") from error
+            raise UserError(f"{index} is no index of weights: download it again") from error
         if outside:
-            raise LoadError(f"{index} points out of its folder, to {outside[0]!r}: do not use this checkpoint")
+            raise UserError(f"{index} points out of its folder, to {outside[0]!r}: do not use this checkpoint")
     for file in weights:
         if problem := what_is_odd(file):
-            raise LoadError(f"{file} was not written by torch: {problem}; do not use this checkpoint")
+            raise UserError(f"{file} was not written by torch: {problem}; do not use this checkpoint")
     stored = sum(file.stat().st_size for file in weights)
     described = _described_weights(folder, config)
     if stored and described > stored:
-        raise LoadError(
+        raise UserError(
             f"{folder}/config.json describes a model of {described:,} weights, which its files of {stored:,} bytes cannot hold: "
             "they are incomplete, or of another model"
         )
@@ -96,24 +93,24 @@ def _described_weights(folder: Path, config: dict) -> int:
         sizes = {name: value for name, value in config.items() if name not in ("id2label", "label2id", "num_labels")}
         described = CONFIG_MAPPING[config["model_type"]].from_dict(sizes)
     except Exception as error:  # transformers checks a part of the fields, each in its own way
-        raise LoadError(f"{folder}/config.json cannot be used ({first_line(error)}); correct it") from error
+        raise UserError(f"{folder}/config.json cannot be used ({first_line(error)}); correct it") from error
     sizes = {}
     for name in ("vocab_size", "max_position_embeddings", "type_vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
         sizes[name] = getattr(described, name, 0)
         if type(sizes[name]) is not int or sizes[name] < 0:
-            raise LoadError(f"{folder}/config.json: {name} is {str(sizes[name])[:40]}, but must be a whole number; correct it")
+            raise UserError(f"{folder}/config.json: {name} is {str(sizes[name])[:40]}, but must be a whole number; correct it")
     rows = sizes["vocab_size"] + sizes["max_position_embeddings"] + sizes["type_vocab_size"]
     layer = 4 * sizes["hidden_size"] + 2 * sizes["intermediate_size"]
     return sizes["hidden_size"] * (rows + sizes["num_hidden_layers"] * layer)
 
 
 def head_of(name_or_path: str, config: dict) -> str:
-    """Which of the four heads a checkpoint was saved with. Raises LoadError if it does not say."""
+    """Which of the four heads a checkpoint was saved with. Raises UserError if it does not say."""
     architectures = config.get("architectures")
     for architecture in architectures if isinstance(architectures, list) else ():
         if head := head_name(str(architecture)):
             return head
-    raise LoadError(
+    raise UserError(
         f"{name_or_path}/config.json names no fine-tuned head: its `architectures` is "
         f"{str(architectures)[:100]}, expected one that ends with For{', For'.join(HEADS)}"
     )
@@ -137,7 +134,7 @@ def load_model(
         name makes a regression, with one output. A trained classifier is brought into the order of the names;
         one with other names is initialised anew, or refused if `trained`. overrides: values that replace those
         of the configuration; a masked checkpoint that contradicts them is warned of.
-    Raises LoadError for what is missing, broken, of another architecture, or masked where a plain model
+    Raises UserError for what is missing, broken, of another architecture, or masked where a plain model
     is asked for and the other way round.
     """
     config_source = config_name or name_or_path
@@ -146,11 +143,11 @@ def load_model(
     family = checkpoint["model_type"].removeprefix(MASKED)
     masked_before = is_masked(checkpoint["model_type"])
     if masked_before and not masked:
-        raise LoadError(
+        raise UserError(
             f"{name_or_path} is a masked checkpoint: use model type {MASKED}{family}, or convert it with bertarize.py first"
         )
     if trained and masked and not masked_before:
-        raise LoadError(f"{name_or_path} is a plain model without masks: use model type {family}")
+        raise UserError(f"{name_or_path} is a plain model without masks: use model type {family}")
     for name, value in overrides.items():
         if masked_before and value is not None and values.get(name, value) not in (value, None):
             logger.warning("%s %s contradicts %s of the checkpoint; %s is used", name, value, values[name], value)
@@ -171,7 +168,7 @@ def load_model(
             ignore_mismatched_sizes=True,  # reported below, with the name of the matrix
         )
     except Exception as error:  # broken files raise the errors of three libraries
-        raise LoadError(f"cannot load the checkpoint {name_or_path}: {first_line(error)}") from error
+        raise UserError(f"cannot load the checkpoint {name_or_path}: {first_line(error)}") from error
     fresh_head = _check_loaded(name_or_path, model, info, trained and masked, trained)
     if labels and not isinstance(labels, int) and not fresh_head:
         _align_head(name_or_path, _output_layer(model)[1], _label_names(name_or_path, checkpoint), labels, trained)
@@ -187,7 +184,7 @@ def _label_settings(labels: int | Sequence[str]) -> dict:
 
 
 def checkpoint_labels(name_or_path: str, cache_dir: str | None = None) -> tuple[str, ...]:
-    """Names of the outputs of a checkpoint's head; LABEL_0, LABEL_1, ... where it has none. Raises LoadError."""
+    """Names of the outputs of a checkpoint's head; LABEL_0, LABEL_1, ... where it has none. Raises UserError."""
     return _label_names(name_or_path, read_config(name_or_path, cache_dir))
 
 
@@ -196,7 +193,7 @@ def _label_names(name_or_path: str, config: dict) -> tuple[str, ...]:
         names = config.get("id2label") or {column: f"LABEL_{column}" for column in range(config.get("num_labels", 2))}
         return tuple(str(name) for _, name in sorted((int(column), name) for column, name in names.items()))
     except (AttributeError, TypeError, ValueError) as error:
-        raise LoadError(f"{name_or_path}/config.json: its id2label must name the outputs 0, 1, ...; correct it") from error
+        raise UserError(f"{name_or_path}/config.json: its id2label must name the outputs 0, 1, ...; correct it") from error
 
 
 def are_anonymous(labels: Sequence[str]) -> bool:
@@ -228,7 +225,7 @@ def _align_head(name_or_path: str, head: nn.Linear, own: Sequence[str], wanted: 
     elif are_anonymous(own):
         logger.warning("the labels of %s have no names; they are read as %s", name_or_path, ", ".join(wanted))
     elif trained:
-        raise LoadError(
+        raise UserError(
             f"{name_or_path} has the labels {', '.join(own)}, but those of the task are {', '.join(wanted)}: "
             "give a model of this task"
         )
@@ -244,23 +241,23 @@ def load_masked(
     """A fine-pruned masked model of any head, whose masks can be found, in evaluation mode.
 
     What is None is taken from the checkpoint's config.json; a value that contradicts it is used, with a
-    warning. Raises LoadError when the checkpoint is not masked, or method or threshold are not known.
+    warning. Raises UserError when the checkpoint is not masked, or method or threshold are not known.
     """
     config = read_config(folder)
     if not is_masked(config["model_type"]):
-        raise LoadError(f"{folder} is a plain model without masks: give the fine-pruned masked checkpoint")
+        raise UserError(f"{folder} is a plain model without masks: give the fine-pruned masked checkpoint")
     asked = {"pruning_method": pruning_method, "threshold": threshold, "global_topk": global_topk}
     overrides = {name: value for name, value in asked.items() if value is not None}
     model = load_model(folder, head_of(folder, config), masked=True, trained=True, **overrides)
     try:
         find_masks(model)
     except ValueError as error:
-        raise LoadError(f"{folder}: {error}") from error
+        raise UserError(f"{folder}: {error}") from error
     return model
 
 
 def _check_loaded(name_or_path: str, model: PreTrainedModel, info: dict, need_masks: bool, need_head: bool) -> bool:
-    """Raises LoadError for what must be there and is not; returns whether the head's outputs start afresh."""
+    """Raises UserError for what must be there and is not; returns whether the head's outputs start afresh."""
     mismatched = {entry[0]: entry[1:] for entry in info["mismatched_keys"]}
     missing = set(info["missing_keys"]) | set(mismatched)
     scores = {key for key in missing if key.endswith(".mask_scores")}
@@ -269,14 +266,14 @@ def _check_loaded(name_or_path: str, model: PreTrainedModel, info: dict, need_ma
     head = missing - scores - body  # a pooler is part of it
     for key in sorted(body | (scores & set(mismatched))):
         why = f"has another shape there ({mismatched[key]})" if key in mismatched else "lacks it"
-        raise LoadError(f"{name_or_path} does not fit its configuration: the model needs {key}, the checkpoint {why}")
+        raise UserError(f"{name_or_path} does not fit its configuration: the model needs {key}, the checkpoint {why}")
     if need_masks and scores:
-        raise LoadError(
+        raise UserError(
             f"{name_or_path} holds no scores for pruning_method {model.config.pruning_method} "
             f"({min(scores)} is missing): give the method that it was trained with"
         )
     if need_masks and model.config.threshold is None and METHODS[model.config.pruning_method].threshold:
-        raise LoadError(
+        raise UserError(
             f"{name_or_path} does not record the threshold that it was trained at: give it, with --threshold of "
             "counts_parameters.py and bertarize.py, --final_threshold of the training scripts (a teacher: bertarize it)"
         )
@@ -284,13 +281,13 @@ def _check_loaded(name_or_path: str, model: PreTrainedModel, info: dict, need_ma
         _check_threshold(name_or_path, model.config)
     learned = [layer.mask_scores for layer in masked_layers(model).values() if layer.mask_scores is not None]
     if need_masks and not all(scores.isfinite().all() for scores in learned):
-        raise LoadError(f"{name_or_path} holds scores that are not finite: its training had diverged")
+        raise UserError(f"{name_or_path} holds scores that are not finite: its training had diverged")
     resized = [key for key in sorted(head & set(mismatched)) if not key.startswith(f"{base}.")]
     if need_head and resized:
         theirs, ours = mismatched[resized[0]]
-        raise LoadError(f"the head of {name_or_path} has {theirs[0]} outputs, and {ours[0]} are needed: is it of another task?")
+        raise UserError(f"the head of {name_or_path} has {theirs[0]} outputs, and {ours[0]} are needed: is it of another task?")
     if need_head and head:
-        raise LoadError(
+        raise UserError(
             f"{name_or_path} has no trained {type(model).__name__} head ({min(head)} is missing): "
             "fine-tune it first with --do_train"
         )
@@ -305,25 +302,25 @@ def _check_threshold(name_or_path: str, config: PreTrainedConfig) -> None:
     fraction = config.global_topk or method.is_fraction
     if type(threshold) not in (int, float) or not -math.inf < threshold < math.inf or (fraction and not 0 <= threshold <= 1):
         wanted = "is a fraction and must lie in [0, 1]" if fraction else "must be a finite number"
-        raise LoadError(f"{name_or_path}: its threshold {wanted}, got {str(threshold)[:40]}")
+        raise UserError(f"{name_or_path}: its threshold {wanted}, got {str(threshold)[:40]}")
 
 
 def load_tokenizer(name_or_path: str, do_lower_case: bool = False, cache_dir: str | None = None) -> PreTrainedTokenizerFast:
     """The fast tokenizer of a checkpoint; `do_lower_case` only ever switches lower-casing on.
 
-    Raises LoadError when there is none, or none that is fast.
+    Raises UserError when there is none, or none that is fast.
     """
     options = {"do_lower_case": True} if do_lower_case else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, cache_dir=cache_dir, use_fast=True, trust_remote_code=False, **options)
     except Exception as error:  # a missing vocabulary surfaces as many things
-        raise LoadError(
+        raise UserError(
             f"no tokenizer found at {name_or_path!r}: give one with --tokenizer_name ({first_line(error)})"
         ) from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers invents one where there is none
-        raise LoadError(f"no tokenizer found at {name_or_path!r}: give one with --tokenizer_name (there is no vocabulary)")
+        raise UserError(f"no tokenizer found at {name_or_path!r}: give one with --tokenizer_name (there is no vocabulary)")
     if not tokenizer.is_fast:
-        raise LoadError(f"the tokenizer at {name_or_path} is not a fast one: these scripts need its offsets")
+        raise UserError(f"the tokenizer at {name_or_path} is not a fast one: these scripts need its offsets")
     return tokenizer
 
 
@@ -339,31 +336,31 @@ def load_student(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The model to train or to evaluate (see `load_model` for `options`) and its tokenizer.
 
-    Raises LoadError, also when the two, or model and `max_seq_length` (tokens), do not fit together.
+    Raises UserError, also when the two, or model and `max_seq_length` (tokens), do not fit together.
     """
     model = load_model(name_or_path, head, cache_dir=cache_dir, **options)
     tokenizer = load_tokenizer(tokenizer_name or name_or_path, do_lower_case, cache_dir)
     check_tokenizer(tokenizer, model, tokenizer_name or name_or_path)
     if "token_type_ids" in tokenizer.model_input_names and model.config.type_vocab_size < 2:
-        raise LoadError(f"{name_or_path} has one token type, and these scripts tell two texts apart by theirs")
+        raise UserError(f"{name_or_path} has one token type, and these scripts tell two texts apart by theirs")
     if max_seq_length > model.config.max_position_embeddings:
-        raise LoadError(
+        raise UserError(
             f"--max_seq_length {max_seq_length} exceeds what the model takes ({model.config.max_position_embeddings})"
         )
     return model, tokenizer
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel, name_or_path: str) -> None:
-    """Raises LoadError when the tokenizer does not fit the model: ids too large, or no [CLS] and [SEP]."""
+    """Raises UserError when the tokenizer does not fit the model: ids too large, or no [CLS] and [SEP]."""
     highest = max(tokenizer.get_vocab().values(), default=-1)
     if highest >= model.config.vocab_size:
-        raise LoadError(
+        raise UserError(
             f"the tokenizer at {name_or_path} does not fit the model: it has ids up to {highest}, "
             f"the model's vocabulary has {model.config.vocab_size} entries"
         )
     lacking = [name for name in ("cls_token", "sep_token", "pad_token") if getattr(tokenizer, f"{name}_id") is None]
     if lacking:
-        raise LoadError(f"the tokenizer at {name_or_path} is not that of an encoder such as BERT: it has no {', '.join(lacking)}")
+        raise UserError(f"the tokenizer at {name_or_path} is not that of an encoder such as BERT: it has no {', '.join(lacking)}")
 
 
 def load_teacher(
@@ -377,45 +374,40 @@ def load_teacher(
 ) -> PreTrainedModel:
     """The distillation teacher, frozen and in evaluation mode.
 
-    Raises LoadError when its vocabulary or its labels are not the student's.
+    Raises UserError when its vocabulary or its labels are not the student's.
     """
     teacher = load_model(name_or_path, head, masked=masked, trained=True, cache_dir=cache_dir)
     for what in ("vocab_size", "num_labels"):
         ours, theirs = getattr(student.config, what), getattr(teacher.config, what)
         if ours != theirs:
-            raise LoadError(f"the teacher {name_or_path} does not fit the student: {what} {theirs} against {ours}")
+            raise UserError(f"the teacher {name_or_path} does not fit the student: {what} {theirs} against {ours}")
     for what in ("max_position_embeddings", "type_vocab_size"):
         ours, theirs = getattr(student.config, what, 0), getattr(teacher.config, what, 0)
         if ours > theirs:
-            raise LoadError(f"the teacher {name_or_path} does not fit the student: {what} {theirs} against {ours}")
+            raise UserError(f"the teacher {name_or_path} does not fit the student: {what} {theirs} against {ours}")
     ours, theirs = (tuple(map(str, m.config.id2label.values())) for m in (student, teacher))
     if are_anonymous(theirs) and not are_anonymous(ours):
         logger.warning("the labels of the teacher %s have no names; they are read as %s", name_or_path, ", ".join(ours))
     elif not are_anonymous(ours) and label_order(theirs, ours) != list(range(len(ours))):
-        raise LoadError(
+        raise UserError(
             f"the teacher {name_or_path} does not fit the student: its labels are {', '.join(theirs)}, in this order, "
             f"against {', '.join(ours)}"
         )
     try:
         vocabulary = load_tokenizer(name_or_path, cache_dir=cache_dir).get_vocab()
-    except LoadError:
+    except UserError:
         logger.warning("the teacher %s has no tokenizer of its own; its vocabulary cannot be compared", name_or_path)
     else:
         if vocabulary != tokenizer.get_vocab():
-            raise LoadError(f"the teacher {name_or_path} does not fit the student: their vocabularies differ")
+            raise UserError(f"the teacher {name_or_path} does not fit the student: their vocabularies differ")
     return teacher.requires_grad_(False)
 
 
-def first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]
-
-
 def require_folder(path: str, what: str) -> Path:
-    """`path` if it is a checkpoint folder. Raises LoadError otherwise."""
+    """`path` if it is a checkpoint folder. Raises UserError otherwise."""
     folder = Path(path)
     if not folder.is_dir():
-        raise LoadError(f"{what} {path} is no folder")
+        raise UserError(f"{what} {path} is no folder")
     if not (folder / "config.json").is_file():
-        raise LoadError(f"{what} {path} holds no config.json: is it a checkpoint folder?")
+        raise UserError(f"{what} {path} holds no config.json: is it a checkpoint folder?")
     return folder

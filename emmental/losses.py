@@ -28,8 +28,8 @@ def regularization(model: nn.Module, mode: str) -> Tensor:
 def distillation_loss(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], temperature: float) -> Tensor:
     """T^2 * KL(teacher/T || student/T), the mean over the batch, averaged over the tuple (Hinton et al. 2015).
 
-    student, teacher: tuples of logits of equal length, each (batch, classes); SQuAD passes (start, end).
-    Raises ValueError when the two do not fit together.
+    Both are tuples of logits (batch, classes); SQuAD passes (start, end). Raises ValueError when they
+    do not fit together.
     """
     _check_pairs(student, teacher)
     losses = [
@@ -51,6 +51,6 @@ def regression_distillation_loss(student: tuple[Tensor, ...], teacher: tuple[Ten
 
 
 def _check_pairs(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]) -> None:
-    shapes = [tuple(s.shape) for s in student], [tuple(t.shape) for t in teacher]
-    if not student or shapes[0] != shapes[1]:
-        raise ValueError(f"student and teacher logits do not match: {shapes[0]} and {shapes[1]}")
+    ours, theirs = [tuple(s.shape) for s in student], [tuple(t.shape) for t in teacher]
+    if not student or ours != theirs:
+        raise ValueError(f"student and teacher logits do not match: {ours} and {theirs}")

@@ -18,7 +18,6 @@ A digest is the BLAKE2b (8 bytes) of what is stored. Of a file with a base model
 takes them from there, and compares their digest.
 """
 
-import contextlib
 import hashlib
 import io
 import json
@@ -28,7 +27,6 @@ import os
 import re
 import struct
 import tempfile
-import uuid
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,10 +41,12 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, PreTrainedModel
 
 from . import coding
+from .errors import UserError, first_line
 from .export import bertarized_config, bertarized_state_dict
 from .families import HEADS, MASKED, is_masked
+from .files import write_file, write_folder
 from .inference import sparse_model
-from .loading import LoadError, absurd_sizes, first_line, head_of, load_masked, load_model, load_tokenizer, read_config
+from .loading import absurd_sizes, head_of, load_masked, load_model, load_tokenizer, read_config
 
 MAGIC, VERSION = b"PRUNBERT", 1
 PREFIX = struct.Struct("<8sIII16s")
@@ -56,10 +56,6 @@ MAX_WEIGHTS = 2**31  # entries of a model, six times those of BERT-large: a file
 TOKENIZER_FILES = re.compile(r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.(json|txt)|chat_template\.jinja")
 EMBEDDINGS = "bert.embeddings."
 ENCODER = "bert.encoder."
-
-
-class StorageError(ValueError):
-    """A packed file, or a model to pack, with which something is wrong: one line, with what to do about it."""
 
 
 @dataclass
@@ -79,15 +75,15 @@ class Packed:
         return getattr(transformers, self.header["architecture"])
 
     def streams(self, kind: str) -> Iterator[tuple[dict, bytes]]:
-        """Entries of `files` or `tensors` with their bytes, checked. Raises StorageError for damage."""
+        """Entries of `files` or `tensors` with their bytes, checked. Raises UserError for damage."""
         with self.path.open("rb") as file:
             file.seek(self.start + (sum(entry["bytes"] for entry in self.header["files"]) if kind == "tensors" else 0))
             for entry in self.header[kind]:
                 content = file.read(entry["bytes"])
                 if len(content) < entry["bytes"]:
-                    raise StorageError(f"{self.path} is truncated: it ends within {entry['name']}")
+                    raise UserError(f"{self.path} is truncated: it ends within {entry['name']}")
                 if _digest(content) != entry["digest"]:
-                    raise StorageError(f"{self.path} is damaged: the checksum of {entry['name']} does not match")
+                    raise UserError(f"{self.path} is damaged: the checksum of {entry['name']} does not match")
                 yield entry, content
 
     def tensors(self, sparse: bool = False) -> Iterator[tuple[dict, object]]:
@@ -97,8 +93,8 @@ class Packed:
             try:
                 words = np.frombuffer(content, "<u4").astype(np.uint32)
                 yield entry, decode(words, tuple(entry["shape"]), self.header["bits"], entry["by_row"])
-            except (coding.CodingError, ValueError) as error:
-                raise StorageError(f"{self.path} is damaged: {entry['name']}: {first_line(error)}") from error
+            except (UserError, ValueError) as error:
+                raise UserError(f"{self.path} is damaged: {entry['name']}: {first_line(error)}") from error
 
 
 # --------------------------------------------------------------------------------------------- packing
@@ -118,20 +114,20 @@ def pack(
 
     bits: precision of the matrices, one of `coding.BITS`; vectors have 16 bits at least. base_model: name or
     folder of the model whose embeddings this one has, to leave them out. The others are those of `load_masked`.
-    Raises StorageError or LoadError for what cannot be packed.
+    Raises UserError for what cannot be packed.
     """  # fmt: skip
     if bits not in coding.BITS:
-        raise StorageError(f"--bits {bits}: choose one of {', '.join(map(str, coding.BITS))}")
+        raise UserError(f"--bits {bits}: choose one of {', '.join(map(str, coding.BITS))}")
     target = Path(file)
     if target.is_dir():
-        raise StorageError(f"{target} is a folder: give the name of the file to write")
+        raise UserError(f"{target} is a folder: give the name of the file to write")
     architecture, config, state = load_plain(checkpoint, pruning_method, threshold, global_topk)
     tokenizer = load_tokenizer(checkpoint)
     base = None
     if base_model:
         base = {"name": base_model, "digest": _embeddings_digest(base_embeddings(base_model))}
         if _embeddings_digest(state) != base["digest"]:
-            raise StorageError(
+            raise UserError(
                 f"the embeddings of {checkpoint} are not those of {base_model}: pack without --base_model, "
                 "or give the model that it was fine-pruned from"
             )
@@ -150,8 +146,8 @@ def pack(
         by_row = name.startswith(EMBEDDINGS) and tensor.dim() == 2
         try:
             coded = coding.encode(tensor.float().numpy(), bits, by_row)
-        except coding.CodingError as error:
-            raise StorageError(f"{name} of {checkpoint} cannot be packed: {error}") from error
+        except UserError as error:
+            raise UserError(f"{name} of {checkpoint} cannot be packed: {error}") from error
         contents.append(coded.words.astype("<u4").tobytes())
         tensors.append({
             "name": name, "shape": list(tensor.shape), "kept": coded.kept, "by_row": by_row,
@@ -170,7 +166,7 @@ def load_plain(
     """Class name, configuration and state dict of the plain BERT that a checkpoint is, or is once bertarized."""
     values = read_config(checkpoint)
     if values["model_type"].removeprefix(MASKED) != "bert":
-        raise StorageError(f"{checkpoint} is of type {values['model_type']}: packed files hold BERT only")
+        raise UserError(f"{checkpoint} is of type {values['model_type']}: packed files hold BERT only")
     if is_masked(values["model_type"]):
         model = load_masked(checkpoint, pruning_method, threshold, global_topk)
         config, state = bertarized_config(model.config), bertarized_state_dict(model)
@@ -181,12 +177,12 @@ def load_plain(
 
 
 def base_embeddings(name_or_path: str) -> dict[str, Tensor]:
-    """The embeddings of a BERT of any kind, by their names in a model with a head. Raises LoadError."""
+    """The embeddings of a BERT of any kind, by their names in a model with a head. Raises UserError."""
     read_config(name_or_path)
     try:
         model = BertModel.from_pretrained(name_or_path, dtype=torch.float32, add_pooling_layer=False)
     except Exception as error:  # broken files raise the errors of three libraries
-        raise LoadError(f"cannot load the base model {name_or_path}: {first_line(error)}") from error
+        raise UserError(f"cannot load the base model {name_or_path}: {first_line(error)}") from error
     return {f"{EMBEDDINGS}{name}": tensor for name, tensor in model.embeddings.state_dict().items()}
 
 
@@ -207,44 +203,33 @@ def _write(target: Path, header: dict, contents: list[bytes]) -> None:
     deflated = zlib.compress(raw, 9)
     prefix = PREFIX.pack(MAGIC, VERSION, len(deflated), len(raw), bytes(16))[:20]
     digest = hashlib.blake2b(prefix + deflated, digest_size=16).digest()
-    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with aside.open("wb") as out:
-            out.writelines([prefix, digest, deflated, *contents])
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(aside, target)
-    except OSError as error:
-        raise StorageError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
+    write_file(target, lambda path: path.write_bytes(b"".join([prefix, digest, deflated, *contents])))
 
 
 # --------------------------------------------------------------------------------------------- loading
 
 
 def open_packed(file: str) -> Packed:
-    """Read and check the header of a packed file. Raises StorageError."""
+    """Read and check the header of a packed file. Raises UserError."""
     path = Path(file)
     try:
         with path.open("rb") as content:
             prefix = content.read(PREFIX.size)
             if prefix[:8] != MAGIC or len(prefix) < PREFIX.size:
-                raise StorageError(f"{path} is no packed model: saving_prunebert.py pack writes them")
+                raise UserError(f"{path} is no packed model: saving_prunebert.py pack writes them")
             _, version, length, size, digest = PREFIX.unpack(prefix)
             if version > VERSION:
-                raise StorageError(
+                raise UserError(
                     f"{path} has version {version} of the format, and this code knows {VERSION}: update it"
                 )
             deflated = content.read(min(length, MAX_HEADER))
             if len(deflated) < length:
-                raise StorageError(f"{path} is truncated: it ends within its header")
+                raise UserError(f"{path} is truncated: it ends within its header")
             total = os.fstat(content.fileno()).st_size
     except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     if hashlib.blake2b(prefix[:20] + deflated, digest_size=16).digest() != digest:
-        raise StorageError(f"{path} is damaged: the checksum of its header does not match")
+        raise UserError(f"{path} is damaged: the checksum of its header does not match")
     try:
         if size > MAX_HEADER:
             raise ValueError("it is too large")
@@ -253,13 +238,13 @@ def open_packed(file: str) -> Packed:
         expected = start + sum(entry["bytes"] for kind in ("files", "tensors") for entry in header[kind])
         packed = Packed(path, header, start)
         _check_header(packed)
-    except StorageError:
+    except UserError:
         raise
     except Exception as error:  # a header that passes its checksum was not written by `pack`
-        raise StorageError(f"{path} has a header that makes no sense ({first_line(error)})") from error
+        raise UserError(f"{path} has a header that makes no sense ({first_line(error)})") from error
     if total != expected:
         what = "truncated" if total < expected else "damaged"
-        raise StorageError(f"{path} is {what}: it has {total:,} bytes, and its header speaks of {expected:,}")
+        raise UserError(f"{path} is {what}: it has {total:,} bytes, and its header speaks of {expected:,}")
     return packed
 
 
@@ -274,7 +259,7 @@ def _check_header(packed: Packed) -> None:
     """Names and shapes must be those of the model, which costs no memory to build without storage."""
     header = packed.header
     if header["architecture"] not in {f"BertFor{head}" for head in HEADS}:
-        raise StorageError(f"{packed.path} holds a {header['architecture']!r}: none of the heads {', '.join(HEADS)}")
+        raise UserError(f"{packed.path} holds a {header['architecture']!r}: none of the heads {', '.join(HEADS)}")
     if header["bits"] not in coding.BITS:
         raise ValueError(f"bits {header['bits']}")
     for entry in header["files"]:
@@ -312,7 +297,7 @@ def load_packed(file: str, base_model: str | None = None, sparse: bool = False) 
 
     base_model: where to take the embeddings from, when the file leaves them out and its own record of the name
     no longer holds. sparse: the model that `emmental.inference.sparsify` would make of it, for a CPU; its sparse
-    matrices are never made dense. Raises StorageError or LoadError.
+    matrices are never made dense. Raises UserError.
     """
     packed = open_packed(file)
     if sparse:
@@ -347,7 +332,7 @@ def _fetch_embeddings(packed: Packed, base_model: str | None) -> dict[str, Tenso
     name = base_model or base["name"]
     embeddings = base_embeddings(name)
     if _embeddings_digest(embeddings) != base["digest"]:
-        raise StorageError(
+        raise UserError(
             f"the embeddings of {name} are not those that {packed.path} was packed without: give another base model"
         )
     return embeddings
@@ -363,24 +348,15 @@ def unpack(file: str, folder: str, base_model: str | None = None) -> PreTrainedM
     """Write model and tokenizer of a packed file into an empty `folder`, for `from_pretrained`."""
     packed, target = open_packed(file), Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise StorageError(f"{target} is there already: choose another folder")
+        raise UserError(f"{target} is there already: choose another folder")
     model = load_packed(file, base_model)
-    place = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        place.mkdir(parents=True)
-        model.save_pretrained(place)
+
+    def fill(folder: Path) -> None:
+        model.save_pretrained(folder)
         for entry, content in packed.streams("files"):
-            (place / entry["name"]).write_bytes(_tokenizer_file(packed, entry, content))
-        if target.exists():
-            target.rmdir()
-        place.rename(target)
-    except OSError as error:
-        raise StorageError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        for path in place.glob("*"):
-            path.unlink()
-        if place.exists():
-            place.rmdir()
+            (folder / entry["name"]).write_bytes(_tokenizer_file(packed, entry, content))
+
+    write_folder(target, fill)
     return model
 
 
@@ -388,9 +364,9 @@ def _tokenizer_file(packed: Packed, entry: dict, content: bytes) -> bytes:
     try:
         raw = lzma.LZMADecompressor().decompress(content, entry["size"] + 1)
     except lzma.LZMAError as error:
-        raise StorageError(f"{packed.path} is damaged: {entry['name']}: {error}") from error
+        raise UserError(f"{packed.path} is damaged: {entry['name']}: {error}") from error
     if len(raw) != entry["size"]:
-        raise StorageError(f"{packed.path} is damaged: {entry['name']} is not as long as recorded")
+        raise UserError(f"{packed.path} is damaged: {entry['name']} is not as long as recorded")
     return raw
 
 
@@ -449,7 +425,7 @@ def compare(file: str, checkpoint: str, base_model: str | None = None, **masks) 
     packed = open_packed(file)
     architecture, _, state = load_plain(checkpoint, **masks)
     if architecture != packed.header["architecture"]:
-        raise StorageError(f"{file} holds a {packed.header['architecture']}, and {checkpoint} is a {architecture}")
+        raise UserError(f"{file} holds a {packed.header['architecture']}, and {checkpoint} is a {architecture}")
     problems = []
     model = load_packed(file, base_model)
     by_row = {entry["name"]: entry["by_row"] for entry in packed.header["tensors"]}

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from emmental.modules import MagnitudeBinarizer, ThresholdBinarizer, TopKBinarizer
-from emmental.modules.topk import SAMPLED_SIZE, keep_largest
+from emmental.modules.selection import SAMPLED_SIZE
+from emmental.modules.topk import keep_largest
 
 FRACTIONS = [0.0, 0.03, 0.1, 0.25, 0.5, 0.7, 0.999, 1.0]
 

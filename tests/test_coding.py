@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from emmental import coding
+from emmental.errors import UserError
 
 
 def sparse(shape, density, seed=0, structured=False):
@@ -128,12 +129,12 @@ def test_vectors_have_16_bits_at_least(bits, size):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_refused(value):
-    with pytest.raises(coding.CodingError, match="not finite"):
+    with pytest.raises(UserError, match="not finite"):
         coding.encode(np.array([[1.0, value]], np.float32), 8)
 
 
 def test_what_half_precision_cannot_hold_is_refused():
-    with pytest.raises(coding.CodingError, match="--bits 32"):
+    with pytest.raises(UserError, match="--bits 32"):
         coding.encode(np.array([1e5], np.float32), 8)
     assert coding.encode(np.array([1e5], np.float32), 32).kept == 1
 
@@ -158,6 +159,6 @@ def test_garbage_ends_in_an_error_or_in_a_tensor():
         try:
             back = coding.decode(words, (30, 40), int(rng.choice(coding.BITS)), bool(rng.integers(2)))
             outcomes.add(back.shape)
-        except (coding.CodingError, ValueError, AssertionError) as error:
+        except (UserError, ValueError, AssertionError) as error:
             outcomes.add(type(error).__name__)
-    assert outcomes <= {(30, 40), "CodingError"}, outcomes
+    assert outcomes <= {(30, 40), "UserError"}, outcomes

@@ -24,11 +24,12 @@ import counts_parameters
 import masked_run_squad
 from emmental import families, storage
 from emmental.data import squad
+from emmental.errors import UserError
 from emmental.families import Family, MaskedHead, MaskedModel
 from emmental.inference import sparsify
-from emmental.loading import LoadError, load_masked
+from emmental.loading import load_masked
 from emmental.modules.methods import METHODS, TopK
-from emmental.training import loop
+from emmental.training import passes
 
 ROOT = Path(__file__).parent.parent
 
@@ -132,11 +133,11 @@ def test_observed_gradients_are_unscaled_and_finite(sensitivity):
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     scaler.scale(torch.zeros(()))
     layer.mask_scores.grad = torch.full((2, 3), -8.0)
-    loop._observe(layer, scaler)
+    passes.observe_scores(layer, scaler)
     torch.testing.assert_close(layer.mask_scores.detach(), torch.full((2, 3), 0.15 * 2))
     assert layer.mask_scores.grad is None
     layer.mask_scores.grad = torch.full((2, 3), torch.inf)  # an update that the scaler skips
-    loop._observe(layer, scaler)
+    passes.observe_scores(layer, scaler)
     assert layer.mask_scores.isfinite().all() and layer.mask_scores.grad is None
 
 
@@ -210,11 +211,11 @@ def test_a_row_for_another_family(distilbert, tmp_path, squad_dir, capsys):
 
     with pytest.raises(ValueError, match="sparse inference knows BERT"):
         sparsify(plain)
-    with pytest.raises(storage.StorageError, match="of type masked_distilbert: packed files hold BERT only"):
+    with pytest.raises(UserError, match="of type masked_distilbert: packed files hold BERT only"):
         storage.pack(str(tmp_path / "out"), str(tmp_path / "file"))
 
 
 def test_without_its_row_a_family_is_refused(tmp_path):
     DistilBertConfig(dim=32).save_pretrained(tmp_path)
-    with pytest.raises(LoadError, match="of type 'distilbert'; these scripts take bert"):
+    with pytest.raises(UserError, match="of type 'distilbert'; these scripts take bert"):
         load_masked(str(tmp_path))

@@ -12,7 +12,8 @@ from stress import kill_resume
 from test_masked_run_squad import SHORT
 
 import masked_run_squad
-from emmental.training import checkpoint, loop
+from emmental.training import checkpoint, guards, loop, passes
+from emmental.training import run as narrative
 from emmental.training.distributed import World
 
 TOPK = ["--pruning_method", "topK", "--initial_threshold", "1", "--final_threshold", "0.2"]
@@ -84,7 +85,7 @@ def test_a_second_signal_does_not_wait(run, capsys, monkeypatch):
         break_after(patch, loop, "set_learning_rates", 6, twice)
         assert "stopped by SIGINT after update 6" in stopped(capsys, run, status=130)  # torchrun says it twice
     break_after(monkeypatch, loop, "set_learning_rates", 6, twice)
-    monkeypatch.setattr(loop, "SAME_SIGNAL", 0.0)
+    monkeypatch.setattr(guards, "SAME_SIGNAL", 0.0)
     assert "interrupted" in stopped(capsys, run, output="other", status=130)
 
 
@@ -218,13 +219,9 @@ def test_every_part_of_the_loss_is_named(run, capsys, monkeypatch, tiny_bert, pa
     def spoiled(function):
         return lambda *args: function(*args) * (torch.inf if next(count) == 5 else 1.0)
 
-    monkeypatch.setattr(loop, "regularization", spoiled(loop.regularization))
-    init = loop._Passes.__init__
+    monkeypatch.setattr(passes, "regularization", spoiled(passes.regularization))
     if part == "loss/distil":
-        monkeypatch.setattr(
-            loop._Passes, "__init__",
-            lambda self, *args: (init(self, *args), setattr(self, "distil_loss", spoiled(self.distil_loss)))[0],
-        )  # fmt: skip
+        monkeypatch.setattr(masked_run_squad.Squad, "distillation_loss", spoiled(masked_run_squad.Squad.distillation_loss))
         flags = [*flags, str(tiny_bert)]
     assert f"update 5: {part} = inf on rank 0: training stops" in stopped(capsys, run, *flags, status=1)
 
@@ -252,7 +249,7 @@ def test_weights_that_are_not_finite_are_not_saved(run, capsys, monkeypatch, tmp
 @pytest.fixture
 def half(monkeypatch):
     """--fp16 on a CPU, which the scripts refuse as too slow to be meant."""
-    monkeypatch.setattr(masked_run_squad, "join_world", lambda args: World(torch.device("cpu")))
+    monkeypatch.setattr(narrative, "join_world", lambda *args: World(torch.device("cpu")))
 
 
 def test_the_gradient_scaler_skips_and_counts(run, half, monkeypatch):
@@ -266,7 +263,7 @@ def test_the_gradient_scaler_skips_and_counts(run, half, monkeypatch):
 
 
 def test_a_long_series_of_skipped_updates_stops(run, half, capsys, monkeypatch):
-    monkeypatch.setattr(loop, "PATIENCE_FP16", 3)
+    monkeypatch.setattr(guards, "PATIENCE_FP16", 3)
     spoil_loss(monkeypatch, "span_loss", {2, 3, 4, *range(6, 100)}, torch.inf)
     error = stopped(capsys, run, "--fp16", status=1)
     assert "update 9 for 4 updates in a row: loss/task = inf" in error  # three in a row, at first, were none too many

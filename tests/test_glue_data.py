@@ -16,7 +16,6 @@ from emmental.data import features as shared
 from emmental.data import glue
 from emmental.data.glue import (
     TASKS,
-    GlueError,
     build_features,
     collate,
     custom_files,
@@ -29,6 +28,7 @@ from emmental.data.glue import (
     read_examples,
     submission,
 )
+from emmental.errors import UserError
 
 PARSES = "sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse"
 MNLI = f"index promptID pairID genre {PARSES} sentence1 sentence2"
@@ -112,7 +112,7 @@ def labelled_rows(name, texts=None):
 
 
 def refused(call, *parts):
-    with pytest.raises(GlueError) as error:
+    with pytest.raises(UserError) as error:
         call()
     message = str(error.value)
     assert "\n" not in message

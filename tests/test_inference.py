@@ -25,6 +25,7 @@ from transformers import (
 
 import emmental
 from emmental import MaskedBertConfig, storage
+from emmental.errors import UserError
 from emmental.families import encoder_of
 from emmental.inference import compaction, encoder, kernels, sparsify
 from emmental.inference.compaction import Affine
@@ -48,7 +49,7 @@ def kernel(request):
     if request.param == "native":
         try:
             kernels.load_native()
-        except kernels.KernelError as error:
+        except UserError as error:
             pytest.skip(str(error))
     return request.param
 

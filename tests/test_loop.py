@@ -1,13 +1,12 @@
 """Parts of the loop that no run of a script shows."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from transformers import BertForQuestionAnswering
 
 from emmental import MaskedBertConfig, MaskedBertForQuestionAnswering
-from emmental.training.loop import _halve_linears
+from emmental.training.passes import halve_linears
+from emmental.training.settings import Precision
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -21,7 +20,7 @@ def test_a_teacher_in_half_precision_says_the_same(tiny_bert, tiny_config, maske
     ids = torch.arange(5, 45).reshape(2, 20)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         before = teacher(input_ids=ids).start_logits
-        _halve_linears(teacher, SimpleNamespace(fp16=False, bf16=True))
+        halve_linears(teacher, Precision(torch.bfloat16))
         after = teacher(input_ids=ids).start_logits
     assert torch.equal(before, after)
     assert teacher.qa_outputs.weight.dtype == torch.bfloat16
@@ -32,5 +31,5 @@ def test_a_teacher_in_half_precision_says_the_same(tiny_bert, tiny_config, maske
 
 def test_a_teacher_in_full_precision_is_left_as_it_is(tiny_bert):
     teacher = BertForQuestionAnswering.from_pretrained(tiny_bert)
-    _halve_linears(teacher, SimpleNamespace(fp16=False, bf16=False))
+    halve_linears(teacher, Precision())
     assert {p.dtype for p in teacher.parameters()} == {torch.float32}

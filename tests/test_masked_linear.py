@@ -1,11 +1,13 @@
 """MaskedLinear and the masks of many matrices against plain formulas and autograd of them."""
 
+import types
+
 import pytest
 import torch
 from torch import nn
 
 from emmental.modules import MaskedLinear, compute_mask, find_masks, masked, masked_layers, swap_linears
-from emmental.modules.methods import uniform_noise
+from emmental.modules.numeric import uniform_noise
 
 METHODS = ["topK", "threshold", "sigmoied_threshold", "magnitude", "l0"]
 BINARY = METHODS[:-1]
@@ -254,6 +256,12 @@ def make_stack(method, ties=False, shapes=((8, 6), (6, 8), (8, 6), (20, 20))):
     return model
 
 
+def together(model):
+    """The model with a configuration that ranks all of its matrices together."""
+    model.config = types.SimpleNamespace(global_topk=True)
+    return model
+
+
 def ranked(layer):
     return layer.weight.detach().abs() if layer.mask_scores is None else layer.mask_scores.detach()
 
@@ -284,7 +292,7 @@ def test_global_masks_rank_everything_together(method, fraction, ties):
     model = make_stack(method, ties)
     total = sum(layer.weight.numel() for layer in model)
     expected = expected_global(model, int(fraction * total))
-    masks = find_masks(model, fraction, global_topk=True)
+    masks = find_masks(together(model), fraction)
     for mask, wanted in zip(masks.by_layer.values(), expected, strict=True):
         assert torch.equal(mask.float(), wanted)
 
@@ -295,7 +303,7 @@ def test_global_floor_saves_every_matrix(method):
     with torch.no_grad():
         for tensor in filter(lambda t: t is not None, (model[0].weight, model[0].mask_scores)):
             tensor.mul_(1e-3)
-    first, *others = find_masks(model, 0.05, global_topk=True).by_layer.values()
+    first, *others = find_masks(together(model), 0.05).by_layer.values()
     assert first.sum() == 1 and torch.equal(first.float(), top([ranked(model[0])], 1)[0])
     assert sum(int(mask.sum()) for mask in others) >= int(0.05 * 544)
 
@@ -303,14 +311,14 @@ def test_global_floor_saves_every_matrix(method):
 @pytest.mark.parametrize("method", GLOBAL)
 def test_global_cutoff_is_reused(method):
     model = make_stack(method)
-    cutoff = find_masks(model, 0.3, global_topk=True).cutoff
+    cutoff = find_masks(together(model), 0.3).cutoff
     flat = sorted(torch.cat([ranked(layer).reshape(-1) for layer in model]).tolist(), reverse=True)
     assert cutoff == flat[int(0.3 * len(flat)) - 1]
     with torch.no_grad():
         for layer in model:
             for tensor in filter(lambda t: t is not None, (layer.weight, layer.mask_scores)):
                 tensor.add_(0.1 * torch.randn_like(tensor))
-    masks = find_masks(model, 0.2, cutoff, global_topk=True)
+    masks = find_masks(together(model), 0.2, cutoff)
     assert masks.cutoff == cutoff
     for layer, mask in zip(model, masks.by_layer.values(), strict=True):
         above = (ranked(layer) >= cutoff).float()
@@ -321,13 +329,13 @@ def test_global_cutoff_is_reused(method):
 @pytest.mark.parametrize("method", ["l0", "sigmoied_threshold"])
 def test_global_is_refused(method):
     with pytest.raises(ValueError, match=method):
-        find_masks(make_stack(method), 0.5, global_topk=True)
+        find_masks(together(make_stack(method)), 0.5)
 
 
 @pytest.mark.parametrize("cutoff", [None, 0.1])
 def test_global_fractions_are_checked(cutoff):
     with pytest.raises(ValueError, match="fraction"):
-        find_masks(make_stack("threshold"), 1.5, cutoff, global_topk=True)
+        find_masks(together(make_stack("threshold")), 1.5, cutoff)
 
 
 def test_a_model_without_masks():

@@ -15,9 +15,8 @@ import masked_run_squad
 from emmental import MaskedBertForQuestionAnswering
 from emmental.data import squad
 from emmental.inference import sparsify
-from emmental.training import loop
 from emmental.training.distributed import World
-from emmental.training.loop import _Figures
+from emmental.training.passes import Means
 
 SHORT = ["--max_seq_length", "48", "--max_query_length", "16", "--doc_stride", "16", "--per_gpu_train_batch_size", "4"]
 METHODS = {
@@ -278,7 +277,7 @@ def test_evaluating_alone_gives_the_results_of_training(run):
 @pytest.mark.parametrize("method", METHODS)
 def test_sparse_inference_predicts_the_same(run, method, monkeypatch):
     made = []
-    monkeypatch.setattr(loop, "sparsify", lambda model: made.append(sparsify(model)) or made[0])
+    monkeypatch.setattr(masked_run_squad, "sparsify", lambda model: made.append(sparsify(model)) or made[0])
     model = run(*METHODS[method], *TRAIN)
     dense = run("--do_eval", model=model, output="dense")
     sparse = run("--do_eval", "--sparse_inference", model=model, output="sparse")
@@ -415,7 +414,7 @@ def test_the_hub_is_asked_when_no_file_is_given(tmp_path, tiny_bert, squad_dir, 
 
 
 def test_updates_that_the_gradient_scaler_skips_are_counted_and_not_averaged():
-    figures = _Figures(World(torch.device("cpu")))
+    figures = Means(World(torch.device("cpu")))
     for loss, norm, skipped in ((1.0, 2.0, False), (math.inf, math.nan, True), (3.0, 4.0, False)):
         figures.add({"loss": torch.tensor(loss)}, torch.tensor(norm), skipped)
     assert figures.take() == {"skipped_updates": 1, "loss": 2.0, "gradient_norm": 3.0}

@@ -4,6 +4,7 @@ import copy
 import functools
 import io
 import pickle
+import types
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ def test_blocks_nest_and_end_with_an_error():
             raise ZeroDivisionError
         assert torch.equal(model(**INPUTS).last_hidden_state, outputs[0.5])
         assert torch.equal(model(**INPUTS, threshold=0.5).last_hidden_state, outputs[0.5])
-        with pytest.raises(ValueError, match="threshold=0.2 inside a block that is masked at 0.5"):
+        with pytest.raises(ValueError, match="threshold=0.2 inside a block masked at 0.5"):
             model(**INPUTS, threshold=0.2)
     assert all(layer.mask is None for layer in masked_layers(model).values())
 
@@ -366,7 +367,7 @@ def test_blocks_of_weights(method, granularities):
     x = torch.randn(5, 8)
     found = find_masks(layer, 0.4)
     mask = found.by_layer[""]
-    assert mask.shape == (3, 4) and found.weights == {"": 4}
+    assert mask.shape == (3, 4) and found.sizes == {"": 4}
     whole = torch.kron(mask.float(), torch.ones(2, 2))
     if method == "topK":
         assert mask.sum() == int(0.4 * 12)
@@ -395,7 +396,7 @@ def test_one_score_for_a_row_and_a_column(method, granularities):
     model[1].mask_scores = model[0].mask_scores
     found = find_masks(model.eval(), 0.5)
     mask = found.by_layer["0"].float()
-    assert found.by_layer["1"] is found.by_layer["0"] and found.weights == {"0": 4, "1": 3, "2": 1}
+    assert found.by_layer["1"] is found.by_layer["0"] and found.sizes == {"0": 4, "1": 3, "2": 1}
     assert count(found).remaining == {"0": 4 * int(mask.count_nonzero()), "1": 3 * int(mask.count_nonzero()),
                                       "2": int(found.by_layer["2"].count_nonzero())}  # fmt: skip
     x = torch.randn(5, 4)
@@ -414,7 +415,8 @@ def test_one_score_for_a_row_and_a_column(method, granularities):
     torch.testing.assert_close(gradient, straight)
 
     if method == "topK":  # ten neurons of seven weights each, and nine weights alone: at most half of all 79
-        together = find_masks(model, 0.5, global_topk=True)
+        model.config = types.SimpleNamespace(global_topk=True)
+        together = find_masks(model, 0.5)
         kept = sum(count(together).remaining.values())
         scores = [(s, 7) for s in model[0].mask_scores.tolist()] + [(s, 1) for s in model[2].mask_scores.flatten().tolist()]
         total, wanted = 0, 0

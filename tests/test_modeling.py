@@ -15,9 +15,9 @@ from torch import nn
 
 import emmental
 from emmental import MaskedBertConfig, MaskedBertForQuestionAnswering, MaskedBertModel
-from emmental.loading import LoadError, load_masked, load_model
+from emmental.errors import UserError
+from emmental.loading import load_masked, load_model
 from emmental.modules import find_masks, masked, masked_layers
-from emmental.training.optim import build_optimizer
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.2}
 METHODS = ["topK", "threshold", "sigmoied_threshold", "magnitude", "l0"]
@@ -379,7 +379,7 @@ def test_load_model_of_a_plain_bert(tiny_bert):
 def test_load_model_of_another_head(tiny_bert):
     model = load_model(str(tiny_bert), "SequenceClassification", masked=True, labels=3)
     assert model.classifier.weight.shape == (3, 32)
-    with pytest.raises(LoadError, match="pooler"):
+    with pytest.raises(UserError, match="pooler"):
         load_model(str(tiny_bert), "SequenceClassification", masked=False, trained=True)
 
 
@@ -407,7 +407,7 @@ SCORES = "bert.encoder.layer.1.output.dense.mask_scores"
     ],
 )
 def test_gaps_in_a_checkpoint_are_refused(pruned, tmp_path, change, message):
-    with pytest.raises(LoadError, match=message):
+    with pytest.raises(UserError, match=message):
         load_masked(str(rewrite(pruned, tmp_path / "broken", change)))
 
 
@@ -415,23 +415,23 @@ def test_gaps_in_a_checkpoint_are_refused(pruned, tmp_path, change, message):
 def test_a_head_that_uses_the_pooler_needs_it(tiny_config, tmp_path, change):
     model = make_masked(tiny_config, emmental.MaskedBertForSequenceClassification, threshold=0.3)
     model.save_pretrained(tmp_path / "whole")
-    with pytest.raises(LoadError, match="bert.pooler.dense.weight"):
+    with pytest.raises(UserError, match="bert.pooler.dense.weight"):
         load_masked(str(rewrite(tmp_path / "whole", tmp_path / "broken", change("bert.pooler.dense.weight"))))
 
 
 def test_loading_refuses_the_wrong_kind(tiny_bert, pruned, tmp_path):
-    with pytest.raises(LoadError, match="no checkpoint found"):
+    with pytest.raises(UserError, match="no checkpoint found"):
         load_qa(tmp_path / "nowhere")
-    with pytest.raises(LoadError, match="masked_bert"):
+    with pytest.raises(UserError, match="masked_bert"):
         load_qa(pruned, masked=False)
-    with pytest.raises(LoadError, match="without masks"):
+    with pytest.raises(UserError, match="without masks"):
         load_qa(tiny_bert, trained=True)
-    with pytest.raises(LoadError, match="without masks"):
+    with pytest.raises(UserError, match="without masks"):
         load_masked(str(tiny_bert))
     (tmp_path / "config.json").write_text('{"model_type": "roberta"}')
-    with pytest.raises(LoadError, match="roberta"):
+    with pytest.raises(UserError, match="roberta"):
         load_qa(tmp_path)
-    with pytest.raises(LoadError, match="scores"):
+    with pytest.raises(UserError, match="scores"):
         load_masked(str(rewrite(pruned, tmp_path / "bare", lambda s: {k: v for k, v in s.items() if "mask" not in k})))
 
 
@@ -439,7 +439,7 @@ def test_loading_refuses_the_wrong_kind(tiny_bert, pruned, tmp_path):
 @pytest.mark.parametrize("size, said", [(0, "cannot load|cannot hold"), (2**20, "cannot load")])
 def test_broken_files_are_refused(pruned, content, size, said):
     (pruned / "model.safetensors").write_bytes(content + bytes(size))
-    with pytest.raises(LoadError, match=said):
+    with pytest.raises(UserError, match=said):
         load_masked(str(pruned))
 
 
@@ -453,7 +453,7 @@ def test_no_code_in_a_checkpoint_is_run(tiny_config, tmp_path):
 
     write_2020_checkpoint(tmp_path, tiny_config)
     torch.save({"qa_outputs.weight": Exploit(), "padding": torch.zeros(10**6)}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(LoadError, match="cannot load"):
+    with pytest.raises(UserError, match="cannot load"):
         load_qa(tmp_path)
     assert not hasattr(builtins, "was_run")
 
@@ -476,17 +476,17 @@ def test_load_masked_warns_of_a_contradiction(pruned, caplog):
 
 def test_load_masked_needs_a_threshold(tiny_config, tmp_path):
     write_2020_checkpoint(tmp_path, tiny_config)
-    with pytest.raises(LoadError, match="--threshold"):
+    with pytest.raises(UserError, match="--threshold"):
         load_masked(str(tmp_path))
-    with pytest.raises(LoadError, match="fraction"):
+    with pytest.raises(UserError, match="fraction"):
         load_masked(str(tmp_path), threshold=15)
 
 
 def test_load_masked_refuses_unknown_values(tiny_config, tmp_path):
     write_2020_checkpoint(tmp_path, tiny_config, pruning_method="topk", threshold=0.5)
-    with pytest.raises(LoadError, match="topk"):
+    with pytest.raises(UserError, match="topk"):
         load_masked(str(tmp_path))
-    with pytest.raises(LoadError, match="global_topk"):
+    with pytest.raises(UserError, match="global_topk"):
         load_masked(str(tmp_path), pruning_method="l0", global_topk=True)
 
 

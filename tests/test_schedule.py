@@ -8,7 +8,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from emmental.schedule import LambdaSteering, learning_rate_factor, plateaus_overlap, schedule_threshold, usual_lambda
+from emmental.schedule import learning_rate_factor, plateaus_overlap, schedule_threshold
+from emmental.steering import LambdaSteering, usual_lambda
 
 CASES = [
     (100, 10, 1, 2),  # T, w, i, f

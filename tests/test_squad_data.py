@@ -20,7 +20,6 @@ from emmental.data import features as shared
 from emmental.data import squad
 from emmental.data.squad import (
     NO_SPAN_ODDS,
-    SquadError,
     build_features,
     collate,
     drop_misaligned,
@@ -29,6 +28,7 @@ from emmental.data.squad import (
     read_examples,
     squad_metrics,
 )
+from emmental.errors import UserError
 
 CONTEXT = "The Normans (Norman: Nourmands) were the people who gave their name to Normandy, a region in France."
 UNICODE = (
@@ -165,7 +165,7 @@ QUESTION = f"{PARAGRAPH}, question 2"
 )
 def test_refuses_bad_files(tmp_path, content, parts):
     path = write(tmp_path, content)
-    with pytest.raises(SquadError) as error:
+    with pytest.raises(UserError) as error:
         read_examples(path, version_2_with_negative=False)
     message = str(error.value)
     assert message.startswith(f"{path}: ") and "\n" not in message
@@ -174,12 +174,12 @@ def test_refuses_bad_files(tmp_path, content, parts):
 
 
 def test_refuses_unreadable_files(tmp_path):
-    with pytest.raises(SquadError, match="no.json: cannot be read .No such file.*--data_dir"):
+    with pytest.raises(UserError, match="no.json: cannot be read .No such file.*--data_dir"):
         read_examples(tmp_path / "no.json", False)
-    with pytest.raises(SquadError, match="cannot be read .Is a directory"):
+    with pytest.raises(UserError, match="cannot be read .Is a directory"):
         read_examples(tmp_path, False)
     (tmp_path / "latin.json").write_bytes('{"data": "é"}'.encode("latin-1"))
-    with pytest.raises(SquadError, match="latin.json: is not JSON in UTF-8"):
+    with pytest.raises(UserError, match="latin.json: is not JSON in UTF-8"):
         read_examples(tmp_path / "latin.json", False)
 
 
@@ -233,7 +233,7 @@ def test_hub_out_of_reach(monkeypatch):
         raise ConnectionError("no\nroute")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(SquadError, match="rajpurkar/squad .*ConnectionError: no route.*--data_dir.*--predict_file"):
+    with pytest.raises(UserError, match="rajpurkar/squad .*ConnectionError: no route.*--data_dir.*--predict_file"):
         load_hub_examples("train", False, None)
 
 
@@ -386,7 +386,7 @@ def test_processes_give_the_same_rows(tmp_path, tokenizer):
     ],
 )
 def test_refuses_impossible_sizes(tmp_path, tokenizer, changes, match):
-    with pytest.raises(SquadError, match=match):
+    with pytest.raises(UserError, match=match):
         build_features(examples_of(tmp_path, good()), tokenizer, training=True, **{**SIZES, **changes})
 
 
@@ -395,16 +395,16 @@ def test_refuses_unfit_tokenizers_and_no_examples(tmp_path, tokenizer):
         is_fast = False
 
     examples = examples_of(tmp_path, good())
-    with pytest.raises(SquadError, match="Slow is not a fast tokenizer.*--tokenizer_name"):
+    with pytest.raises(UserError, match="Slow is not a fast tokenizer.*--tokenizer_name"):
         build_features(examples, Slow(), training=True, **SIZES)
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
-    with pytest.raises(SquadError, match=r"no \[CLS\] or \[SEP\]"):
+    with pytest.raises(UserError, match=r"no \[CLS\] or \[SEP\]"):
         build_features(examples, bare, training=True, **SIZES)
     unframed = make_tokenizer()
     unframed.backend_tokenizer.post_processor = processors.Sequence([])
-    with pytest.raises(SquadError, match="lacks a post-processor"):
+    with pytest.raises(UserError, match="lacks a post-processor"):
         build_features(examples, unframed, training=True, **SIZES)
-    with pytest.raises(SquadError, match="no question"):
+    with pytest.raises(UserError, match="no question"):
         build_features(examples.select([]), tokenizer, training=True, **SIZES)
 
 

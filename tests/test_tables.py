@@ -16,9 +16,9 @@ from test_masked_run_squad import SHORT
 import masked_run_glue
 import masked_run_squad
 import paper_tables
+from emmental.modules.methods import METHODS
 from emmental.tables.points import Options, find_point, load_points, paper_value, steps
 from emmental.tables.report import headline
-from emmental.modules.methods import METHODS
 from emmental.tables.runs import read_run
 from emmental.training.args import check_common_arguments
 
@@ -74,7 +74,7 @@ def test_every_command_parses_and_passes_the_checks(options, tmp_path, monkeypat
         args, given = parser.parse_args(step.flags), parser.given(step.flags)
         assert check_common_arguments(args, given) == []
         if step.script == "masked_run_glue.py":
-            assert masked_run_glue.check_glue_arguments(args, given) == []
+            assert masked_run_glue.Glue().check(args, given) == []
         for name, value in point.settings.items() if step.output_dir.name != "teacher" else ():
             if options == Options():
                 assert getattr(args, name) == type(getattr(args, name))(value), (point, name)

@@ -44,6 +44,7 @@ from emmental.data.features import (
     stored_rows,
     why_no_text,
 )
+from emmental.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +52,6 @@ FEATURES_VERSION = 1  # raise it when the features of the same input change: old
 HUB_NAME = "nyu-mll/glue"
 CUSTOM = "custom"  # the name of every task of one's own
 CUSTOM_SUFFIXES = (".tsv", ".csv", ".jsonl")
-
-
-class GlueError(ValueError):
-    """A problem that the user can fix: one line with what is wrong, where, and what to do about it."""
 
 
 # ------------------------------------------------------------------------------------------- tasks
@@ -147,14 +144,14 @@ SUBMISSION_FILES = sorted({CUSTOM_SUBMISSION, *(file for task in TASKS.values() 
 def find_task(name):
     """The GLUE task of this name, in any case and with or without its hyphen ("SST-2", "sst2", "mnli_mm").
 
-    Raises `GlueError` naming the nearest task when there is none.
+    Raises `UserError` naming the nearest task when there is none.
     """
     tasks = {_plain(task): task for task in (*TASKS, CUSTOM)} | {"mnlim": "mnli"}
     found = tasks.get(_plain(name))
     if found not in TASKS:
         nearest = difflib.get_close_matches(_plain(name), tasks, n=1, cutoff=0.4)
         hint = f"; did you mean {tasks[nearest[0]]}?" if nearest else ""
-        raise GlueError(f"{name!r} is not one of {', '.join(TASKS)}, {CUSTOM}{hint}")
+        raise UserError(f"{name!r} is not one of {', '.join(TASKS)}, {CUSTOM}{hint}")
     return TASKS[found]
 
 
@@ -183,7 +180,7 @@ def read_examples(task, data_dir, split, cache_dir=None):
     row from 0), text_a, text_b (None where the task has single sentences) and, but for test splits, label
     (int64 index into `task.labels`; float64 for a regression), stored beside the features. Rows of QQP with too few
     fields are skipped, save in the test file, where every index needs a prediction: there a missing text is empty.
-    Raises `GlueError` for whatever is wrong with the file.
+    Raises `UserError` for whatever is wrong with the file.
     """
     path, labelled = _split_file(task, data_dir, split), split not in task.submissions
     return _stored(functools.partial(_examples, task, path, labelled), path, labelled, task.is_regression, cache_dir)
@@ -227,14 +224,14 @@ def _examples(task, path, labelled):
 def _texts(texts, columns, where):
     for text, column in zip(texts, columns):
         if problem := why_no_text(text):
-            raise GlueError(f"{where}: {column} {problem}")
+            raise UserError(f"{where}: {column} {problem}")
     return {"text_a": texts[0], "text_b": texts[1] if len(texts) > 1 else None}
 
 
 def load_hub_examples(task, split, cache_dir=None):
     """Load a split of GLUE from the hub, with the columns of `read_examples`.
 
-    Raises `GlueError` when it can neither be downloaded nor found in the cache, or has other labels.
+    Raises `UserError` when it can neither be downloaded nor found in the cache, or has other labels.
     """
     _check_split(task, split)
     hub_split = split.replace("dev", "validation")
@@ -242,7 +239,7 @@ def load_hub_examples(task, split, cache_dir=None):
     try:
         hub = datasets.load_dataset(HUB_NAME, task.hub_config, split=hub_split, cache_dir=cache_dir)
     except Exception as error:  # no network, offline mode, missing cache: each has its own type, some of httpx
-        raise GlueError(
+        raise UserError(
             f"{where}: cannot be loaded from the hub ({one_line(error)}); pass local files with --data_dir"
         ) from error
     columns, labelled = task.hub_columns or task.text_columns, split not in task.submissions
@@ -263,16 +260,16 @@ def load_hub_examples(task, split, cache_dir=None):
 def custom_files(data_dir, splits):
     """The files of these splits (train, dev, test) with the suffix .tsv, .csv or .jsonl: {split: path}.
 
-    Raises `GlueError` when one is missing, or when there are two for a split.
+    Raises `UserError` when one is missing, or when there are two for a split.
     """
     files = {}
     for split in splits:
         found = [path for suffix in CUSTOM_SUFFIXES if (path := Path(data_dir) / f"{split}{suffix}").is_file()]
         if len(found) > 1:
-            raise GlueError(f"{data_dir}: holds both {found[0].name} and {found[1].name}; keep one of them")
+            raise UserError(f"{data_dir}: holds both {found[0].name} and {found[1].name}; keep one of them")
         if not found:
             names = " or ".join(f"{split}{suffix}" for suffix in CUSTOM_SUFFIXES)
-            raise GlueError(f"{data_dir}: holds no {names}; check --data_dir")
+            raise UserError(f"{data_dir}: holds no {names}; check --data_dir")
         files[split] = found[0]
     return files
 
@@ -285,11 +282,11 @@ def read_custom_examples(
     Returns (examples with the columns of `read_examples`, label names). The names are `labels`, which the
     file's must be among, or else those that occur in it, sorted. Labels may be strings, whole numbers or
     booleans, and are names in any case; with `regression` they are numbers, and there are no names: ().
-    Without a `label_column` the examples have no label. Raises `GlueError` for whatever is wrong with the file.
+    Without a `label_column` the examples have no label. Raises `UserError` for whatever is wrong with the file.
     """
     wanted = [name for name in (text_column, text_pair_column, label_column) if name]
     if len(set(wanted)) < len(wanted):
-        raise GlueError("--text_column, --text_pair_column and --label_column must name different columns")
+        raise UserError("--text_column, --text_pair_column and --label_column must name different columns")
     text_columns = [name for name in (text_column, text_pair_column) if name]
 
     def checked():
@@ -302,7 +299,7 @@ def read_custom_examples(
         counts = collections.Counter(label for _, label, _ in checked())
         labels = sorted(counts)
         if len(labels) == 1:
-            raise GlueError(f"{path}: has the label {shown(labels[0])} alone; a classification needs at least two")
+            raise UserError(f"{path}: has the label {shown(labels[0])} alone; a classification needs at least two")
         if len(labels) > max(20, counts.total() / 10):
             logger.warning(f"{path}: has {len(labels)} labels in {counts.total()} rows; are they numbers (--regression)?")
     parse_label = _label_parser(custom_task(() if regression else labels or ()))
@@ -321,13 +318,13 @@ def _stored(rows, where, labelled, regression, cache_dir):
         kinds["label"] = Value("float64" if regression else "int64")
     examples = stored_rows(rows, Features(kinds), name="glue-examples", cache_dir=cache_dir)
     if not len(examples):
-        raise GlueError(f"{where}: holds no examples; give a file with examples")
+        raise UserError(f"{where}: holds no examples; give a file with examples")
     return examples
 
 
 def _check_split(task, split):
     if split not in task.splits:
-        raise GlueError(f"{task.name} has no split {split}; its splits are {', '.join(task.splits)}")
+        raise UserError(f"{task.name} has no split {split}; its splits are {', '.join(task.splits)}")
 
 
 def _split_file(task, data_dir, split):
@@ -335,10 +332,10 @@ def _split_file(task, data_dir, split):
     folder, name = Path(data_dir), "diagnostic.tsv" if task.name == "ax" else f"{split}.tsv"
     if not (folder / name).exists():
         if not folder.is_dir():
-            raise GlueError(f"{folder / name}: cannot be read, there is no folder {folder}; check --data_dir")
+            raise UserError(f"{folder / name}: cannot be read, there is no folder {folder}; check --data_dir")
         below = [f for f in folder.iterdir() if _plain(f.name) == task.hub_config and (f / name).is_file()]
         hint = f"did you mean --data_dir {below[0]}?" if below else f"check --data_dir and --task_name {task.name}"
-        raise GlueError(f"{folder / name}: there is no file {name} in the folder {folder}; {hint}")
+        raise UserError(f"{folder / name}: there is no file {name} in the folder {folder}; {hint}")
     return folder / name
 
 
@@ -351,11 +348,11 @@ def _lines(path):
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 yield number, text.removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
-        raise GlueError(f"{path}:{number}: is not UTF-8 ({error.reason}); convert the file") from error
+        raise UserError(f"{path}:{number}: is not UTF-8 ({error.reason}); convert the file") from error
     except OSError as error:
-        raise GlueError(f"{path}: cannot be read ({error.strerror or error}); check --data_dir") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check --data_dir") from error
     if not number:
-        raise GlueError(f"{path}: is empty; give a file with examples")
+        raise UserError(f"{path}: is empty; give a file with examples")
 
 
 def _tsv_rows(path):
@@ -370,13 +367,13 @@ def _csv_rows(path):
         for fields in reader:
             yield reader.line_num, fields or [""]
     except csv.Error as error:
-        raise GlueError(f"{path}:{reader.line_num}: is not CSV ({error}); check the quotes") from error
+        raise UserError(f"{path}:{reader.line_num}: is not CSV ({error}); check the quotes") from error
 
 
 def _header(path, rows):
     header = next((fields for _, fields in rows if fields != [""]), None)
     if header is None:
-        raise GlueError(f"{path}: is empty; give a file with examples")
+        raise UserError(f"{path}: is empty; give a file with examples")
     return header
 
 
@@ -384,7 +381,7 @@ def _places(path, header, wanted):
     for name in wanted:
         if header.count(name) != 1:
             problem = "two columns" if name in header else "no column"
-            raise GlueError(
+            raise UserError(
                 f"{path}: the header, its first line, has {problem} {name}; "
                 f"expected: {_listed(wanted)}; found: {_listed(header)}"
             )
@@ -392,7 +389,7 @@ def _places(path, header, wanted):
 
 
 def _wrong_width(where, fields, header):
-    return GlueError(f"{where}: has {len(fields)} fields, but there are {len(header)} columns; correct the row")
+    return UserError(f"{where}: has {len(fields)} fields, but there are {len(header)} columns; correct the row")
 
 
 def _custom_rows(path, wanted):
@@ -408,7 +405,7 @@ def _custom_rows(path, wanted):
     for line, fields in rows:
         if fields == [""]:
             if len(header) == 1:  # a text, or the end of the file? an index hangs on it
-                raise GlueError(f"{path}:{line}: is blank; give it a text, or remove it")
+                raise UserError(f"{path}:{line}: is blank; give it a text, or remove it")
             continue
         if len(fields) != len(header):
             raise _wrong_width(f"{path}:{line}", fields, header)
@@ -419,32 +416,32 @@ def _json_record(text, where, wanted):
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise GlueError(f"{where}: is not JSON ({error}); each line must be one object") from error
+        raise UserError(f"{where}: is not JSON ({error}); each line must be one object") from error
     if not isinstance(record, dict):
-        raise GlueError(f'{where}: must be an object like {{"{wanted[0]}": ...}}; correct it')
+        raise UserError(f'{where}: must be an object like {{"{wanted[0]}": ...}}; correct it')
     for name in wanted:
         if name not in record:
-            raise GlueError(f"{where}: has no column {name}; expected: {_listed(wanted)}; found: {_listed(record)}")
+            raise UserError(f"{where}: has no column {name}; expected: {_listed(wanted)}; found: {_listed(record)}")
     return record
 
 
 def _text(record, column, where):
     text = record[column]
     if not isinstance(text, str):
-        raise GlueError(f"{where}: {column} must be a text, not {json.dumps(text)[:40]}; correct it")
+        raise UserError(f"{where}: {column} must be a text, not {json.dumps(text)[:40]}; correct it")
     return text
 
 
 def _label_text(record, column, where, regression):
     label = record[column]
     if isinstance(label, float) and not regression:
-        raise GlueError(f"{where}: {column} is {label}, but only a regression has fractions as labels; correct it")
+        raise UserError(f"{where}: {column} is {label}, but only a regression has fractions as labels; correct it")
     if not isinstance(label, (int, float)):  # a bool is an int
         label = " ".join(_text(record, column, where).split())
         if not label:
-            raise GlueError(f"{where}: {column} is empty; correct it")
+            raise UserError(f"{where}: {column} is empty; correct it")
         if problem := why_no_text(label):
-            raise GlueError(f"{where}: {column} {problem}")
+            raise UserError(f"{where}: {column} {problem}")
     return str(label)
 
 
@@ -458,7 +455,7 @@ def _label_parser(task):
 
     def parse(label, where):
         if label not in indices:
-            raise GlueError(f"{where}: the label {_listed([label])!r} is not one of {_listed(indices)}; correct it")
+            raise UserError(f"{where}: the label {_listed([label])!r} is not one of {_listed(indices)}; correct it")
         return indices[label]
 
     return parse
@@ -472,7 +469,7 @@ def _number(label, where, limits):
     low, high = limits or (-math.inf, math.inf)
     if not (math.isfinite(number) and low <= number <= high):
         kind = f"a number from {low:g} to {high:g}" if limits else "a finite number"
-        raise GlueError(f"{where}: the label {_listed([label])!r} is not {kind}; correct it")
+        raise UserError(f"{where}: the label {_listed([label])!r} is not {kind}; correct it")
     return number
 
 
@@ -482,7 +479,7 @@ def _index(text, where):
     except ValueError:
         index = -1
     if not 0 <= index < 2**63:
-        raise GlueError(f"{where}: the index {_listed([text])!r} is not a whole number; correct it")
+        raise UserError(f"{where}: the index {_listed([text])!r} is not a whole number; correct it")
     return index
 
 
@@ -499,15 +496,15 @@ def build_features(examples, tokenizer, *, max_seq_length, num_proc=1, cache_dir
 
     The result is cached in `<cache_dir>/movement_pruning/glue-<hash of everything it depends on>`
     (`cache_dir=None`: that of `datasets`). `num_proc` processes give the same rows as one.
-    Raises `GlueError` for a slow tokenizer, or a length that leaves no room for the texts.
+    Raises `UserError` for a slow tokenizer, or a length that leaves no room for the texts.
     """
-    backend = fast_backend(tokenizer, GlueError)
+    backend = fast_backend(tokenizer, UserError)
     if not len(examples):
-        raise GlueError("there is no example to make features of; check the data file")
+        raise UserError("there is no example to make features of; check the data file")
     texts = 1 if examples[0]["text_b"] is None else 2
     least = backend.num_special_tokens_to_add(is_pair=texts == 2) + texts
     if max_seq_length < least:
-        raise GlueError(f"--max_seq_length is {max_seq_length}, but must be at least {least} for this task")
+        raise UserError(f"--max_seq_length is {max_seq_length}, but must be at least {least} for this task")
     backend.enable_truncation(max_seq_length, strategy="longest_first", direction=tokenizer.truncation_side)
     columns = [name for name in ("text_a", "text_b", "label") if name in examples.column_names]
     return cached_map(

@@ -24,21 +24,22 @@ import torch
 from datasets import Features, List, Value
 
 from emmental.data.features import (
-    MODEL_INPUTS,
     BATCH,
+    MODEL_INPUTS,
     batch_rows,
     cached_map,
     content_hash,
     fast_backend,
     one_line,
-    pair_frame,
     pad_batch,
+    pair_frame,
     ragged,
     row_tuples,
     shown,
     stored_rows,
     why_no_text,
 )
+from emmental.errors import UserError
 
 FEATURES_VERSION = 1  # raise it when the features of the same input change: old caches are then ignored
 CHUNK = 2**20  # characters of a file read at a time
@@ -53,10 +54,6 @@ EXAMPLE_FEATURES = Features(
 )
 
 
-class SquadError(ValueError):
-    """A problem that the user can fix: one line with what is wrong, where, and what to do about it."""
-
-
 # ---------------------------------------------------------------------------------------- examples
 
 
@@ -66,7 +63,7 @@ def read_examples(path, version_2_with_negative, unique_ids=True, cache_dir=None
     Returns a `Dataset` with the columns id, title, context, question, answers {text: list of str, answer_start:
     list of int, in characters} and is_impossible (False where the file does not say), stored beside the features.
     Predictions are keyed by id, so repeated ids are refused; training can do with them (`unique_ids=False`).
-    Raises `SquadError` for whatever is wrong with the file.
+    Raises `UserError` for whatever is wrong with the file.
     """
 
     def questions():
@@ -74,7 +71,7 @@ def read_examples(path, version_2_with_negative, unique_ids=True, cache_dir=None
 
     examples = stored_rows(questions, EXAMPLE_FEATURES, name="squad-examples", cache_dir=cache_dir)
     if not len(examples):
-        raise SquadError(f"{path}: holds no questions; give a SQuAD file with questions")
+        raise UserError(f"{path}: holds no questions; give a SQuAD file with questions")
     return examples
 
 
@@ -83,7 +80,7 @@ def _checked(path, version_2_with_negative, unique_ids):
     seen = set()
     for question, where in _questions(path):
         if question["is_impossible"] and not version_2_with_negative:
-            raise SquadError(
+            raise UserError(
                 f"{where}: is_impossible is true (SQuAD v2.0); add --version_2_with_negative or give a v1.1 file"
             )
         if unique_ids:
@@ -91,7 +88,7 @@ def _checked(path, version_2_with_negative, unique_ids):
             if id_ in seen:
                 places = (place for other, place in _questions(path) if other["id"] == id_)
                 first = next(places, None) if Path(path).is_file() else "a question before"  # a pipe cannot be read again
-                raise SquadError(f'{where}: "id" {shown(id_)} already belongs to {first}; give it another one')
+                raise UserError(f'{where}: "id" {shown(id_)} already belongs to {first}; give it another one')
             seen.add(id_)
         yield question, where
 
@@ -99,13 +96,13 @@ def _checked(path, version_2_with_negative, unique_ids):
 def load_hub_examples(split, version_2_with_negative, cache_dir=None):
     """Load `split` ("train" or "validation") of SQuAD from the hub, with the columns of `read_examples`.
 
-    Raises `SquadError` when it can neither be downloaded nor found in the cache.
+    Raises `UserError` when it can neither be downloaded nor found in the cache.
     """
     name = "rajpurkar/squad_v2" if version_2_with_negative else "rajpurkar/squad"
     try:
         hub = datasets.load_dataset(name, split=split, cache_dir=cache_dir)
     except Exception as error:  # no network, offline mode, missing cache: each has its own type, some of httpx
-        raise SquadError(
+        raise UserError(
             f"{name} ({split}): cannot be loaded from the hub ({one_line(error)}); "
             "pass local files with --data_dir, or with --train_file and --predict_file"
         ) from error
@@ -200,12 +197,12 @@ class _Json:
 
 
 def _articles(path):
-    """Yield the articles of a SQuAD file, the values of its "data". Raises SquadError."""
+    """Yield the articles of a SQuAD file, the values of its "data". Raises UserError."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             reader, found = _Json(file), False
             if not reader.peek():
-                raise SquadError(f"{path}: is empty; give a SQuAD file with questions")
+                raise UserError(f"{path}: is empty; give a SQuAD file with questions")
             if reader.peek() != "{":
                 _get(reader.value(), "data", list, path)  # which says what there is instead
             for _ in reader.values("{}"):
@@ -225,16 +222,16 @@ def _articles(path):
                 raise ValueError(f"something follows after its end, at character {reader.passed + reader.place:,}")
             if not found:
                 _get({}, "data", list, path)
-    except SquadError:
+    except UserError:
         raise
     except OSError as error:
         raise _unreadable(path, error) from error
     except (ValueError, RecursionError) as error:
-        raise SquadError(f"{path}: is not JSON in UTF-8 ({error}); download it again") from error
+        raise UserError(f"{path}: is not JSON in UTF-8 ({error}); download it again") from error
 
 
 def _unreadable(path, error):
-    return SquadError(f"{path}: cannot be read ({error.strerror or error}); check --data_dir or --train/predict_file")
+    return UserError(f"{path}: cannot be read ({error.strerror or error}); check --data_dir or --train/predict_file")
 
 
 def _questions(path):
@@ -255,7 +252,7 @@ def _questions(path):
                         row["answers"][key].append(_get(answer, key, kind, f"{where}, answer {n}"))
                 row["is_impossible"] = _get(qa, "is_impossible", bool, where, default=False)
                 if row["is_impossible"] and row["answers"]["text"]:
-                    raise SquadError(f'{where}: "is_impossible" is true, yet it has answers; remove one of the two')
+                    raise UserError(f'{where}: "is_impossible" is true, yet it has answers; remove one of the two')
                 yield row, where
 
 
@@ -270,16 +267,16 @@ _JSON_NAMES = {
 def _get(record, key, kind, where, default=_REQUIRED):
     """`record[key]`, which must be of the type `kind`."""
     if type(record) is not dict:
-        raise SquadError(f'{where}: must be an object with "{key}", not {_JSON_NAMES[type(record)]}; correct it')
+        raise UserError(f'{where}: must be an object with "{key}", not {_JSON_NAMES[type(record)]}; correct it')
     value = record.get(key, default)
     if value is _REQUIRED:
-        raise SquadError(f'{where}: "{key}" is missing; add it, or give a file in the SQuAD form')
+        raise UserError(f'{where}: "{key}" is missing; add it, or give a file in the SQuAD form')
     if type(value) is not kind:
-        raise SquadError(f'{where}: "{key}" must be {_JSON_NAMES[kind]}, not {_JSON_NAMES[type(value)]}; correct it')
+        raise UserError(f'{where}: "{key}" must be {_JSON_NAMES[kind]}, not {_JSON_NAMES[type(value)]}; correct it')
     if kind is int and not 0 <= value < 2**31:
-        raise SquadError(f'{where}: "{key}" is {value}, but must be an index into the context; correct it')
+        raise UserError(f'{where}: "{key}" is {value}, but must be an index into the context; correct it')
     if kind is str and (problem := why_no_text(value)):
-        raise SquadError(f'{where}: "{key}" {problem}')
+        raise UserError(f'{where}: "{key}" {problem}')
     return value
 
 
@@ -302,17 +299,17 @@ def build_features(
 
     The result is cached in `<cache_dir>/movement_pruning/squad-<hash of everything it depends on>`
     (`cache_dir=None`: that of `datasets`). `num_proc` processes give the same rows as one.
-    Raises `SquadError` for a slow tokenizer, or lengths that leave no room for the context.
+    Raises `UserError` for a slow tokenizer, or lengths that leave no room for the context.
     """
-    backend = fast_backend(tokenizer, SquadError)
+    backend = fast_backend(tokenizer, UserError)
     for flag, value in ("--doc_stride", doc_stride), ("--max_query_length", max_query_length):
         if value < 1:
-            raise SquadError(f"{flag} is {value}, but must be at least 1 token")
+            raise UserError(f"{flag} is {value}, but must be at least 1 token")
     if not len(examples):
-        raise SquadError("there is no question to make features of; check the data file")
+        raise UserError("there is no question to make features of; check the data file")
 
     settings = dict(
-        frame=pair_frame(backend, SquadError), max_seq_length=max_seq_length,
+        frame=pair_frame(backend, UserError), max_seq_length=max_seq_length,
         doc_stride=doc_stride, max_query_length=max_query_length, training=training,
     )  # fmt: skip
     columns = ["id", "question", "context", "answers"]
@@ -356,7 +353,7 @@ def _featurize(
         context_ids, context_spans = tokenized[context]
         room = max_seq_length - len(head) - len(after)
         if room < 1:
-            raise SquadError(
+            raise UserError(
                 f"question {shown(id_)} has {len(question)} tokens, which leaves no room for its context in "
                 f"--max_seq_length {max_seq_length}; raise it, or lower --max_query_length ({max_query_length})"
             )

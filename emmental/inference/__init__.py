@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, PreTrainedModel
 from transformers.activations import ACT2FN
 
+from ..errors import UserError
 from ..export import bertarized_config, bertarized_state_dict
 from ..families import encoder_of
 from ..modules.masked_nn import MaskedLinear
 from ..modules.masks import masked_layers
 from .compaction import NAMES, compact, compact_model, density, read_layer
 from .encoder import SparseEncoder, SparseLayer
-from .kernels import BACKENDS, MOST_COLUMNS, KernelError, Library, Native, fastest, load_native, measured_limit
+from .kernels import BACKENDS, MOST_COLUMNS, Library, Native, fastest, load_native, measured_limit
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +174,7 @@ def _backend(kernel: str) -> type:
         return Library
     try:
         load_native()
-    except KernelError as error:
+    except UserError as error:
         if kernel == Native.name:
             raise ValueError(f"kernel 'native' cannot be used: {error}") from error
         logger.warning("%s: torch's CSR product is used, which is slower", error)

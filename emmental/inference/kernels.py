@@ -15,7 +15,6 @@ import json
 import logging
 import math
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
@@ -34,6 +33,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
+from ..errors import UserError
+from ..hardware import processor_name
 from .compaction import Affine
 
 logger = logging.getLogger(__name__)
@@ -46,10 +47,6 @@ MOST_COLUMNS = 2**16  # of a sparse matrix: its column indices have 16 bits
 TRIAL_TOKENS = 128
 TRIAL_DENSITIES = (0.05, 0.3)
 LANES = 16
-
-
-class KernelError(RuntimeError):
-    """The native kernels cannot be built or loaded here; the message is one line."""
 
 
 @dataclass
@@ -92,10 +89,10 @@ def cache_folder() -> Path:
 
 @functools.cache
 def load_native() -> ctypes.CDLL:
-    """The native kernels, built if this machine has not done so yet. Raises KernelError."""
+    """The native kernels, built if this machine has not done so yet. Raises UserError."""
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
     if not compiler:
-        raise KernelError("there is no C++ compiler (c++, g++, clang++ or $CXX)")
+        raise UserError("there is no C++ compiler (c++, g++, clang++ or $CXX)")
     target = _run([compiler, "-march=native", "-E", "-v", "-x", "c++", os.devnull])  # names compiler and processor
     key = hashlib.blake2b("\0".join([SOURCE.read_text(), *FLAGS, target]).encode(), digest_size=12).hexdigest()
     name = f"kernels-{key}.so"
@@ -112,7 +109,7 @@ def load_native() -> ctypes.CDLL:
                 _build(compiler, Path(aside) / name)
                 return _open(Path(aside) / name)
         except OSError:
-            raise KernelError(f"the kernels cannot be loaded: {error}") from error
+            raise UserError(f"the kernels cannot be loaded: {error}") from error
 
 
 def _build(compiler: str, library: Path) -> None:
@@ -126,10 +123,10 @@ def _run(command: list[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, errors="replace")
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise KernelError(f"{command[0]} failed: {error}") from error
+        raise UserError(f"{command[0]} failed: {error}") from error
     if done.returncode:
         reason = next((line for line in done.stderr.splitlines() if "error" in line), f"status {done.returncode}")
-        raise KernelError(f"{command[0]} failed: {reason}")
+        raise UserError(f"{command[0]} failed: {reason}")
     return done.stderr
 
 
@@ -328,14 +325,6 @@ def fastest(calls: list[Callable], repeats: int = 7) -> list[float]:
             call()
             own.append(time.perf_counter() - start)
     return [min(own[1:]) for own in times]
-
-
-def processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _read_cache() -> dict[str, float]:

@@ -1,9 +1,10 @@
-"""The binarizers of the published interface: functions from scores (or weights) to 0/1 masks, over `methods`."""
+"""The published functions from scores (or weights) to masks, over `methods`."""
 
 import torch
 from torch import Tensor
 
-from .methods import METHODS
+from .granularity import Weight
+from .methods import METHODS, find_method
 
 
 class TopKBinarizer(torch.autograd.Function):
@@ -51,3 +52,22 @@ class MagnitudeBinarizer:
     @staticmethod
     def apply(weight: Tensor, threshold: float) -> Tensor:
         return METHODS["magnitude"].masks([weight.detach().abs()], threshold)[0].to(weight.dtype)
+
+
+@torch.no_grad()
+def compute_mask(
+    weight: Tensor,
+    mask_scores: Tensor | None,
+    pruning_method: str,
+    threshold: float,
+    training: bool = False,
+) -> Tensor:
+    """The mask of one matrix with a score per weight: boolean, or float in [0, 1] for l0.
+
+    `threshold` is a fraction in [0, 1] (the remaining weights for topK and magnitude, a cut on
+    sigmoid(S) for sigmoied_threshold), a cut on S for threshold, and unused by l0. Raises ValueError
+    for an unknown method or a fraction outside [0, 1].
+    """
+    method = find_method(pruning_method)
+    source = mask_scores if method.scores else Weight().rank(weight)
+    return method.masks([source], threshold, training)[0]

@@ -7,8 +7,9 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter
 
+from ..errors import UserError
 from ..export import remaining_weights
-from ..loading import LoadError, load_masked, load_model
+from ..loading import load_masked, load_model
 from ..modules.masks import find_masks, masked_layers
 from .points import METHODS, TASKS, load_points
 from .runs import Run
@@ -77,7 +78,7 @@ def scatter_figure(run: Run) -> Figure:
     """Final weight against pre-trained weight of a sample of weights of all matrices, kept and pruned, and how far
     each moved away from zero.
 
-    Raises LoadError when the pre-trained model is not to be had.
+    Raises UserError when the pre-trained model is not to be had.
     """
     model = load_masked(str(run.folder))
     head = type(model).__name__.partition("For")[2]
@@ -89,7 +90,7 @@ def scatter_figure(run: Run) -> Figure:
     for name, layer in layers.items():
         before = first.get_parameter(f"{name}.weight")
         if before.shape != layer.weight.shape:
-            raise LoadError(
+            raise UserError(
                 f"{run.model} is not what {run.folder} was fine-pruned from: {name} has another shape"
             )
         for kept in parts:
@@ -136,7 +137,7 @@ def draw(runs: list[Run], folder: Path) -> list[tuple[Path, str | None]]:
 def _save(path: Path, make, *args) -> tuple[Path, str | None]:
     try:
         figure = make(*args)
-    except LoadError as error:
+    except UserError as error:
         return path, str(error)
     aside = path.with_name(f".{path.name}")
     figure.savefig(aside, dpi=120, format="png")

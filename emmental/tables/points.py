@@ -10,6 +10,8 @@ import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..errors import UserError
+
 FOLDER = Path(__file__).resolve().parents[2] / "paper"
 TASKS = ("squad", "mnli", "qqp")
 METHODS = ("magnitude", "l0", "movement", "soft movement")
@@ -39,10 +41,6 @@ OURS = {  # flags that commands, folders and teachers depend on
 }  # fmt: skip
 
 
-class TableError(ValueError):
-    """What the user asked of the tables cannot be done; one line, with what to do about it."""
-
-
 @dataclass(frozen=True)
 class Point:
     """One run of the paper. remaining: percent of the encoder, bias and LayerNorm counted. metrics: percent."""
@@ -67,9 +65,9 @@ class Point:
 
 
 def load_points(task: str) -> list[Point]:
-    """All points of a task, the dense teacher first. Raises TableError for an unknown task."""
+    """All points of a task, the dense teacher first. Raises UserError for an unknown task."""
     if task not in TASKS:
-        raise TableError(f"the paper has no task {task!r}: choose one of {', '.join(TASKS)}")
+        raise UserError(f"the paper has no task {task!r}: choose one of {', '.join(TASKS)}")
     points = []
     with (FOLDER / f"{task}.csv").open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
@@ -97,12 +95,12 @@ def load_points(task: str) -> list[Point]:
 
 
 def find_point(task: str, name: str) -> Point:
-    """Raises TableError for an unknown task or point, with the nearest one's name."""
+    """Raises UserError for an unknown task or point, with the nearest one's name."""
     points = {point.name: point for point in load_points(task)}
     if name not in points:
         near = difflib.get_close_matches(name.upper(), points, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise TableError(f"{task} has no point {name!r}: {hint}`paper_tables.py list --task {task}` shows them")
+        raise UserError(f"{task} has no point {name!r}: {hint}`paper_tables.py list --task {task}` shows them")
     return points[name]
 
 
@@ -166,17 +164,17 @@ class Step:
 def steps(point: Point, options: Options) -> list[Step]:
     """What reproduces a point: the fine-tuning of its teacher, where it has one, and its own run.
 
-    Raises TableError for options that do not fit.
+    Raises UserError for options that do not fit.
     """
     if not 0 < options.scale <= 1000:
-        raise TableError(f"--scale must be positive and at most 1000, got {options.scale:g}")
+        raise UserError(f"--scale must be positive and at most 1000, got {options.scale:g}")
     if options.seed is not None and not 0 <= options.seed < 2**32:
-        raise TableError(f"--seed must lie in [0, 2^32), got {options.seed}")
+        raise UserError(f"--seed must lie in [0, 2^32), got {options.seed}")
     for word in options.extra:
         if word.partition("=")[0] in OURS:
-            raise TableError(f"{word.partition('=')[0]} is not for the scripts alone: give it, or what decides it, before the --")
+            raise UserError(f"{word.partition('=')[0]} is not for the scripts alone: give it, or what decides it, before the --")
     if options.task_name and point.task == "squad":
-        raise TableError("--task_name is for points of mnli and qqp")
+        raise UserError("--task_name is for points of mnli and qqp")
     task = options.task_name or point.task
     folder = Path(options.runs_dir) / task.lower()
     if point.name == TEACHER:
@@ -209,7 +207,7 @@ def _step(point: Point, options: Options, output_dir: Path, teacher: list[str]) 
         settings["warmup_steps"] = str(round(options.scale * int(point.settings["warmup_steps"])))
     batch = int(settings["per_gpu_train_batch_size"])
     if batch % options.processes:
-        raise TableError(f"batches of {batch} cannot be shared by {options.processes} processes: choose a divisor")
+        raise UserError(f"batches of {batch} cannot be shared by {options.processes} processes: choose a divisor")
     settings["per_gpu_train_batch_size"] = str(batch // options.processes)
     given = {word.partition("=")[0] for word in options.extra}
     for flag, value in settings.items():

@@ -9,22 +9,20 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import UserError
 from ..export import remaining_weights
 from ..families import is_masked
-from ..loading import LoadError, load_masked, read_config
+from ..files import file_digest
+from ..loading import load_masked, read_config
 from ..modules.methods import METHODS
-from ..training.checkpoint import ARGS_FILE, FREE_ARGUMENTS, SUMMARY_FILE, WEIGHTS_FILE, file_digest
-from .points import METRICS, TableError
+from ..training.checkpoint import ARGS_FILE, FREE_ARGUMENTS, SUMMARY_FILE, WEIGHTS_FILE
+from .points import METRICS
 
 FINISHED, TRAINED, BEGUN = "finished", "trained", "begun"
 RESULTS = "eval_results.json"
 ESSENTIAL = {"data_dir", "model_name_or_path", "task_name"}
 BARE = {"target_remaining", "regularization", "teacher_name_or_path", "teacher_type"}
 COUNT_TOLERANCE = 0.01  # percent points between the recorded and the recounted remaining weights
-
-
-class RunError(Exception):
-    """Why a folder cannot be reported: one line."""
 
 
 @dataclass
@@ -61,11 +59,11 @@ class Run:
 def find_runs(runs_dir: str) -> tuple[list[Run], dict[Path, str]]:
     """All finished runs below a folder, and why each other folder with a run in it is left out.
 
-    Raises TableError when there is no such folder, or nothing in it.
+    Raises UserError when there is no such folder, or nothing in it.
     """
     root = Path(runs_dir)
     if not root.is_dir():
-        raise TableError(f"there is no folder {root}")
+        raise UserError(f"there is no folder {root}")
     folders = sorted(
         {path.parent for name in (ARGS_FILE, RESULTS) for path in root.rglob(name)}
         | {path.parent for path in root.rglob("checkpoint-*") if path.is_dir()}
@@ -77,29 +75,29 @@ def find_runs(runs_dir: str) -> tuple[list[Run], dict[Path, str]]:
             continue
         try:
             runs.append(read_run(folder))
-        except RunError as error:
+        except UserError as error:
             left_out[folder] = str(error)
     if not runs and not left_out:
-        raise TableError(f"{root} holds no run: `paper_tables.py run` makes them")
+        raise UserError(f"{root} holds no run: `paper_tables.py run` makes them")
     return runs, left_out
 
 
 def read_run(folder: Path) -> Run:
-    """Raises RunError for a run that is unfinished, foreign, or whose figures do not match its files."""
+    """Raises UserError for a run that is unfinished, foreign, or whose figures do not match its files."""
     args, results, summary = (_read(folder, name) for name in (ARGS_FILE, RESULTS, SUMMARY_FILE))
     if not (folder / WEIGHTS_FILE).is_file():
-        raise RunError(f"it has no {WEIGHTS_FILE}")
+        raise UserError(f"it has no {WEIGHTS_FILE}")
     if file_digest(folder / WEIGHTS_FILE) != summary.get("weights"):
-        raise RunError(f"its {WEIGHTS_FILE} is not the one that the run ended with")
+        raise UserError(f"its {WEIGHTS_FILE} is not the one that the run ended with")
     text = {}
     try:
         lines = (folder / "eval_results.txt").read_text(encoding="utf-8").splitlines()
         text = dict(line.split(" = ", 1) for line in lines if " = " in line)
         config = read_config(str(folder))
-    except (OSError, ValueError, LoadError) as error:
-        raise RunError(f"it is incomplete: {error}") from error
+    except (OSError, ValueError, UserError) as error:
+        raise UserError(f"it is incomplete: {error}") from error
     if text != {name: str(value) for name, value in results.items()}:
-        raise RunError("eval_results.txt and eval_results.json differ")
+        raise UserError("eval_results.txt and eval_results.json differ")
     try:
         squad = "squad_v2" if args.get("version_2_with_negative") else "squad"
         task = squad if "doc_stride" in args else str(args["task_name"]).lower()
@@ -115,13 +113,13 @@ def read_run(folder: Path) -> Run:
         run.batch = int(args["per_gpu_train_batch_size"]) * int(args["gradient_accumulation_steps"])
         run.model = str(args["model_name_or_path"])
     except KeyError as error:
-        raise RunError(f"its files lack {error}: it is of another version of these scripts, or of another task") from error
+        raise UserError(f"its files lack {error}: it is of another version of these scripts, or of another task") from error
     except (TypeError, ValueError) as error:
-        raise RunError(f"its files hold what these scripts do not write ({error})") from error
+        raise UserError(f"its files hold what these scripts do not write ({error})") from error
     if not all(math.isfinite(value) for value in metrics.values()) or not metrics:
-        raise RunError("its metrics are missing or not finite")
+        raise UserError("its metrics are missing or not finite")
     if is_masked(config["model_type"]) != masked:
-        raise RunError(f"{ARGS_FILE} says {args['model_type']}, and config.json {config.get('model_type')}")
+        raise UserError(f"{ARGS_FILE} says {args['model_type']}, and config.json {config.get('model_type')}")
     if masked:
         _recount(run, config, results)
     return run
@@ -129,27 +127,27 @@ def read_run(folder: Path) -> Run:
 
 def _recount(run: Run, config: dict, results: dict) -> None:
     if config.get("pruning_method") != run.args["pruning_method"]:
-        raise RunError(f"{ARGS_FILE} says {run.args['pruning_method']}, and config.json {config.get('pruning_method')}")
+        raise UserError(f"{ARGS_FILE} says {run.args['pruning_method']}, and config.json {config.get('pruning_method')}")
     try:
         counts = remaining_weights(load_masked(str(run.folder)))
-    except LoadError as error:
-        raise RunError(str(error)) from error
+    except UserError as error:
+        raise UserError(str(error)) from error
     run.remaining, run.remaining_linear = counts.published_percent, counts.linear_percent
     recorded = results.get("remaining_percent_linear")
     if not isinstance(recorded, float | int) or abs(recorded - run.remaining_linear) > COUNT_TOLERANCE:
-        raise RunError(f"{RESULTS} says that {recorded}% remain, and its checkpoint holds {run.remaining_linear:.2f}%")
+        raise UserError(f"{RESULTS} says that {recorded}% remain, and its checkpoint holds {run.remaining_linear:.2f}%")
 
 
 def _read(folder: Path, name: str) -> dict:
     path = folder / name
     if not path.exists():
-        raise RunError(f"it has no {name}: it is not finished, or not of these scripts")
+        raise UserError(f"it has no {name}: it is not finished, or not of these scripts")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RunError(f"{name} cannot be read: {error}") from error
+        raise UserError(f"{name} cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise RunError(f"{name} does not hold what these scripts write")
+        raise UserError(f"{name} does not hold what these scripts write")
     return content
 
 
@@ -174,15 +172,15 @@ def _means(text: str, value) -> bool:
 def run_state(output_dir: Path, settings: dict[str, str], tolerant: bool = False) -> tuple[str, list[str]]:
     """How far the run with these flags (name and text) has come in its folder, and which settings differ there.
 
-    FINISHED, TRAINED (not evaluated) or BEGUN. Raises TableError when a run with other settings has been trained there;
+    FINISHED, TRAINED (not evaluated) or BEGUN. Raises UserError when a run with other settings has been trained there;
     when `tolerant`, only when it is of another model, other data or another task.
     """
     if not all((output_dir / name).is_file() for name in (ARGS_FILE, SUMMARY_FILE, WEIGHTS_FILE)):
         return BEGUN, []
     try:
         found = _read(output_dir, ARGS_FILE)
-    except RunError as error:
-        raise TableError(f"{output_dir}: {error}; remove it, or choose another --runs_dir") from error
+    except UserError as error:
+        raise UserError(f"{output_dir}: {error}; remove it, or choose another --runs_dir") from error
     free = FREE_ARGUMENTS - ESSENTIAL
     differing = {
         name: f"--{name} {found.get(name)} there, {text} now"
@@ -195,7 +193,7 @@ def run_state(output_dir: Path, settings: dict[str, str], tolerant: bool = False
         if name not in settings and name not in free and (value is True or (name in BARE and value is not None))
     }
     if differing.keys() & ESSENTIAL if tolerant else differing:
-        raise TableError(
+        raise UserError(
             f"{output_dir} holds a run with other settings ({'; '.join(differing.values())}): choose another --runs_dir"
         )
     return (FINISHED if (output_dir / RESULTS).is_file() else TRAINED), list(differing.values())

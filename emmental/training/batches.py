@@ -7,10 +7,12 @@ replay: the update after step s is the same whoever asks.
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
+from torch import Tensor
 
 POOL = 64  # batches whose examples are sorted by length together
 
@@ -71,6 +73,18 @@ class LocalBatches:
         batches = self.plan.update(step)
         total = sum(len(batch) for batch in batches)
         return [len(batch[self.rank :: self.world_size]) / total for batch in batches]
+
+
+class UpdateBatches:
+    """The batches of one update after the other, as a loader over `local` yields them."""
+
+    def __init__(self, local: LocalBatches, loader: Iterable[dict[str, Tensor]]):
+        self.local, self.loader = local, iter(loader)
+
+    def take(self, step: int) -> tuple[Iterator[dict[str, Tensor]], list[float]]:
+        """The batches of the update after `step` completed ones, and their shares."""
+        shares = self.local.shares(step)
+        return itertools.islice(self.loader, len(shares)), shares
 
 
 def evaluation_batches(lengths: np.ndarray, batch_size: int, rank: int, world_size: int) -> list[list[int]]:

@@ -6,29 +6,26 @@ rank, global cut-off, completed updates. It is read with `weights_only=True`; no
 executed. `files.json` lists all of these with their sizes and SHA-256: a checkpoint is whole when they match.
 """
 
-import argparse
 import functools
 import hashlib
 import json
 import logging
 import math
-import os
 import re
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
 import torch
 from datasets import Dataset
-from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..archive import what_is_odd
-from ..schedule import LambdaSteering
-from .args import TrainingError, UsageError
+from ..errors import UserError
+from ..files import file_digest, write_folder, write_into, write_json
+from ..steering import LambdaSteering
 from .distributed import World
 
 logger = logging.getLogger(__name__)
@@ -53,7 +50,8 @@ FREE_ARGUMENTS = {
 class TrainingState:
     """What training changes, whole: saved and loaded together."""
 
-    model: nn.Module
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     mask_generator: torch.Generator
@@ -64,10 +62,11 @@ class TrainingState:
     steering: LambdaSteering | None = None  # of --target_remaining
     seconds: float = 0.0  # of training, up to the checkpoint that the run continues from
 
-    def save(
-        self, folder: Path, args: argparse.Namespace, save_model: Callable[[Path], None], seconds: float = 0.0
-    ) -> None:
-        """Write the checkpoint `folder`, after so many seconds of training; every rank must call this."""
+    def save(self, folder: Path, arguments: dict, seconds: float = 0.0) -> None:
+        """Write the checkpoint `folder`, after so many seconds of training; every rank must call this.
+
+        arguments: those of the run, compared when it is resumed.
+        """
         random_states = self.world.gather(_random_state(self.world.device))
         if self.world.is_main:
             state = {
@@ -84,8 +83,7 @@ class TrainingState:
             }
 
             def fill(place: Path) -> None:
-                save_model(place)
-                write_json(place / ARGS_FILE, vars(args))
+                self.save_model(place, arguments)
                 with (place / STATE_FILE).open("wb") as file:  # given a path, torch hides what the system says of it
                     torch.save(state, file)
                 write_json(place / MANIFEST_FILE, _manifest(place))
@@ -93,20 +91,26 @@ class TrainingState:
             write_folder(folder, fill)
         self.world.barrier()
 
-    def load(self, folder: Path, args: argparse.Namespace) -> None:
+    def save_model(self, place: Path, arguments: dict) -> None:
+        """Write model, tokenizer and arguments into the folder `place`."""
+        self.model.save_pretrained(place)
+        self.tokenizer.save_pretrained(place)
+        write_json(place / ARGS_FILE, arguments)
+
+    def load(self, folder: Path, arguments: dict) -> None:
         """Continue from the checkpoint `folder`; the model's weights must have been loaded from there.
 
-        Raises UsageError when the folder is no such checkpoint, or of a run with other arguments, other
+        Raises UserError when the folder is no such checkpoint, or of a run with other arguments, other
         data or another number of processes.
         """
         saved_args = _read_json(folder, ARGS_FILE)
         differing = [
             f"--{name} {saved_args.get(name)} there, {value} now"
-            for name, value in sorted(json.loads(json.dumps(vars(args))).items())
+            for name, value in sorted(json.loads(json.dumps(arguments)).items())
             if name not in FREE_ARGUMENTS and saved_args.get(name) != value
         ]
         if differing:
-            raise UsageError(f"cannot continue {folder} exactly, the arguments differ: {'; '.join(differing)}")
+            raise UserError(f"cannot continue {folder} exactly, the arguments differ: {'; '.join(differing)}")
         try:
             if problem := what_is_odd(folder / STATE_FILE):
                 raise ValueError(problem)
@@ -132,13 +136,13 @@ class TrainingState:
             self.mask_generator.set_state(saved["mask_generator"])
             _set_random_state(saved["random_states"][self.world.rank % processes], self.world.device)
         except Exception as error:  # a broken archive, or one that holds something else, raises whatever it likes
-            raise UsageError(
+            raise UserError(
                 f"{folder / STATE_FILE} is damaged, or was not written by these scripts: continue from another checkpoint"
             ) from error
         if data != self._data_digest or labels != self._labels:
-            raise UsageError(f"cannot continue {folder} exactly: the training data has changed")
+            raise UserError(f"cannot continue {folder} exactly: the training data has changed")
         if processes != self.world.size:
-            raise UsageError(
+            raise UserError(
                 f"cannot continue {folder} exactly: it was written by {processes} processes, "
                 f"and this run has {self.world.size}"
             )
@@ -181,7 +185,7 @@ def _read_json(folder: Path, name: str) -> dict:
     except (OSError, ValueError, RecursionError):
         value = None
     if type(value) is not dict:
-        raise UsageError(f"{folder} is no checkpoint to resume from: {name} is missing or broken")
+        raise UserError(f"{folder} is no checkpoint to resume from: {name} is missing or broken")
     return value
 
 
@@ -207,7 +211,7 @@ def what_is_broken(folder: Path) -> str | None:
                 return f"{name} has {path.stat().st_size:,} bytes, not {entry['bytes']:,}"
             if file_digest(path) != entry["sha256"]:
                 return f"the checksum of {name} does not match"
-    except (UsageError, KeyError, TypeError):
+    except (UserError, KeyError, TypeError):
         return f"{MANIFEST_FILE} is damaged"
     except OSError as error:
         return f"it cannot be read ({error.strerror or error})"
@@ -224,34 +228,34 @@ def find_checkpoints(output_dir: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
-def find_resume_folder(args: argparse.Namespace) -> Path | None:
+def find_resume_folder(asked: str | None, output_dir: Path, overwrite: bool) -> Path | None:
     """The checkpoint that --resume_from_checkpoint means; None to start from the beginning.
 
-    Raises UsageError when the given folder is no checkpoint.
+    Raises UserError when the given folder is no checkpoint.
     """
-    if not args.resume_from_checkpoint:
+    if not asked:
         return None
-    if args.resume_from_checkpoint == "latest":
-        checkpoints = find_checkpoints(Path(args.output_dir))
+    if asked == "latest":
+        checkpoints = find_checkpoints(output_dir)
         if not checkpoints:
-            if (Path(args.output_dir) / "config.json").exists() and not args.overwrite_output_dir:
-                raise UsageError(f"--output_dir {args.output_dir} holds a finished model and no checkpoint to resume from")
-            logger.warning("%s holds no checkpoint yet: training starts from the beginning", args.output_dir)
+            if (output_dir / "config.json").exists() and not overwrite:
+                raise UserError(f"--output_dir {output_dir} holds a finished model and no checkpoint to resume from")
+            logger.warning("%s holds no checkpoint yet: training starts from the beginning", output_dir)
             return None
         for folder in reversed(checkpoints):
             problem = what_is_broken(folder)
             if not problem:
                 return folder
             logger.warning("%s is broken and skipped: %s", folder, problem)
-        raise UsageError(f"no checkpoint in {args.output_dir} is whole (see above): remove them to start from the beginning")
-    folder = Path(args.resume_from_checkpoint)
+        raise UserError(f"no checkpoint in {output_dir} is whole (see above): remove them to start from the beginning")
+    folder = Path(asked)
     if not (folder / STATE_FILE).is_file():
-        raise UsageError(
+        raise UserError(
             f"--resume_from_checkpoint {folder} is no checkpoint (it holds no {STATE_FILE}): "
             "give a checkpoint-<step> folder, or 'latest'"
         )
     if problem := what_is_broken(folder):
-        raise UsageError(f"--resume_from_checkpoint {folder} is broken: {problem}; 'latest' takes the newest whole one")
+        raise UserError(f"--resume_from_checkpoint {folder} is broken: {problem}; 'latest' takes the newest whole one")
     return folder
 
 
@@ -284,113 +288,11 @@ def clear_output(output_dir: Path, result_files: Iterable[str]) -> None:
             file.unlink()
 
 
-def save_final(output_dir: Path, args: argparse.Namespace, save_model: Callable[[Path], None], summary: dict) -> None:
+def save_final(output_dir: Path, state: TrainingState, arguments: dict, summary: dict) -> None:
     """Put the trained model, the arguments of its run and its figures into output_dir."""
 
     def fill(place: Path) -> None:
-        save_model(place)
-        write_json(place / ARGS_FILE, vars(args))
+        state.save_model(place, arguments)
         write_json(place / SUMMARY_FILE, summary | {"weights": file_digest(place / WEIGHTS_FILE)})
 
     write_into(output_dir, fill)
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """Make the folder `target` through `fill(place)`: written aside, then renamed, replacing an old one.
-
-    Raises TrainingError when it cannot be written; nothing of it is left then.
-    """
-    with _aside(target, target.parent, f".{target.name}-") as place:
-        fill(place / "new")
-        _open_to_others(place / "new")
-        _sync(place / "new")
-        if target.exists():
-            target.rename(place / "old")
-        (place / "new").rename(target)
-        _sync_folder(target.parent)
-
-
-def write_into(target: Path, fill: Callable[[Path], None]) -> None:
-    """Put the files that `fill(place)` makes into the folder `target`, each whole. Raises TrainingError."""
-    with _aside(target, target, ".writing-") as place:
-        fill(place / "new")
-        _open_to_others(place / "new")
-        _sync(place / "new")
-        for file in sorted((place / "new").iterdir()):
-            os.replace(file, target / file.name)
-        _sync_folder(target)
-
-
-@contextmanager
-def _aside(target: Path, parent: Path, prefix: str):
-    """A temporary folder below `parent` with an empty folder `new` in it, gone afterwards."""
-    place = None
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        place = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-        (place / "new").mkdir()
-        yield place
-    except Exception as error:  # a full disk is an OSError here, a RuntimeError of torch or an error of safetensors there
-        raise TrainingError(f"cannot write {target}: {_reason(error)}") from error
-    finally:
-        if place:
-            shutil.rmtree(place, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    """Have all files of a folder, and their names, on the disk before the folder gets its own name."""
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def write_json(path: Path, value) -> None:
-    """Write `value` as indented JSON, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8, whole or not at all. Raises TrainingError when it cannot be written."""
-    aside = path.with_name(f".{path.name}.tmp")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise TrainingError(f"cannot write {path}: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    """An error in a line, without the names of files that are written aside."""
-    if isinstance(error, TrainingError) and error.__cause__:
-        error = error.__cause__
-    chain = [error]
-    while chain[-1].__context__:  # torch raises an error of its own over what the system said
-        chain.append(chain[-1].__context__)
-    error = next((link for link in chain if isinstance(link, OSError)), error)
-    return getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def _open_to_others(place: Path) -> None:
-    """Give a folder made in private the permissions that the user's umask allows."""
-    mask = os.umask(0)
-    os.umask(mask)
-    place.chmod(0o777 & ~mask)
-    for file in place.iterdir():
-        file.chmod(0o666 & ~mask)

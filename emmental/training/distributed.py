@@ -1,6 +1,5 @@
 """One process or many: device, rank, and the few exchanges that training and evaluation need."""
 
-import argparse
 import ctypes
 import os
 from contextlib import contextmanager
@@ -10,8 +9,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from ..inference.kernels import processor_name
-from .args import UsageError
+from ..errors import UserError
+from ..hardware import processor_name
 
 
 @dataclass(frozen=True)
@@ -30,13 +29,13 @@ class World:
     def main_first(self):
         """Rank 0 runs the block (and fills the caches) before the others do.
 
-        When it fails there, every other rank raises UsageError with the message of rank 0.
+        When it fails there, every other rank raises UserError with the message of rank 0.
         """
         if self.size > 1 and not self.is_main:
             outcome = [None]
             dist.broadcast_object_list(outcome, src=0)
             if outcome[0]:
-                raise UsageError(outcome[0])
+                raise UserError(outcome[0])
         try:
             yield
         except Exception as error:
@@ -73,20 +72,21 @@ class World:
         return tensor
 
 
-def join_world(args: argparse.Namespace) -> World:
+def join_world(no_cuda: bool, local_rank: int, fp16: bool) -> World:
     """Find the device and, under torchrun, join the other processes (nccl on GPUs, gloo on CPUs).
 
-    Raises UsageError for --fp16 without a GPU, and for more processes on a node than it has GPUs.
+    local_rank: as old launchers pass it; torchrun's environment wins. Raises UserError for fp16 without a GPU, and for
+    more processes on a node than it has GPUs.
     """
-    use_cuda = torch.cuda.is_available() and not args.no_cuda
-    if args.fp16 and not use_cuda:
-        raise UsageError("--fp16 needs a GPU: use --bf16 on a CPU, or full precision")
+    use_cuda = torch.cuda.is_available() and not no_cuda
+    if fp16 and not use_cuda:
+        raise UserError("--fp16 needs a GPU: use --bf16 on a CPU, or full precision")
     size = int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", max(args.local_rank, 0)))
+    local_rank = int(os.environ.get("LOCAL_RANK", max(local_rank, 0)))
     if use_cuda:
         processes, gpus = max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), local_rank + 1), torch.cuda.device_count()
         if processes > gpus:
-            raise UsageError(f"{processes} processes on this node, which has {gpus} GPUs: start no more than one for each")
+            raise UserError(f"{processes} processes on this node, which has {gpus} GPUs: start no more than one for each")
         torch.cuda.set_device(local_rank)
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if not use_cuda:

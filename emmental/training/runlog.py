@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import transformers
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
-from ..modules.masks import masked_layers
-from .args import TrainingError
-from .checkpoint import write_json, write_text
+from ..errors import TrainingError
+from ..files import write_json, write_text
+from ..modules.masks import Masks, count, masked_layers
 from .distributed import World
 
 
@@ -53,6 +54,27 @@ class RunLog:
                 for name, value in values.items():
                     self.writer.add_scalar(name, value, self.step)
 
+    def update(
+        self,
+        means: dict[str, float],
+        optimizer: Optimizer,
+        threshold: float,
+        penalty_weight: float,
+        masks: Masks | None,
+        step: int,
+    ) -> None:
+        """Log what the updates up to `step` found: losses, learning rates, threshold, lambda, remaining weights."""
+        values = means | {f"learning_rate/{group['name']}": group["lr"] for group in optimizer.param_groups}
+        if masks:
+            counts = count(masks)
+            values |= {"threshold": threshold, "lambda": penalty_weight, "remaining/overall": counts.overall}
+            values |= {f"remaining/{name}": counts.remaining[name] / n for name, n in counts.total.items()}
+        self.scalars(values, step)
+
+    def evaluation(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Log the metrics of an evaluation."""
+        self.scalars({f"eval/{name}": value for name, value in metrics.items()}, step)
+
     def score_histograms(self, model: nn.Module, step: int) -> None:
         """Distribution of the scores of every masked matrix."""
         if self.writer:
@@ -82,7 +104,30 @@ def _quiet_about_curves(args) -> None:
 
 
 def progress_bar(world: World, **kwargs) -> tqdm:
+    """A progress bar on stderr, on rank 0 alone."""
     return tqdm(dynamic_ncols=True, disable=not world.is_main, file=sys.stderr, **kwargs)
+
+
+class TrainingBar:
+    """The progress bar of a training. It ends its line when left, so that an error begins one of its own."""
+
+    def __init__(self, world: World, total: int, step: int):
+        self.bar = progress_bar(world, total=total, initial=step, desc="training", unit="update")
+
+    def __enter__(self) -> "TrainingBar":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+    def advance(self, losses: dict[str, Tensor], optimizer: Optimizer, threshold: float, masks: Masks | None) -> None:
+        """One update more; what it found is shown at every tenth."""
+        self.bar.update()
+        if not self.bar.disable and (self.bar.n % 10 == 0 or self.bar.n == self.bar.total):
+            shown = {"loss": f"{losses['loss'].item():.3f}", "lr": f"{optimizer.param_groups[-1]['lr']:.1e}"}
+            if masks:
+                shown |= {"threshold": f"{threshold:.3f}", "remaining": f"{count(masks).overall:.1%}"}
+            self.bar.set_postfix(shown, refresh=False)
 
 
 def write_results(output_dir: Path, results: dict[str, float | str]) -> None:

@@ -1,0 +1,77 @@
+"""Selections of the k largest: on a CPU a sample tells which few entries can be the k-th at all, on
+a GPU matrices of one size are selected from together.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SAMPLED_SIZE = 100_000  # entries from which on a sample narrows a selection down
+SAMPLE_STRIDE = 61  # a prime, so that a sample meets every column
+
+
+def select_largest(value: Tensor, count: int) -> Tensor:
+    """Boolean mask of the `count` largest entries of a CPU tensor, of its shape; of equal ones, the
+    first in row-major order.
+    """
+    dtype = torch.promote_types(value.dtype, torch.float32)  # NumPy has no bfloat16
+    vector = value.detach().to(dtype).reshape(-1).numpy()
+    return torch.from_numpy(_select_largest(vector, count)).view(value.shape)
+
+
+def _select_largest(values: np.ndarray, count: int) -> np.ndarray:
+    """Boolean mask of the `count` largest entries of a vector; of equal ones, the first.
+
+    Two order statistics of a sample almost surely enclose the last entry to be kept: what lies above
+    them stays, and only what lies between them is partitioned. Where they do not enclose it (values
+    that follow their position, NaNs), the whole vector is partitioned.
+    """
+    if not 0 < count < values.size:
+        return np.full(values.size, count > 0)
+    mask, open_places, missing = np.zeros(values.size, bool), slice(None), count
+    if values.size >= SAMPLED_SIZE:
+        low, high = _enclose(values, count)
+        above = values > high
+        between = np.flatnonzero((values >= low) ^ above)
+        missing_above = count - np.count_nonzero(above)
+        if 0 < missing_above <= between.size:
+            mask, open_places, missing = above, between, missing_above
+    contenders = values[open_places]
+    place = contenders.size - missing
+    cutoff = np.partition(contenders, place)[place]
+    chosen = contenders >= cutoff
+    if (surplus := np.count_nonzero(chosen) - missing) > 0:
+        chosen[np.flatnonzero(contenders == cutoff)[-surplus:]] = False
+    mask[open_places] = chosen
+    return mask
+
+
+def _enclose(values: np.ndarray, count: int) -> tuple[np.floating, np.floating]:
+    """Two values between which the `count`-th largest lies, if the sample is like the whole."""
+    sample = values[::SAMPLE_STRIDE].copy()
+    expected = sample.size * (1 - count / values.size)
+    margin = 4 * math.sqrt(expected * count / values.size) + 2  # four standard deviations
+    low, high = max(0, int(expected - margin)), min(sample.size - 1, int(expected + margin))
+    sample.partition((low, high))
+    return sample[low], sample[high]
+
+
+def kth_largest(values: list[Tensor], counts: list[int]) -> list[Tensor]:
+    """The `counts[i]`-th largest entry of `values[i]`: +inf for 0, -inf for all entries.
+
+    Matrices of one size are stacked, so that one call selects in all of them: alone, each would
+    occupy one multiprocessor of a GPU.
+    """
+    cutoffs = [value.new_tensor(-torch.inf if n else torch.inf) for value, n in zip(values, counts)]
+    by_size: dict[tuple, list[int]] = {}
+    for i, (value, count) in enumerate(zip(values, counts, strict=True)):
+        if 0 < count < value.numel():
+            by_size.setdefault((value.numel(), count), []).append(i)
+    for (size, count), members in by_size.items():
+        stacked = torch.stack([values[i].reshape(-1) for i in members])
+        selected = torch.kthvalue(stacked, size - count + 1, dim=1).values
+        for i, kth in zip(members, selected, strict=True):
+            cutoffs[i] = kth
+    return cutoffs

@@ -1,0 +1,143 @@
+"""A task that only the tests have: names and places in a sentence, token by token, through the whole of `run`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import NAMES, PLACES
+from datasets import Dataset
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import AutoModelForTokenClassification
+
+from emmental.data.features import pad_batch
+from emmental.losses import distillation_loss
+from emmental.training import run
+from emmental.training.task import Task
+
+ROOT = Path(__file__).parent.parent
+FLAGS = [
+    "--model_type", "masked_bert", "--do_train", "--do_eval", "--max_steps", "6", "--warmup_steps", "1", "--learning_rate", "3e-3",
+    "--final_threshold", "0.5", "--logging_steps", "3", "--save_steps", "3", "--adam_epsilon", "1e-4", "--no_cuda",
+]  # fmt: skip
+
+
+class Tagging(Task):
+    """Which words are names, which are places; the loss is a mean over the words, of which sentences differ in number."""
+
+    head, labels = "TokenClassification", ("other", "name", "place")
+    max_seq_length, logging_steps, save_steps = 32, 10, 10
+    result_files = ("eval_results.*", "tags_*.json")
+
+    def add_arguments(self, parser):
+        parser.add_argument("--sentences", type=int, default=20, help="how many sentences there are")
+
+    def load_examples(self, args, source):
+        words = [name for pair in zip(NAMES, PLACES, strict=True) for name in pair]
+        self.sentences = [[words[(n * k) % 16] if k % 3 else "lives" for k in range(2 + n % 5)] for n in range(args.sentences)]
+
+    def make_features(self, args, tokenizer, longest):
+        kinds = dict.fromkeys(NAMES, 1) | dict.fromkeys(PLACES, 2)
+        rows = [{
+            "input_ids": tokenizer(sentence, is_split_into_words=True).input_ids,
+            "tags": [-100, *(kinds.get(word, 0) for word in sentence), -100],
+            "length": len(sentence) + 2,
+        } for sentence in self.sentences]  # fmt: skip
+        self.train_set = Dataset.from_list(rows)
+        self.evaluation_sets = {"dev": Dataset.from_list(rows[:7])}
+
+    def collate(self, features):
+        lengths = [row["length"] for row in features]
+        batch = pad_batch(features, lengths, 0, 1, ("input_ids", "attention_mask", "token_type_ids"))
+        tags = [torch.tensor(row["tags"]) for row in features]
+        return batch | {"tags": torch.nn.utils.rnn.pad_sequence(tags, batch_first=True, padding_value=-100)}
+
+    def loss(self, logits, batch):
+        return F.cross_entropy(logits[0].transpose(1, 2), batch["tags"])
+
+    def distillation_loss(self, student, teacher, batch, temperature):
+        words = batch["tags"] >= 0
+        return distillation_loss((student[0][words],), (teacher[0][words],), temperature)
+
+    def weight(self, batch):
+        return float((batch["tags"] >= 0).sum())
+
+    def score(self, split, logits, step, output_dir):
+        features = self.evaluation_sets[split]
+        found = [row.argmax(-1)[: features[n]["length"]].tolist() for n, (row,) in enumerate(logits)]
+        pairs = [(a, b) for row, n in zip(found, features, strict=True) for a, b in zip(row, n["tags"], strict=True) if b >= 0]
+        (output_dir / f"tags_{'' if step is None else step}.json").write_text(json.dumps(found))
+        return {"accuracy": sum(a == b for a, b in pairs) / len(pairs)}
+
+
+def flags(tmp_path, model, name, *more):
+    return [*FLAGS, "--model_name_or_path", str(model), "--output_dir", str(tmp_path / name), *more]
+
+
+@pytest.fixture
+def tagger(tmp_path, tiny_bert):
+    """The tiny BERT with an output for each tag, whose weights do not depend on the seed of a run."""
+    torch.manual_seed(1)
+    model = AutoModelForTokenClassification.from_pretrained(tiny_bert, num_labels=3)
+    model.config.id2label = dict(enumerate(Tagging.labels))
+    model.config.label2id = {name: n for n, name in enumerate(Tagging.labels)}
+    model.save_pretrained(tmp_path / "tagger")
+    for file in tiny_bert.glob("tokenizer*"):
+        (tmp_path / "tagger" / file.name).write_bytes(file.read_bytes())
+    return tmp_path / "tagger"
+
+
+def test_it_trains_evaluates_and_resumes(tmp_path, tagger):
+    more = ("--per_gpu_train_batch_size", "3", "--gradient_accumulation_steps", "3", "--evaluate_during_training",
+            "--max_steps", "30", "--logging_steps", "10", "--save_steps", "10", "--alpha_ce", "1", "--alpha_distil", "0.1",
+            "--teacher_type", "bert", "--teacher_name_or_path", str(tagger))  # fmt: skip
+    results = run.main(Tagging(), "Tags.", flags(tmp_path, tagger, "whole", *more))
+    assert results["accuracy"] > 0.5 and results["remaining_percent_linear"] == pytest.approx(50, abs=0.1)
+    whole = tmp_path / "whole"
+    assert {path.name for path in whole.glob("tags_*")} == {f"tags_{step}.json" for step in ("", 10, 20, 30)}
+    assert json.loads((whole / "config.json").read_text())["id2label"] == {"0": "other", "1": "name", "2": "place"}
+    run.main(Tagging(), "Tags.", flags(tmp_path, tagger, "again", *more, "--resume_from_checkpoint", str(whole / "checkpoint-20")))
+    assert (whole / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
+    alone = [*FLAGS[:2], "--do_eval", "--no_cuda", "--model_name_or_path", str(whole), "--output_dir", str(tmp_path / "alone")]
+    assert run.main(Tagging(), "Tags.", alone)["accuracy"] == results["accuracy"]
+
+
+SCRIPT = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from emmental.losses import distillation_loss
+from emmental.training import run
+from test_task import Tagging
+run.main(Tagging(), "Tags.")
+"""
+
+
+def test_words_weigh_alike_in_whatever_batch_they_are(tmp_path, tagger):
+    """One batch of 20, four of 5 accumulated, and two ranks: the same mean over all words of an update."""
+    (tmp_path / "script.py").write_text(SCRIPT.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    run.main(Tagging(), "Tags.", flags(tmp_path, tagger, "one", "--per_gpu_train_batch_size", "20"))
+    run.main(Tagging(), "Tags.", flags(tmp_path, tagger, "parts", "--per_gpu_train_batch_size", "6", "--gradient_accumulation_steps", "4"))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    ranks = flags(tmp_path, tagger, "ranks", "--per_gpu_train_batch_size", "3", "--gradient_accumulation_steps", "4", "--check_ranks")
+    done = subprocess.run([*launcher, str(tmp_path / "script.py"), *ranks], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one, *others = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "parts", "ranks"))
+    for other in others:
+        for name, value in one.items():
+            torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-5, msg=name)
+    assert (tmp_path / "one" / "tags_.json").read_text() == (tmp_path / "ranks" / "tags_.json").read_text()
+
+
+def test_examples_alone_would_weigh_otherwise(tmp_path, tagger):
+    class Unweighted(Tagging):
+        weight = None
+
+    for name, task in ("words", Tagging), ("sentences", Unweighted):
+        run.main(task(), "Tags.", flags(tmp_path, tagger, name, "--per_gpu_train_batch_size", "3", "--gradient_accumulation_steps", "7"))
+    words, sentences = (load_file(tmp_path / name / "model.safetensors") for name in ("words", "sentences"))
+    assert any(not torch.allclose(words[name], sentences[name], rtol=1e-3) for name in words)
