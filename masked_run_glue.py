@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 from torch.nn import functional as F
 
-from emmental.data import glue
+from emmental.data import glue, glue_tasks
+from emmental.data.metrics import glue_metrics, mean_entropy
 from emmental.errors import UserError
 from emmental.files import write_text
 from emmental.inference import sparsify
@@ -41,29 +42,29 @@ class Glue(Task):
 
     head = "SequenceClassification"
     max_seq_length, logging_steps, save_steps = 128, 50, 50
-    result_files = ("eval_results.*", *glue.SUBMISSION_FILES)
+    result_files = ("eval_results.*", *glue_tasks.SUBMISSION_FILES)
 
     def add_arguments(self, parser):
         add = parser.add_argument_group("GLUE").add_argument
         add("--task_name", type=task_name, required=True,
-            help=f"{', '.join(glue.TASKS)} (in any case), or {glue.CUSTOM}; mnli-mm evaluates the mismatched set alone")
+            help=f"{', '.join(glue_tasks.TASKS)} (in any case), or {glue_tasks.CUSTOM}; mnli-mm evaluates the mismatched set alone")
         add("--data_dir", help="folder of the task's files (default: the task comes from the hub)")
         add("--do_predict", action="store_true", help="write the predictions for the test set, as GLUE takes them")
-        add("--text_column", default="text", help=f"{glue.CUSTOM}: column of the text, or of the first of a pair")
-        add("--text_pair_column", help=f"{glue.CUSTOM}: column of the second text, where there are pairs")
-        add("--label_column", default="label", help=f"{glue.CUSTOM}: column of the label")
-        add("--regression", action="store_true", help=f"{glue.CUSTOM}: the labels are numbers to be approximated")
+        add("--text_column", default="text", help=f"{glue_tasks.CUSTOM}: column of the text, or of the first of a pair")
+        add("--text_pair_column", help=f"{glue_tasks.CUSTOM}: column of the second text, where there are pairs")
+        add("--label_column", default="label", help=f"{glue_tasks.CUSTOM}: column of the label")
+        add("--regression", action="store_true", help=f"{glue_tasks.CUSTOM}: the labels are numbers to be approximated")
 
     def check(self, args, given):
         problems = []
-        if args.task_name == glue.CUSTOM:
+        if args.task_name == glue_tasks.CUSTOM:
             if not args.data_dir:
-                problems.append(f"--task_name {glue.CUSTOM} needs --data_dir: the folder of its train and dev files")
+                problems.append(f"--task_name {glue_tasks.CUSTOM} needs --data_dir: the folder of its train and dev files")
             problems += [f"--{name} is empty: is its variable set?" for name in CUSTOM_ARGUMENTS if getattr(args, name) == ""]
         else:
-            task = glue.TASKS[args.task_name]
+            task = glue_tasks.TASKS[args.task_name]
             for name in sorted(given & set(CUSTOM_ARGUMENTS)):
-                problems.append(f"--{name} is for --task_name {glue.CUSTOM}; the columns of {task.name} are known")
+                problems.append(f"--{name} is for --task_name {glue_tasks.CUSTOM}; the columns of {task.name} are known")
             if not task.evaluation_splits and (args.do_train or args.do_eval):
                 problems.append(f"{task.name} has a test set only: give --do_predict, with a model fine-tuned on mnli")
             if task.is_regression and "temperature" in given:
@@ -73,14 +74,14 @@ class Glue(Task):
         return problems
 
     def load_examples(self, args, source):
-        own = args.task_name == glue.CUSTOM
+        own = args.task_name == glue_tasks.CUSTOM
         self.task, self.examples = read_custom_task(args, source) if own else read_task(args)
         self.labels = self.task.labels
 
     def make_features(self, args, tokenizer, longest):
         self.padding = {"pad_token_id": tokenizer.pad_token_id, "input_names": tokenizer.model_input_names,
                         "multiple_of": 8 if longest % 8 == 0 else 1}  # fmt: skip
-        options = {name: getattr(args, name) for name in ("max_seq_length", "cache_dir", "overwrite_cache")}
+        options = {name: getattr(args, name) for name in ("max_seq_length", "overwrite_cache")}
         features = {
             split: glue.build_features(rows, tokenizer, num_proc=args.threads, **options)
             for split, rows in self.examples.items()
@@ -104,9 +105,9 @@ class Glue(Task):
 
     def score(self, split, logits, step, output_dir):
         logits = np.stack([row for (row,) in logits])
-        metrics = glue.glue_metrics(self.task, logits, np.asarray(self.examples[split]["label"]))
+        metrics = glue_metrics(self.task, logits, np.asarray(self.examples[split]["label"]))
         if not self.task.is_regression:
-            metrics["entropy"] = glue.mean_entropy(logits)
+            metrics["entropy"] = mean_entropy(logits)
         kind = split.removeprefix("dev") if len(self.task.evaluation_splits) > 1 else ""
         return {name + kind: value for name, value in metrics.items()}
 
@@ -118,14 +119,14 @@ class Glue(Task):
 def task_name(text: str) -> str:
     """An argparse type: the canonical name of a task."""
     try:
-        return glue.CUSTOM if text.lower() == glue.CUSTOM else glue.find_task(text).name
+        return glue_tasks.CUSTOM if text.lower() == glue_tasks.CUSTOM else glue_tasks.find_task(text).name
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def read_task(args: argparse.Namespace) -> tuple[glue.Task, dict]:
+def read_task(args: argparse.Namespace) -> tuple[glue_tasks.Task, dict]:
     """A GLUE task, and the examples of each split that the arguments need."""
-    task = glue.TASKS[args.task_name]
+    task = glue_tasks.TASKS[args.task_name]
     splits = ["train"] if args.do_train else []
     splits += task.evaluation_splits if args.do_eval or args.evaluate_during_training else ()
     splits += task.submissions if args.do_predict else ()
@@ -134,7 +135,7 @@ def read_task(args: argparse.Namespace) -> tuple[glue.Task, dict]:
     return task, {split: glue.load_hub_examples(task, split, args.cache_dir) for split in splits}
 
 
-def read_custom_task(args: argparse.Namespace, source: str) -> tuple[glue.Task, dict]:
+def read_custom_task(args: argparse.Namespace, source: str) -> tuple[glue_tasks.Task, dict]:
     """A task of one's own, and its examples. The training file says what the labels are, else the model `source`."""
     labels, examples = None, {}
     if not args.do_train:
@@ -152,7 +153,7 @@ def read_custom_task(args: argparse.Namespace, source: str) -> tuple[glue.Task, 
             regression=args.regression,
             cache_dir=args.cache_dir,
         )
-    return glue.custom_task(labels), examples
+    return glue_tasks.custom_task(labels), examples
 
 
 def get_parser() -> Parser:

@@ -20,6 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from emmental.data import squad
+from emmental.data.metrics import squad_metrics
 from emmental.errors import UserError
 from emmental.files import write_json
 from emmental.inference import sparsify
@@ -66,7 +67,7 @@ class Squad(Task):
         if args.do_train:
             self.examples["train"], skipped = squad.drop_misaligned(self.examples["train"])
             if skipped:
-                shown = [squad.shown(id_) for id_ in (skipped if args.verbose_logging else skipped[:5])]
+                shown = [squad.quoted(id_) for id_ in (skipped if args.verbose_logging else skipped[:5])]
                 rest = "" if len(shown) == len(skipped) else ", ... (all with --verbose_logging)"
                 logger.warning("%d training questions skipped, their answer_start does not match their text: %s%s",
                                len(skipped), ", ".join(shown), rest)  # fmt: skip
@@ -77,7 +78,7 @@ class Squad(Task):
         self.padding = {"pad_token_id": tokenizer.pad_token_id, "input_names": tokenizer.model_input_names,
                         "multiple_of": 8 if longest % 8 == 0 else 1}  # fmt: skip
         self.search = {name: getattr(args, name) for name in ("n_best_size", "max_answer_length", "null_score_diff_threshold")}
-        sizes = ("max_seq_length", "doc_stride", "max_query_length", "cache_dir", "overwrite_cache")
+        sizes = ("max_seq_length", "doc_stride", "max_query_length", "overwrite_cache")
         options = {name: getattr(args, name) for name in sizes} | {"num_proc": args.threads}
         features = {
             split: squad.build_features(rows, tokenizer, training=split == "train", **options)
@@ -107,7 +108,7 @@ class Squad(Task):
         write_json(output_dir / f"nbest_predictions_{prefix}.json", nbest)
         if self.v2:
             write_json(output_dir / f"null_odds_{prefix}.json", null_odds)
-        return squad.squad_metrics(examples, predictions, null_odds, version_2_with_negative=self.v2)
+        return squad_metrics(examples, predictions, null_odds, version_2_with_negative=self.v2)
 
 
 def splits(args: argparse.Namespace) -> list[str]:

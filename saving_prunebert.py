@@ -97,11 +97,11 @@ def print_info(packed: storage.Packed, report: dict) -> None:
     print(
         f"{f'{len(others)} vectors (bias, LayerNorm)':<{width}}  {'':>13}  {'':>9}  {'':>11}  {sum(row['bytes'] for row in others):>11,}"
     )
-    print(f"\n{'MB':<18}{'dense float32':>15}{'notebook':>10}{'packed':>10}{'entropy':>10}")
+    print(f"\n{'MB':<18}{'dense float32':>15}{'packed':>10}{'entropy':>10}")
     for part, total in report["totals"].items():
-        cells = (total.get(name) for name in ("dense", "notebook", "packed", "entropy"))
+        cells = (total.get(name) for name in ("dense", "packed", "entropy"))
         shown = ("" if value is None else f"{value / MB:.2f}" for value in cells)
-        print(f"{part:<18}" + "".join(f"{text:>{size}}" for text, size in zip(shown, (15, 10, 10, 10), strict=True)))
+        print(f"{part:<18}" + "".join(f"{text:>{size}}" for text, size in zip(shown, (15, 10, 10), strict=True)))
     linears = [row for row in matrices if ".encoder." in row["name"]]
     if all(row["remaining"] == 1 for row in linears):
         print("\nno matrix of the encoder is sparse: nothing is gained over other files of as many bits")

@@ -25,7 +25,8 @@ from torch.nn import functional as F
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
 import masked_run_squad
-from emmental.data import glue, squad
+from emmental.data import glue, glue_tasks, squad
+from emmental.data.metrics import glue_metrics, squad_metrics
 from emmental.errors import UserError, one_line_errors
 from emmental.loading import load_model, load_tokenizer
 from emmental.schedule import learning_rate_factor
@@ -50,7 +51,7 @@ class Squad:
     def features(self, examples, tokenizer, folder, training=True):
         return squad.build_features(
             examples, tokenizer, max_seq_length=self.length, doc_stride=self.stride, max_query_length=self.query,
-            training=training, cache_dir=folder, overwrite_cache=True,
+            training=training, overwrite_cache=True,
         )  # fmt: skip
 
     def python_features(self, examples, tokenizer) -> list[list[int]]:
@@ -85,7 +86,7 @@ class Squad:
             self.dev, features, list(starts), list(ends), n_best_size=20, max_answer_length=30,
             version_2_with_negative=False, null_score_diff_threshold=0.0,
         )  # fmt: skip
-        return squad.squad_metrics(self.dev, predictions, version_2_with_negative=False)["f1"]
+        return squad_metrics(self.dev, predictions, version_2_with_negative=False)["f1"]
 
 
 class Glue:
@@ -94,7 +95,7 @@ class Glue:
     length = 128
 
     def __init__(self, args):
-        self.task = glue.find_task(args.task)
+        self.task = glue_tasks.find_task(args.task)
         if self.task.is_regression or not self.task.evaluation_splits:
             raise UserError(f"{args.task} is no classification with a dev set: choose another task")
         self.key_metric = self.task.key_metric
@@ -104,7 +105,7 @@ class Glue:
 
     def features(self, examples, tokenizer, folder, training=True):
         return glue.build_features(
-            examples, tokenizer, max_seq_length=self.length, cache_dir=folder, overwrite_cache=True
+            examples, tokenizer, max_seq_length=self.length, overwrite_cache=True
         )
 
     def python_features(self, examples, tokenizer) -> list[list[int]]:
@@ -127,7 +128,7 @@ class Glue:
 
     def metric(self, features, logits):
         stacked = np.stack([part for (part,) in logits])
-        return glue.glue_metrics(self.task, stacked, np.asarray(features["label"]))[self.key_metric]
+        return glue_metrics(self.task, stacked, np.asarray(features["label"]))[self.key_metric]
 
 
 def find(folder: str, pattern: str) -> Path:

@@ -111,7 +111,7 @@ def make_features(path: str, folder: str) -> dict:
     with peak_memory() as found:
         examples, _ = squad.drop_misaligned(squad.read_examples(path, False, cache_dir=folder))
         sizes = {"max_seq_length": 384, "doc_stride": 128, "max_query_length": 64}
-        features = squad.build_features(examples, tokenizer, training=True, cache_dir=folder, **sizes)
+        features = squad.build_features(examples, tokenizer, training=True, **sizes)
     found |= {"seconds": time.perf_counter() - begun, "resident": status("VmHWM") - resident}
     return found | {"features": len(features), "bytes": Path(path).stat().st_size}
 
@@ -145,7 +145,7 @@ def large(layers: int, method: str) -> MaskedBertForQuestionAnswering:
 
 def sorted_masks(model: MaskedBertForQuestionAnswering, method: str) -> list[torch.Tensor]:
     """The masks by sorting, as the 2020 scripts did: each matrix, or all scores in one."""
-    threshold, rankings = THRESHOLDS[method], [layer.source for layer in masked_layers(model).values()]
+    threshold, rankings = THRESHOLDS[method], [layer.source.abs() if layer.method.absolute else layer.source for layer in masked_layers(model).values()]
     if method == "sigmoied_threshold":
         return [torch.sigmoid(ranking) > threshold for ranking in rankings]
     groups = [torch.cat([ranking.flatten() for ranking in rankings])] if "global" in method else rankings

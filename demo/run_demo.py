@@ -75,7 +75,7 @@ def main() -> None:
     print(f"\n| {'method':<13} | remaining % |    EM |    F1 | seconds |\n|{'-' * 15}|{'-' * 13}|{'-' * 7}|{'-' * 7}|{'-' * 9}|")
     for method, remaining, exact, f1, seconds in rows:
         print(f"| {method:<13} | {remaining:>11.1f} | {exact:>5.1f} | {f1:>5.1f} | {seconds:>7.0f} |")
-    print(f"\nThe whole demo took {time.perf_counter() - started:.0f} s. Everything it made lies in {place}:")
+    print(f"\nThe whole demo took {time.perf_counter() - started:.0f} s. Everything it made is in {place}:")
     print("the bertarized_* folders hold plain BERTs, for AutoModelForQuestionAnswering.from_pretrained.")
 
 

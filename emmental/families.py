@@ -131,7 +131,7 @@ def _masked_forward(model: nn.Module, threshold: float | None = None) -> Iterato
     Raises ValueError for a threshold that is not the block's.
     """
     layers = list(masked_layers(model).values())
-    if block := layers[0].in_force:
+    if block := layers[0].in_force if layers else None:
         if threshold is not None and float(threshold) != block.threshold:
             raise ValueError(f"threshold={threshold} inside a block masked at {block.threshold}")
         yield

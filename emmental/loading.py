@@ -4,7 +4,6 @@ transformers initialises what a checkpoint lacks and ignores what it has too muc
 that silently starts from random values costs a researcher a day. Here every gap is looked at.
 """
 
-import json
 import logging
 import math
 import os
@@ -18,7 +17,6 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from . import modeling_bert_masked  # noqa: F401, registers the masked classes
-from .archive import what_is_odd
 from .errors import UserError, first_line
 from .families import FAMILIES, HEADS, MASKED, family_of, head_name, is_masked
 from .modules.masks import find_masks, masked_layers
@@ -47,61 +45,7 @@ def read_config(name_or_path: str, cache_dir: str | None = None) -> dict:
     model_type = str(config.get("model_type"))
     if model_type.removeprefix(MASKED) not in FAMILIES:
         raise UserError(f"{name_or_path} is a checkpoint of type {model_type!r}; these scripts take {', '.join(FAMILIES)}")
-    if problem := absurd_sizes(config):
-        raise UserError(f"{name_or_path}/config.json: {problem}; correct it")
-    if os.path.isdir(name_or_path):
-        _check_files(Path(name_or_path), config)
     return config
-
-
-def absurd_sizes(config: dict) -> str | None:
-    """What stands in a configuration that would keep transformers busy for ever; None for nothing."""
-    for name, most in (("num_labels", 100_000), ("num_hidden_layers", 1000)):
-        if name in config and (type(config[name]) is not int or not 0 <= config[name] <= most):
-            return f"{name} is {str(config[name])[:40]}, but must be a whole number up to {most:,}"
-    return None
-
-
-def _check_files(folder: Path, config: dict) -> None:
-    """Raises UserError for weight files that would lead elsewhere or fill the memory, before any of them is read."""
-    weights = [file for pattern in ("model*.safetensors", "pytorch_model*.bin") for file in folder.glob(pattern) if file.is_file()]
-    for index in (folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json"):
-        if not index.is_file():
-            continue
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            outside = sorted(name for name in names if not name or Path(name).name != name)
-        except Exception as error:
-            raise UserError(f"{index} is no index of weights: download it again") from error
-        if outside:
-            raise UserError(f"{index} points out of its folder, to {outside[0]!r}: do not use this checkpoint")
-    for file in weights:
-        if problem := what_is_odd(file):
-            raise UserError(f"{file} was not written by torch: {problem}; do not use this checkpoint")
-    stored = sum(file.stat().st_size for file in weights)
-    described = _described_weights(folder, config)
-    if stored and described > stored:
-        raise UserError(
-            f"{folder}/config.json describes a model of {described:,} weights, which its files of {stored:,} bytes cannot hold: "
-            "they are incomplete, or of another model"
-        )
-
-
-def _described_weights(folder: Path, config: dict) -> int:
-    """How many weights a model of this configuration has at least, in embeddings and encoder."""
-    try:
-        sizes = {name: value for name, value in config.items() if name not in ("id2label", "label2id", "num_labels")}
-        described = CONFIG_MAPPING[config["model_type"]].from_dict(sizes)
-    except Exception as error:  # transformers checks a part of the fields, each in its own way
-        raise UserError(f"{folder}/config.json cannot be used ({first_line(error)}); correct it") from error
-    sizes = {}
-    for name in ("vocab_size", "max_position_embeddings", "type_vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
-        sizes[name] = getattr(described, name, 0)
-        if type(sizes[name]) is not int or sizes[name] < 0:
-            raise UserError(f"{folder}/config.json: {name} is {str(sizes[name])[:40]}, but must be a whole number; correct it")
-    rows = sizes["vocab_size"] + sizes["max_position_embeddings"] + sizes["type_vocab_size"]
-    layer = 4 * sizes["hidden_size"] + 2 * sizes["intermediate_size"]
-    return sizes["hidden_size"] * (rows + sizes["num_hidden_layers"] * layer)
 
 
 def head_of(name_or_path: str, config: dict) -> str:
@@ -169,6 +113,8 @@ def load_model(
         )
     except Exception as error:  # broken files raise the errors of three libraries
         raise UserError(f"cannot load the checkpoint {name_or_path}: {first_line(error)}") from error
+    if masked and not masked_layers(model):
+        raise UserError(f"{name_or_path}/config.json gives the encoder no layers: correct num_hidden_layers")
     fresh_head = _check_loaded(name_or_path, model, info, trained and masked, trained)
     if labels and not isinstance(labels, int) and not fresh_head:
         _align_head(name_or_path, _output_layer(model)[1], _label_names(name_or_path, checkpoint), labels, trained)

@@ -71,7 +71,7 @@ def test_observed_scores_are_running_means_of_the_whole_updates_gradient(
                                     "--per_gpu_train_batch_size", *batch))  # fmt: skip
     examples = squad.read_examples(squad_dir / "train-v1.1.json", False, cache_dir=str(tmp_path / "other"))
     features = squad.build_features(examples, tiny_tokenizer, max_seq_length=48, doc_stride=16, max_query_length=16,
-                                    training=True, cache_dir=str(tmp_path / "other"))  # fmt: skip
+                                    training=True)  # fmt: skip
     plain = transformers.BertForQuestionAnswering.from_pretrained(tiny_bert).eval()
     batch = squad.collate(list(features), 0)
     assert len(features) == 24

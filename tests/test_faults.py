@@ -97,7 +97,7 @@ def test_the_list_of_files(run):
     listed = json.loads((folder / "files.json").read_text())
     assert set(listed) == {path.name for path in folder.iterdir()} - {"files.json"}
     assert all((folder / name).stat().st_size == entry["bytes"] for name, entry in listed.items())
-    assert checkpoint.what_is_broken(folder) is None
+    assert checkpoint.damage_of(folder) is None
 
 
 def flip(folder):

@@ -16,7 +16,7 @@ import bertarize
 import counts_parameters
 import masked_run_glue
 from emmental import MaskedBertForSequenceClassification
-from emmental.data import glue
+from emmental.data import glue, glue_tasks
 
 TOPK = ["--pruning_method", "topK", "--initial_threshold", "1", "--final_threshold", "0.2"]
 METHODS = {
@@ -61,7 +61,7 @@ def write_split(path, name, rows, seed, *, test=False):
 def glue_dir(tmp_path_factory):
     """Folder with a folder of GLUE files for each task."""
     folder = tmp_path_factory.mktemp("glue")
-    for name, task in glue.TASKS.items():
+    for name, task in glue_tasks.TASKS.items():
         (folder / name).mkdir()
         for seed, split in enumerate(task.splits):
             file = "diagnostic" if name == "ax" else split
@@ -113,10 +113,10 @@ def predictions(path):
     return [line.split("\t") for line in lines]
 
 
-@pytest.mark.parametrize("name", [name for name in glue.TASKS if name != "ax"])
+@pytest.mark.parametrize("name", [name for name in glue_tasks.TASKS if name != "ax"])
 def test_every_task_trains_evaluates_predicts_and_bertarizes(run, name, capsys):
     out = run(name, *TOPK, *TRAIN, "--do_eval", "--do_predict")
-    task = glue.TASKS[name]
+    task = glue_tasks.TASKS[name]
     names = {file.name for file in out.iterdir() if not file.name.startswith("events.out.tfevents")}
     assert names == {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training_args.json",

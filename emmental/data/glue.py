@@ -10,15 +10,11 @@ an index into `Task.labels`.
 
 import collections
 import csv
-import difflib
 import functools
 import itertools
 import json
 import logging
 import math
-import re
-import warnings
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
@@ -26,148 +22,32 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Features, Value
-from scipy.special import entr, softmax
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from emmental.data.features import (
     MODEL_INPUTS,
-    batch_rows,
     cached_map,
+    cached_rows,
     content_hash,
     fast_backend,
     one_line,
     pad_batch,
+    quoted,
     ragged,
     row_tuples,
-    shown,
-    stored_rows,
-    why_no_text,
+    text_problem,
+)
+from emmental.data.glue_tasks import (
+    custom_task,
+    listed,
+    plain,
 )
 from emmental.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-FEATURES_VERSION = 1  # raise it when the features of the same input change: old caches are then ignored
+VERSION = 1  # raise it when the features of the same input change: old caches are then ignored
 HUB_NAME = "nyu-mll/glue"
-CUSTOM = "custom"  # the name of every task of one's own
 CUSTOM_SUFFIXES = (".tsv", ".csv", ".jsonl")
-
-
-# ------------------------------------------------------------------------------------------- tasks
-
-
-@dataclass(frozen=True)
-class Task:
-    """What tells one task from another. A split is named as its file is: train, dev, dev_matched, test, ...
-
-    labels: names of the classes, in the order of the model's outputs; none for a regression.
-    metrics: keys of `glue_metrics`; the last is the task's own score.
-    submissions: file of predictions for each test split, whose labels are secret.
-    numbered: files and submissions hold the class indices, not the names.
-    score_range: lowest and highest value of a regression's labels, where they are limited.
-    headerless: columns of the training and evaluation files, where these have no header.
-    short_rows: files are known to have rows with too few fields.
-    """
-
-    name: str
-    labels: tuple[str, ...]
-    text_columns: tuple[str, ...]
-    label_column: str = "label"
-    hub_config: str = ""
-    hub_columns: tuple[str, ...] = ()
-    metrics: tuple[str, ...] = ("acc",)
-    evaluation_splits: tuple[str, ...] = ("dev",)
-    submissions: dict[str, str] = field(default_factory=dict)
-    numbered: bool = False
-    score_range: tuple[float, float] | None = None
-    headerless: tuple[str, ...] = ()
-    short_rows: bool = False
-
-    @property
-    def is_regression(self):
-        """Is a label a number, and the model's output one value?"""
-        return not self.labels
-
-    @property
-    def key_metric(self):
-        """The metric to compare runs by."""
-        return self.metrics[-1]
-
-    @property
-    def splits(self):
-        """All splits with data: training (where there is any evaluation), evaluation, test."""
-        return (*(("train",) if self.evaluation_splits else ()), *self.evaluation_splits, *self.submissions)
-
-
-_SENTENCES = ("sentence1", "sentence2")
-_MNLI = {
-    "labels": ("contradiction", "entailment", "neutral"),
-    "text_columns": _SENTENCES,
-    "label_column": "gold_label",
-    "hub_config": "mnli",
-    "hub_columns": ("premise", "hypothesis"),
-}
-_ENTAILMENT = ("entailment", "not_entailment")
-_ACC_AND_F1 = ("acc", "f1", "acc_and_f1")
-_CORRELATIONS = ("pearson", "spearmanr", "corr")
-
-TASKS = {
-    task.name: task
-    for task in (
-        Task("cola", ("unacceptable", "acceptable"), ("sentence",), hub_config="cola", metrics=("mcc",),
-             submissions={"test": "CoLA.tsv"}, numbered=True, headerless=("source", "label", "mark", "sentence")),
-        Task("sst-2", ("negative", "positive"), ("sentence",), hub_config="sst2",
-             submissions={"test": "SST-2.tsv"}, numbered=True),
-        Task("mrpc", ("not_equivalent", "equivalent"), ("#1 String", "#2 String"), "Quality", hub_config="mrpc",
-             hub_columns=_SENTENCES, metrics=_ACC_AND_F1, submissions={"test": "MRPC.tsv"}, numbered=True),
-        Task("sts-b", (), _SENTENCES, "score", hub_config="stsb", metrics=_CORRELATIONS,
-             submissions={"test": "STS-B.tsv"}, score_range=(0.0, 5.0)),
-        Task("qqp", ("not_duplicate", "duplicate"), ("question1", "question2"), "is_duplicate", hub_config="qqp",
-             metrics=_ACC_AND_F1, submissions={"test": "QQP.tsv"}, numbered=True, short_rows=True),
-        Task("mnli", **_MNLI, evaluation_splits=("dev_matched", "dev_mismatched"),
-             submissions={"test_matched": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv"}),
-        Task("mnli-mm", **_MNLI, evaluation_splits=("dev_mismatched",),
-             submissions={"test_mismatched": "MNLI-mm.tsv"}),
-        Task("qnli", _ENTAILMENT, ("question", "sentence"), hub_config="qnli", submissions={"test": "QNLI.tsv"}),
-        Task("rte", _ENTAILMENT, _SENTENCES, hub_config="rte", submissions={"test": "RTE.tsv"}),
-        Task("wnli", _ENTAILMENT[::-1], _SENTENCES, hub_config="wnli", submissions={"test": "WNLI.tsv"},
-             numbered=True),
-        Task("ax", **(_MNLI | {"hub_config": "ax"}), evaluation_splits=(), submissions={"test": "AX.tsv"}),
-    )
-}  # fmt: skip
-
-CUSTOM_SUBMISSION = "predictions.tsv"
-SUBMISSION_FILES = sorted({CUSTOM_SUBMISSION, *(file for task in TASKS.values() for file in task.submissions.values())})
-
-
-def find_task(name):
-    """The GLUE task of this name, in any case and with or without its hyphen ("SST-2", "sst2", "mnli_mm").
-
-    Raises `UserError` naming the nearest task when there is none.
-    """
-    tasks = {_plain(task): task for task in (*TASKS, CUSTOM)} | {"mnlim": "mnli"}
-    found = tasks.get(_plain(name))
-    if found not in TASKS:
-        nearest = difflib.get_close_matches(_plain(name), tasks, n=1, cutoff=0.4)
-        hint = f"; did you mean {tasks[nearest[0]]}?" if nearest else ""
-        raise UserError(f"{name!r} is not one of {', '.join(TASKS)}, {CUSTOM}{hint}")
-    return TASKS[found]
-
-
-def custom_task(labels):
-    """A task of one's own, with the labels that `read_custom_examples` returned."""
-    metrics = ("acc",) if labels else _CORRELATIONS
-    return Task(CUSTOM, tuple(labels), (), metrics=metrics, submissions={"test": CUSTOM_SUBMISSION})
-
-
-def _plain(name):
-    return re.sub("[-_ ]", "", name.lower())
-
-
-def _listed(names):
-    names = [str(name) if len(str(name)) <= 40 else f"{str(name)[:37]}..." for name in names]
-    return ", ".join(names if len(names) <= 12 else [*names[:11], f"... ({len(names)})"])
 
 
 # ---------------------------------------------------------------------------------------- examples
@@ -183,7 +63,8 @@ def read_examples(task, data_dir, split, cache_dir=None):
     Raises `UserError` for whatever is wrong with the file.
     """
     path, labelled = _split_file(task, data_dir, split), split not in task.submissions
-    return _stored(functools.partial(_examples, task, path, labelled), path, labelled, task.is_regression, cache_dir)
+    rows = functools.partial(_examples, task, path, labelled)
+    return _stored(rows, path, [task.name, split], labelled, task.is_regression, cache_dir)
 
 
 def _examples(task, path, labelled):
@@ -223,7 +104,7 @@ def _examples(task, path, labelled):
 
 def _texts(texts, columns, where):
     for text, column in zip(texts, columns):
-        if problem := why_no_text(text):
+        if problem := text_problem(text):
             raise UserError(f"{where}: {column} {problem}")
     return {"text_a": texts[0], "text_b": texts[1] if len(texts) > 1 else None}
 
@@ -254,7 +135,7 @@ def load_hub_examples(task, split, cache_dir=None):
                 example["label"] = parse_label(str(label), f"{where}, row {row}")
             yield example | _texts(texts, columns, f"{where}, row {row}")
 
-    return _stored(rows, where, labelled, task.is_regression, cache_dir)
+    return _stored(rows, where, [task.name, hub._fingerprint], labelled, task.is_regression, cache_dir)
 
 
 def custom_files(data_dir, splits):
@@ -299,7 +180,7 @@ def read_custom_examples(
         counts = collections.Counter(label for _, label, _ in checked())
         labels = sorted(counts)
         if len(labels) == 1:
-            raise UserError(f"{path}: has the label {shown(labels[0])} alone; a classification needs at least two")
+            raise UserError(f"{path}: has the label {quoted(labels[0])} alone; a classification needs at least two")
         if len(labels) > max(20, counts.total() / 10):
             logger.warning(f"{path}: has {len(labels)} labels in {counts.total()} rows; are they numbers (--regression)?")
     parse_label = _label_parser(custom_task(() if regression else labels or ()))
@@ -308,18 +189,17 @@ def read_custom_examples(
         for where, label, example in checked():
             yield example | ({"label": parse_label(label, where)} if label_column else {})
 
-    examples = _stored(rows, path, bool(label_column), regression, cache_dir)
+    examples = _stored(rows, Path(path), [wanted, labels, regression], bool(label_column), regression, cache_dir)
     return examples, () if regression else tuple(labels or ())
 
 
-def _stored(rows, where, labelled, regression, cache_dir):
+def _stored(rows, where, settings, labelled, regression, cache_dir):
+    """The examples that `rows()` yields. where: their file, or the name of the hub's data set."""
     kinds = {"index": Value("int64"), "text_a": Value("string"), "text_b": Value("string")}
     if labelled:
         kinds["label"] = Value("float64" if regression else "int64")
-    examples = stored_rows(rows, Features(kinds), name="glue-examples", cache_dir=cache_dir)
-    if not len(examples):
-        raise UserError(f"{where}: holds no examples; give a file with examples")
-    return examples
+    key = content_hash("glue", VERSION, where, settings, labelled)
+    return cached_rows(rows, Features(kinds), key, cache_dir, f"{where}: holds no examples; give a file with examples")
 
 
 def _check_split(task, split):
@@ -333,7 +213,7 @@ def _split_file(task, data_dir, split):
     if not (folder / name).exists():
         if not folder.is_dir():
             raise UserError(f"{folder / name}: cannot be read, there is no folder {folder}; check --data_dir")
-        below = [f for f in folder.iterdir() if _plain(f.name) == task.hub_config and (f / name).is_file()]
+        below = [f for f in folder.iterdir() if plain(f.name) == task.hub_config and (f / name).is_file()]
         hint = f"did you mean --data_dir {below[0]}?" if below else f"check --data_dir and --task_name {task.name}"
         raise UserError(f"{folder / name}: there is no file {name} in the folder {folder}; {hint}")
     return folder / name
@@ -383,7 +263,7 @@ def _places(path, header, wanted):
             problem = "two columns" if name in header else "no column"
             raise UserError(
                 f"{path}: the header, its first line, has {problem} {name}; "
-                f"expected: {_listed(wanted)}; found: {_listed(header)}"
+                f"expected: {listed(wanted)}; found: {listed(header)}"
             )
     return [header.index(name) for name in wanted]
 
@@ -421,7 +301,7 @@ def _json_record(text, where, wanted):
         raise UserError(f'{where}: must be an object like {{"{wanted[0]}": ...}}; correct it')
     for name in wanted:
         if name not in record:
-            raise UserError(f"{where}: has no column {name}; expected: {_listed(wanted)}; found: {_listed(record)}")
+            raise UserError(f"{where}: has no column {name}; expected: {listed(wanted)}; found: {listed(record)}")
     return record
 
 
@@ -440,7 +320,7 @@ def _label_text(record, column, where, regression):
         label = " ".join(_text(record, column, where).split())
         if not label:
             raise UserError(f"{where}: {column} is empty; correct it")
-        if problem := why_no_text(label):
+        if problem := text_problem(label):
             raise UserError(f"{where}: {column} {problem}")
     return str(label)
 
@@ -455,7 +335,7 @@ def _label_parser(task):
 
     def parse(label, where):
         if label not in indices:
-            raise UserError(f"{where}: the label {_listed([label])!r} is not one of {_listed(indices)}; correct it")
+            raise UserError(f"{where}: the label {listed([label])!r} is not one of {listed(indices)}; correct it")
         return indices[label]
 
     return parse
@@ -469,7 +349,7 @@ def _number(label, where, limits):
     low, high = limits or (-math.inf, math.inf)
     if not (math.isfinite(number) and low <= number <= high):
         kind = f"a number from {low:g} to {high:g}" if limits else "a finite number"
-        raise UserError(f"{where}: the label {_listed([label])!r} is not {kind}; correct it")
+        raise UserError(f"{where}: the label {listed([label])!r} is not {kind}; correct it")
     return number
 
 
@@ -479,14 +359,14 @@ def _index(text, where):
     except ValueError:
         index = -1
     if not 0 <= index < 2**63:
-        raise UserError(f"{where}: the index {_listed([text])!r} is not a whole number; correct it")
+        raise UserError(f"{where}: the index {listed([text])!r} is not a whole number; correct it")
     return index
 
 
 # ---------------------------------------------------------------------------------------- features
 
 
-def build_features(examples, tokenizer, *, max_seq_length, num_proc=1, cache_dir=None, overwrite_cache=False):
+def build_features(examples, tokenizer, *, max_seq_length, num_proc=1, overwrite_cache=False):
     """Turn examples into features, one for each, of at most `max_seq_length` tokens.
 
     Returns a `Dataset` whose rows are in the order of the examples: input_ids (list of `length` int32,
@@ -494,11 +374,10 @@ def build_features(examples, tokenizer, *, max_seq_length, num_proc=1, cache_dir
     on; `length` for a single sentence) and, where the examples have one, label. Of too long a pair the longer
     text loses tokens at its end, as by `truncation="longest_first"` of transformers.
 
-    The result is cached in `<cache_dir>/movement_pruning/glue-<hash of everything it depends on>`
-    (`cache_dir=None`: that of `datasets`). `num_proc` processes give the same rows as one.
+    They are cached beside the examples. `num_proc` processes give the same rows as one.
     Raises `UserError` for a slow tokenizer, or a length that leaves no room for the texts.
     """
-    backend = fast_backend(tokenizer, UserError)
+    backend = fast_backend(tokenizer)
     if not len(examples):
         raise UserError("there is no example to make features of; check the data file")
     texts = 1 if examples[0]["text_b"] is None else 2
@@ -506,16 +385,13 @@ def build_features(examples, tokenizer, *, max_seq_length, num_proc=1, cache_dir
     if max_seq_length < least:
         raise UserError(f"--max_seq_length is {max_seq_length}, but must be at least {least} for this task")
     backend.enable_truncation(max_seq_length, strategy="longest_first", direction=tokenizer.truncation_side)
-    columns = [name for name in ("text_a", "text_b", "label") if name in examples.column_names]
     return cached_map(
         examples,
         functools.partial(_featurize, backend=backend),
-        columns,
+        [name for name in ("text_a", "text_b", "label") if name in examples.column_names],
         name="glue",
-        key=content_hash([FEATURES_VERSION, backend.to_str()], examples.select_columns(columns).iter(batch_size=batch_rows(examples))),
-        is_complete=lambda features: len(features) == len(examples),
+        key=content_hash(VERSION, backend.to_str()),
         num_proc=num_proc,
-        cache_dir=cache_dir,
         overwrite_cache=overwrite_cache,
     )
 
@@ -548,54 +424,6 @@ def collate(features, pad_token_id, multiple_of=8, input_names=MODEL_INPUTS):
         labels = [feature["label"] for feature in features]
         batch["labels"] = torch.tensor(labels, dtype=torch.float32 if isinstance(labels[0], float) else torch.int64)
     return batch
-
-
-# ----------------------------------------------------------------------------------------- metrics
-
-
-def glue_metrics(task, logits, labels):
-    """The metrics of `task.metrics` as plain floats: fractions of 1, correlations from -1 to 1.
-
-    logits: (examples, labels of the task, in its order), or (examples, 1) or (examples,) for a regression.
-    labels: (examples,), as in the examples. F1 is that of the second label. A correlation that is not defined,
-    as where all predictions are equal, is 0.0, with a warning.
-    """
-    logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
-    if task.is_regression:
-        scores = logits.reshape(len(labels))
-        pearson = _correlation("pearson", pearsonr, scores, labels)
-        spearman = _correlation("spearmanr", spearmanr, scores, labels)
-        return {"pearson": pearson, "spearmanr": spearman, "corr": (pearson + spearman) / 2}
-    predictions = logits.argmax(axis=1)
-    if task.key_metric == "mcc":
-        return {"mcc": float(matthews_corrcoef(labels, predictions))}
-    metrics = {"acc": float(accuracy_score(labels, predictions))}
-    if "f1" in task.metrics:
-        metrics["f1"] = float(f1_score(labels, predictions, zero_division=0.0))
-        metrics["acc_and_f1"] = (metrics["acc"] + metrics["f1"]) / 2
-    return metrics
-
-
-def _correlation(name, correlate, scores, labels):
-    constant = [what for what, values in (("predictions", scores), ("labels", labels)) if np.ptp(values) == 0]
-    value = math.nan
-    if not constant and np.isfinite(scores).all():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of nearly constant predictions: there is a value all the same
-            value = float(correlate(scores, labels).statistic)
-    if math.isfinite(value):
-        return value
-    reason = f"all {constant[0]} are equal" if constant else "the predictions are not finite or out of scale"
-    logger.warning(f"{name} is not defined, because {reason}; it counts as 0.0")
-    return 0.0
-
-
-def mean_entropy(logits):
-    """Entropy of the predicted distribution over the labels, in nats, averaged over the examples.
-
-    logits: (examples, labels). From 0, where every prediction is certain, to log(labels).
-    """
-    return float(entr(softmax(np.asarray(logits, np.float64), axis=1)).sum(axis=1).mean())
 
 
 # ------------------------------------------------------------------------------------- predictions

@@ -10,39 +10,35 @@ Features are unpadded; `collate` pads a batch to its longest row. They are cache
 
 import collections
 import functools
-import itertools
 import json
-import re
-import string
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets import Features, List, Value
+from datasets import Dataset, Features, List, Value
 
 from emmental.data.features import (
     BATCH,
     MODEL_INPUTS,
-    batch_rows,
     cached_map,
+    cached_rows,
     content_hash,
     fast_backend,
     one_line,
     pad_batch,
     pair_frame,
+    quoted,
     ragged,
     row_tuples,
-    shown,
-    stored_rows,
-    why_no_text,
+    text_problem,
 )
 from emmental.errors import UserError
 
-FEATURES_VERSION = 1  # raise it when the features of the same input change: old caches are then ignored
-CHUNK = 2**20  # characters of a file read at a time
+VERSION = 1  # raise it when the features of the same input change: old caches are then ignored
 NO_SPAN_ODDS = 1e6  # null odds of a question without any valid span: finite, and above every real score
 EXAMPLE_FEATURES = Features(
     id=Value("string"),
@@ -57,40 +53,36 @@ EXAMPLE_FEATURES = Features(
 # ---------------------------------------------------------------------------------------- examples
 
 
-def read_examples(path, version_2_with_negative, unique_ids=True, cache_dir=None):
-    """Read and check a SQuAD JSON file, an article at a time.
+def read_examples(
+    path: Path | str, version_2_with_negative: bool, unique_ids: bool = True, cache_dir: str | None = None
+) -> Dataset:
+    """Read and check a SQuAD JSON file.
 
-    Returns a `Dataset` with the columns id, title, context, question, answers {text: list of str, answer_start:
-    list of int, in characters} and is_impossible (False where the file does not say), stored beside the features.
-    Predictions are keyed by id, so repeated ids are refused; training can do with them (`unique_ids=False`).
-    Raises `UserError` for whatever is wrong with the file.
+    Returns a `Dataset` with the columns id, title, context, question, answers {text: list of str,
+    answer_start: list of int, in characters} and is_impossible (False where the file does not say).
+    Predictions are keyed by id, so repeated ids are refused; training can do with them
+    (`unique_ids=False`). Raises UserError for whatever is wrong with the file.
     """
-
-    def questions():
-        return (question for question, _ in _checked(path, version_2_with_negative, unique_ids))
-
-    examples = stored_rows(questions, EXAMPLE_FEATURES, name="squad-examples", cache_dir=cache_dir)
-    if not len(examples):
-        raise UserError(f"{path}: holds no questions; give a SQuAD file with questions")
-    return examples
+    path = Path(path)
+    key = content_hash("squad", VERSION, version_2_with_negative, unique_ids, path)
+    questions = functools.partial(_checked, path, version_2_with_negative, unique_ids)
+    empty = f"{path}: holds no questions; give a SQuAD file with questions"
+    return cached_rows(questions, EXAMPLE_FEATURES, key, cache_dir, empty)
 
 
-def _checked(path, version_2_with_negative, unique_ids):
-    """Yield the questions of a file with their places; refuse those that do not fit the version, or ids that repeat."""
-    seen = set()
+def _checked(path: Path, version_2_with_negative: bool, unique_ids: bool) -> Iterator[dict]:
+    """Yield the questions of a file; refuse those that do not fit the version, and ids that repeat."""
+    places = {}
     for question, where in _questions(path):
         if question["is_impossible"] and not version_2_with_negative:
             raise UserError(
                 f"{where}: is_impossible is true (SQuAD v2.0); add --version_2_with_negative or give a v1.1 file"
             )
         if unique_ids:
-            id_ = question["id"]
-            if id_ in seen:
-                places = (place for other, place in _questions(path) if other["id"] == id_)
-                first = next(places, None) if Path(path).is_file() else "a question before"  # a pipe cannot be read again
-                raise UserError(f'{where}: "id" {shown(id_)} already belongs to {first}; give it another one')
-            seen.add(id_)
-        yield question, where
+            first = places.setdefault(question["id"], where)
+            if first is not where:
+                raise UserError(f'{where}: "id" {quoted(question["id"])} already belongs to {first}; give it another one')
+        yield question
 
 
 def load_hub_examples(split, version_2_with_negative, cache_dir=None):
@@ -112,7 +104,8 @@ def load_hub_examples(split, version_2_with_negative, cache_dir=None):
         for *values, answers in row_tuples(hub, names):
             yield dict(zip(names, [*values, answers]), is_impossible=not answers["text"])
 
-    return stored_rows(questions, EXAMPLE_FEATURES, name="squad-examples", cache_dir=cache_dir)
+    key = content_hash("squad", VERSION, hub._fingerprint)
+    return cached_rows(questions, EXAMPLE_FEATURES, key, cache_dir, f"{name}: holds no questions")
 
 
 def drop_misaligned(examples):
@@ -131,114 +124,23 @@ def drop_misaligned(examples):
     return (examples.select(keep, keep_in_memory=True) if skipped else examples), skipped
 
 
-class _Json:
-    """JSON decoded a value at a time: no more of the file is in memory than the value at hand.
-
-    (ijson, which does this too, turns half a surrogate pair into a question mark, and takes memory with the square
-    of the depth: a megabyte of brackets is too much for it.)
-    """
-
-    decoder = json.JSONDecoder()
-
-    def __init__(self, file):
-        self.file = file
-        self.text, self.place, self.passed = "", 0, 0  # what is read and kept, where we are in it, what was before it
-
-    def more(self):
-        """Read on, as much again as is left; returns whether there was anything."""
-        self.passed, self.text, self.place = self.passed + self.place, self.text[self.place :], 0
-        chunk = self.file.read(max(CHUNK, len(self.text)))
-        self.text += chunk
-        return bool(chunk)
-
-    def peek(self):
-        """The next character that is no blank; "" at the end."""
-        while True:
-            self.place = _BLANKS.match(self.text, self.place).end()
-            if self.place < len(self.text) or not self.more():
-                return self.text[self.place : self.place + 1]
-
-    def take(self, wanted):
-        """The next character, one of `wanted`. Raises ValueError for another."""
-        found = self.peek()
-        if not found or found not in wanted:
-            raise ValueError(f"expected {' or '.join(wanted)} at character {self.passed + self.place:,}")
-        self.place += 1
-        return found
-
-    def value(self):
-        """The next value. Raises ValueError, or RecursionError where it is nested too deep."""
-        self.peek()
-        while True:
-            length, problem = len(self.text) - self.place, ""
-            try:
-                value, end = self.decoder.raw_decode(self.text, self.place)
-            except json.JSONDecodeError as error:
-                end, problem = error.pos, error.msg
-            taken = end - self.place
-            # Near the end of what is read a value may be a part of one, as "1." and "tru" are; and a string anywhere.
-            if (taken > length - 16 or problem.startswith("Unterminated")) and self.more():
-                continue
-            if problem:
-                raise ValueError(f"{problem} at character {self.passed + self.place + taken:,}")
-            self.place += taken
-            return value
-
-    def values(self, brackets):
-        """Yield before each value of an array "[]" or each key of an object "{}", for the caller to take it."""
-        self.take(brackets[0])
-        if self.peek() == brackets[1]:
-            self.take(brackets[1])
-            return
-        while True:
-            yield
-            if self.take("," + brackets[1]) == brackets[1]:
-                return
-
-
-def _articles(path):
-    """Yield the articles of a SQuAD file, the values of its "data". Raises UserError."""
+def _articles(path: Path) -> list:
+    """The articles of a SQuAD file, the values of its "data". Raises UserError."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            reader, found = _Json(file), False
-            if not reader.peek():
-                raise UserError(f"{path}: is empty; give a SQuAD file with questions")
-            if reader.peek() != "{":
-                _get(reader.value(), "data", list, path)  # which says what there is instead
-            for _ in reader.values("{}"):
-                key = reader.value() if reader.peek() == '"' else reader.take('"')
-                reader.take(":")
-                if key != "data":
-                    reader.value()
-                elif found:
-                    raise ValueError('"data" stands there twice')
-                elif reader.peek() != "[":
-                    _get({key: reader.value()}, "data", list, path)
-                else:
-                    found = True
-                    for _ in reader.values("[]"):
-                        yield reader.value()
-            if reader.peek():
-                raise ValueError(f"something follows after its end, at character {reader.passed + reader.place:,}")
-            if not found:
-                _get({}, "data", list, path)
-    except UserError:
-        raise
-    except OSError as error:
-        raise _unreadable(path, error) from error
+        text = path.read_text(encoding="utf-8-sig")
+        if not text.strip():
+            raise UserError(f"{path}: is empty; give a SQuAD file with questions")
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not JSON in UTF-8 ({error}); download it again") from error
-
-
-def _unreadable(path, error):
-    return UserError(f"{path}: cannot be read ({error.strerror or error}); check --data_dir or --train/predict_file")
+    return _get(content, "data", list, path)
 
 
 def _questions(path):
     """Yield (question as a row of the data set, its place in the file), checking the form on the way."""
     for a, article in enumerate(_articles(path)):
         title = _get(article, "title", str, f"{path}: article {a}", default="")
-        in_article = f"{path}: article {a} ({shown(title)})"
+        in_article = f"{path}: article {a} ({quoted(title)})"
         for p, paragraph in enumerate(_get(article, "paragraphs", list, in_article)):
             in_paragraph = f"{in_article}, paragraph {p}"
             context = _get(paragraph, "context", str, in_paragraph)
@@ -256,7 +158,6 @@ def _questions(path):
                 yield row, where
 
 
-_BLANKS = re.compile(r"[ \t\n\r]*")
 _REQUIRED = object()
 _JSON_NAMES = {
     dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a whole number",
@@ -275,7 +176,7 @@ def _get(record, key, kind, where, default=_REQUIRED):
         raise UserError(f'{where}: "{key}" must be {_JSON_NAMES[kind]}, not {_JSON_NAMES[type(value)]}; correct it')
     if kind is int and not 0 <= value < 2**31:
         raise UserError(f'{where}: "{key}" is {value}, but must be an index into the context; correct it')
-    if kind is str and (problem := why_no_text(value)):
+    if kind is str and (problem := text_problem(value)):
         raise UserError(f'{where}: "{key}" {problem}')
     return value
 
@@ -285,7 +186,7 @@ def _get(record, key, kind, where, default=_REQUIRED):
 
 def build_features(
     examples, tokenizer, *,
-    max_seq_length, doc_stride, max_query_length, training, num_proc=1, cache_dir=None, overwrite_cache=False,
+    max_seq_length, doc_stride, max_query_length, training, num_proc=1, overwrite_cache=False,
 ):  # fmt: skip
     """Turn examples into features, one per window of a context; lengths and strides are in tokens.
 
@@ -297,11 +198,10 @@ def build_features(
     else offsets (start, end, start, end, ...: the characters of each context token in the context) and
     max_context (one bool per context token: is this the window that shows most of its surroundings).
 
-    The result is cached in `<cache_dir>/movement_pruning/squad-<hash of everything it depends on>`
-    (`cache_dir=None`: that of `datasets`). `num_proc` processes give the same rows as one.
+    They are cached beside the examples. `num_proc` processes give the same rows as one.
     Raises `UserError` for a slow tokenizer, or lengths that leave no room for the context.
     """
-    backend = fast_backend(tokenizer, UserError)
+    backend = fast_backend(tokenizer)
     for flag, value in ("--doc_stride", doc_stride), ("--max_query_length", max_query_length):
         if value < 1:
             raise UserError(f"{flag} is {value}, but must be at least 1 token")
@@ -309,29 +209,19 @@ def build_features(
         raise UserError("there is no question to make features of; check the data file")
 
     settings = dict(
-        frame=pair_frame(backend, UserError), max_seq_length=max_seq_length,
+        frame=pair_frame(backend), max_seq_length=max_seq_length,
         doc_stride=doc_stride, max_query_length=max_query_length, training=training,
     )  # fmt: skip
-    columns = ["id", "question", "context", "answers"]
     return cached_map(
         examples,
         functools.partial(_featurize, backend=backend, **settings),
-        columns,
+        ["id", "question", "context", "answers"],
         name="squad",
-        key=content_hash([FEATURES_VERSION, backend.to_str(), settings], _batches(examples, columns)),
-        is_complete=lambda features: features[-1]["example_index"] == len(examples) - 1,
+        key=content_hash(VERSION, backend.to_str(), settings),
         num_proc=num_proc,
-        cache_dir=cache_dir,
         overwrite_cache=overwrite_cache,
         with_indices=True,
     )
-
-
-def _batches(examples, columns):
-    for batch in examples.select_columns(columns).iter(batch_size=batch_rows(examples)):
-        # A context is repeated for each of its questions: once is enough.
-        batch["context"] = [(text, len(list(run))) for text, run in itertools.groupby(batch["context"])]
-        yield batch
 
 
 def _featurize(
@@ -354,7 +244,7 @@ def _featurize(
         room = max_seq_length - len(head) - len(after)
         if room < 1:
             raise UserError(
-                f"question {shown(id_)} has {len(question)} tokens, which leaves no room for its context in "
+                f"question {quoted(id_)} has {len(question)} tokens, which leaves no room for its context in "
                 f"--max_seq_length {max_seq_length}; raise it, or lower --max_query_length ({max_query_length})"
             )
         windows = _windows(len(context_ids), room, doc_stride)
@@ -513,72 +403,3 @@ def _nbest_list(spans, n_best_size):
         {"text": text, "probability": probability, "start_logit": start, "end_logit": end}
         for (text, (_, start, end)), probability in zip(ranked, (weights / weights.sum()).tolist())
     ]
-
-
-# ----------------------------------------------------------------------------------------- metrics
-
-
-def squad_metrics(examples, predictions, null_odds=None, *, version_2_with_negative):
-    """Exact match and F1 in percent, as by the official evaluate-v1.1.py or evaluate-v2.0.py.
-
-    Keys: exact, f1, total; for v2.0 also HasAns_* and NoAns_* (where there are such questions) and, with
-    `null_odds`, best_exact, best_exact_thresh, best_f1, best_f1_thresh: the best that another threshold on
-    the null odds could do for the given predictions. A question without a prediction counts as wrong.
-    """
-    exact, f1, has_answer = {}, {}, {}
-    for id_, answers in row_tuples(examples, ["id", "answers"]):
-        golds = [_words(text) for text in answers["text"]]
-        has_answer[id_] = bool(golds)
-        if version_2_with_negative:
-            golds = [gold for gold in golds if gold] or [[]]
-        if id_ not in predictions:
-            golds = []
-        words = _words(predictions.get(id_, ""))
-        exact[id_] = max((float(words == gold) for gold in golds), default=0.0)
-        f1[id_] = max((_f1(words, gold, version_2_with_negative) for gold in golds), default=0.0)
-
-    metrics = _averages(exact, f1, list(exact))
-    if version_2_with_negative:
-        for prefix, answered in ("HasAns_", True), ("NoAns_", False):
-            if ids := [id_ for id_ in exact if has_answer[id_] is answered]:
-                metrics |= {prefix + name: value for name, value in _averages(exact, f1, ids).items()}
-        if null_odds is not None:
-            for name, scores in ("exact", exact), ("f1", f1):
-                best, threshold = _best_threshold(scores, predictions, null_odds, has_answer)
-                metrics |= {f"best_{name}": best, f"best_{name}_thresh": threshold}
-    return metrics
-
-
-def _averages(exact, f1, ids):
-    percent = [100.0 * sum(scores[id_] for id_ in ids) / len(ids) for scores in (exact, f1)]
-    return {"exact": percent[0], "f1": percent[1], "total": len(ids)}
-
-
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-def _words(text):
-    return re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_PUNCTUATION)).split()
-
-
-def _f1(prediction, gold, version_2_with_negative):
-    if version_2_with_negative and not (prediction and gold):
-        return float(prediction == gold)
-    shared = (collections.Counter(prediction) & collections.Counter(gold)).total()
-    # The official quotient of precision and recall, in its order of rounding.
-    precision, recall = shared / max(len(prediction), 1), shared / max(len(gold), 1)
-    return 2 * precision * recall / (precision + recall) if shared else 0.0
-
-
-def _best_threshold(scores, predictions, null_odds, has_answer):
-    """Walk up the null odds: below the threshold the prediction counts, above it the null answer does."""
-    current = best = sum(not answered for answered in has_answer.values())
-    threshold = 0.0
-    for id_ in sorted((id_ for id_ in null_odds if id_ in scores), key=null_odds.get):
-        if has_answer[id_]:
-            current += scores[id_]
-        elif predictions.get(id_):
-            current -= 1
-        if current > best:
-            best, threshold = current, null_odds[id_]
-    return 100.0 * best / len(scores), threshold

@@ -26,29 +26,30 @@ from ..modules.masked_nn import MaskedLinear
 from ..modules.masks import masked_layers
 from .compaction import NAMES, compact, compact_model, density, read_layer
 from .encoder import SparseEncoder, SparseLayer
-from .kernels import BACKENDS, MOST_COLUMNS, Library, Native, fastest, load_native, measured_limit
+from .kernels import BACKENDS, MOST_COLUMNS, Library, Native, load_native
 
 logger = logging.getLogger(__name__)
 
 KERNELS = ("auto", *BACKENDS, "compact")
 NORMS = ("attention.output.LayerNorm", "output.LayerNorm")
 PRUNED = 0.99  # a model with more left than this is called dense
-TRIAL_TOKENS = 128
+CSR_BELOW = 0.3  # density: a matrix with fewer weights than this is faster in CSR
 
 
-def sparsify(model: PreTrainedModel, kernel: str = "auto", csr_below: float | None = None) -> PreTrainedModel:
+def sparsify(model: PreTrainedModel, kernel: str = "auto", csr_below: float = CSR_BELOW) -> PreTrainedModel:
     """A model with the outputs of `model` (float32 rounding aside) that is faster because it is pruned.
 
     model: a BERT of any head, bertarized or masked. It is left as it is.
     kernel: "native" (kernels of our own; they need a C++ compiler once), "library" (torch's CSR product),
-        "compact" (dense products, smaller by what compaction takes out), or "auto": the fastest of them here.
-    csr_below: density, in [0, 1], below which a matrix becomes CSR; measured on this machine when None.
+        "compact" (dense products, smaller by what compaction takes out), or "auto": native where there is a
+        compiler, else library; compact where no sparse product pays.
+    csr_below: density, in [0, 1], below which a matrix becomes CSR.
     On a GPU, or for a model in training mode, CSR does not pay: "auto" compacts only, and says so.
     Raises ValueError for another architecture, an unknown kernel, or a kernel that cannot work here.
     """
     if kernel not in KERNELS:
         raise ValueError(f"unknown kernel {kernel!r}: choose one of {', '.join(KERNELS)}")
-    if csr_below is not None and not 0.0 <= csr_below <= 1.0:
+    if not 0.0 <= csr_below <= 1.0:
         raise ValueError(f"csr_below is a density in [0, 1], not {csr_below}")
     _check_model(model)
     unfit = _unfit(model)
@@ -58,9 +59,9 @@ def sparsify(model: PreTrainedModel, kernel: str = "auto", csr_below: float | No
     left = density(encoder_of(model))
     if left > PRUNED:
         logger.warning("%.0f%% of the encoder's weights are left: nothing is gained by sparse inference", 100 * left)
-    if kernel == "compact" or unfit:
-        if unfit:
-            logger.warning("%s: compaction only, with dense products", unfit)
+    if unfit:
+        logger.warning("%s: compaction only, with dense products", unfit)
+    if kernel == "compact" or unfit or (kernel == "auto" and left >= csr_below):
         return _compacted(model)
     backend = _backend(kernel)
     encoder = encoder_of(model)
@@ -70,12 +71,7 @@ def sparsify(model: PreTrainedModel, kernel: str = "auto", csr_below: float | No
     ]
     sparse = copy.deepcopy(model, {id(encoder): SparseEncoder(model.config, backend, layers)})
     sparse.config._attn_implementation = "sdpa"  # the form of mask that SparseEncoder takes
-    if kernel != "auto":
-        return _finished(sparse)
-    compacted = _compacted(model)
-    gain = _gain(compacted, sparse)
-    logger.info("%s kernels: %.2f times as fast as dense products, at %.1f%% left", backend.name, gain, 100 * left)
-    return _finished(sparse) if gain > 1.0 else compacted
+    return _finished(sparse)
 
 
 def sparse_model(
@@ -83,7 +79,7 @@ def sparse_model(
     config: BertConfig,
     tensors: dict,
     kernel: str = "auto",
-    csr_below: float | None = None,
+    csr_below: float = CSR_BELOW,
 ) -> PreTrainedModel:
     """The sparse model of these tensors, by their names in `model_class`: csr_array for the encoder's matrices.
 
@@ -183,24 +179,13 @@ def _backend(kernel: str) -> type:
 
 
 def _sparse_layer(
-    config: BertConfig, heads: int, fetch: Callable[[str], Tensor], backend: type, csr_below: float | None
+    config: BertConfig, heads: int, fetch: Callable[[str], Tensor], backend: type, csr_below: float
 ) -> SparseLayer:
     layer = compact(read_layer(fetch, heads), config.hidden_act)
 
     def prepare(affine):
         rows, columns = affine.weight.shape
-        limit = csr_below
-        if limit is None:  # of a whole matrix, as every compacted one has a shape of its own
-            hidden, inner = config.hidden_size, config.intermediate_size
-            shape = (
-                (inner, hidden)
-                if affine is layer.first
-                else (hidden, inner)
-                if affine is layer.second
-                else (hidden, hidden)
-            )
-            limit = measured_limit(backend, *shape)
-        return backend.prepare(affine, sparse=affine.weight.nnz < limit * max(1, rows * columns))
+        return backend.prepare(affine, sparse=affine.weight.nnz < csr_below * max(1, rows * columns))
 
     norms = [torch.as_tensor(fetch(f"{norm}.{part}")) for norm in NORMS for part in ("weight", "bias")]
     return SparseLayer(layer, norms, prepare)
@@ -210,15 +195,6 @@ def _compacted(model: PreTrainedModel) -> PreTrainedModel:
     model = copy.deepcopy(model)
     compact_model(model, encoder_of(model))
     return _finished(model)
-
-
-def _gain(dense: PreTrainedModel, sparse: PreTrainedModel) -> float:
-    """How many times faster the encoder of the second is, for one sequence on this machine."""
-    length = min(TRIAL_TOKENS, dense.config.max_position_embeddings)
-    hidden = torch.zeros(1, length, dense.config.hidden_size)
-    with torch.inference_mode():
-        slow, fast = fastest([lambda m=model: encoder_of(m)(hidden) for model in (dense, sparse)], repeats=3)
-    return slow / fast
 
 
 def _finished(model: PreTrainedModel) -> PreTrainedModel:

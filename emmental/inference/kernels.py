@@ -4,14 +4,11 @@ A backend keeps the activations of one forward feature-major in a layout of its 
 - `Native`: [tiles][features][T], tiles of T tokens (see kernels.cpp). Built at first use with the C++ compiler of
   the machine ($CXX, c++, g++ or clang++) and kept in the cache folder.
 - `Library`: [features][tokens]; nothing to build. The same results, to float32 rounding.
-
-`measured_limit` finds below which density CSR wins on this machine.
 """
 
 import ctypes
 import functools
 import hashlib
-import json
 import logging
 import math
 import os
@@ -19,22 +16,18 @@ import shutil
 import subprocess
 import tempfile
 import threading
-import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.sparse import csr_array
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from ..errors import UserError
-from ..hardware import processor_name
 from .compaction import Affine
 
 logger = logging.getLogger(__name__)
@@ -42,10 +35,7 @@ logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 BUILD_SECONDS = 120
-LIMITS_FILE = "inference.json"
 MOST_COLUMNS = 2**16  # of a sparse matrix: its column indices have 16 bits
-TRIAL_TOKENS = 128
-TRIAL_DENSITIES = (0.05, 0.3)
 LANES = 16
 
 
@@ -279,65 +269,3 @@ class Library:
 
 
 BACKENDS = {backend.name: backend for backend in (Native, Library)}
-
-
-# ----------------------------------------------------------------------------------- measured on this machine
-
-
-def measured_limit(backend: type, rows: int, columns: int) -> float:
-    """Density below which CSR is faster than the dense product for a rows x columns matrix, in [0, 1].
-
-    Both are timed on this machine (a tenth of a second) with the threads that torch uses now; the time of
-    CSR is a line through two densities. The result is kept in inference.json of the cache folder.
-    """
-    key = f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {backend.name}, {rows} x {columns}"
-    known = _read_cache()
-    if key not in known:
-        known[key] = round(_measure_limit(backend, rows, columns), 3)
-        try:
-            _write_cache(known)
-        except OSError as error:
-            logger.info("the measurement is not kept: %s", error)
-    return known[key]
-
-
-def _measure_limit(backend: type, rows: int, columns: int) -> float:
-    run = backend(1, TRIAL_TOKENS)
-    x = run.enter(torch.zeros(1, TRIAL_TOKENS, columns))
-    rng = np.random.default_rng(0)
-    matrices = []
-    for density in (*TRIAL_DENSITIES, 1.0):
-        weight = csr_array((rng.random((rows, columns), np.float32) < density).astype(np.float32))
-        matrices.append(backend.prepare(Affine(weight, np.zeros(rows, np.float32)), sparse=density < 1.0))
-    low, high, dense = fastest([lambda m=matrix: run.product(m, x, "inner") for matrix in matrices])
-    slope = (high - low) / (TRIAL_DENSITIES[1] - TRIAL_DENSITIES[0])
-    if slope <= 0.0:  # noise drowned it
-        return 0.5
-    return min(1.0, max(0.0, TRIAL_DENSITIES[0] + (dense - low) / slope))
-
-
-def fastest(calls: list[Callable], repeats: int = 7) -> list[float]:
-    """The shortest time of each call, in seconds; they alternate, and each has one call before."""
-    times = [[] for _ in calls]
-    for _ in range(repeats + 1):
-        for own, call in zip(times, calls, strict=True):
-            start = time.perf_counter()
-            call()
-            own.append(time.perf_counter() - start)
-    return [min(own[1:]) for own in times]
-
-
-def _read_cache() -> dict[str, float]:
-    try:
-        known = json.loads((cache_folder() / LIMITS_FILE).read_text())
-        return {key: limit for key, limit in known.items() if isinstance(limit, float) and 0.0 <= limit <= 1.0}
-    except (OSError, ValueError, AttributeError):
-        return {}
-
-
-def _write_cache(known: dict) -> None:
-    file = cache_folder() / LIMITS_FILE
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as aside:
-        json.dump(known, aside, indent=1)
-    os.replace(aside.name, file)

@@ -51,7 +51,7 @@ class MagnitudeBinarizer:
 
     @staticmethod
     def apply(weight: Tensor, threshold: float) -> Tensor:
-        return METHODS["magnitude"].masks([weight.detach().abs()], threshold)[0].to(weight.dtype)
+        return METHODS["magnitude"].masks([weight.detach()], threshold)[0].to(weight.dtype)
 
 
 @torch.no_grad()

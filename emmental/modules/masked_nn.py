@@ -154,8 +154,7 @@ class MaskedLinear(nn.Linear):
             mask = self.method.masks([self.source], threshold, self.training)[0]
             current = MaskInForce(mask, threshold, self.training, lasting=False)
         elif current is None:
-            raise RuntimeError("this layer has no mask: call it inside `with masked(model, "
-                               "threshold): ...`, or with threshold=...")  # fmt: skip
+            raise RuntimeError("no mask: use `with masked(model, threshold): ...`, or threshold=...")
         if current.lasting and not (self.training or torch.is_grad_enabled()):
             if current.masked_weight is None:
                 expanded = self.granularity.expand(current.mask, self.weight.shape)

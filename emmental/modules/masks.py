@@ -4,8 +4,8 @@
         loss = model(**batch).loss
         loss.backward()
 
-Inside the block every layer uses the mask found at its beginning. Outside of one, each forward of a
-masked model finds its own masks, so that no mask is ever stale, at the cost of a selection each.
+Inside, every layer uses the mask found at the beginning. Outside, each forward of a masked model
+finds its own masks, so that none is ever stale, at the cost of a selection.
 """
 
 from collections import Counter
@@ -86,13 +86,14 @@ def find_masks(
     sizes = Counter()
     for layer in masked_layers(model).values():
         sizes[layer.owner] += layer.weight.numel() // sources[layer.owner].numel()
-    ranked = list(sources.values()), [sizes[owner] for owner in sources]
-    return _by_layer(model, sources, *keep_largest_together(*ranked, check_fraction(threshold), cutoff))
+    values = [value.abs() if method.absolute else value for value in sources.values()]
+    ranked = keep_largest_together(values, list(sizes.values()), check_fraction(threshold), cutoff)
+    return _by_layer(model, sources, *ranked)
 
 
 @torch.no_grad()
 def masks_above(model: nn.Module, score: float) -> Masks:
-    """The masks of all layers if all weights with scores up to `score` were pruned."""
+    """The masks if all weights with scores up to `score` were pruned."""
     method, sources = _sources(model)
     return _by_layer(model, sources, method.masks_above(list(sources.values()), score))
 
@@ -116,7 +117,7 @@ def resolve_threshold(model: nn.Module, threshold: float | None) -> float:
     """`threshold`, or the configuration's. Raises ValueError when there is none."""
     if threshold is None:
         threshold = getattr(getattr(model, "config", None), "threshold", None)
-    if threshold is None and any(l.method.threshold for l in masked_layers(model).values()):
+    if threshold is None and any(x.method.threshold for x in masked_layers(model).values()):
         raise ValueError("the threshold is unknown: pass threshold=..., or set config.threshold")
     return 1.0 if threshold is None else float(threshold)
 

@@ -26,8 +26,8 @@ class Method:
     threshold: the fraction that "remains", a cut on "sigmoid" of the scores (both in [0, 1]), a
         cut on the "score" itself, or None where there is no threshold.
     penalty: the name of the penalty that makes it sparse; None where the threshold alone does.
-    ranks_together: whether `global_topk` can rank all matrices together.
-    has_floor: whether a matrix keeps 0.5% of its weights whatever the threshold.
+    absolute, ranks_together, has_floor: whether it ranks absolute values; whether `global_topk` can
+        rank all matrices together; whether a matrix always keeps 0.5% of its weights.
     observe: None, or a method `observe(layer, grad)` that updates a layer's scores in place, once
         per update, from dL/dS of the straight-through estimator, the same on every rank.
     """
@@ -37,6 +37,7 @@ class Method:
     scores: str | None = "learned"
     threshold: str | None = "remains"
     penalty: str | None = None
+    absolute = False
     ranks_together = True
     has_floor = False
     observe: Callable | None = None
@@ -78,14 +79,15 @@ class TopK(Method):
 
     def masks(self, sources, threshold, sampled=False, generator=None):
         fraction = check_fraction(threshold)
-        return keep_largest(sources, [int(fraction * source.numel()) for source in sources])
+        counts = [int(fraction * source.numel()) for source in sources]
+        return keep_largest(sources, counts, self.absolute)
 
 
 class Magnitude(TopK):
     """Magnitude pruning: M = 1 on the `int(v * n)` largest |W| (Han et al. 2015)."""
 
     name, title = "magnitude", "magnitude"
-    scores = None
+    scores, absolute = None, True
 
 
 class Threshold(Method):

@@ -12,12 +12,13 @@ SAMPLED_SIZE = 100_000  # entries from which on a sample narrows a selection dow
 SAMPLE_STRIDE = 61  # a prime, so that a sample meets every column
 
 
-def select_largest(value: Tensor, count: int) -> Tensor:
-    """Boolean mask of the `count` largest entries of a CPU tensor, of its shape; of equal ones, the
-    first in row-major order.
+def select_largest(value: Tensor, count: int, absolute: bool = False) -> Tensor:
+    """Boolean mask of the `count` largest (absolute) entries of a CPU tensor, of its shape; of equal
+    ones, the first in row-major order.
     """
     dtype = torch.promote_types(value.dtype, torch.float32)  # NumPy has no bfloat16
     vector = value.detach().to(dtype).reshape(-1).numpy()
+    vector = np.abs(vector) if absolute else vector
     return torch.from_numpy(_select_largest(vector, count)).view(value.shape)
 
 

@@ -4,6 +4,7 @@ The cut-off of a top-k mask comes from a selection, not a sort: the order of the
 never needed.
 """
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -15,15 +16,15 @@ from .selection import kth_largest, select_largest
 MIN_REMAINING = 0.005  # a thresholded matrix never loses more than 99.5% of its entries
 
 
-def keep_largest(values: list[Tensor], counts: list[int]) -> list[Tensor]:
-    """Boolean masks with exactly `counts[i]` ones on the largest entries of `values[i]`.
+def keep_largest(values: list[Tensor], counts: list[int], absolute: bool = False) -> list[Tensor]:
+    """Boolean masks with exactly `counts[i]` ones on the largest (absolute) entries of `values[i]`.
 
     Among equal entries the first in row-major order are kept, so the choice is deterministic.
     """
     if all(value.device.type == "cpu" for value in values):
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # NumPy lets go of the interpreter
-            return list(pool.map(select_largest, values, counts))
-    values = [value.detach() for value in values]
+            return list(pool.map(select_largest, values, counts, itertools.repeat(absolute)))
+    values = [value.detach().abs() if absolute else value.detach() for value in values]
     cutoffs = kth_largest(values, counts)
     masks = [(value >= cutoff).contiguous() for value, cutoff in zip(values, cutoffs, strict=True)]
     for i, ones in enumerate(count_ones(masks)):

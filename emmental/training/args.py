@@ -150,7 +150,7 @@ def check_common_arguments(args: argparse.Namespace, given: set[str]) -> list[st
     """Every problem that the arguments have among themselves, one line each."""
     problems = []
     for name in sorted(given & set(WITHOUT_MEANING)):
-        logger.warning("--%s has lost its meaning and is ignored", name)
+        logger.warning("--%s is obsolete and ignored", name)
 
     actions = [name for name in ("do_train", "do_eval", "do_predict") if name in vars(args)]
     if not any(getattr(args, name) for name in actions):

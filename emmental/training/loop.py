@@ -36,8 +36,7 @@ def train(
                 left = count(masks_above(model, steering.reference(step))).overall
                 penalty_weight *= steering.steer(step, left)
             set_learning_rates(optimizer, schedule.learning_rate(step))
-            renews = step % settings.global_topk_frequency_compute == 0
-            cutoff = None if renews else state.cutoff
+            cutoff = state.cutoff if step % settings.global_topk_frequency_compute else None
 
             with masked(model, threshold, cutoff, state.mask_generator) as masks:
                 losses = passes.backward(*batches.take(step), penalty_weight, scaler)

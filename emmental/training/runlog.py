@@ -139,11 +139,11 @@ def write_results(output_dir: Path, results: dict[str, float | str]) -> None:
 
 
 def print_summary(world: World, figures: dict[str, float | str], output_dir: Path) -> None:
-    """The last lines of a run: its figures, and where everything lies."""
+    """The last lines of a run: its figures, and the output folder."""
     if not world.is_main:
         return
     width = max(map(len, figures))
     print()
     for name, value in figures.items():
         print(f"  {name:<{width}}  {value:.4g}" if isinstance(value, float) else f"  {name:<{width}}  {value}")
-    print(f"\n  everything lies in {output_dir}")
+    print(f"\n  results saved to {output_dir}")
