@@ -16,7 +16,6 @@ import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from . import modeling_bert_masked  # noqa: F401, registers the masked classes
 from .errors import UserError, first_line
 from .families import FAMILIES, HEADS, MASKED, family_of, head_name, is_masked
 from .modules.masks import find_masks, masked_layers

@@ -12,16 +12,16 @@ PACKAGE = ROOT / "emmental"
 SCRIPTS = {"masked_run_squad", "masked_run_glue", "counts_parameters", "bertarize", "saving_prunebert", "paper_tables"}
 LEAVES = {"errors", "files", "hardware"}  # of the standard library alone
 SCIENCE = {"modules", "schedule", "steering", "losses"}
-MODELS = {"configuration_bert_masked", "families", "modeling_bert_masked"}
+STATEMENTS = {path.stem for kind in ("configuration", "modeling") for path in PACKAGE.glob(f"{kind}_*.py")}  # a pair a family
+MODELS = {"families"} | STATEMENTS
 ALLOWED = {  # part: (parts of emmental, libraries beyond the standard one that it may import; None: any)
     **{leaf: (LEAVES, set()) for leaf in LEAVES},
     "modules": ({"modules"}, {"torch", "numpy"}),
     "schedule": (set(), set()),
     "steering": (set(), set()),
     "losses": ({"modules"}, {"torch"}),
-    "configuration_bert_masked": (set(), {"transformers"}),
     "families": ({"modules"}, {"torch", "transformers"}),
-    "modeling_bert_masked": (MODELS, {"torch", "transformers"}),
+    **{part: (MODELS, {"torch", "transformers"}) for part in STATEMENTS},
     "export": ({"modules"} | MODELS, {"torch", "transformers"}),
     "loading": (LEAVES | {"modules"} | MODELS, {"torch", "transformers"}),
     "data": (LEAVES | {"data"}, None),

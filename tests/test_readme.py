@@ -1,9 +1,12 @@
-"""What the README says can be typed, can be typed."""
+"""What README and docs say can be typed, can be typed."""
 
 import argparse
 import importlib
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,20 +20,30 @@ import saving_prunebert
 from emmental.training.args import check_common_arguments
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {str(file.relative_to(ROOT)): file.read_text(encoding="utf-8") for file in FILES}
+README, ALL = TEXTS["README.md"], "\n".join(TEXTS.values())
 SCRIPTS = {
     script.__name__: script
     for script in (masked_run_squad, masked_run_glue, counts_parameters, bertarize, saving_prunebert, paper_tables)
 }
+BENCHMARKS = ("training_step", "features", "scale", "storage", "inference")
 VARIABLES = {"SERIALIZATION_DIR": "runs/x", "SQUAD_DATA": "data/squad", "GLUE_DATA": "glue", "TEACHER": "runs/teacher"}
 
 
-def commands():
-    for block in re.findall(r"```bash\n(.*?)```", README, re.S):
+def commands(folder=""):
+    """Script and flags of every command in a bash block; folder: of the script."""
+    for block in re.findall(r"```bash\n(.*?)```", ALL, re.S):
         for line in block.replace("\\\n", " ").splitlines():
             line = line.split("  #")[0]
-            if match := re.match(r"python (\w+)\.py (.*)", line.strip()):
+            if match := re.match(rf"python {folder}(\w+)\.py ?(.*)", line.strip()):
                 yield match[1], match[2]
+
+
+def split(flags):
+    for variable, value in VARIABLES.items():
+        flags = flags.replace(f"${variable}", value)
+    return shlex.split(flags)
 
 
 COMMANDS = list(commands())
@@ -45,22 +58,38 @@ def test_the_four_published_commands_are_there():
 
 @pytest.mark.parametrize("name, flags", COMMANDS, ids=range(len(COMMANDS)))
 def test_commands_parse(name, flags, tmp_path, monkeypatch):
-    for variable, value in VARIABLES.items():
-        flags = flags.replace(f"${variable}", value)
     monkeypatch.chdir(tmp_path)
     parser = SCRIPTS[name].get_parser()
-    args = parser.parse_args(shlex.split(flags))
-    given = parser.given(shlex.split(flags))
+    args = parser.parse_args(split(flags))
+    given = parser.given(split(flags))
     if name.startswith("masked_run"):
         assert check_common_arguments(args, given) == []
     if name == "masked_run_glue":
         Path(args.data_dir).mkdir(parents=True)
-        assert masked_run_glue.check_glue_arguments(args, given) == []
+        assert masked_run_glue.Glue().check(args, given) == []
+
+
+def test_benchmark_commands_parse():
+    found = list(commands("benchmarks/"))
+    assert {name for name, _ in found} == set(BENCHMARKS)
+    for name, flags in found:
+        importlib.import_module(name).get_parser().parse_args(split(flags))
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_lead_somewhere(name):
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", TEXTS[name]):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M)
+            assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, link
 
 
 def test_every_flag_of_the_readme_exists():
     parsers = [script.get_parser() for script in SCRIPTS.values()]
-    parsers += [importlib.import_module(name).get_parser() for name in ("training_step", "features", "scale", "storage", "inference")]
+    parsers += [importlib.import_module(name).get_parser() for name in BENCHMARKS]
     known = set()
     for parser in parsers:
         for action in parser._actions:
@@ -69,7 +98,7 @@ def test_every_flag_of_the_readme_exists():
                 known |= {flag for verb in action.choices.values() for a in verb._actions for flag in a.option_strings}
     known |= {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port", "--logdir"}
     known |= {"--hypothesis"}  # -profile, of pytest
-    assert set(re.findall(r"--[a-z_0-9]+", README)) <= known
+    assert set(re.findall(r"--[a-z_0-9]+", ALL)) <= known
 
 
 def test_the_file_tree_is_true():
@@ -92,3 +121,66 @@ def test_help_says_what_a_flag_is_for(capsys):
             script.main(["--help"])
         assert stop.value.code == 0
     assert "(default: 0.7)" in capsys.readouterr().out
+
+
+EXTENDED = """
+import sys
+import transformers
+from emmental.modules import find_masks
+from emmental.training.args import make_parser
+from emmental.training.passes import observe_scores
+
+for method in "sign_movement", "sensitivity":
+    layer = MaskedLinear(6, 4, mask_init="uniform", mask_scale=1.0, pruning_method=method)
+    assert find_masks(layer, 0.5).by_layer[""].sum() == 12
+    before = layer.mask_scores.detach().clone()
+    layer.train()(torch.randn(3, 6), threshold=0.5).sum().backward()
+    if method == "sensitivity":
+        observe_scores(layer, torch.amp.GradScaler("cpu", enabled=False))
+        assert layer.mask_scores.grad is None and not torch.equal(layer.mask_scores, before)
+    else:
+        assert layer.mask_scores.grad.abs().unique().tolist() == [1.0]
+assert make_parser(Tagging(), "x").parse_args(
+    "--data_dir x --model_type masked_bert --model_name_or_path x --output_dir x --pruning_method sensitivity".split())
+
+layer = MaskedLinear(8, 6, mask_init="uniform", mask_scale=1.0, granularity="2x2")
+layer(torch.randn(5, 8), threshold=0.5).sum().backward()
+assert layer.mask_scores.shape == layer.mask_scores.grad.shape == (3, 4)
+assert model[0].mask_scores.grad.shape == (8, 4)
+
+config = MaskedDistilBertConfig(vocab_size=30, dim=8, n_layers=1, n_heads=2, hidden_dim=16, max_position_embeddings=16)
+ids = torch.arange(5, 15)[None]
+for auto, output in (AutoModel, "last_hidden_state"), (AutoModelForQuestionAnswering, "start_logits"):
+    distilbert = auto.from_config(config)
+    assert type(distilbert).__name__.startswith("MaskedDistilBert")
+    assert distilbert(ids, threshold=0.5)[output].shape[:2] == (1, 10)
+
+place = Path(sys.argv[1])
+words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "ada", "ben", "lives", "in", "oslo", "rome", "##me"]
+transformers.BertTokenizerFast(vocab={word: n for n, word in enumerate(words)}).save_pretrained(place / "bert")
+transformers.BertModel(transformers.BertConfig(vocab_size=len(words), hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+    intermediate_size=16, max_position_embeddings=16)).save_pretrained(place / "bert")
+for split in "train", "dev":
+    (place / f"{split}.txt").write_text("Ada/name lives/other in/other Oslo/place\\nBen/name lives/other in/other Rome/place\\n" * 4)
+flags = "--model_type masked_bert --do_train --do_eval --do_lower_case --max_seq_length 16 --max_steps 3 --final_threshold 0.5 --pruning_method sensitivity --no_cuda"
+folders = ["--data_dir", str(place), "--model_name_or_path", str(place / "bert"), "--output_dir", str(place / "out")]
+results = main(flags.split() + folders)
+assert 0 <= results["accuracy"] <= 1 and abs(results["remaining_percent_linear"] - 50) < 1
+"""
+
+
+def test_the_changes_of_extending_run(tmp_path):
+    """In a process of their own, in order and in one namespace, as registrations last."""
+    blocks = re.findall(r"```python\n(.*?)```", TEXTS["docs/extending.md"], re.S)
+    assert len(blocks) >= 6
+    script = tmp_path / "extended.py"
+    script.write_text("\n".join([*blocks, EXTENDED]), encoding="utf-8")
+    done = subprocess.run([sys.executable, str(script), str(tmp_path)], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_python_blocks_compile(name):
+    for block in re.findall(r"```python\n(.*?)```", TEXTS[name], re.S):
+        compile(block, name, "exec")

@@ -1,7 +1,7 @@
 """Inference that is faster because the model is pruned: `sparsify(model)`.
 
 The encoder of BERT is compacted first (`compaction.py`: dead heads, neurons and rows go, exactly). On a CPU its
-matrices then become CSR where that is faster on this machine, and the encoder computes on them
+matrices with few weights then become CSR, and the encoder computes on them
 (`encoder.py`, `kernels.py`); embeddings and head stay the stock ones, so that any head works.
 
     model = sparsify(BertForQuestionAnswering.from_pretrained("bertarized"))
