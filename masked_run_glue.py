@@ -21,6 +21,7 @@ import numpy as np
 from torch.nn import functional as F
 
 from emmental.data import glue, glue_tasks
+from emmental.data.features import padding_of
 from emmental.data.metrics import glue_metrics, mean_entropy
 from emmental.errors import UserError
 from emmental.files import write_text
@@ -78,9 +79,8 @@ class Glue(Task):
         self.task, self.examples = read_custom_task(args, source) if own else read_task(args)
         self.labels = self.task.labels
 
-    def make_features(self, args, tokenizer, longest):
-        self.padding = {"pad_token_id": tokenizer.pad_token_id, "input_names": tokenizer.model_input_names,
-                        "multiple_of": 8 if longest % 8 == 0 else 1}  # fmt: skip
+    def make_features(self, args, tokenizer, model):
+        self.padding = padding_of(tokenizer, model)
         options = {name: getattr(args, name) for name in ("max_seq_length", "overwrite_cache")}
         features = {
             split: glue.build_features(rows, tokenizer, num_proc=args.threads, **options)

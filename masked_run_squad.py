@@ -20,6 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from emmental.data import squad
+from emmental.data.features import padding_of
 from emmental.data.metrics import squad_metrics
 from emmental.errors import UserError
 from emmental.files import write_json
@@ -74,9 +75,8 @@ class Squad(Task):
             if not len(self.examples["train"]):
                 raise UserError("no training question is usable: see the warning above")
 
-    def make_features(self, args, tokenizer, longest):
-        self.padding = {"pad_token_id": tokenizer.pad_token_id, "input_names": tokenizer.model_input_names,
-                        "multiple_of": 8 if longest % 8 == 0 else 1}  # fmt: skip
+    def make_features(self, args, tokenizer, model):
+        self.padding = padding_of(tokenizer, model)
         self.search = {name: getattr(args, name) for name in ("n_best_size", "max_answer_length", "null_score_diff_threshold")}
         sizes = ("max_seq_length", "doc_stride", "max_query_length", "overwrite_cache")
         options = {name: getattr(args, name) for name in sizes} | {"num_proc": args.threads}

@@ -12,15 +12,16 @@ both are registered with the Auto classes.
 import functools
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 
 from .modules.masked_nn import MaskedLinear, swap_linears
-from .modules.masks import masked, masked_layers
+from .modules.masks import LOCK, in_force, masked, masked_layers
 
 HEADS = ("QuestionAnswering", "SequenceClassification", "TokenClassification", "MultipleChoice")
 MASKED = "masked_"  # what precedes the stock `model_type` in that of a masked model
@@ -97,6 +98,12 @@ class Masked:
         swap_linears(encoder_of(self), **{name: getattr(self.config, name) for name in names})
         self.freeze_embeddings()
 
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **options
+    ):
+        keeping = _KeepsMasks(self, gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, keeping, **options)
+
     def _init_weights(self, module):
         # from_pretrained builds the model without storage and calls this for what the checkpoint lacks.
         if isinstance(module, MaskedLinear):
@@ -130,19 +137,33 @@ def _masked_forward(model: nn.Module, threshold: float | None = None) -> Iterato
 
     Raises ValueError for a threshold that is not the block's.
     """
-    layers = list(masked_layers(model).values())
-    if block := layers[0].in_force if layers else None:
-        if threshold is not None and float(threshold) != block.threshold:
-            raise ValueError(f"threshold={threshold} inside a block masked at {block.threshold}")
-        yield
-        return
-    with masked(model, threshold, lasting=False):
-        # Gradient checkpointing runs the layers again in the backward, with these masks.
-        modules = model.modules() if model.training else ()
-        recomputes = any(getattr(module, "gradient_checkpointing", False) for module in modules)
-        for layer in layers:
-            layer.recomputed = layer.in_force if recomputes else None
-        yield
+    with LOCK:  # of several threads one at a time has masks of its own in force
+        block = next((layer for layer in masked_layers(model).values() if layer.in_force), None)
+        if not block or (block.in_force.sampled and not model.training):  # evaluation takes no samples
+            with masked(model, threshold, lasting=False):
+                yield
+            return
+    given = block.in_force.threshold
+    if threshold is not None and block.method.threshold and float(threshold) != given:
+        raise ValueError(f"threshold={threshold} inside a block masked at {given}")
+    yield
+
+
+class _KeepsMasks:
+    """A checkpointing function that runs a layer again with the masks of its forward."""
+
+    def __init__(self, model: nn.Module, checkpoint: Callable):
+        self.model, self.checkpoint = model, checkpoint
+
+    def __call__(self, function: Callable, *args):
+        layers = list(masked_layers(self.model).values())
+        masks = [layer.in_force for layer in layers]
+
+        def recomputed(*args):
+            with in_force(layers, masks):
+                return function(*args)
+
+        return self.checkpoint(recomputed, *args)
 
 
 def _with_threshold(stock):

@@ -286,7 +286,7 @@ def load_student(
     model = load_model(name_or_path, head, cache_dir=cache_dir, **options)
     tokenizer = load_tokenizer(tokenizer_name or name_or_path, do_lower_case, cache_dir)
     check_tokenizer(tokenizer, model, tokenizer_name or name_or_path)
-    if "token_type_ids" in tokenizer.model_input_names and model.config.type_vocab_size < 2:
+    if getattr(model.config, "type_vocab_size", 2) < 2:
         raise UserError(f"{name_or_path} has one token type, and these scripts tell two texts apart by theirs")
     if max_seq_length > model.config.max_position_embeddings:
         raise UserError(

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from .modules.masks import masked_layers
 from .modules.methods import METHODS
 
-PENALTIES = dict(sorted((method.penalty, method) for method in METHODS.values() if method.penalty))
+PENALTIES = {m.penalty: m for m in sorted(METHODS.values(), key=lambda m: str(m.penalty)) if m.penalty}
 
 
 def regularization(model: nn.Module, mode: str) -> Tensor:

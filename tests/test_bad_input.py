@@ -61,6 +61,8 @@ SOFT = ["--pruning_method", "sigmoied_threshold", "--initial_threshold", "0", "-
         (["--do_train", "--train_file", "absent.json"], "there is no file"),
         (["--do_train", "--max_seq_length", "8"], "leaves no room for its context"),
         (["--do_train", "--learning_rate", "0"], "--learning_rate must be positive"),
+        (["--do_train", "--initial_warmup", "nan", "--warmup_steps", "5", "--max_steps", "10"], "'nan' is not a number"),
+        (["--do_train", "--pruning_method", "threshold", "--final_threshold", "inf"], "--final_threshold must be finite"),
         (["--do_train", "--per_gpu_train_batch_size", "0"], "must be at least 1"),
         (["--do_train", "--resume_from_checkpoint", "/nowhere"], "is no checkpoint"),
         (["--do_train", "--target_remaining", "0.1"], "goes with sigmoied_threshold and l0; --final_threshold sets what topK leaves"),

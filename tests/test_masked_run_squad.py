@@ -1,7 +1,9 @@
 """masked_run_squad.py as a user runs it: through its main, looking at what it leaves behind."""
 
+import collections
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ import masked_run_squad
 from emmental import MaskedBertForQuestionAnswering
 from emmental.data import squad
 from emmental.inference import sparsify
+from emmental.modules import masks
+from emmental.training import run as narrative
 from emmental.training.distributed import World
 from emmental.training.passes import Means
 
@@ -422,3 +426,30 @@ def test_updates_that_the_gradient_scaler_skips_are_counted_and_not_averaged():
     assert figures.take() == {"skipped_updates": 1, "loss": 2.0, "gradient_norm": 3.0}
     figures.add({"loss": torch.tensor(math.inf)}, torch.tensor(math.nan), True)
     assert figures.take() == {"skipped_updates": 1}
+
+
+def test_token_types_are_the_models_whatever_the_tokenizer_lists(run, tiny_bert, tmp_path):
+    shutil.copytree(tiny_bert, tmp_path / "other")
+    settings = json.loads((tmp_path / "other" / "tokenizer_config.json").read_text())
+    settings["model_input_names"] = ["input_ids", "attention_mask"]
+    (tmp_path / "other" / "tokenizer_config.json").write_text(json.dumps(settings))
+    one, two = run(*METHODS["topK"], *TRAIN), run(*METHODS["topK"], *TRAIN, model=tmp_path / "other", output="two")
+    assert same(weights(one), weights(two))
+
+
+def test_the_masks_of_a_masked_teacher_are_found_once(run, monkeypatch):
+    teacher = run(*METHODS["topK"], *TRAIN)
+    found = []
+    find = masks.find_masks
+    monkeypatch.setattr(masks, "find_masks", lambda model, *args, **kwargs: found.append(model) or find(model, *args, **kwargs))
+    run(*METHODS["magnitude"], *TRAIN, "--teacher_type", "masked_bert", "--teacher_name_or_path", str(teacher), output="student")
+    counts = collections.Counter(map(id, found))
+    assert sorted(counts.values())[0] == 1 and len(counts) == 2  # the teacher's, and the student's at every update
+
+
+def test_sparse_inference_needs_a_script_that_has_it(capsys, tiny_bert, squad_dir, tmp_path):
+    flags = ["--model_type", "bert", "--model_name_or_path", str(tiny_bert), "--data_dir", str(squad_dir), "--do_eval",
+             "--output_dir", str(tmp_path / "out"), "--sparse_inference"]  # fmt: skip
+    with pytest.raises(SystemExit):
+        narrative.main(masked_run_squad.Squad(), "A script of one's own.", flags)
+    assert "--sparse_inference: this script has no sparse form" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import copy
 import functools
 import io
 import pickle
+import threading
 import types
 
 import pytest
@@ -426,3 +427,119 @@ def test_one_score_for_a_row_and_a_column(method, granularities):
                 break
             wanted = total
         assert kept == wanted
+
+
+# --- what others do with the classes ---
+
+
+def test_threads_each_find_their_masks():
+    model = make()
+    wanted = {v: model(**INPUTS, threshold=v).last_hidden_state for v in (0.5, 0.2)}
+    errors = []
+
+    def work(threshold):
+        try:
+            for _ in range(10):
+                assert torch.equal(model(**INPUTS, threshold=threshold).last_hidden_state, wanted[threshold])
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(threshold,)) for threshold in (0.5, 0.2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and all(layer.in_force is None for layer in masked_layers(model).values())
+
+
+def two_forwards(model):
+    torch.manual_seed(5)
+    return sum(model(**INPUTS, threshold=v).last_hidden_state[..., 0].sum() for v in (0.5, 0.2))
+
+
+def backward_after_the_block(model):
+    model(**INPUTS)
+    in_place(model)
+    torch.manual_seed(5)
+    with masked(model, 0.4):
+        return model(**INPUTS).last_hidden_state[..., 0].sum()
+
+
+def evaluation_between(model):
+    torch.manual_seed(5)
+    out = model(**INPUTS).last_hidden_state[..., 0].sum()
+    model.eval()(**INPUTS, threshold=0.2)
+    model.train()
+    return out
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("method", ["topK", "l0", "magnitude"])
+@pytest.mark.parametrize("loss", [two_forwards, backward_after_the_block, evaluation_between])
+def test_what_is_recomputed_uses_the_masks_of_its_forward(loss, method, reentrant):
+    gradients = []
+    for checkpointing in (False, True):
+        model = make(method).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.embeddings.requires_grad_(True)  # else a reentrant checkpoint has no input with a gradient
+        loss(model).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None and "embeddings" not in n})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+    copy.deepcopy(model)
+
+
+def test_kept_products_follow_the_weights_in_a_block():
+    model = make()
+    other = {name: value.roll(1, 0) for name, value in model.state_dict().items() if "mask_scores" not in name}
+    with masked(model), torch.no_grad():
+        model(**INPUTS)
+        functional = torch.func.functional_call(model, other, (), dict(INPUTS)).last_hidden_state
+        before = model(**INPUTS).last_hidden_state
+        model.load_state_dict(other, strict=False)
+        after = model(**INPUTS).last_hidden_state
+        torch.testing.assert_close(after, functional)
+        assert not torch.allclose(after, before)
+        model.double()
+        torch.testing.assert_close(model(**INPUTS).last_hidden_state, after.double(), rtol=1e-4, atol=1e-5)
+        model.float().train()
+        model.get_submodule(LAYER).weight.data.mul_(2)
+        model.eval()
+        doubled = model(**INPUTS).last_hidden_state
+    with masked(model), torch.no_grad():
+        torch.testing.assert_close(model(**INPUTS).last_hidden_state, doubled)
+
+
+def test_wrappers_have_the_configuration_of_their_model():
+    model = make(global_topk=True)
+    wrapper = nn.DataParallel(model)
+    inner, outer = find_masks(model, 0.3), find_masks(wrapper, 0.3)
+    assert all(torch.equal(outer.by_layer[f"module.{name}"], mask) for name, mask in inner.by_layer.items())
+    with masked(wrapper, 0.3):
+        assert model.config.threshold == 0.3
+
+
+def test_evaluation_in_a_block_of_training_takes_no_samples():
+    model = make("l0")
+    wanted = model(**INPUTS).last_hidden_state
+    with masked(model.train()):
+        sampled = model(**INPUTS).last_hidden_state
+        torch.testing.assert_close(model.eval()(**INPUTS).last_hidden_state, wanted)
+        assert torch.equal(model.train()(**INPUTS).last_hidden_state, sampled)
+
+
+def test_a_nested_block_leaves_the_threshold_of_the_outer():
+    model = make()
+    with masked(model, 0.5):
+        with masked(model, 0.2):
+            assert model.config.threshold == 0.2
+        assert model.config.threshold == 0.5
+
+
+def test_export_as_the_first_forward_of_a_block():
+    model = make()
+    with masked(model), torch.no_grad():
+        program = torch.export.export(model, (), dict(INPUTS))
+        torch.testing.assert_close(program.module()(**INPUTS).last_hidden_state, model(**INPUTS).last_hidden_state)

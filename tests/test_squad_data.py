@@ -480,6 +480,17 @@ def test_damaged_cache_is_done_without(tmp_path, cache, builds, tokenizer, caplo
     assert len(builds) == 2
 
 
+@pytest.mark.parametrize("damage", [b"", b"garbage", None])
+@pytest.mark.parametrize("name", ["generator-train.arrow", "dataset_info.json"])
+def test_damaged_examples_are_read_again(tmp_path, cache, tokenizer, name, damage, caplog):
+    wanted = examples_of(tmp_path, good())[:]
+    (path,) = cache.rglob(name)
+    path.unlink() if damage is None else path.write_bytes(damage)
+    for _ in range(2):
+        assert examples_of(tmp_path, good())[:] == wanted
+    assert "cache" not in caplog.text
+
+
 def test_unwritable_cache_is_survived_with_one_warning(tmp_path, tokenizer, caplog):
     (tmp_path / "file").write_text("not a folder")
     wanted = build_features(examples_of(tmp_path, good()), tokenizer, training=True, **SIZES)

@@ -40,7 +40,7 @@ class Tagging(Task):
         words = [name for pair in zip(NAMES, PLACES, strict=True) for name in pair]
         self.sentences = [[words[(n * k) % 16] if k % 3 else "lives" for k in range(2 + n % 5)] for n in range(args.sentences)]
 
-    def make_features(self, args, tokenizer, longest):
+    def make_features(self, args, tokenizer, model):
         kinds = dict.fromkeys(NAMES, 1) | dict.fromkeys(PLACES, 2)
         rows = [{
             "input_ids": tokenizer(sentence, is_split_into_words=True).input_ids,

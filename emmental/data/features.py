@@ -9,8 +9,10 @@ import contextlib
 import copy
 import functools
 import hashlib
+import inspect
 import json
 import logging
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from datasets import Dataset, Features
 from datasets.exceptions import DatasetGenerationError
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from emmental.errors import UserError
 from emmental.files import file_digest
@@ -99,6 +101,16 @@ def ragged(pieces: list[np.ndarray], lengths: list[int]) -> pa.ListArray:
     return pa.ListArray.from_arrays(ends, pa.array(np.concatenate(pieces)))
 
 
+def padding_of(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> dict:
+    """How batches for the model are padded: the options of `pad_batch`."""
+    accepted = inspect.signature(model.forward).parameters
+    return {
+        "pad_token_id": tokenizer.pad_token_id,
+        "input_names": [name for name in MODEL_INPUTS if name in accepted],
+        "multiple_of": 8 if model.config.max_position_embeddings % 8 == 0 else 1,
+    }
+
+
 def pad_batch(
     features: list[dict],
     second_starts: list[int],
@@ -162,17 +174,20 @@ def cached_rows(
         if row is None:
             raise UserError(empty)
 
-    try:
-        with _quiet():
-            return Dataset.from_generator(
-                checked, features=features, cache_dir=cache_dir, fingerprint=key
-            )
-    except (DatasetGenerationError, OSError) as error:
-        cause = error.__cause__ or error
-        if not isinstance(cause, OSError):
-            raise cause from None
-        _warn_once(f"cannot write the cache ({cause.strerror or cause}); going on without")
-        return Dataset.from_list(list(checked()), features=features)
+    options = {"features": features, "cache_dir": cache_dir, "fingerprint": key}
+    for attempt in range(2):
+        try:
+            with _quiet():
+                return Dataset.from_generator(checked, **options)
+        except (DatasetGenerationError, OSError, ValueError) as error:
+            cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+            if not isinstance(cause, OSError | ValueError):
+                raise cause from None
+            if attempt == 0:  # perhaps a damaged cache: build it again
+                root = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "generator"
+                shutil.rmtree(root / f"default-fingerprint={key}", ignore_errors=True)
+    _warn_once(f"cannot write the cache ({one_line(cause)}); going on without")
+    return Dataset.from_list(list(checked()), features=features)
 
 
 def cached_map(

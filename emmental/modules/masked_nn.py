@@ -11,65 +11,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .binarizer import compute_mask  # noqa: F401, published here
 from .granularity import GRANULARITIES
 from .methods import find_method
-from .numeric import apply_mask, as_factor
+from .numeric import apply_mask
+from .product import MaskedProduct
 
 MASK_INITS = ("constant", "uniform", "kaiming")
-
-
-class _MaskedProduct(torch.autograd.Function):
-    """x (W * M)^T + b. With G = dL/d(W * M): dL/dW = G * M; dL/dM = G * W, and the method's dL/dS.
-
-    It keeps x, W and M, and computes W * M again in the backward: kept, the masked weights of all
-    layers would be a second model. What lasts is allocated before what is thrown away, so that the
-    latter leaves no holes in the memory of a CPU.
-    """
-
-    @staticmethod
-    def forward(input, weight, scores, mask, bias, method, granularity, sampled):
-        rows = input.reshape(-1, input.shape[-1])
-        output = rows.new_empty(len(rows), len(weight))
-        masked = apply_mask(weight, granularity.expand(mask, weight.shape))
-        if torch.is_autocast_enabled(input.device.type):
-            masked = masked.to(input.dtype)
-            bias = bias if bias is None else bias.to(input.dtype)
-        if bias is None:
-            torch.mm(rows, masked.t(), out=output)
-        else:
-            torch.addmm(bias, rows, masked.t(), out=output)
-        return output.view(*input.shape[:-1], len(weight))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        input, weight, _, mask, _, ctx.method, ctx.granularity, ctx.sampled = inputs
-        ctx.save_for_backward(input, weight, mask)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_output: Tensor):
-        input, weight, mask = ctx.saved_tensors
-        needs_input, needs_weight, needs_scores, _, needs_bias = ctx.needs_input_grad[:5]
-        rows = grad_output.reshape(-1, grad_output.shape[-1])
-        grad_input = grad_weight = grad_scores = None
-        expanded = ctx.granularity.expand(mask, weight.shape)
-        if needs_weight or needs_scores:
-            gradient = (rows.t() @ input.reshape(-1, input.shape[-1])).to(weight.dtype)  # G
-            if needs_scores:
-                grad_mask = ctx.granularity.reduce(gradient * weight)
-                grad_scores = ctx.method.scores_gradient(mask, grad_mask, ctx.sampled)
-            if needs_weight:
-                grad_weight = gradient.mul_(as_factor(expanded, weight.dtype))
-        grad_bias = rows.sum(0) if needs_bias else None
-        if needs_input:
-            grad_input = rows.new_empty(len(rows), input.shape[-1])
-            torch.mm(rows, apply_mask(weight, expanded).to(rows.dtype), out=grad_input)
-            grad_input = grad_input.view(input.shape)
-        return grad_input, grad_weight, grad_scores, None, grad_bias, None, None, None
 
 
 @dataclass
@@ -110,7 +60,7 @@ class MaskedLinear(nn.Linear):
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         if mask_init not in MASK_INITS:
             raise ValueError(f"unknown mask_init {mask_init!r}: choose one of {MASK_INITS}")
-        self.method = find_method(pruning_method)
+        self.method, self.pruning_method = find_method(pruning_method), pruning_method
         self.granularity = GRANULARITIES[granularity]
         self.mask_init, self.mask_scale, self.mask_scores = mask_init, mask_scale, None
         if self.method.scores:
@@ -119,7 +69,6 @@ class MaskedLinear(nn.Linear):
             shape = self.granularity.shape(self.weight.shape)
             self.mask_scores = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
         self.in_force: MaskInForce | None = None
-        self.recomputed: MaskInForce | None = None  # the last forward's, for checkpointing
         self.reset_scores()
 
     def reset_scores(self) -> None:
@@ -149,29 +98,49 @@ class MaskedLinear(nn.Linear):
         return self.in_force.mask if self.in_force else None
 
     def forward(self, input: Tensor, threshold: float | None = None) -> Tensor:
-        current = self.in_force or (self.recomputed if self.training else None)
+        current = self.in_force
         if threshold is not None:
             mask = self.method.masks([self.source], threshold, self.training)[0]
             current = MaskInForce(mask, threshold, self.training, lasting=False)
         elif current is None:
             raise RuntimeError("no mask: use `with masked(model, threshold): ...`, or threshold=...")
         if current.lasting and not (self.training or torch.is_grad_enabled()):
-            if current.masked_weight is None:
+            weight = current.masked_weight if type(self.weight) is nn.Parameter else None
+            if weight is None:
                 expanded = self.granularity.expand(current.mask, self.weight.shape)
-                current.masked_weight = apply_mask(self.weight.detach(), expanded)
-            return F.linear(input, current.masked_weight, self.bias)
+                weight = apply_mask(self.weight.detach(), expanded)
+            if type(self.weight) is nn.Parameter and not torch.compiler.is_exporting():
+                current.masked_weight = weight
+            return F.linear(input, weight, self.bias)
         if torch.is_autocast_enabled(input.device.type):  # the product casts the rest
             input = input.to(torch.get_autocast_dtype(input.device.type))
-        return _MaskedProduct.apply(
+        return MaskedProduct.apply(
             input, self.weight, self.mask_scores, current.mask, self.bias,
             self.method, self.granularity, current.sampled,
         )  # fmt: skip
 
+    def train(self, mode: bool = True) -> "MaskedLinear":
+        self._forget()
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs):
+        self._forget()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._forget()
+        return super()._load_from_state_dict(*args, **kwargs)
+
+    def _forget(self) -> None:
+        """Drop W * M where the weights change."""
+        if self.in_force:
+            self.in_force.masked_weight = None
+
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"in_force": None, "recomputed": None}  # a copy is in no block
+        return self.__dict__ | {"in_force": None}  # a copy is in no block
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, pruning_method={self.method.name}"
+        return f"{super().extra_repr()}, pruning_method={self.pruning_method}"
 
 
 def swap_linears(

@@ -8,6 +8,7 @@ Inside, every layer uses the mask found at the beginning. Outside, each forward 
 finds its own masks, so that none is ever stale, at the cost of a selection.
 """
 
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from .masked_nn import MaskedLinear, MaskInForce
 from .methods import check_fraction
 from .topk import count_ones, keep_largest_together
+
+LOCK = threading.RLock()  # held while masks of a model are put in force, by one thread at a time
 
 
 @dataclass
@@ -78,7 +81,7 @@ def find_masks(
     """
     method, sources = _sources(model)
     threshold = resolve_threshold(model, threshold)
-    if not getattr(getattr(model, "config", None), "global_topk", False):
+    if not getattr(_config(model), "global_topk", False):
         found = method.masks(list(sources.values()), threshold, sampled, generator)
         return _by_layer(model, sources, found)
     if not method.ranks_together:
@@ -113,10 +116,16 @@ def _by_layer(model: nn.Module, sources: dict, found: list[Tensor], cutoff=None)
     return Masks(by_layer, sizes, cutoff)
 
 
+def _config(model: nn.Module):
+    """The configuration of a masked model, also below a wrapper; None where there is none."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return next((config for config in configs if hasattr(config, "global_topk")), None)
+
+
 def resolve_threshold(model: nn.Module, threshold: float | None) -> float:
     """`threshold`, or the configuration's. Raises ValueError when there is none."""
     if threshold is None:
-        threshold = getattr(getattr(model, "config", None), "threshold", None)
+        threshold = getattr(_config(model), "threshold", None)
     if threshold is None and any(x.method.threshold for x in masked_layers(model).values()):
         raise ValueError("the threshold is unknown: pass threshold=..., or set config.threshold")
     return 1.0 if threshold is None else float(threshold)
@@ -143,13 +152,27 @@ def masked(
         return
     threshold, sampled = resolve_threshold(model, threshold), model.training
     masks = find_masks(model, threshold, cutoff, generator, sampled=sampled)
-    if hasattr(getattr(model, "config", None), "threshold"):
-        model.config.threshold = threshold
-    before = {name: layer.in_force for name, layer in layers.items()}
-    for name, layer in layers.items():
-        layer.in_force = MaskInForce(masks.by_layer[name], threshold, sampled, lasting)
+    found = [MaskInForce(mask, threshold, sampled, lasting) for mask in masks.by_layer.values()]
+    config, outer = _config(model), next(iter(layers.values())).in_force
+    if config:
+        config.threshold = threshold
     try:
-        yield masks
+        with in_force(list(layers.values()), found):
+            yield masks
     finally:
-        for name, layer in layers.items():
-            layer.in_force = before[name]
+        if config and outer:
+            config.threshold = outer.threshold
+
+
+@contextmanager
+def in_force(layers: list[MaskedLinear], masks: list[MaskInForce | None]) -> Iterator[None]:
+    """Have the layers use these masks inside the block."""
+    with LOCK:
+        before = [layer.in_force for layer in layers]
+        for layer, mask in zip(layers, masks, strict=True):
+            layer.in_force = mask
+    try:
+        yield
+    finally:
+        for layer, mask in zip(layers, before, strict=True):
+            layer.in_force = mask

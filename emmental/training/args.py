@@ -83,8 +83,8 @@ def add_common_arguments(parser: argparse.ArgumentParser, task: Task) -> None:
     add = group.add_argument
     add("--pruning_method", type=pruning_method, default="topK",
         help="topK (movement), sigmoied_threshold (soft movement), magnitude, l0, or threshold")
-    add("--initial_threshold", type=float, default=1.0, help="threshold at the start (1 for topK, 0 for sigmoied_threshold)")
-    add("--final_threshold", type=float, default=0.7, help="threshold at the end; sets the sparsity of topK and magnitude")
+    add("--initial_threshold", type=number(float), default=1.0, help="threshold at the start (1 for topK, 0 for sigmoied_threshold)")
+    add("--final_threshold", type=number(float), default=0.7, help="threshold at the end; sets the sparsity of topK and magnitude")
     add("--initial_warmup", type=NOT_NEGATIVE, default=1, help="first plateau of the threshold, in units of warmup_steps")
     add("--final_warmup", type=NOT_NEGATIVE, default=2,
         help="last plateau, in units of warmup_steps; lengthen it when the metric still climbs at the end")
@@ -94,7 +94,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, task: Task) -> None:
         help="penalty on the scores: l1 for soft movement, l0 for l0; null for none")
     add("--final_lambda", type=NOT_NEGATIVE, default=0.0,
         help="coefficient of the penalty at the end; raise it for fewer remaining weights")
-    add("--target_remaining", type=float,
+    add("--target_remaining", type=number(float),
         help="fraction of the weights to end with (soft movement, l0): lambda is steered to it, beginning at --final_lambda or at the paper's for this target")
     add("--global_topk", action="store_true", help="rank all matrices together (topK, threshold or magnitude)")
     add("--global_topk_frequency_compute", type=COUNT, default=25, help="updates between two global cut-offs")
@@ -115,7 +115,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, task: Task) -> None:
     add("--learning_rate", type=POSITIVE, default=5e-5, help="peak learning rate of the weights")
     add("--mask_scores_learning_rate", type=POSITIVE, default=1e-2,
         help="peak learning rate of the scores; raise it for short runs")
-    add("--num_train_epochs", type=float, default=3.0, help="epochs, may be fractional")
+    add("--num_train_epochs", type=number(float), default=3.0, help="epochs, may be fractional")
     add("--max_steps", type=int, default=-1, help="updates in all; overrides --num_train_epochs")
     add("--warmup_steps", type=number(int, at_least=0), default=0, help="updates of learning-rate warm-up; also the unit of the plateaus")
     add("--weight_decay", type=NOT_NEGATIVE, default=0.0, help="decay of the weights (not of scores, bias, LayerNorm)")

@@ -29,7 +29,10 @@ def number(
     """An argparse type: an int or a finite float in a range, which `Parser.range_problems` checks."""
 
     def parse(text: str) -> float:
-        return kind(text)
+        value = kind(text)
+        if value != value:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+        return value
 
     def problem(value: float) -> str | None:
         if at_least <= value and above < value < below:

@@ -3,6 +3,7 @@
 import argparse
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from ..errors import UserError, fail, one_line_errors
 from ..export import mask_report
 from ..families import is_masked
 from ..loading import load_model, load_student, load_teacher
+from ..modules.masks import masked
 from .args import (
     check_common_arguments,
     check_plateaus,
@@ -43,7 +45,10 @@ def main(
     set_up_logging()
     parser = make_parser(task, description)
     args, given = parser.parse_args(argv), parser.given(argv)
-    if problems := parser.range_problems(args) + check_common_arguments(args, given) + task.check(args, given):
+    problems = parser.range_problems(args) + check_common_arguments(args, given) + task.check(args, given)
+    if args.sparse_inference and not sparsify:
+        problems.append("--sparse_inference: this script has no sparse form of its models")
+    if problems:
         fail(problems)
     with one_line_errors():
         try:
@@ -58,7 +63,7 @@ def run(
     """All that the arguments ask for; returns the evaluation's results."""
     started = time.perf_counter()
     world = join_world(args.no_cuda, args.local_rank, args.fp16)
-    output_dir, masked = Path(args.output_dir), is_masked(args.model_type)
+    output_dir, has_masks = Path(args.output_dir), is_masked(args.model_type)
     resume_folder = find_resume_folder(args.resume_from_checkpoint, output_dir, args.overwrite_output_dir)
     source = str(resume_folder or args.model_name_or_path)
 
@@ -68,7 +73,7 @@ def run(
     model, tokenizer = load_student(
         source,
         task.head,
-        masked=masked,
+        masked=has_masks,
         trained=not args.do_train,
         config_name=None if resume_folder else args.config_name,
         cache_dir=args.cache_dir,
@@ -76,10 +81,10 @@ def run(
         do_lower_case=args.do_lower_case,
         max_seq_length=args.max_seq_length,
         labels=task.labels,
-        **(mask_settings(args, given) if masked else {}),
+        **(mask_settings(args, given) if has_masks else {}),
     )
     with world.main_first():
-        task.make_features(args, tokenizer, model.config.max_position_embeddings)
+        task.make_features(args, tokenizer, model)
 
     log = RunLog(output_dir, world)
     prepare = sparsify if args.sparse_inference else None
@@ -97,7 +102,7 @@ def run(
         results |= final
     log.close()
     predictor.submit(model)
-    if masked and world.is_main:
+    if has_masks and world.is_main:
         results |= mask_report(model)
     if args.do_eval and world.is_main:
         write_results(output_dir, results)
@@ -142,14 +147,15 @@ def _train(
         clear_output(settings.output_dir, task.result_files)
     passes = make_passes(task, model, teacher, settings, world)
     batches = load_batches(task, plan, state.step, settings, world)
-    return train(state, passes, batches, settings, world, log, predictor)
+    with masked(teacher) if teacher else nullcontext():  # its masks never change
+        return train(state, passes, batches, settings, world, log, predictor)
 
 
 def _evaluate_checkpoints(args: argparse.Namespace, task: Task, predictor: Predictor) -> dict[str, float]:
     """Results of every checkpoint, whose step ends their names."""
-    results, masked = {}, is_masked(args.model_type)
+    results, has_masks = {}, is_masked(args.model_type)
     for folder in find_checkpoints(Path(args.output_dir if args.do_train else args.model_name_or_path)):
         step = int(folder.name.rpartition("-")[2])
-        model = load_model(str(folder), task.head, masked=masked, trained=True, labels=task.labels)
+        model = load_model(str(folder), task.head, masked=has_masks, trained=True, labels=task.labels)
         results |= {f"{name}_{step}": value for name, value in predictor.evaluate(model, step).items()}
     return results

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..losses import distillation_loss
 
@@ -42,8 +42,10 @@ class Task:
         """Read the examples of the splits that the arguments ask for. source: the model, for what its labels say."""
         raise NotImplementedError
 
-    def make_features(self, args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, longest: int) -> None:
-        """Turn the examples into features. longest: how many tokens the model takes."""
+    def make_features(
+        self, args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
+    ) -> None:
+        """Turn the examples into features for the model."""
         raise NotImplementedError
 
     def collate(self, features: list[dict]) -> dict[str, Tensor]:
