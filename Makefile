@@ -2,10 +2,13 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/installed
 
-.PHONY: test demo
+.PHONY: test lint demo
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python demo/run_demo.py
