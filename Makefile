@@ -8,7 +8,7 @@ test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest
 
 lint: $(INSTALLED)
-	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python demo/run_demo.py

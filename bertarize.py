@@ -29,25 +29,45 @@ def get_parser() -> Parser:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--model_name_or_path", required=True, help="folder of the fine-pruned (masked) checkpoint")
-    add("--target_model_path", help="folder to write (default: bertarized_<name> beside the checkpoint)")
-    add("--pruning_method", type=pruning_method, help="method, when not the one recorded in config.json")
-    add("--threshold", type=float,
-        help="threshold, when not the one recorded: a fraction in [0, 1] (for `threshold`, a cut on the scores)")
-    add("--global_topk", action="store_true", default=None,
-        help="all matrices were ranked together, and the checkpoint does not record it")
+    add(
+        "--target_model_path",
+        help="folder to write (default: bertarized_<name> beside the checkpoint)",
+    )
+    add(
+        "--pruning_method",
+        type=pruning_method,
+        help="method, when not the one recorded in config.json",
+    )
+    add(
+        "--threshold",
+        type=float,
+        help="threshold, when not the one recorded: a fraction in [0, 1] (for `threshold`, a cut on the scores)",
+    )
+    add(
+        "--global_topk",
+        action="store_true",
+        default=None,
+        help="all matrices were ranked together, and the checkpoint does not record it",
+    )
     return parser
 
 
 def target_folder(source: Path, asked: str | None) -> Path:
     """Where the plain model goes. Raises UserError for a folder that holds other things."""
-    target = Path(asked) if asked else source.resolve().parent / f"bertarized_{source.resolve().name}"
+    target = (
+        Path(asked) if asked else source.resolve().parent / f"bertarized_{source.resolve().name}"
+    )
     if target.resolve() == source.resolve():
         raise UserError("--target_model_path is the checkpoint itself: choose another folder")
     if target.exists() and not target.is_dir():
         raise UserError(f"--target_model_path {target} is a file")
-    others = sorted({file.name for file in target.iterdir()} - MODEL_FILES) if target.is_dir() else []
+    others = (
+        sorted({file.name for file in target.iterdir()} - MODEL_FILES) if target.is_dir() else []
+    )
     if others:
-        raise UserError(f"--target_model_path {target} holds other files ({', '.join(others[:3])}): choose another folder")
+        raise UserError(
+            f"--target_model_path {target} holds other files ({', '.join(others[:3])}): choose another folder"
+        )
     return target
 
 
@@ -75,7 +95,9 @@ def main(argv: list[str] | None = None) -> Path:
 
         write_folder(target, fill)
         counts = remaining_weights(masked)
-        print(f"{plain_class.__name__} with {counts.linear_percent:.2f} % of its encoder's weights, written to {target}")
+        print(
+            f"{plain_class.__name__} with {counts.linear_percent:.2f} % of its encoder's weights, written to {target}"
+        )
     return target
 
 

@@ -21,24 +21,44 @@ def get_parser() -> Parser:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--serialization_dir", required=True, help="folder of the fine-pruned (masked) checkpoint")
-    add("--pruning_method", type=pruning_method, help="method, when not the one recorded in config.json")
-    add("--threshold", type=float,
-        help="threshold, when not the one recorded: a fraction in [0, 1] (for `threshold`, a cut on the scores)")
-    add("--global_topk", action="store_true", default=None,
-        help="all matrices were ranked together, and the checkpoint does not record it")
+    add(
+        "--pruning_method",
+        type=pruning_method,
+        help="method, when not the one recorded in config.json",
+    )
+    add(
+        "--threshold",
+        type=float,
+        help="threshold, when not the one recorded: a fraction in [0, 1] (for `threshold`, a cut on the scores)",
+    )
+    add(
+        "--global_topk",
+        action="store_true",
+        default=None,
+        help="all matrices were ranked together, and the checkpoint does not record it",
+    )
     add("--json", metavar="FILE", help="write the counts to this file as well")
     return parser
 
 
-def print_report(counts: RemainingWeights, method: str, threshold: float | None, global_topk: bool) -> None:
+def print_report(
+    counts: RemainingWeights, method: str, threshold: float | None, global_topk: bool
+) -> None:
     ranked = ", all matrices ranked together" if global_topk else ""
     print(method + (f" at threshold {threshold:g}{ranked}" if METHODS[method].threshold else ""))
     width = max(len(m.name) for m in counts.matrices)
     print(f"{'matrix':<{width}}  {'remaining %':>11}  {'remaining':>12}")
     for m in counts.matrices:
-        print(f"{m.name:<{width}}  {m.percent:>11.3f}  {m.remaining:>12,}" + ("  (floor of 0.5%)" if m.floored else ""))
-    print(f"\nRemaining weights, published convention (encoder, bias and LayerNorm counted): {counts.published_percent:.3f} %")
-    print(f"Remaining weights, Linear weights only:                                        {counts.linear_percent:.3f} %")
+        print(
+            f"{m.name:<{width}}  {m.percent:>11.3f}  {m.remaining:>12,}"
+            + ("  (floor of 0.5%)" if m.floored else "")
+        )
+    print(
+        f"\nRemaining weights, published convention (encoder, bias and LayerNorm counted): {counts.published_percent:.3f} %"
+    )
+    print(
+        f"Remaining weights, Linear weights only:                                        {counts.linear_percent:.3f} %"
+    )
 
 
 def main(argv: list[str] | None = None) -> RemainingWeights:
@@ -48,9 +68,14 @@ def main(argv: list[str] | None = None) -> RemainingWeights:
         folder = require_folder(args.serialization_dir, "--serialization_dir")
         model = load_masked(str(folder), args.pruning_method, args.threshold, args.global_topk)
         counts = remaining_weights(model)
-        print_report(counts, model.config.pruning_method, model.config.threshold, model.config.global_topk)
+        print_report(
+            counts, model.config.pruning_method, model.config.threshold, model.config.global_topk
+        )
         if args.json:
-            settings = {name: getattr(model.config, name) for name in ("pruning_method", "threshold", "global_topk")}
+            settings = {
+                name: getattr(model.config, name)
+                for name in ("pruning_method", "threshold", "global_topk")
+            }
             write_json(Path(args.json), settings | counts.as_dict())
     return counts
 

@@ -46,6 +46,7 @@ class Glue(Task):
     result_files = ("eval_results.*", *glue_tasks.SUBMISSION_FILES)
 
     def add_arguments(self, parser):
+        # fmt: off
         add = parser.add_argument_group("GLUE").add_argument
         add("--task_name", type=task_name, required=True,
             help=f"{', '.join(glue_tasks.TASKS)} (in any case), or {glue_tasks.CUSTOM}; mnli-mm evaluates the mismatched set alone")
@@ -56,20 +57,34 @@ class Glue(Task):
         add("--label_column", default="label", help=f"{glue_tasks.CUSTOM}: column of the label")
         add("--regression", action="store_true", help=f"{glue_tasks.CUSTOM}: the labels are numbers to be approximated")
 
+        # fmt: on
+
     def check(self, args, given):
         problems = []
         if args.task_name == glue_tasks.CUSTOM:
             if not args.data_dir:
-                problems.append(f"--task_name {glue_tasks.CUSTOM} needs --data_dir: the folder of its train and dev files")
-            problems += [f"--{name} is empty: is its variable set?" for name in CUSTOM_ARGUMENTS if getattr(args, name) == ""]
+                problems.append(
+                    f"--task_name {glue_tasks.CUSTOM} needs --data_dir: the folder of its train and dev files"
+                )
+            problems += [
+                f"--{name} is empty: is its variable set?"
+                for name in CUSTOM_ARGUMENTS
+                if getattr(args, name) == ""
+            ]
         else:
             task = glue_tasks.TASKS[args.task_name]
             for name in sorted(given & set(CUSTOM_ARGUMENTS)):
-                problems.append(f"--{name} is for --task_name {glue_tasks.CUSTOM}; the columns of {task.name} are known")
+                problems.append(
+                    f"--{name} is for --task_name {glue_tasks.CUSTOM}; the columns of {task.name} are known"
+                )
             if not task.evaluation_splits and (args.do_train or args.do_eval):
-                problems.append(f"{task.name} has a test set only: give --do_predict, with a model fine-tuned on mnli")
+                problems.append(
+                    f"{task.name} has a test set only: give --do_predict, with a model fine-tuned on mnli"
+                )
             if task.is_regression and "temperature" in given:
-                logger.warning("--temperature: no effect in a regression, whose teacher is followed in the squared error")
+                logger.warning(
+                    "--temperature: no effect in a regression, whose teacher is followed in the squared error"
+                )
         if args.data_dir and not Path(args.data_dir).is_dir():
             problems.append(f"--data_dir {args.data_dir} is no folder")
         return problems
@@ -87,8 +102,12 @@ class Glue(Task):
             for split, rows in self.examples.items()
         }
         self.train_set = features.get("train")
-        self.evaluation_sets = {split: features[split] for split in self.task.evaluation_splits if split in features}
-        self.test_sets = {split: features[split] for split in self.task.submissions if split in features}
+        self.evaluation_sets = {
+            split: features[split] for split in self.task.evaluation_splits if split in features
+        }
+        self.test_sets = {
+            split: features[split] for split in self.task.submissions if split in features
+        }
 
     def collate(self, features):
         return glue.collate(features, **self.padding)
@@ -113,13 +132,20 @@ class Glue(Task):
 
     def submit(self, split, logits, output_dir):
         logits = np.stack([row for (row,) in logits])
-        write_text(output_dir / self.task.submissions[split], glue.submission(self.task, self.examples[split], logits))
+        write_text(
+            output_dir / self.task.submissions[split],
+            glue.submission(self.task, self.examples[split], logits),
+        )
 
 
 def task_name(text: str) -> str:
     """An argparse type: the canonical name of a task."""
     try:
-        return glue_tasks.CUSTOM if text.lower() == glue_tasks.CUSTOM else glue_tasks.find_task(text).name
+        return (
+            glue_tasks.CUSTOM
+            if text.lower() == glue_tasks.CUSTOM
+            else glue_tasks.find_task(text).name
+        )
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -131,7 +157,10 @@ def read_task(args: argparse.Namespace) -> tuple[glue_tasks.Task, dict]:
     splits += task.evaluation_splits if args.do_eval or args.evaluate_during_training else ()
     splits += task.submissions if args.do_predict else ()
     if args.data_dir:
-        return task, {split: glue.read_examples(task, args.data_dir, split, args.cache_dir) for split in splits}
+        return task, {
+            split: glue.read_examples(task, args.data_dir, split, args.cache_dir)
+            for split in splits
+        }
     return task, {split: glue.load_hub_examples(task, split, args.cache_dir) for split in splits}
 
 
@@ -141,9 +170,17 @@ def read_custom_task(args: argparse.Namespace, source: str) -> tuple[glue_tasks.
     if not args.do_train:
         labels = checkpoint_labels(source, args.cache_dir)
         if (len(labels) == 1) != args.regression:
-            raise UserError(f"{source} has {len(labels)} outputs: {'add' if len(labels) == 1 else 'drop'} --regression")
-    wanted = {"train": args.do_train, "dev": args.do_eval or args.evaluate_during_training, "test": args.do_predict}
-    for split, file in glue.custom_files(args.data_dir, [split for split in wanted if wanted[split]]).items():
+            raise UserError(
+                f"{source} has {len(labels)} outputs: {'add' if len(labels) == 1 else 'drop'} --regression"
+            )
+    wanted = {
+        "train": args.do_train,
+        "dev": args.do_eval or args.evaluate_during_training,
+        "test": args.do_predict,
+    }
+    for split, file in glue.custom_files(
+        args.data_dir, [split for split in wanted if wanted[split]]
+    ).items():
         examples[split], labels = glue.read_custom_examples(
             file,
             text_column=args.text_column,

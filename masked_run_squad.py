@@ -40,9 +40,15 @@ class Squad(Task):
 
     head, labels = "QuestionAnswering", 2
     max_seq_length, logging_steps, save_steps = 384, 500, 500
-    result_files = ("eval_results.*", "predictions_*.json", "nbest_predictions_*.json", "null_odds_*.json")
+    result_files = (
+        "eval_results.*",
+        "predictions_*.json",
+        "nbest_predictions_*.json",
+        "null_odds_*.json",
+    )
 
     def add_arguments(self, parser):
+        # fmt: off
         add = parser.add_argument_group("SQuAD").add_argument
         add("--data_dir", help="folder of the SQuAD JSON files")
         add("--train_file", help="training file (default in --data_dir: train-v1.1.json or train-v2.0.json)")
@@ -58,9 +64,15 @@ class Squad(Task):
         add("--verbose_logging", action="store_true", help="log one feature, and every skipped question")
         add("--lang_id", default=None, help=argparse.SUPPRESS)
 
+        # fmt: on
+
     def check(self, args, given):
         files = {split: data_file(args, split) for split in splits(args)}
-        return [f"--{split}_file: there is no file {file}" for split, file in files.items() if file and not file.is_file()]
+        return [
+            f"--{split}_file: there is no file {file}"
+            for split, file in files.items()
+            if file and not file.is_file()
+        ]
 
     def load_examples(self, args, source):
         self.v2 = args.version_2_with_negative
@@ -68,7 +80,9 @@ class Squad(Task):
         if args.do_train:
             self.examples["train"], skipped = squad.drop_misaligned(self.examples["train"])
             if skipped:
-                shown = [squad.quoted(id_) for id_ in (skipped if args.verbose_logging else skipped[:5])]
+                shown = [
+                    squad.quoted(id_) for id_ in (skipped if args.verbose_logging else skipped[:5])
+                ]
                 rest = "" if len(shown) == len(skipped) else ", ... (all with --verbose_logging)"
                 logger.warning("%d training questions skipped, their answer_start does not match their text: %s%s",
                                len(skipped), ", ".join(shown), rest)  # fmt: skip
@@ -77,7 +91,10 @@ class Squad(Task):
 
     def make_features(self, args, tokenizer, model):
         self.padding = padding_of(tokenizer, model)
-        self.search = {name: getattr(args, name) for name in ("n_best_size", "max_answer_length", "null_score_diff_threshold")}
+        self.search = {
+            name: getattr(args, name)
+            for name in ("n_best_size", "max_answer_length", "null_score_diff_threshold")
+        }
         sizes = ("max_seq_length", "doc_stride", "max_query_length", "overwrite_cache")
         options = {name: getattr(args, name) for name in sizes} | {"num_proc": args.threads}
         features = {
@@ -102,7 +119,12 @@ class Squad(Task):
         examples, prefix = self.examples[split], "" if step is None else step
         starts, ends = [start for start, _ in logits], [end for _, end in logits]
         predictions, nbest, null_odds = squad.postprocess(
-            examples, self.evaluation_sets[split], starts, ends, version_2_with_negative=self.v2, **self.search
+            examples,
+            self.evaluation_sets[split],
+            starts,
+            ends,
+            version_2_with_negative=self.v2,
+            **self.search,
         )
         write_json(output_dir / f"predictions_{prefix}.json", predictions)
         write_json(output_dir / f"nbest_predictions_{prefix}.json", nbest)
@@ -123,29 +145,39 @@ def data_file(args: argparse.Namespace, split: str) -> Path | None:
     if not name and not args.data_dir:
         return None
     version = "v2.0" if args.version_2_with_negative else "v1.1"
-    return Path(args.data_dir or "") / (name or f"{'train' if split == 'train' else 'dev'}-{version}.json")
+    return Path(args.data_dir or "") / (
+        name or f"{'train' if split == 'train' else 'dev'}-{version}.json"
+    )
 
 
 def read_examples(args: argparse.Namespace, split: str):
     """The examples of a split, from its file or from the hub."""
     v2, file = args.version_2_with_negative, data_file(args, split)
     if file:
-        return squad.read_examples(file, v2, unique_ids=split == "predict", cache_dir=args.cache_dir)
-    return squad.load_hub_examples("train" if split == "train" else "validation", v2, args.cache_dir)
+        return squad.read_examples(
+            file, v2, unique_ids=split == "predict", cache_dir=args.cache_dir
+        )
+    return squad.load_hub_examples(
+        "train" if split == "train" else "validation", v2, args.cache_dir
+    )
 
 
 def span_logits(outputs, batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Start and end logits in float32; padding is no candidate, so that the loss ignores how much there is."""
     padding = batch["attention_mask"] == 0
     return tuple(
-        logits.float().masked_fill(padding, PADDING_LOGIT) for logits in (outputs.start_logits, outputs.end_logits)
+        logits.float().masked_fill(padding, PADDING_LOGIT)
+        for logits in (outputs.start_logits, outputs.end_logits)
     )
 
 
 def span_loss(logits, batch) -> torch.Tensor:
     """Mean of the cross-entropies of start and end."""
     start, end = logits
-    return (F.cross_entropy(start, batch["start_positions"]) + F.cross_entropy(end, batch["end_positions"])) / 2
+    return (
+        F.cross_entropy(start, batch["start_positions"])
+        + F.cross_entropy(end, batch["end_positions"])
+    ) / 2
 
 
 def get_parser() -> Parser:

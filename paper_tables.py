@@ -20,7 +20,17 @@ from typing import BinaryIO
 
 from emmental.errors import Interrupted, TrainingError, UserError, one_line_errors
 from emmental.files import write_text
-from emmental.tables.points import METHODS, TASKS, TEACHER, Options, Point, Step, find_point, load_points, steps
+from emmental.tables.points import (
+    METHODS,
+    TASKS,
+    TEACHER,
+    Options,
+    Point,
+    Step,
+    find_point,
+    load_points,
+    steps,
+)
 from emmental.tables.report import headline, run_rows, to_csv, to_markdown
 from emmental.tables.runs import FINISHED, TRAINED, find_runs, run_state
 from emmental.training.args import Parser
@@ -34,7 +44,10 @@ TAIL = 5  # lines of a failed run's log that are shown
 def get_parser() -> Parser:
     parser = Parser(description=__doc__)
     verbs = parser.add_subparsers(
-        dest="verb", required=True, metavar="list | command | run | report | plot", help="what to do"
+        dest="verb",
+        required=True,
+        metavar="list | command | run | report | plot",
+        help="what to do",
     )
 
     def verb(name: str, summary: str):
@@ -45,7 +58,12 @@ def get_parser() -> Parser:
     add("--task", choices=TASKS, help="those of one task")
     add("--method", choices=METHODS, help="those of one method")
     add("--distil", action="store_true", help="those with a teacher")
-    add("--remaining", type=interval, metavar="LOW..HIGH", help="percent of the weights that remain, such as 3..10")
+    add(
+        "--remaining",
+        type=interval,
+        metavar="LOW..HIGH",
+        help="percent of the weights that remain, such as 3..10",
+    )
     for name, summary in (
         ("command", "print the commands of a point"),
         ("run", "run the commands of points, skipping what is finished"),
@@ -58,14 +76,39 @@ def get_parser() -> Parser:
             nargs="+" if name == "run" else 1,
             help="names that `list` shows, such as 10D3, or teacher",
         )
-        add("--model", default="bert-base-uncased", help="pre-trained model: a name on the hub, or a folder")
+        add(
+            "--model",
+            default="bert-base-uncased",
+            help="pre-trained model: a name on the hub, or a folder",
+        )
         add("--data_dir", help="folder of the data; without it they come from the hub")
-        add("--runs_dir", "--output_dir", default="runs", help="where the runs go, each in a folder <task>/<point>")
-        add("--teacher", help="fine-tuned teacher, when there is one: a folder, or a name on the hub")
+        add(
+            "--runs_dir",
+            "--output_dir",
+            default="runs",
+            help="where the runs go, each in a folder <task>/<point>",
+        )
+        add(
+            "--teacher",
+            help="fine-tuned teacher, when there is one: a folder, or a name on the hub",
+        )
         add("--seed", type=int, help="seed of the runs, when not the paper's")
-        add("--scale", type=float, default=1.0, help="updates and warm-up, as a fraction of the paper's")
-        add("--nproc", type=int, default=1, help="processes, one for each GPU, that share a batch (torchrun)")
-        add("--task_name", help="another GLUE task, to be run with the settings of a point of mnli or qqp")
+        add(
+            "--scale",
+            type=float,
+            default=1.0,
+            help="updates and warm-up, as a fraction of the paper's",
+        )
+        add(
+            "--nproc",
+            type=int,
+            default=1,
+            help="processes, one for each GPU, that share a batch (torchrun)",
+        )
+        add(
+            "--task_name",
+            help="another GLUE task, to be run with the settings of a point of mnli or qqp",
+        )
     add = verb("report", "gather the finished runs below a folder, beside the paper's")
     add("runs_dir", help="folder of the runs")
     add("--csv", help="file to write a row for each run to")
@@ -131,7 +174,11 @@ def plan(args, extra: list[str]) -> list[Step]:
     """The steps of all points asked for, each once, in an order in which teachers come first."""
     options = options_of(args, extra)
     return list(
-        {step.output_dir: step for name in args.points for step in steps(find_point(args.task, name), options)}.values()
+        {
+            step.output_dir: step
+            for name in args.points
+            for step in steps(find_point(args.task, name), options)
+        }.values()
     )
 
 
@@ -140,7 +187,10 @@ def run(args, extra: list[str]) -> None:
     planned = plan(args, extra)
     # Runs with other settings end this before it begins. A teacher that is there serves, unless it was asked for itself.
     served = [step.output_dir.name == TEACHER and TEACHER not in args.points for step in planned]
-    states = [run_state(step.output_dir, step.settings, tolerant) for step, tolerant in zip(planned, served, strict=True)]
+    states = [
+        run_state(step.output_dir, step.settings, tolerant)
+        for step, tolerant in zip(planned, served, strict=True)
+    ]
     for number, (step, (state, differing)) in enumerate(zip(planned, states, strict=True), 1):
         label = f"[{number}/{len(planned)}] {step.output_dir}"
         if state == FINISHED:
@@ -158,7 +208,9 @@ def run(args, extra: list[str]) -> None:
         log = step.output_dir.with_name(step.output_dir.name + ".log")
         log.parent.mkdir(parents=True, exist_ok=True)
         launcher = (
-            ["-m", "torch.distributed.run", "--nproc_per_node", str(step.processes)] if step.processes > 1 else []
+            ["-m", "torch.distributed.run", "--nproc_per_node", str(step.processes)]
+            if step.processes > 1
+            else []
         )
         with log.open("ab") as out:
             begin = out.tell()
@@ -178,7 +230,9 @@ def run_process(command: list[str], out: BinaryIO) -> tuple[int, int]:
 
     SIGTERM, Ctrl-C and a closed terminal are for the process, which writes a checkpoint and ends.
     """
-    process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+    process = subprocess.Popen(
+        command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+    )
     received = 0
 
     def pass_on(number: int, _) -> None:

@@ -31,7 +31,9 @@ def get_parser() -> Parser:
     verbs = parser.add_subparsers(
         dest="verb", required=True, metavar="pack | unpack | info | verify", help="what to do"
     )
-    base = {"help": "model whose embeddings are left out of the file: a name on the hub, or a folder"}
+    base = {
+        "help": "model whose embeddings are left out of the file: a name on the hub, or a folder"
+    }
 
     def verb(name: str, summary: str, *operands: tuple[str, str]):
         sub = verbs.add_parser(name, help=summary, description=summary)
@@ -39,7 +41,10 @@ def get_parser() -> Parser:
             sub.add_argument(operand, help=meaning)
         return sub.add_argument
 
-    checkpoint = "checkpoint", "folder of a masked checkpoint, or of a bertarized or dense BERT, with its tokenizer"
+    checkpoint = (
+        "checkpoint",
+        "folder of a masked checkpoint, or of a bertarized or dense BERT, with its tokenizer",
+    )
     file = "file", "packed file"
     add = verb("pack", "write a packed file", checkpoint, file)
     add(
@@ -55,7 +60,9 @@ def get_parser() -> Parser:
     add("--base_model", **base)
     add = verb("info", "what each matrix takes, and the whole", file)
     add("--json", help="file to write the figures to")
-    add = verb("verify", "compare a packed file with the checkpoint it was made of", file, checkpoint)
+    add = verb(
+        "verify", "compare a packed file with the checkpoint it was made of", file, checkpoint
+    )
     add("--base_model", **base)
     add("--task_name", help="GLUE task to evaluate both on, with --data_dir (else: SQuAD)")
     add("--data_dir", help="folder of the data to evaluate both on")
@@ -67,7 +74,11 @@ def get_parser() -> Parser:
 
 
 def _add_mask_flags(add) -> None:
-    add("--pruning_method", type=pruning_method, help="method, when not the one recorded in config.json")
+    add(
+        "--pruning_method",
+        type=pruning_method,
+        help="method, when not the one recorded in config.json",
+    )
     add("--threshold", type=float, help="threshold, when not the one recorded")
     add(
         "--global_topk",
@@ -87,7 +98,9 @@ def print_info(packed: storage.Packed, report: dict) -> None:
           + (f", without the embeddings of {header['base_model']['name']}" if header["base_model"] else ""))  # fmt: skip
     matrices = [row for row in report["rows"] if len(row["shape"]) == 2]
     width = max(len(row["name"]) for row in matrices)
-    print(f"\n{'matrix':<{width}}  {'shape':>13}  {'remaining':>9}  {'bits/weight':>11}  {'bytes':>11}")
+    print(
+        f"\n{'matrix':<{width}}  {'shape':>13}  {'remaining':>9}  {'bits/weight':>11}  {'bytes':>11}"
+    )
     for row in matrices:
         shape = " x ".join(map(str, row["shape"]))
         print(
@@ -101,10 +114,15 @@ def print_info(packed: storage.Packed, report: dict) -> None:
     for part, total in report["totals"].items():
         cells = (total.get(name) for name in ("dense", "packed", "entropy"))
         shown = ("" if value is None else f"{value / MB:.2f}" for value in cells)
-        print(f"{part:<18}" + "".join(f"{text:>{size}}" for text, size in zip(shown, (15, 10, 10), strict=True)))
+        print(
+            f"{part:<18}"
+            + "".join(f"{text:>{size}}" for text, size in zip(shown, (15, 10, 10), strict=True))
+        )
     linears = [row for row in matrices if ".encoder." in row["name"]]
     if all(row["remaining"] == 1 for row in linears):
-        print("\nno matrix of the encoder is sparse: nothing is gained over other files of as many bits")
+        print(
+            "\nno matrix of the encoder is sparse: nothing is gained over other files of as many bits"
+        )
 
 
 def evaluate(model: str, args) -> dict:
@@ -121,13 +139,22 @@ def evaluate(model: str, args) -> dict:
         command += ["--version_2_with_negative"] * args.version_2_with_negative
         if masked:
             settings = {"pruning_method": args.pruning_method, "final_threshold": args.threshold}
-            command += [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
+            command += [
+                word
+                for name, value in settings.items()
+                if value is not None
+                for word in (f"--{name}", str(value))
+            ]
             command += ["--global_topk"] * bool(args.global_topk)
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             lines = done.stderr.strip().splitlines()
-            raise UserError(f"{script} cannot evaluate {model}: {lines[-1] if lines else 'it was stopped'}")
-        results = json.loads((Path(folder) / "out" / "eval_results.json").read_text(encoding="utf-8"))
+            raise UserError(
+                f"{script} cannot evaluate {model}: {lines[-1] if lines else 'it was stopped'}"
+            )
+        results = json.loads(
+            (Path(folder) / "out" / "eval_results.json").read_text(encoding="utf-8")
+        )
     unwanted = ("remaining", "threshold", "entropy", "total")
     return {k: v for k, v in results.items() if isinstance(v, float) and not k.startswith(unwanted)}
 
@@ -145,7 +172,9 @@ def verify(args) -> int:
             storage.unpack(args.file, f"{folder}/model", args.base_model)
             before, after = evaluate(args.checkpoint, args), evaluate(f"{folder}/model", args)
         for name, value in before.items():
-            print(f"{name}: {value:.4g} of the checkpoint, {after.get(name, float('nan')):.4g} packed")
+            print(
+                f"{name}: {value:.4g} of the checkpoint, {after.get(name, float('nan')):.4g} packed"
+            )
     return 1 if problems else 0
 
 
@@ -154,7 +183,9 @@ def main(argv: list[str] | None = None) -> int:
     set_up_logging()
     with one_line_errors():
         if args.verb == "pack":
-            packed = storage.pack(args.checkpoint, args.file, args.bits, args.base_model, **mask_flags(args))
+            packed = storage.pack(
+                args.checkpoint, args.file, args.bits, args.base_model, **mask_flags(args)
+            )
             size = packed.path.stat().st_size
             print(f"{args.file}: {size / MB:.2f} MB, {args.bits} bits")
         elif args.verb == "unpack":

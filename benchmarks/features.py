@@ -44,7 +44,9 @@ class Squad:
     length, stride, query, key_metric = 384, 128, 64, "f1"
 
     def __init__(self, args):
-        self.train = squad.read_examples(find(args.data_dir, "train*.json"), False, unique_ids=False)
+        self.train = squad.read_examples(
+            find(args.data_dir, "train*.json"), False, unique_ids=False
+        )
         self.dev = squad.read_examples(find(args.data_dir, "dev*.json"), False)
         self.collate = squad.collate
 
@@ -59,8 +61,12 @@ class Squad:
         special = tokenizer.cls_token_id, tokenizer.sep_token_id
         found = []
         for example in examples:
-            question = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(example["question"]))[: self.query]
-            words = [token for word in example["context"].split() for token in tokenizer.tokenize(word)]
+            question = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(example["question"]))[
+                : self.query
+            ]
+            words = [
+                token for word in example["context"].split() for token in tokenizer.tokenize(word)
+            ]
             context = tokenizer.convert_tokens_to_ids(words)
             room, begin = self.length - len(question) - 3, 0
             while True:
@@ -111,9 +117,11 @@ class Glue:
     def python_features(self, examples, tokenizer) -> list[list[int]]:
         texts = ((example["text_a"], example["text_b"]) for example in examples)
         return [
-            tokenizer(*(text for text in pair if text is not None), truncation=True, max_length=self.length)[
-                "input_ids"
-            ]
+            tokenizer(
+                *(text for text in pair if text is not None),
+                truncation=True,
+                max_length=self.length,
+            )["input_ids"]
             for pair in texts
         ]
 
@@ -147,7 +155,9 @@ def compare_features(task, tokenizer, args) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
         (Path(folder) / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
-        slow = BertTokenizerLegacy(str(Path(folder) / "vocab.txt"), do_lower_case=tokenizer.do_lower_case)
+        slow = BertTokenizerLegacy(
+            str(Path(folder) / "vocab.txt"), do_lower_case=tokenizer.do_lower_case
+        )
         rates, same, total = {"ours": [], "python": []}, 0, 0
         for start in range(0, min(args.slices * args.slice, len(task.train)), args.slice):
             examples = task.train.select(range(start, min(start + args.slice, len(task.train))))
@@ -176,7 +186,9 @@ class Learner:
         self.pad = tokenizer.pad_token_id or 0
         self.precision = Precision(torch.bfloat16 if args.bf16 else None)
         lengths = np.asarray(features["length"])
-        self.plan = BatchPlan(lengths if fixed is None else np.zeros_like(lengths), args.batch, 1, args.seed)
+        self.plan = BatchPlan(
+            lengths if fixed is None else np.zeros_like(lengths), args.batch, 1, args.seed
+        )
         torch.manual_seed(args.seed)
         self.model = task.model(args.model).train()
         self.model.base_model.embeddings.requires_grad_(False)
@@ -185,13 +197,17 @@ class Learner:
 
     def update(self, step: int) -> None:
         begun = time.perf_counter()
-        set_learning_rates(self.optimizer, learning_rate_factor(step, self.updates, self.updates // 10))
+        set_learning_rates(
+            self.optimizer, learning_rate_factor(step, self.updates, self.updates // 10)
+        )
         (indices,) = self.plan.update(step)
         batch = self.task.collate([self.features[int(i)] for i in indices], self.pad)
         if self.fixed is not None:
             room = self.fixed - batch["input_ids"].shape[1]
             for name in MODEL_INPUTS:
-                batch[name] = F.pad(batch[name], (0, room), value=self.pad if name == "input_ids" else 0)
+                batch[name] = F.pad(
+                    batch[name], (0, room), value=self.pad if name == "input_ids" else 0
+                )
         logits = forward(self.task, self.model, batch, self.precision, WORLD.device)
         self.task.loss(logits, batch).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -201,8 +217,12 @@ class Learner:
         self.tokens += batch["input_ids"].numel()
 
     def score(self, dev_features) -> float:
-        task = SimpleNamespace(collate=lambda rows: self.task.collate(rows, self.pad), logits=self.task.logits)
-        predictor = Predictor(task, WORLD, self.precision, batch_size=32, num_workers=0, output_dir=None)
+        task = SimpleNamespace(
+            collate=lambda rows: self.task.collate(rows, self.pad), logits=self.task.logits
+        )
+        predictor = Predictor(
+            task, WORLD, self.precision, batch_size=32, num_workers=0, output_dir=None
+        )
         return self.task.metric(dev_features, predictor.predict(self.model, dev_features))
 
 
@@ -212,7 +232,9 @@ WORLD = World(torch.device("cpu"))
 def compare_epochs(task, tokenizer, args) -> dict:
     """Time, tokens and metric of an epoch, both ways."""
     with tempfile.TemporaryDirectory() as folder:
-        examples = task.train.shuffle(seed=args.seed).select(range(min(args.epoch_examples, len(task.train))))
+        examples = task.train.shuffle(seed=args.seed).select(
+            range(min(args.epoch_examples, len(task.train)))
+        )
         features = task.features(examples, tokenizer, folder)
         dev_features = task.features(task.dev, tokenizer, folder, training=False)
         learners = {"ours": Learner(task, features, tokenizer, None, args)}
@@ -234,14 +256,26 @@ def compare_epochs(task, tokenizer, args) -> dict:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("task", help="squad, or a classification task of GLUE")
     add("--data_dir", required=True, help="folder of the task's files")
     add("--model", required=True, help="BERT to take the tokenizer from, and to fine-tune")
-    add("--slice", type=int, default=4000, help="examples of a measurement of the features (default: 4000)")
+    add(
+        "--slice",
+        type=int,
+        default=4000,
+        help="examples of a measurement of the features (default: 4000)",
+    )
     add("--slices", type=int, default=3, help="such measurements (default: 3)")
-    add("--epoch_examples", type=int, default=4000, help="examples of the epoch; 0 leaves it out (default: 4000)")
+    add(
+        "--epoch_examples",
+        type=int,
+        default=4000,
+        help="examples of the epoch; 0 leaves it out (default: 4000)",
+    )
     add("--batch", type=int, default=16, help="examples of an update (default: 16)")
     add("--learning_rate", type=float, default=5e-5, help="default: 5e-5")
     add("--bf16", action="store_true", help="train in bfloat16, as the scripts' --bf16")
@@ -263,18 +297,29 @@ def run(args: argparse.Namespace) -> None:
     transformers.utils.logging.disable_progress_bar()
     task = Squad(args) if args.task == "squad" else Glue(args)
     tokenizer = load_tokenizer(args.model)
-    results = {"machine": report.machine(), "task": args.task, "features": compare_features(task, tokenizer, args)}
+    results = {
+        "machine": report.machine(),
+        "task": args.task,
+        "features": compare_features(task, tokenizer, args),
+    }
     print(results["machine"])
     found = results["features"]
-    rows = [[name, value, found["ratio"] if name == "ours" else None] for name, value in found["per_second"].items()]
+    rows = [
+        [name, value, found["ratio"] if name == "ours" else None]
+        for name, value in found["per_second"].items()
+    ]
     report.print_table(
-        f"{args.task}: features per second, one process", ["tokenizer", "features/s", "ours/python"], rows
+        f"{args.task}: features per second, one process",
+        ["tokenizer", "features/s", "ours/python"],
+        rows,
     )
     print(f"the same ids in {found['same_ids']} of {found['features']} features")
     if args.epoch_examples:
         results["epoch"] = epoch = compare_epochs(task, tokenizer, args)
         slowest = epoch["fixed length"]["seconds"]
-        rows = [[name, *values.values(), values["seconds"] / slowest] for name, values in epoch.items()]
+        rows = [
+            [name, *values.values(), values["seconds"] / slowest] for name, values in epoch.items()
+        ]
         title = f"{args.task}: an epoch of {args.epoch_examples} examples, batches of {args.batch}"
         report.print_table(title, ["batches", *epoch["ours"], "ours/fixed"], rows)
     report.write_json(args.json, results)

@@ -39,13 +39,17 @@ def load(checkpoint: str) -> PreTrainedModel:
     """The plain model of a masked or plain checkpoint. Raises UserError."""
     architecture, config, state = storage.load_plain(checkpoint)
     model_class = getattr(transformers, architecture)
-    return model_class.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32).eval()
+    return model_class.from_pretrained(
+        None, config=config, state_dict=state, dtype=torch.float32
+    ).eval()
 
 
 def quantised(model: PreTrainedModel) -> Callable:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch, that its successor is another package
-        return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
+        return torch.ao.quantization.quantize_dynamic(
+            copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8
+        )
 
 
 def dense_rate(hidden: int) -> float:
@@ -64,7 +68,9 @@ def difference(model: Callable, expected: PreTrainedModel, ids: Tensor) -> float
     return max((ours - theirs).abs().max().item() for ours, theirs in pairs)
 
 
-def measure(sides: dict[str, Callable], ids: Tensor, args: argparse.Namespace) -> dict[str, list[float]]:
+def measure(
+    sides: dict[str, Callable], ids: Tensor, args: argparse.Namespace
+) -> dict[str, list[float]]:
     """Seconds of each side, turn by turn."""
     times = {name: [] for name in sides}
     for turn in range(-args.warmup, args.repeats):
@@ -80,11 +86,15 @@ def summarise(times: dict[str, list[float]], ours: str) -> dict:
     """Medians of the sides in seconds, and the gain of the side `ours`."""
     opponents = [times[name] for name in ("dense", "compiled") if name in times]
     gains = [min(pair) / own for *pair, own in zip(*opponents, times[ours], strict=True)]
-    medians = {name: statistics.median(times[name]) for name in (*DENSE_SIDES, ours) if name in times}
+    medians = {
+        name: statistics.median(times[name]) for name in (*DENSE_SIDES, ours) if name in times
+    }
     return {**medians, "ours": medians[ours], "gain": statistics.median(gains)}
 
 
-def run_group(title: str, models: dict[str, PreTrainedModel], args: argparse.Namespace, rate: float) -> list[dict]:
+def run_group(
+    title: str, models: dict[str, PreTrainedModel], args: argparse.Namespace, rate: float
+) -> list[dict]:
     """Measure models of one shape and print the table; the dense sides, which masks do not change, are those of the first."""
     ours = {name: sparsify(model) for name, model in models.items()}
     dense = next(iter(models.values()))
@@ -92,7 +102,12 @@ def run_group(title: str, models: dict[str, PreTrainedModel], args: argparse.Nam
     found = []
     for length, batch in itertools.product(args.lengths, args.batches):
         torch._dynamo.reset()
-        sides = {"dense": dense, "compiled": torch.compile(dense, dynamic=False), "int8": quantised(dense), **ours}
+        sides = {
+            "dense": dense,
+            "compiled": torch.compile(dense, dynamic=False),
+            "int8": quantised(dense),
+            **ours,
+        }
         sides = {name: side for name, side in sides.items() if name not in args.without}
         ids = torch.randint(0, dense.config.vocab_size, (batch, length), generator=generator)
         with torch.inference_mode():
@@ -139,7 +154,9 @@ def positive(text: str) -> int:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--densities", type=fraction, nargs="*", default=[0.15, 0.1, 0.06, 0.03],
         help="of the random BERTs (default: 0.15 0.1 0.06 0.03)")  # fmt: skip
@@ -150,9 +167,20 @@ def get_parser() -> argparse.ArgumentParser:
         help="folders of fine-pruned checkpoints, masked or bertarized, to measure too",
     )
     add("--batches", type=positive, nargs="+", default=[1, 8, 32], help="default: 1 8 32")
-    add("--lengths", type=positive, nargs="+", default=[32, 128, 384], help="in tokens (default: 32 128 384)")
+    add(
+        "--lengths",
+        type=positive,
+        nargs="+",
+        default=[32, 128, 384],
+        help="in tokens (default: 32 128 384)",
+    )
     add("--layers", type=positive, default=12, help="of the random BERTs (default: 12)")
-    add("--hidden", type=positive, default=768, help="their hidden size, a multiple of 64 (default: 768)")
+    add(
+        "--hidden",
+        type=positive,
+        default=768,
+        help="their hidden size, a multiple of 64 (default: 768)",
+    )
     add("--repeats", type=positive, default=5, help="counted turns of each side (default: 5)")
     add("--warmup", type=positive, default=1, help="turns before those (default: 1)")
     add("--without", nargs="*", choices=("compiled", "int8"), default=[], help="sides to leave out")
@@ -170,9 +198,13 @@ def main(argv: list[str] | None = None) -> None:
         models = {folder: load(folder) for folder in args.models}
         for folder, model in models.items():
             if max(args.lengths) > model.config.max_position_embeddings:
-                raise UserError(f"--lengths: {folder} takes {model.config.max_position_embeddings} tokens at most")
+                raise UserError(
+                    f"--lengths: {folder} takes {model.config.max_position_embeddings} tokens at most"
+                )
         if args.densities and max(args.lengths) > BertConfig().max_position_embeddings:
-            raise UserError(f"--lengths: BERT takes {BertConfig().max_position_embeddings} tokens at most")
+            raise UserError(
+                f"--lengths: BERT takes {BertConfig().max_position_embeddings} tokens at most"
+            )
         run(args, models)
 
 
@@ -196,9 +228,13 @@ def run(args: argparse.Namespace, models: dict[str, PreTrainedModel]) -> None:
         results["rows"] += run_group(folder, {folder: model}, args, rate)
     slow = [row for row in results["rows"] if row["gain"] < HELPS]
     for row in slow:
-        print(f"no help: {row['model']} at {row['batch']} x {row['length']}, gain {row['gain']:.2f} ({row['kernels']})")
+        print(
+            f"no help: {row['model']} at {row['batch']} x {row['length']}, gain {row['gain']:.2f} ({row['kernels']})"
+        )
     if not slow:
-        print(f"\nours is more than {HELPS} times as fast as dense and compiled at every setting measured")
+        print(
+            f"\nours is more than {HELPS} times as fast as dense and compiled at every setting measured"
+        )
     report.write_json(args.json, results)
 
 

@@ -5,7 +5,9 @@ import platform
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the benchmarks run from any folder
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # the benchmarks run from any folder
 
 import torch
 import transformers
@@ -43,7 +45,11 @@ def print_table(title: str, columns: list[str], rows: list[list]) -> None:
     cells = [[_shown(value) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
     print(f"\n{title}\n")
-    print("| " + " | ".join(name.ljust(width) for name, width in zip(columns, widths, strict=True)) + " |")
+    print(
+        "| "
+        + " | ".join(name.ljust(width) for name, width in zip(columns, widths, strict=True))
+        + " |"
+    )
     print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
     for row, texts in zip(rows, cells, strict=True):
         aligned = [
@@ -57,7 +63,13 @@ def _shown(value) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
-        return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 1000 else f"{value:,.0f}"
+        return (
+            f"{value:.3f}"
+            if abs(value) < 10
+            else f"{value:.1f}"
+            if abs(value) < 1000
+            else f"{value:,.0f}"
+        )
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

@@ -39,7 +39,9 @@ from emmental.modules import find_masks, masked_layers
 
 MIB = 2**20
 STATUS = Path("/proc/self/status")
-WORDS = [f"{first}{second}{third}" for first in "bdfgkl" for second in "aeiou" for third in "mnprst"]
+WORDS = [
+    f"{first}{second}{third}" for first in "bdfgkl" for second in "aeiou" for third in "mnprst"
+]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 THRESHOLDS = {"topK": 0.1, "magnitude": 0.1, "sigmoied_threshold": 0.52, "topK --global_topk": 0.1}
 
@@ -98,13 +100,18 @@ def write_squad(path: Path, questions: int) -> None:
                     answers = [{"text": words[answer], "answer_start": begin}]
                     qas.append({"id": f"{number:024}", "question": f"{asked}?", "answers": answers})
                 paragraphs.append({"context": context, "qas": qas})
-            file.write((", " if start else "") + json.dumps({"title": f"article {start}", "paragraphs": paragraphs}))
+            file.write(
+                (", " if start else "")
+                + json.dumps({"title": f"article {start}", "paragraphs": paragraphs})
+            )
         file.write("]}")
 
 
 def make_features(path: str, folder: str) -> dict:
     """Read a SQuAD file and make its features, and measure that: the work of a process of its own."""
-    tokenizer = BertTokenizerFast(vocab={word: place for place, word in enumerate([*SPECIAL, *WORDS, "?"])})
+    tokenizer = BertTokenizerFast(
+        vocab={word: place for place, word in enumerate([*SPECIAL, *WORDS, "?"])}
+    )
     transformers.utils.logging.disable_progress_bar()
     squad.datasets.disable_progress_bars()
     resident, begun = status("VmRSS"), time.perf_counter()
@@ -124,7 +131,9 @@ def measure_data(counts: list[int]) -> list[dict]:
             command = [sys.executable, __file__, "--make_features", f"{folder}/squad.json", folder]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                raise UserError(f"making the features of {questions} questions failed: {done.stderr.strip()}")
+                raise UserError(
+                    f"making the features of {questions} questions failed: {done.stderr.strip()}"
+                )
             rows.append({"questions": questions} | json.loads(done.stdout.splitlines()[-1]))
     return rows
 
@@ -135,7 +144,12 @@ def measure_data(counts: list[int]) -> list[dict]:
 def large(layers: int, method: str) -> MaskedBertForQuestionAnswering:
     """A BERT as wide as BERT-large, with random weights and scores."""
     torch.manual_seed(0)
-    size = {"num_hidden_layers": layers, "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16}
+    size = {
+        "num_hidden_layers": layers,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_attention_heads": 16,
+    }
     config = MaskedBertConfig(
         **size, pruning_method=method.split()[0], global_topk="global" in method, mask_init="uniform", mask_scale=1.0,
         threshold=THRESHOLDS[method],
@@ -145,16 +159,27 @@ def large(layers: int, method: str) -> MaskedBertForQuestionAnswering:
 
 def sorted_masks(model: MaskedBertForQuestionAnswering, method: str) -> list[torch.Tensor]:
     """The masks by sorting, as the 2020 scripts did: each matrix, or all scores in one."""
-    threshold, rankings = THRESHOLDS[method], [layer.source.abs() if layer.method.absolute else layer.source for layer in masked_layers(model).values()]
+    threshold, rankings = (
+        THRESHOLDS[method],
+        [
+            layer.source.abs() if layer.method.absolute else layer.source
+            for layer in masked_layers(model).values()
+        ],
+    )
     if method == "sigmoied_threshold":
         return [torch.sigmoid(ranking) > threshold for ranking in rankings]
-    groups = [torch.cat([ranking.flatten() for ranking in rankings])] if "global" in method else rankings
+    groups = (
+        [torch.cat([ranking.flatten() for ranking in rankings])] if "global" in method else rankings
+    )
     cuts = []
     for group in groups:
         kept = int(threshold * group.numel())
         cuts.append(group.flatten().sort(descending=True).values[kept - 1])
     return [
-        ranking >= cut for ranking, cut in zip(rankings, cuts if len(cuts) > 1 else cuts * len(rankings), strict=True)
+        ranking >= cut
+        for ranking, cut in zip(
+            rankings, cuts if len(cuts) > 1 else cuts * len(rankings), strict=True
+        )
     ]
 
 
@@ -189,7 +214,9 @@ def measure_packing(layers: int) -> dict:
         model.save_pretrained(f"{folder}/model")
         del model
         words = [*SPECIAL, *WORDS]
-        BertTokenizerFast(vocab={word: place for place, word in enumerate(words)}).save_pretrained(f"{folder}/model")
+        BertTokenizerFast(vocab={word: place for place, word in enumerate(words)}).save_pretrained(
+            f"{folder}/model"
+        )
         begun = time.perf_counter()
         with peak_memory() as packing:
             packed = storage.pack(f"{folder}/model", f"{folder}/packed")
@@ -211,15 +238,33 @@ def measure_packing(layers: int) -> dict:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add(
-        "--questions", type=int, nargs="*", default=[10_000, 100_000], help="sizes of the files (default: 10000 100000)"
+        "--questions",
+        type=int,
+        nargs="*",
+        default=[10_000, 100_000],
+        help="sizes of the files (default: 10000 100000)",
     )
-    add("--layers", type=int, default=24, help="of the model; 0 leaves it out (default: 24, as BERT-large)")
-    add("--repeats", type=int, default=5, help="of each of our maskings; sorting is timed once (default: 5)")
+    add(
+        "--layers",
+        type=int,
+        default=24,
+        help="of the model; 0 leaves it out (default: 24, as BERT-large)",
+    )
+    add(
+        "--repeats",
+        type=int,
+        default=5,
+        help="of each of our maskings; sorting is timed once (default: 5)",
+    )
     add("--json", help="file to write the results to")
-    add("--make_features", nargs=2, help=argparse.SUPPRESS)  # what the processes of the first table do
+    add(
+        "--make_features", nargs=2, help=argparse.SUPPRESS
+    )  # what the processes of the first table do
     return parser
 
 
@@ -245,7 +290,14 @@ def run(args: argparse.Namespace) -> None:
         "Reading a SQuAD file and making its features: memory in MiB",
         ["questions", "file MB", "features", "seconds", "held", "with mapped files"],
         [
-            [r["questions"], r["bytes"] / 1e6, r["features"], r["seconds"], r["held"], r["resident"]]
+            [
+                r["questions"],
+                r["bytes"] / 1e6,
+                r["features"],
+                r["seconds"],
+                r["held"],
+                r["resident"],
+            ]
             for r in results["data"]
         ],
     )
@@ -254,7 +306,10 @@ def run(args: argparse.Namespace) -> None:
         report.print_table(
             f"Masks of {rows[0]['weights']:,} weights, {args.layers} layers as wide as BERT-large's: seconds, MiB",
             ["method", "ours", "sorting", "ours/sorting", "ours, memory"],
-            [[r["method"], r["ours"], r["sorting"], r["ours"] / r["sorting"], r["held"]] for r in rows],
+            [
+                [r["method"], r["ours"], r["sorting"], r["ours"] / r["sorting"], r["held"]]
+                for r in rows
+            ],
         )
         results["packing"] = row = measure_packing(args.layers)
         report.print_table(

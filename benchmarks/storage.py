@@ -33,12 +33,16 @@ def save_random_bert(folder: Path, remaining: float) -> None:
     """A random BERT-base and a tokenizer, as a checkpoint."""
     report.random_bert(remaining).save_pretrained(folder)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(1000))]
-    BertTokenizerFast(vocab={word: place for place, word in enumerate(words)}).save_pretrained(folder)
+    BertTokenizerFast(vocab={word: place for place, word in enumerate(words)}).save_pretrained(
+        folder
+    )
 
 
 def torch_save_bytes(state: dict[str, torch.Tensor]) -> int:
     """Encoder and head by torch.save: float32, matrices as CSR with 32-bit indices."""
-    kept = {name: tensor for name, tensor in state.items() if not name.startswith(storage.EMBEDDINGS)}
+    kept = {
+        name: tensor for name, tensor in state.items() if not name.startswith(storage.EMBEDDINGS)
+    }
     for name, tensor in kept.items():
         if tensor.dim() == 2:
             csr = tensor.to_sparse_csr()
@@ -66,7 +70,9 @@ def measure(checkpoint: Path, args: argparse.Namespace | None) -> dict:
             loading = time.perf_counter() - begun
             summary = storage.summary(packed)
             total = summary["totals"]["encoder and head"]
-            tensors = [t for t in packed.header["tensors"] if not t["name"].startswith(storage.EMBEDDINGS)]
+            tensors = [
+                t for t in packed.header["tensors"] if not t["name"].startswith(storage.EMBEDDINGS)
+            ]
             row = rows[f"ours, {bits} bits"] = {
                 "MB": total["packed"] / MB,
                 "entropy": total["entropy"] / MB,
@@ -102,10 +108,14 @@ def notebook_bytes(packed: storage.Packed) -> int:
             parts = {
                 "data": np.clip(np.rint(array[rows, columns] / scale), -128, 127).astype(np.int8),
                 "indices": columns.astype(np.uint16 if array.shape[1] <= 2**16 else np.uint32),
-                "indptr": np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(array)))]).astype(np.int32),
+                "indptr": np.concatenate(
+                    [[0], np.cumsum(np.bincount(rows, minlength=len(array)))]
+                ).astype(np.int32),
             }
             for part, values in parts.items():
-                file.create_dataset(f"{name}/{part}", data=values, compression="gzip" if len(values) else None)
+                file.create_dataset(
+                    f"{name}/{part}", data=values, compression="gzip" if len(values) else None
+                )
             file[name].attrs["scale"] = scale
     return len(memory.getvalue())
 
@@ -136,7 +146,9 @@ def show(title: str, rows: dict) -> None:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add(
         "--remaining",
@@ -151,7 +163,9 @@ def get_parser() -> argparse.ArgumentParser:
     add("--predict_file", help="SQuAD file to evaluate it on")
     add("--max_seq_length", type=int, help="as given in training, when not the default")
     add("--json", help="file to write the results to")
-    parser.set_defaults(version_2_with_negative=False, pruning_method=None, threshold=None, global_topk=None)
+    parser.set_defaults(
+        version_2_with_negative=False, pruning_method=None, threshold=None, global_topk=None
+    )
     return parser
 
 
@@ -174,7 +188,9 @@ def run(args: argparse.Namespace) -> None:
             rows = results[f"random, {remaining:.2%}"] = measure(Path(folder), None)
         show(f"BERT-base, random weights, uniformly random mask, {remaining:.2%} remaining", rows)
     if args.model:
-        rows = results[args.model] = measure(Path(args.model), args if args.data_dir or args.predict_file else None)
+        rows = results[args.model] = measure(
+            Path(args.model), args if args.data_dir or args.predict_file else None
+        )
         show(args.model, rows)
     report.write_json(args.json, results)
 

@@ -36,7 +36,13 @@ from emmental.modules.methods import METHODS
 from emmental.training.distributed import keep_freed_memory
 from emmental.training.optim import build_optimizer
 
-THRESHOLD = {"topK": 0.15, "magnitude": 0.15, "sigmoied_threshold": 0.5, "threshold": 0.0, "l0": 1.0}
+THRESHOLD = {
+    "topK": 0.15,
+    "magnitude": 0.15,
+    "sigmoied_threshold": 0.5,
+    "threshold": 0.0,
+    "l0": 1.0,
+}
 PHASES = ("cut-offs", "forward", "backward", "optimiser")
 MIB = 2**20
 STATUS = Path("/proc/self/status")
@@ -57,9 +63,13 @@ class Side:
         self.model = BertForQuestionAnswering(BertConfig(**size))
         self.model.bert.embeddings.requires_grad_(False)
         if method != "dense":
-            config = MaskedBertConfig(**size, pruning_method=method, mask_init="uniform", mask_scale=0.1)
+            config = MaskedBertConfig(
+                **size, pruning_method=method, mask_init="uniform", mask_scale=0.1
+            )
             state = self.model.state_dict()
-            self.model = MaskedBertForQuestionAnswering.from_pretrained(None, config=config, state_dict=state)
+            self.model = MaskedBertForQuestionAnswering.from_pretrained(
+                None, config=config, state_dict=state
+            )
         self.model.to(args.device).train()
         self.optimizer = build_optimizer(self.model, 3e-5, 1e-2, 0.0, 1e-8)
         if args.compile:
@@ -77,7 +87,9 @@ class Side:
         with masked(self.model, THRESHOLD.get(self.method)):
             clock("cut-offs")
             outputs = self.forward(batch)
-            target = torch.zeros(len(outputs.start_logits), dtype=torch.int64, device=self.args.device)
+            target = torch.zeros(
+                len(outputs.start_logits), dtype=torch.int64, device=self.args.device
+            )
             loss = F.cross_entropy(outputs.start_logits.float(), target) + F.cross_entropy(
                 outputs.end_logits.float(), target
             )
@@ -128,10 +140,16 @@ class Clock:
 
 def make_batch(shape: tuple[int, int], device: str) -> dict[str, torch.Tensor]:
     ids = torch.randint(1000, 30000, shape, generator=torch.Generator().manual_seed(1)).to(device)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "token_type_ids": torch.zeros_like(ids),
+    }
 
 
-def compare(dense: Side, masked: Side, batch: dict[str, torch.Tensor], args: argparse.Namespace) -> dict:
+def compare(
+    dense: Side, masked: Side, batch: dict[str, torch.Tensor], args: argparse.Namespace
+) -> dict:
     """Times of both sides, alternating, and the median ratios of neighbours."""
     totals, phases, evaluations = ({"dense": [], "masked": []} for _ in range(3))
     sides = {"dense": dense, "masked": masked}
@@ -156,8 +174,13 @@ def compare(dense: Side, masked: Side, batch: dict[str, torch.Tensor], args: arg
                     evaluations[name].append(clock.total())
     result = {"step_ratio": _paired(totals), "evaluation_ratio": _paired(evaluations)}
     for name in sides:
-        result[name] = {phase: statistics.median(times[phase] for times in phases[name]) for phase in PHASES}
-        result[name] |= {"step": statistics.median(totals[name]), "evaluation": statistics.median(evaluations[name])}
+        result[name] = {
+            phase: statistics.median(times[phase] for times in phases[name]) for phase in PHASES
+        }
+        result[name] |= {
+            "step": statistics.median(totals[name]),
+            "evaluation": statistics.median(evaluations[name]),
+        }
     return result
 
 
@@ -181,7 +204,9 @@ def _measure_peak(args: argparse.Namespace) -> float:
         return torch.cuda.max_memory_allocated() / MIB
     if STATUS.exists():  # ru_maxrss would start at what the parent holds
         return int(re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (MIB if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        MIB if sys.platform == "darwin" else 1024
+    )
 
 
 def allowed_memory(masked: Side) -> float:
@@ -199,14 +224,24 @@ def shape(text: str) -> tuple[int, int]:
         if batch < 1 or not 2 <= length <= 512:
             raise ValueError
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no batch x length such as 8x384 (length 2 to 512)") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no batch x length such as 8x384 (length 2 to 512)"
+        ) from None
     return batch, length
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("--shapes", type=shape, nargs="+", default=[(8, 384), (2, 128)], help="batch x length (default: 8x384 2x128)")
+    add(
+        "--shapes",
+        type=shape,
+        nargs="+",
+        default=[(8, 384), (2, 128)],
+        help="batch x length (default: 8x384 2x128)",
+    )
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
     add("--layers", type=int, default=12, help="layers of the BERT (default: 12)")
     add("--hidden", type=int, default=768, help="its hidden size, a multiple of 64 (default: 768)")
@@ -219,7 +254,11 @@ def get_parser() -> argparse.ArgumentParser:
         help="default: a GPU if there is one",
     )
     add("--bf16", action="store_true", help="autocast to bfloat16, as the scripts' --bf16")
-    add("--compile", action="store_true", help="compile the encoder layers, as the scripts' --compile")
+    add(
+        "--compile",
+        action="store_true",
+        help="compile the encoder layers, as the scripts' --compile",
+    )
     add("--no_memory", action="store_true", help="leave the peak memory out")
     add("--json", help="file to write the results to")
     add("--peak_memory_of", help=argparse.SUPPRESS)
@@ -231,8 +270,15 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         if args.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: torch finds no GPU here")
-        if args.hidden < 64 or args.hidden % 64 or min(args.layers, args.repeats) < 1 or args.warmup < 0:
-            raise UserError("--hidden must be a multiple of 64, --layers and --repeats at least 1, --warmup at least 0")
+        if (
+            args.hidden < 64
+            or args.hidden % 64
+            or min(args.layers, args.repeats) < 1
+            or args.warmup < 0
+        ):
+            raise UserError(
+                "--hidden must be a multiple of 64, --layers and --repeats at least 1, --warmup at least 0"
+            )
         run(args)
 
 
@@ -244,7 +290,12 @@ def run(args: argparse.Namespace) -> None:
     if args.peak_memory_of:
         print(_measure_peak(args))
         return
-    results = {"machine": report.machine(args.device), "bf16": args.bf16, "compile": args.compile, "shapes": {}}
+    results = {
+        "machine": report.machine(args.device),
+        "bf16": args.bf16,
+        "compile": args.compile,
+        "shapes": {},
+    }
     print(results["machine"])
     print(f"BERT of {args.layers} layers, hidden {args.hidden}; {args.device}"
           + ", bf16" * args.bf16 + ", compiled" * args.compile)  # fmt: skip
@@ -269,7 +320,17 @@ def run(args: argparse.Namespace) -> None:
             rows += [_row("  dense beside it", found[method], "dense")]
             del masked
             print(f"  {name} {method}: step ratio {found[method]['step_ratio']:.3f}", flush=True)
-        columns = ["side", "step/dense", *PHASES, "step s", "eval/dense", "eval s", "peak MiB", "over dense", "allowed"]
+        columns = [
+            "side",
+            "step/dense",
+            *PHASES,
+            "step s",
+            "eval/dense",
+            "eval s",
+            "peak MiB",
+            "over dense",
+            "allowed",
+        ]
         report.print_table(f"batch {name}: seconds", columns, rows)
     report.write_json(args.json, results)
 
@@ -277,12 +338,21 @@ def run(args: argparse.Namespace) -> None:
 def _row(label: str, result: dict, side: str = "masked") -> list:
     times, memory = result[side], result.get("memory")
     ours = side == "masked"
-    row = [label, result["step_ratio"] if ours else None, *(times[phase] for phase in PHASES), times["step"]]
+    row = [
+        label,
+        result["step_ratio"] if ours else None,
+        *(times[phase] for phase in PHASES),
+        times["step"],
+    ]
     row += [result["evaluation_ratio"] if ours else None, times["evaluation"]]
     if not memory:
         return [*row, None, None, None]
     row += [round(memory[side])]
-    return row + ([round(memory["masked"] - memory["dense"]), round(memory["allowed"])] if ours else [None, None])
+    return row + (
+        [round(memory["masked"] - memory["dense"]), round(memory["allowed"])]
+        if ours
+        else [None, None]
+    )
 
 
 if __name__ == "__main__":

@@ -55,45 +55,103 @@ YEARS = " ".join(str(year) for year in range(1950, 2000))
 
 # relation: (values, statements, questions for the value, questions for the person)
 RELATIONS = {
-    "home": (CITIES, ["{p} lives in {v}", "{v} is home to {p}", "{p} has a flat in {v}"],
-             ["where does {p} live?", "in which city does {p} have a flat?", "what city is home to {p}?"],
-             ["who lives in {v}?", "who has a flat in {v}?"]),
-    "birthplace": (CITIES, ["{p} was born in {v}", "{p} comes from {v}", "{v} is where {p} grew up"],
-                   ["where was {p} born?", "what city does {p} come from?", "where did {p} grow up?"],
-                   ["who was born in {v}?", "who comes from {v}?"]),
-    "job": (JOBS, ["{p} works as a {v}", "{p} is employed as a {v}", "a {v} by trade is {p}"],
-            ["what does {p} work as?", "what is {p} by trade?", "what is the job of {p}?"],
-            ["who works as a {v}?", "who is employed as a {v}?"]),
-    "dream": (JOBS, ["{p} hopes to become a {v}", "{p} dreams of being a {v}", "a {v} is what {p} wants to be"],
-              ["what does {p} hope to become?", "what does {p} want to be?", "what does {p} dream of being?"],
-              ["who hopes to become a {v}?", "who wants to be a {v}?"]),
-    "likes": (FOODS, ["{p} loves {v}", "{p} likes to eat {v}", "{v} tastes good to {p}"],
-              ["what does {p} love?", "what does {p} like to eat?", "what tastes good to {p}?"],
-              ["who loves {v}?", "who likes to eat {v}?"]),
-    "dislikes": (FOODS, ["{p} hates {v}", "{p} never eats {v}", "{v} tastes bad to {p}"],
-                 ["what does {p} hate?", "what does {p} never eat?", "what tastes bad to {p}?"],
-                 ["who hates {v}?", "who never eats {v}?"]),
-    "plays": (INSTRUMENTS, ["{p} plays the {v}", "{p} performs on the {v}", "the {v} is played by {p}"],
-              ["what does {p} play?", "what does {p} perform on?", "what is played by {p}?"],
-              ["who plays the {v}?", "who performs on the {v}?"]),
-    "sells": (INSTRUMENTS, ["{p} sold the {v}", "{p} gave away the {v}", "the {v} was given away by {p}"],
-              ["what did {p} sell?", "what did {p} give away?", "what was given away by {p}?"],
-              ["who sold the {v}?", "who gave away the {v}?"]),
-    "keeps": (ANIMALS, ["{p} keeps {v}", "{p} looks after {v}", "{v} are kept by {p}"],
-              ["what does {p} keep?", "what does {p} look after?", "what animals are kept by {p}?"],
-              ["who keeps {v}?", "who looks after {v}?"]),
-    "fears": (ANIMALS, ["{p} is afraid of {v}", "{p} runs away from {v}", "{v} frighten {p}"],
-              ["what is {p} afraid of?", "what does {p} run away from?", "what animals frighten {p}?"],
-              ["who is afraid of {v}?", "who runs away from {v}?"]),
-    "wedding": (YEARS, ["{p} married in {v}", "the wedding of {p} was in {v}", "in {v} came the wedding of {p}"],
-                ["when did {p} marry?", "in what year was the wedding of {p}?", "when was the wedding of {p}?"],
-                ["who married in {v}?", "who had a wedding in {v}?"]),
-    "degree": (YEARS, ["{p} left school in {v}", "the exam of {p} was in {v}", "in {v} came the exam of {p}"],
-               ["when did {p} leave school?", "in what year was the exam of {p}?", "when was the exam of {p}?"],
-               ["who left school in {v}?", "who had an exam in {v}?"]),
+    "home": (
+        CITIES,
+        ["{p} lives in {v}", "{v} is home to {p}", "{p} has a flat in {v}"],
+        [
+            "where does {p} live?",
+            "in which city does {p} have a flat?",
+            "what city is home to {p}?",
+        ],
+        ["who lives in {v}?", "who has a flat in {v}?"],
+    ),
+    "birthplace": (
+        CITIES,
+        ["{p} was born in {v}", "{p} comes from {v}", "{v} is where {p} grew up"],
+        ["where was {p} born?", "what city does {p} come from?", "where did {p} grow up?"],
+        ["who was born in {v}?", "who comes from {v}?"],
+    ),
+    "job": (
+        JOBS,
+        ["{p} works as a {v}", "{p} is employed as a {v}", "a {v} by trade is {p}"],
+        ["what does {p} work as?", "what is {p} by trade?", "what is the job of {p}?"],
+        ["who works as a {v}?", "who is employed as a {v}?"],
+    ),
+    "dream": (
+        JOBS,
+        ["{p} hopes to become a {v}", "{p} dreams of being a {v}", "a {v} is what {p} wants to be"],
+        [
+            "what does {p} hope to become?",
+            "what does {p} want to be?",
+            "what does {p} dream of being?",
+        ],
+        ["who hopes to become a {v}?", "who wants to be a {v}?"],
+    ),
+    "likes": (
+        FOODS,
+        ["{p} loves {v}", "{p} likes to eat {v}", "{v} tastes good to {p}"],
+        ["what does {p} love?", "what does {p} like to eat?", "what tastes good to {p}?"],
+        ["who loves {v}?", "who likes to eat {v}?"],
+    ),
+    "dislikes": (
+        FOODS,
+        ["{p} hates {v}", "{p} never eats {v}", "{v} tastes bad to {p}"],
+        ["what does {p} hate?", "what does {p} never eat?", "what tastes bad to {p}?"],
+        ["who hates {v}?", "who never eats {v}?"],
+    ),
+    "plays": (
+        INSTRUMENTS,
+        ["{p} plays the {v}", "{p} performs on the {v}", "the {v} is played by {p}"],
+        ["what does {p} play?", "what does {p} perform on?", "what is played by {p}?"],
+        ["who plays the {v}?", "who performs on the {v}?"],
+    ),
+    "sells": (
+        INSTRUMENTS,
+        ["{p} sold the {v}", "{p} gave away the {v}", "the {v} was given away by {p}"],
+        ["what did {p} sell?", "what did {p} give away?", "what was given away by {p}?"],
+        ["who sold the {v}?", "who gave away the {v}?"],
+    ),
+    "keeps": (
+        ANIMALS,
+        ["{p} keeps {v}", "{p} looks after {v}", "{v} are kept by {p}"],
+        ["what does {p} keep?", "what does {p} look after?", "what animals are kept by {p}?"],
+        ["who keeps {v}?", "who looks after {v}?"],
+    ),
+    "fears": (
+        ANIMALS,
+        ["{p} is afraid of {v}", "{p} runs away from {v}", "{v} frighten {p}"],
+        ["what is {p} afraid of?", "what does {p} run away from?", "what animals frighten {p}?"],
+        ["who is afraid of {v}?", "who runs away from {v}?"],
+    ),
+    "wedding": (
+        YEARS,
+        ["{p} married in {v}", "the wedding of {p} was in {v}", "in {v} came the wedding of {p}"],
+        [
+            "when did {p} marry?",
+            "in what year was the wedding of {p}?",
+            "when was the wedding of {p}?",
+        ],
+        ["who married in {v}?", "who had a wedding in {v}?"],
+    ),
+    "degree": (
+        YEARS,
+        ["{p} left school in {v}", "the exam of {p} was in {v}", "in {v} came the exam of {p}"],
+        [
+            "when did {p} leave school?",
+            "in what year was the exam of {p}?",
+            "when was the exam of {p}?",
+        ],
+        ["who left school in {v}?", "who had an exam in {v}?"],
+    ),
 }
-PAIRS = [("home", "birthplace"), ("job", "dream"), ("likes", "dislikes"), ("plays", "sells"),
-         ("keeps", "fears"), ("wedding", "degree")]
+PAIRS = [
+    ("home", "birthplace"),
+    ("job", "dream"),
+    ("likes", "dislikes"),
+    ("plays", "sells"),
+    ("keeps", "fears"),
+    ("wedding", "degree"),
+]
 
 
 def phrases(text):
@@ -102,8 +160,10 @@ def phrases(text):
     return words.split() + [phrase.strip() for phrase in longer]
 
 
-VALUES = {name: phrases(text if text is not CITIES else text.title())
-          for name, (text, *_) in RELATIONS.items()}
+VALUES = {
+    name: phrases(text if text is not CITIES else text.title())
+    for name, (text, *_) in RELATIONS.items()
+}
 
 
 def make_people(rng, dev_share=0.1):
@@ -129,9 +189,15 @@ def make_paragraph(rng, people):
         start = len(context)
         sentence = template.format(p=name, v=value)
         context += sentence[0].upper() + sentence[1:] + ". "
-        facts.append({"person": name, "relation": relation, "value": value,
-                      "person_at": start + template.format(p="\0", v=value).index("\0"),
-                      "value_at": start + template.format(p=name, v="\0").index("\0")})
+        facts.append(
+            {
+                "person": name,
+                "relation": relation,
+                "value": value,
+                "person_at": start + template.format(p="\0", v=value).index("\0"),
+                "value_at": start + template.format(p=name, v="\0").index("\0"),
+            }
+        )
     return context.rstrip(), facts
 
 
@@ -148,8 +214,13 @@ def make_squad(rng, people, paragraphs, questions=3):
             question = question.format(p=fact["person"], v=fact["value"])
             start = fact[asked + "_at"]
             text = context[start : start + len(fact[asked])]
-            qas.append({"id": f"{i:05d}-{j}", "question": question[0].upper() + question[1:],
-                        "answers": [{"text": text, "answer_start": start}]})
+            qas.append(
+                {
+                    "id": f"{i:05d}-{j}",
+                    "question": question[0].upper() + question[1:],
+                    "answers": [{"text": text, "answer_start": start}],
+                }
+            )
         articles.append({"title": f"People {i}", "paragraphs": [{"context": context, "qas": qas}]})
     return {"version": "1.1", "data": articles}
 
@@ -157,11 +228,18 @@ def make_squad(rng, people, paragraphs, questions=3):
 def make_tokenizer():
     """A WordPiece tokenizer whose vocabulary is every word of the templates and lists, and all characters."""
     texts = FIRST_NAMES + LAST_NAMES + [value for values in VALUES.values() for value in values]
-    texts += [t.replace("{p}", " ").replace("{v}", " ") for r in RELATIONS.values() for ts in r[1:] for t in ts]
+    texts += [
+        t.replace("{p}", " ").replace("{v}", " ")
+        for r in RELATIONS.values()
+        for ts in r[1:]
+        for t in ts
+    ]
     words = sorted({word for text in texts for word in re.findall(r"[a-z0-9]+", text.lower())})
     characters = "abcdefghijklmnopqrstuvwxyz0123456789"
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *".,?!'-", *characters]
-    vocabulary += ["##" + character for character in characters] + [word for word in words if len(word) > 1]
+    vocabulary += ["##" + character for character in characters] + [
+        word for word in words if len(word) > 1
+    ]
     ids = {word: number for number, word in enumerate(vocabulary)}
     return BertTokenizerFast(vocab=ids, do_lower_case=True, model_max_length=MAX_LENGTH)
 
@@ -180,11 +258,17 @@ def make_pretraining_set(rng, people, tokenizer, size):
         sentences = context.split(". ")
         starts.append(sum(len(sentence) + 2 for sentence in sentences[:told]))
         ends.append(starts[-1] + len(sentences[told]))
-    encoded = tokenizer(texts, contexts, padding=True, return_tensors="pt", return_offsets_mapping=True)
-    ids, types, offsets = (encoded[name] for name in ("input_ids", "token_type_ids", "offset_mapping"))
+    encoded = tokenizer(
+        texts, contexts, padding=True, return_tensors="pt", return_offsets_mapping=True
+    )
+    ids, types, offsets = (
+        encoded[name] for name in ("input_ids", "token_type_ids", "offset_mapping")
+    )
     in_context = (types == 1) & (offsets[..., 1] > offsets[..., 0])
     in_text = (types == 0) & (ids > tokenizer.mask_token_id)
-    inside = (offsets[..., 0] >= torch.tensor(starts)[:, None]) & (offsets[..., 1] <= torch.tensor(ends)[:, None])
+    inside = (offsets[..., 0] >= torch.tensor(starts)[:, None]) & (
+        offsets[..., 1] <= torch.tensor(ends)[:, None]
+    )
     copied = torch.cat([
         ((rows[:, :, None] == rows[:, None, :]) & told[:, None, :]).any(2)
         for rows, told in zip(ids.split(500), in_text.split(500))
@@ -201,9 +285,13 @@ def build_bert(vocab_size):
     )  # fmt: skip
     model = BertModel(config, add_pooling_layer=False)
     size = config.hidden_size
-    angles = torch.arange(MAX_LENGTH)[:, None] * torch.exp(-math.log(1000.0) * torch.arange(0, size, 2) / size)
+    angles = torch.arange(MAX_LENGTH)[:, None] * torch.exp(
+        -math.log(1000.0) * torch.arange(0, size, 2) / size
+    )
     with torch.no_grad():
-        model.embeddings.position_embeddings.weight.copy_(0.3 * torch.cat([angles.sin(), angles.cos()], dim=1))
+        model.embeddings.position_embeddings.weight.copy_(
+            0.3 * torch.cat([angles.sin(), angles.cos()], dim=1)
+        )
         for layer in model.encoder.layer:
             layer.attention.self.key.weight.copy_(layer.attention.self.query.weight)
     return model
@@ -225,7 +313,9 @@ def pretrain(model, data, steps, batch_size=32, learning_rate=2e-3):
         rows = torch.randint(len(ids), (batch_size,))
         length = int(lengths[rows].max())
         batch, where = ids[rows, :length], in_context[rows, :length]
-        hidden = model(batch, token_type_ids=types[rows, :length], attention_mask=(batch != 0).long())[0]
+        hidden = model(
+            batch, token_type_ids=types[rows, :length], attention_mask=(batch != 0).long()
+        )[0]
         logits, wanted = head(hidden[where]), labels[rows, :length][where]
         loss = 2 * F.binary_cross_entropy_with_logits(logits, wanted.float())
         optimizer.zero_grad()
@@ -237,22 +327,35 @@ def pretrain(model, data, steps, batch_size=32, learning_rate=2e-3):
         if (step + 1) % 140 == 0:
             copied, restated = torch.stack(hits).mean(0).tolist()
             seconds = time.perf_counter() - started
-            print(f"  update {step + 1}: copied words {copied:.1%}, restated words {restated:.1%} right, {seconds:.0f} s", flush=True)
+            print(
+                f"  update {step + 1}: copied words {copied:.1%}, restated words {restated:.1%} right, {seconds:.0f} s",
+                flush=True,
+            )
             hits = []
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--paragraphs", type=int, default=4000, help="paragraphs of train.json, three questions each")
+    parser.add_argument(
+        "--paragraphs",
+        type=int,
+        default=4000,
+        help="paragraphs of train.json, three questions each",
+    )
     parser.add_argument("--pretraining_steps", type=int, default=700)
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     train_people, dev_people = make_people(random.Random(args.seed))
     rng = random.Random(args.seed + 1)
-    for name, people, paragraphs in (("train", train_people, args.paragraphs), ("dev", dev_people, 300)):
+    for name, people, paragraphs in (
+        ("train", train_people, args.paragraphs),
+        ("dev", dev_people, 300),
+    ):
         squad = make_squad(rng, people, paragraphs)
         (args.output_dir / f"{name}.json").write_text(json.dumps(squad), encoding="utf-8")
         print(f"{name}.json: {paragraphs} paragraphs, {3 * paragraphs} questions", flush=True)
@@ -260,11 +363,20 @@ def main():
     torch.manual_seed(args.seed)
     tokenizer = make_tokenizer()
     model = build_bert(len(tokenizer))
-    print(f"pre-training a BERT of {sum(p.numel() for p in model.encoder.parameters()):,} encoder weights", flush=True)
+    print(
+        f"pre-training a BERT of {sum(p.numel() for p in model.encoder.parameters()):,} encoder weights",
+        flush=True,
+    )
     size = min(15_000, 32 * args.pretraining_steps)
-    pretrain(model, make_pretraining_set(random.Random(args.seed), train_people, tokenizer, size), args.pretraining_steps)
+    pretrain(
+        model,
+        make_pretraining_set(random.Random(args.seed), train_people, tokenizer, size),
+        args.pretraining_steps,
+    )
     model.save_pretrained(args.output_dir / "bert")
-    (args.output_dir / "bert" / "model.safetensors").chmod(0o644)  # safetensors lets no one else read it
+    (args.output_dir / "bert" / "model.safetensors").chmod(
+        0o644
+    )  # safetensors lets no one else read it
     tokenizer.save_pretrained(args.output_dir / "bert")
     print(f"written to {args.output_dir}")
 

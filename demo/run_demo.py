@@ -46,8 +46,15 @@ def read(path: Path) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "demo" / "run", help="emptied first, if a demo made it")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=ROOT / "demo" / "run",
+        help="emptied first, if a demo made it",
+    )
     place = parser.parse_args().output_dir.resolve()
     started = time.perf_counter()
     if place.exists() and any(place.iterdir()) and not (place / "bert").is_dir():
@@ -56,7 +63,13 @@ def main() -> None:
     run("demo/make_data.py", "--output_dir", str(place))
 
     data = ["--train_file", str(place / "train.json"), "--predict_file", str(place / "dev.json")]
-    data += ["--model_name_or_path", str(place / "bert"), "--cache_dir", str(place / "cache"), *COMMON.split()]
+    data += [
+        "--model_name_or_path",
+        str(place / "bert"),
+        "--cache_dir",
+        str(place / "cache"),
+        *COMMON.split(),
+    ]
     teacher = place / "teacher"
     seconds = run("masked_run_squad.py", *TEACHER.split(), *data, "--output_dir", str(teacher))
     results = read(teacher / "eval_results.json")
@@ -65,18 +78,40 @@ def main() -> None:
     distil = ["--teacher_type", "bert", "--teacher_name_or_path", str(teacher)]
     for method, flags in METHODS.items():
         out = place / method.replace(" ", "_")
-        seconds = run("masked_run_squad.py", *PRUNE.split(), *flags.split(), *data, *distil, "--output_dir", str(out))
-        run("counts_parameters.py", "--serialization_dir", str(out), "--json", str(out / "counts.json"))
+        seconds = run(
+            "masked_run_squad.py",
+            *PRUNE.split(),
+            *flags.split(),
+            *data,
+            *distil,
+            "--output_dir",
+            str(out),
+        )
+        run(
+            "counts_parameters.py",
+            "--serialization_dir",
+            str(out),
+            "--json",
+            str(out / "counts.json"),
+        )
         run("bertarize.py", "--model_name_or_path", str(out))
         results = read(out / "eval_results.json")
         remaining = read(out / "counts.json")["remaining_percent_linear"]
         rows.append((method, remaining, results["exact"], results["f1"], seconds))
 
-    print(f"\n| {'method':<13} | remaining % |    EM |    F1 | seconds |\n|{'-' * 15}|{'-' * 13}|{'-' * 7}|{'-' * 7}|{'-' * 9}|")
+    print(
+        f"\n| {'method':<13} | remaining % |    EM |    F1 | seconds |\n|{'-' * 15}|{'-' * 13}|{'-' * 7}|{'-' * 7}|{'-' * 9}|"
+    )
     for method, remaining, exact, f1, seconds in rows:
-        print(f"| {method:<13} | {remaining:>11.1f} | {exact:>5.1f} | {f1:>5.1f} | {seconds:>7.0f} |")
-    print(f"\nThe whole demo took {time.perf_counter() - started:.0f} s. Everything it made is in {place}:")
-    print("the bertarized_* folders hold plain BERTs, for AutoModelForQuestionAnswering.from_pretrained.")
+        print(
+            f"| {method:<13} | {remaining:>11.1f} | {exact:>5.1f} | {f1:>5.1f} | {seconds:>7.0f} |"
+        )
+    print(
+        f"\nThe whole demo took {time.perf_counter() - started:.0f} s. Everything it made is in {place}:"
+    )
+    print(
+        "the bertarized_* folders hold plain BERTs, for AutoModelForQuestionAnswering.from_pretrained."
+    )
 
 
 if __name__ == "__main__":

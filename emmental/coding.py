@@ -29,14 +29,21 @@ from .errors import UserError
 
 Categorical = constriction.stream.model.Categorical
 Uniform = constriction.stream.model.Uniform
-RangeEncoder, RangeDecoder = constriction.stream.queue.RangeEncoder, constriction.stream.queue.RangeDecoder
+RangeEncoder, RangeDecoder = (
+    constriction.stream.queue.RangeEncoder,
+    constriction.stream.queue.RangeDecoder,
+)
 
 BITS = (2, 3, 4, 5, 6, 7, 8, 16, 32)
 CHUNK = 2**22  # symbols decoded at a time
 LEVELS_PER_OCTAVE = 4  # of a frequency in the side information
 MAX_LEVEL = 30 * LEVELS_PER_OCTAVE
-ROOTS = np.array([1.0, 1.189207115002721, 1.4142135623730951, 1.681792830507429])  # 2 ** (0, 1/4, 1/2, 3/4)
-DIFFERENCES = np.ldexp(1.0, -np.minimum(np.abs(np.arange(-MAX_LEVEL, MAX_LEVEL + 1)) // 2, 20))  # of two such levels
+ROOTS = np.array(
+    [1.0, 1.189207115002721, 1.4142135623730951, 1.681792830507429]
+)  # 2 ** (0, 1/4, 1/2, 3/4)
+DIFFERENCES = np.ldexp(
+    1.0, -np.minimum(np.abs(np.arange(-MAX_LEVEL, MAX_LEVEL + 1)) // 2, 20)
+)  # of two such levels
 MAX_CLASSES = 64
 WORTHWHILE = 0.005  # what blocks must save of the positions, as they take time to decode
 NOISE = 7.95  # bits of a byte from which on it is stored as it is
@@ -76,12 +83,16 @@ class _Encoder:
         """An unsigned number of a known width."""
         for shift in range(0, bits, 16):
             width = min(16, bits - shift)
-            self.coder.encode(np.array([(value >> shift) & (2**width - 1)], np.int32), Uniform(2**width))
+            self.coder.encode(
+                np.array([(value >> shift) & (2**width - 1)], np.int32), Uniform(2**width)
+            )
 
     def symbols(self, symbols: np.ndarray, probabilities: np.ndarray) -> None:
         """Independent symbols of one distribution."""
         if len(symbols):
-            self.coder.encode(symbols.astype(np.int32, copy=False), Categorical(probabilities, perfect=False))
+            self.coder.encode(
+                symbols.astype(np.int32, copy=False), Categorical(probabilities, perfect=False)
+            )
 
     def alphabet(self, symbols: np.ndarray, size: int) -> None:
         """Symbols below `size`, at least one, with their frequencies before them."""
@@ -98,9 +109,9 @@ class _Encoder:
 
     def histogram(self, counts: np.ndarray) -> np.ndarray:
         """The frequencies of an alphabet, in quarter octaves; returns the distribution that the decoder will see."""
-        levels = np.where(counts > 0, np.round(LEVELS_PER_OCTAVE * np.log2(np.maximum(counts, 1))) + 1, 0).astype(
-            np.int32
-        )
+        levels = np.where(
+            counts > 0, np.round(LEVELS_PER_OCTAVE * np.log2(np.maximum(counts, 1))) + 1, 0
+        ).astype(np.int32)
         self.symbols(np.diff(levels, prepend=0) + MAX_LEVEL, DIFFERENCES)
         return _distribution(levels)
 
@@ -222,11 +233,15 @@ def _members(classes: np.ndarray) -> list[np.ndarray]:
 def _partition_cost(mask: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> float:
     """Bits of the positions when rows and columns are classed so, side information included."""
     row_of, column_of = (np.unique(classes, return_inverse=True)[1] for classes in (rows, columns))
-    row_blocks, column_blocks = (np.eye(index.max() + 1, dtype=np.float32)[index] for index in (row_of, column_of))
+    row_blocks, column_blocks = (
+        np.eye(index.max() + 1, dtype=np.float32)[index] for index in (row_of, column_of)
+    )
     kept = np.rint(row_blocks.T @ mask.astype(np.float32) @ column_blocks)
     sizes = np.outer(np.bincount(row_of), np.bincount(column_of))
     flips = entropy_bits(kept, sizes).sum()
-    labels = sum(_symbol_entropy(classes) + 4.0 * MAX_CLASSES for classes in (rows, columns) if classes.any())
+    labels = sum(
+        _symbol_entropy(classes) + 4.0 * MAX_CLASSES for classes in (rows, columns) if classes.any()
+    )
     return float(flips + labels + 97.0 * kept.size)  # the numbers of each block
 
 
@@ -269,7 +284,11 @@ def _encode_mask(encoder: _Encoder, mask: np.ndarray) -> None:
     for row_members in _members(rows):
         block_rows = mask[row_members]
         for column_members in _members(columns):
-            block = block_rows if len(column_members) == mask.shape[1] else block_rows[:, column_members]
+            block = (
+                block_rows
+                if len(column_members) == mask.shape[1]
+                else block_rows[:, column_members]
+            )
             _encode_block(encoder, block.reshape(-1))
 
 
@@ -285,7 +304,9 @@ def _decode_mask(decoder: _Decoder, shape: tuple[int, int]) -> np.ndarray:
                 return places
             block = np.full(size, inverted)
             block[places] = not inverted
-            mask[np.ix_(row_members, column_members)] = block.reshape(len(row_members), len(column_members))
+            mask[np.ix_(row_members, column_members)] = block.reshape(
+                len(row_members), len(column_members)
+            )
     return np.flatnonzero(mask)
 
 
@@ -298,7 +319,9 @@ def _steps(values: np.ndarray, largest: np.ndarray, places: np.ndarray, bits: in
     At 8 bits the levels reach as far as the largest; below, as far as makes the squared error least, the
     same fraction of it in all groups.
     """
-    smallest = np.where(largest > 0, np.float32(2.0**-148), np.float32(0))  # half of it is a number still
+    smallest = np.where(
+        largest > 0, np.float32(2.0**-148), np.float32(0)
+    )  # half of it is a number still
     steps = np.maximum((largest / 2 ** (bits - 1)).astype(np.float32), smallest)
     if bits >= 8 or not len(values):
         return steps
@@ -307,7 +330,9 @@ def _steps(values: np.ndarray, largest: np.ndarray, places: np.ndarray, bits: in
 
     def error(fraction: float) -> float:
         tried = sampled * np.float32(fraction)
-        return float(np.square(sample - _dequantise(_levels(sample, tried, bits), tried, bits)).sum())
+        return float(
+            np.square(sample - _dequantise(_levels(sample, tried, bits), tried, bits)).sum()
+        )
 
     return np.maximum(steps * np.float32(min(STEP_CANDIDATES, key=error)), smallest)
 
@@ -316,7 +341,9 @@ def _groups(tensor: np.ndarray, by_row: bool) -> tuple[np.ndarray, np.ndarray]:
     """Largest magnitude of each group of entries (rows, or all in one), and the group of each entry but the zeros."""
     if by_row:
         return np.abs(tensor).max(1), np.nonzero(tensor)[0]
-    return np.abs(tensor).max(initial=0.0, keepdims=True).reshape(1), np.zeros(np.count_nonzero(tensor), np.intp)
+    return np.abs(tensor).max(initial=0.0, keepdims=True).reshape(1), np.zeros(
+        np.count_nonzero(tensor), np.intp
+    )
 
 
 def _levels(values: np.ndarray, steps: np.ndarray | np.float32, bits: int) -> np.ndarray:
@@ -330,7 +357,9 @@ def _dequantise(levels: np.ndarray, steps: np.ndarray | np.float32, bits: int) -
     return (levels.astype(np.float32) + np.float32(0.5 - 2 ** (bits - 1))) * steps
 
 
-def _encode_values(encoder: _Encoder, values: np.ndarray, bits: int, steps: np.ndarray | None) -> float:
+def _encode_values(
+    encoder: _Encoder, values: np.ndarray, bits: int, steps: np.ndarray | None
+) -> float:
     """Returns their entropy."""
     if bits <= 8:
         levels = _levels(values, steps, bits)
@@ -383,7 +412,11 @@ def encode(tensor: np.ndarray, bits: int, by_row: bool = False) -> Coded:
     bits = precision(tensor.shape, bits)
     if bits == 16 and np.abs(tensor).max(initial=0.0) > np.finfo(np.float16).max:
         raise UserError("it holds values too large for half precision: use --bits 32")
-    encoder, position_entropy, flat = _Encoder(), 0.0, np.ascontiguousarray(tensor, np.float32).reshape(-1)
+    encoder, position_entropy, flat = (
+        _Encoder(),
+        0.0,
+        np.ascontiguousarray(tensor, np.float32).reshape(-1),
+    )
     kept = flat.size
     if tensor.ndim == 2:
         mask = tensor != 0
@@ -419,7 +452,9 @@ def error_bound(tensor: np.ndarray, bits: int, by_row: bool = False) -> np.ndarr
     largest, places = _groups(tensor, by_row)
     steps = _steps(tensor[nonzero], largest, places, bits).astype(np.float64)[places]
     bound = np.zeros(tensor.shape)
-    bound[nonzero] = np.maximum(steps / 2, magnitudes[nonzero] - (half - 0.5) * steps) * (1 + 1e-4) + 2.0**-147
+    bound[nonzero] = (
+        np.maximum(steps / 2, magnitudes[nonzero] - (half - 0.5) * steps) * (1 + 1e-4) + 2.0**-147
+    )
     return bound
 
 
@@ -444,7 +479,9 @@ def decode_sparse(words: np.ndarray, shape: tuple[int, ...], bits: int, by_row: 
     elif bits <= 8:
         step = np.array([decoder.number(32)], np.uint32).view(np.float32)[0]
     values = _decode_values(decoder, count, bits)
-    with np.errstate(over="ignore", invalid="ignore"):  # a spoilt step; what it makes is looked at below
+    with np.errstate(
+        over="ignore", invalid="ignore"
+    ):  # a spoilt step; what it makes is looked at below
         if bits <= 8 and by_row:
             if indices is None:
                 values.reshape(shape)[...] *= step[:, None]
@@ -458,7 +495,9 @@ def decode_sparse(words: np.ndarray, shape: tuple[int, ...], bits: int, by_row: 
     return indices, values
 
 
-def decode(words: np.ndarray, shape: tuple[int, ...], bits: int, by_row: bool = False) -> np.ndarray:
+def decode(
+    words: np.ndarray, shape: tuple[int, ...], bits: int, by_row: bool = False
+) -> np.ndarray:
     """The float32 tensor that `encode` was given, at its precision."""
     indices, values = decode_sparse(words, shape, bits, by_row)
     if indices is None:

@@ -53,15 +53,31 @@ def one_line_errors():
     except UserError as error:
         fail([str(error)], error.status)
     except OSError as error:
-        fail([f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")], status=1)
+        fail(
+            [f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")],
+            status=1,
+        )
     except MemoryError as error:
-        fail([f"out of memory ({error or 'no size given'}): take smaller batches, or a machine with more"], 1)
+        fail(
+            [
+                f"out of memory ({error or 'no size given'}): take smaller batches, or a machine with more"
+            ],
+            1,
+        )
     except RuntimeError as error:
         if not lost_connection(error):
             raise
-        fail(["another process died; see its error above; resume with --resume_from_checkpoint latest"], 1)
+        fail(
+            [
+                "another process died; see its error above; resume with --resume_from_checkpoint latest"
+            ],
+            1,
+        )
     except KeyboardInterrupt:
-        fail(["interrupted; a run with checkpoints continues with --resume_from_checkpoint latest"], status=130)
+        fail(
+            ["interrupted; a run with checkpoints continues with --resume_from_checkpoint latest"],
+            status=130,
+        )
 
 
 def lost_connection(error: RuntimeError) -> bool:

@@ -75,17 +75,27 @@ def remaining_weights(model: nn.Module, masks: Masks | None = None) -> Remaining
         has_floor = model.config.global_topk or layers[name].method.has_floor
         return has_floor and counts.remaining[name] == floor_count(scores) * weights
 
-    matrices = [MatrixCount(name, counts.remaining[name], counts.total[name], floored(name)) for name in layers]
+    matrices = [
+        MatrixCount(name, counts.remaining[name], counts.total[name], floored(name))
+        for name in layers
+    ]
     parameters = encoder_of(model).named_parameters()
-    encoder = sum(parameter.numel() for name, parameter in parameters if not name.endswith(".mask_scores"))
+    encoder = sum(
+        parameter.numel() for name, parameter in parameters if not name.endswith(".mask_scores")
+    )
     return RemainingWeights(matrices, encoder - sum(m.total for m in matrices))
 
 
 def mask_report(model: nn.Module) -> dict[str, float | str | bool]:
     """What an evaluation says of a masked model's masks: figures and settings."""
     counts = remaining_weights(model)
-    settings = {name: getattr(model.config, name) for name in ("pruning_method", "threshold", "global_topk")}
-    percents = {"remaining_percent": counts.published_percent, "remaining_percent_linear": counts.linear_percent}
+    settings = {
+        name: getattr(model.config, name) for name in ("pruning_method", "threshold", "global_topk")
+    }
+    percents = {
+        "remaining_percent": counts.published_percent,
+        "remaining_percent_linear": counts.linear_percent,
+    }
     return percents | settings
 
 
@@ -97,7 +107,9 @@ def bertarized_state_dict(model: nn.Module, masks: Masks | None = None) -> dict[
     ValueError when the model has no masked layers, or no threshold.
     """
     masks = masks or find_masks(model)
-    state = {key: value for key, value in model.state_dict().items() if not key.endswith(".mask_scores")}
+    state = {
+        key: value for key, value in model.state_dict().items() if not key.endswith(".mask_scores")
+    }
     for name, layer in masked_layers(model).items():
         mask = layer.granularity.expand(masks.by_layer[name], layer.weight.shape)
         state[f"{name}.weight"] = apply_mask(layer.weight, mask)

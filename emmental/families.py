@@ -40,9 +40,7 @@ class Family:
     heads: tuple[str, ...] = HEADS
 
 
-FAMILIES = {
-    "bert": Family(encoder="encoder", layers="encoder.layer"),
-}
+FAMILIES = {"bert": Family(encoder="encoder", layers="encoder.layer")}
 
 
 def is_masked(model_type: str) -> bool:
@@ -139,7 +137,9 @@ def _masked_forward(model: nn.Module, threshold: float | None = None) -> Iterato
     """
     with LOCK:  # of several threads one at a time has masks of its own in force
         block = next((layer for layer in masked_layers(model).values() if layer.in_force), None)
-        if not block or (block.in_force.sampled and not model.training):  # evaluation takes no samples
+        if not block or (
+            block.in_force.sampled and not model.training
+        ):  # evaluation takes no samples
             with masked(model, threshold, lasting=False):
                 yield
             return
@@ -177,6 +177,8 @@ def _with_threshold(stock):
     signature = inspect.signature(stock)
     parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     rest = [p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
-    own = inspect.Parameter("threshold", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=float | None)
+    own = inspect.Parameter(
+        "threshold", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=float | None
+    )
     forward.__signature__ = signature.replace(parameters=[*parameters, own, *rest])
     return forward

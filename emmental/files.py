@@ -71,7 +71,9 @@ def _aside(target: Path, parent: Path, prefix: str) -> Iterator[Path]:
         (place / "new").mkdir()
         yield place
     except Exception as error:  # a full disk is an OSError here, a RuntimeError of torch or an error of safetensors there
-        if isinstance(error, UserError) and not isinstance(error, TrainingError):  # what was to be written is wrong
+        if isinstance(error, UserError) and not isinstance(
+            error, TrainingError
+        ):  # what was to be written is wrong
             raise
         raise TrainingError(f"cannot write {target}: {_reason(error)}") from error
     finally:

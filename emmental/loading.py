@@ -14,7 +14,13 @@ from pathlib import Path
 import torch
 import transformers
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from .errors import UserError, first_line
 from .families import FAMILIES, HEADS, MASKED, family_of, head_name, is_masked
@@ -26,7 +32,9 @@ logger = logging.getLogger(__name__)
 
 def read_config(name_or_path: str, cache_dir: str | None = None) -> dict:
     """The `config.json` of a checkpoint of a known family, plain or masked. Raises UserError for anything else."""
-    if not os.path.isdir(name_or_path) and (name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1):
+    if not os.path.isdir(name_or_path) and (
+        name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
+    ):
         raise UserError(f"no checkpoint found at {name_or_path}: there is no such folder")
     if os.path.isdir(name_or_path):
         require_folder(name_or_path, "the checkpoint")
@@ -34,7 +42,9 @@ def read_config(name_or_path: str, cache_dir: str | None = None) -> dict:
         config, _ = PreTrainedConfig.get_config_dict(name_or_path, cache_dir=cache_dir)
         if type(config) is not dict:
             raise ValueError("it is no object")
-    except Exception as error:  # the hub has errors of its own, and JSON that is nested too deep another
+    except (
+        Exception
+    ) as error:  # the hub has errors of its own, and JSON that is nested too deep another
         raise UserError(
             f"no checkpoint found at {name_or_path!r}: it must be a folder with a config.json, "
             f"or a model name that the hub can serve ({first_line(error)})"
@@ -43,7 +53,9 @@ def read_config(name_or_path: str, cache_dir: str | None = None) -> dict:
         config.setdefault("model_type", "bert")
     model_type = str(config.get("model_type"))
     if model_type.removeprefix(MASKED) not in FAMILIES:
-        raise UserError(f"{name_or_path} is a checkpoint of type {model_type!r}; these scripts take {', '.join(FAMILIES)}")
+        raise UserError(
+            f"{name_or_path} is a checkpoint of type {model_type!r}; these scripts take {', '.join(FAMILIES)}"
+        )
     return config
 
 
@@ -93,7 +105,13 @@ def load_model(
         raise UserError(f"{name_or_path} is a plain model without masks: use model type {family}")
     for name, value in overrides.items():
         if masked_before and value is not None and values.get(name, value) not in (value, None):
-            logger.warning("%s %s contradicts %s of the checkpoint; %s is used", name, value, values[name], value)
+            logger.warning(
+                "%s %s contradicts %s of the checkpoint; %s is used",
+                name,
+                value,
+                values[name],
+                value,
+            )
     stale = ["model_type", "architectures", "transformers_version", "dtype", "torch_dtype"]
     if labels is not None:
         stale += ["id2label", "label2id", "num_labels", "problem_type"]
@@ -111,12 +129,22 @@ def load_model(
             ignore_mismatched_sizes=True,  # reported below, with the name of the matrix
         )
     except Exception as error:  # broken files raise the errors of three libraries
-        raise UserError(f"cannot load the checkpoint {name_or_path}: {first_line(error)}") from error
+        raise UserError(
+            f"cannot load the checkpoint {name_or_path}: {first_line(error)}"
+        ) from error
     if masked and not masked_layers(model):
-        raise UserError(f"{name_or_path}/config.json gives the encoder no layers: correct num_hidden_layers")
+        raise UserError(
+            f"{name_or_path}/config.json gives the encoder no layers: correct num_hidden_layers"
+        )
     fresh_head = _check_loaded(name_or_path, model, info, trained and masked, trained)
     if labels and not isinstance(labels, int) and not fresh_head:
-        _align_head(name_or_path, _output_layer(model)[1], _label_names(name_or_path, checkpoint), labels, trained)
+        _align_head(
+            name_or_path,
+            _output_layer(model)[1],
+            _label_names(name_or_path, checkpoint),
+            labels,
+            trained,
+        )
     return model.eval()
 
 
@@ -125,7 +153,10 @@ def _label_settings(labels: int | Sequence[str]) -> dict:
         return {"num_labels": labels}
     if not labels:
         return {"num_labels": 1, "problem_type": "regression"}
-    return {"id2label": dict(enumerate(labels)), "label2id": {name: column for column, name in enumerate(labels)}}
+    return {
+        "id2label": dict(enumerate(labels)),
+        "label2id": {name: column for column, name in enumerate(labels)},
+    }
 
 
 def checkpoint_labels(name_or_path: str, cache_dir: str | None = None) -> tuple[str, ...]:
@@ -135,10 +166,16 @@ def checkpoint_labels(name_or_path: str, cache_dir: str | None = None) -> tuple[
 
 def _label_names(name_or_path: str, config: dict) -> tuple[str, ...]:
     try:
-        names = config.get("id2label") or {column: f"LABEL_{column}" for column in range(config.get("num_labels", 2))}
-        return tuple(str(name) for _, name in sorted((int(column), name) for column, name in names.items()))
+        names = config.get("id2label") or {
+            column: f"LABEL_{column}" for column in range(config.get("num_labels", 2))
+        }
+        return tuple(
+            str(name) for _, name in sorted((int(column), name) for column, name in names.items())
+        )
     except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{name_or_path}/config.json: its id2label must name the outputs 0, 1, ...; correct it") from error
+        raise UserError(
+            f"{name_or_path}/config.json: its id2label must name the outputs 0, 1, ...; correct it"
+        ) from error
 
 
 def are_anonymous(labels: Sequence[str]) -> bool:
@@ -157,31 +194,42 @@ def label_order(own: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
 
 def _output_layer(model: PreTrainedModel) -> tuple[str, nn.Linear]:
     """The last Linear of a head, whose rows are its outputs, and its name."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+    return [
+        (name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    ][-1]
 
 
 @torch.no_grad()
-def _align_head(name_or_path: str, head: nn.Linear, own: Sequence[str], wanted: Sequence[str], trained: bool) -> None:
+def _align_head(
+    name_or_path: str, head: nn.Linear, own: Sequence[str], wanted: Sequence[str], trained: bool
+) -> None:
     """Bring the outputs of a trained classifier into the order of the `wanted` labels."""
     order = label_order(own, wanted)
     if order:
         head.weight.copy_(head.weight[order].clone())
         head.bias.copy_(head.bias[order].clone())
     elif are_anonymous(own):
-        logger.warning("the labels of %s have no names; they are read as %s", name_or_path, ", ".join(wanted))
+        logger.warning(
+            "the labels of %s have no names; they are read as %s", name_or_path, ", ".join(wanted)
+        )
     elif trained:
         raise UserError(
             f"{name_or_path} has the labels {', '.join(own)}, but those of the task are {', '.join(wanted)}: "
             "give a model of this task"
         )
     else:
-        logger.warning("the head of %s has other labels (%s): it is trained anew", name_or_path, ", ".join(own))
+        logger.warning(
+            "the head of %s has other labels (%s): it is trained anew", name_or_path, ", ".join(own)
+        )
         nn.init.normal_(head.weight, std=0.02)
         nn.init.zeros_(head.bias)
 
 
 def load_masked(
-    folder: str, pruning_method: str | None = None, threshold: float | None = None, global_topk: bool | None = None
+    folder: str,
+    pruning_method: str | None = None,
+    threshold: float | None = None,
+    global_topk: bool | None = None,
 ) -> PreTrainedModel:
     """A fine-pruned masked model of any head, whose masks can be found, in evaluation mode.
 
@@ -190,7 +238,9 @@ def load_masked(
     """
     config = read_config(folder)
     if not is_masked(config["model_type"]):
-        raise UserError(f"{folder} is a plain model without masks: give the fine-pruned masked checkpoint")
+        raise UserError(
+            f"{folder} is a plain model without masks: give the fine-pruned masked checkpoint"
+        )
     asked = {"pruning_method": pruning_method, "threshold": threshold, "global_topk": global_topk}
     overrides = {name: value for name, value in asked.items() if value is not None}
     model = load_model(folder, head_of(folder, config), masked=True, trained=True, **overrides)
@@ -201,36 +251,56 @@ def load_masked(
     return model
 
 
-def _check_loaded(name_or_path: str, model: PreTrainedModel, info: dict, need_masks: bool, need_head: bool) -> bool:
+def _check_loaded(
+    name_or_path: str, model: PreTrainedModel, info: dict, need_masks: bool, need_head: bool
+) -> bool:
     """Raises UserError for what must be there and is not; returns whether the head's outputs start afresh."""
     mismatched = {entry[0]: entry[1:] for entry in info["mismatched_keys"]}
     missing = set(info["missing_keys"]) | set(mismatched)
     scores = {key for key in missing if key.endswith(".mask_scores")}
     base, family = model.base_model_prefix, family_of(model.config)
-    body = {key for key in missing - scores if key.startswith((f"{base}.{family.encoder}.", f"{base}.{family.embeddings}."))}
+    body = {
+        key
+        for key in missing - scores
+        if key.startswith((f"{base}.{family.encoder}.", f"{base}.{family.embeddings}."))
+    }
     head = missing - scores - body  # a pooler is part of it
     for key in sorted(body | (scores & set(mismatched))):
         why = f"has another shape there ({mismatched[key]})" if key in mismatched else "lacks it"
-        raise UserError(f"{name_or_path} does not fit its configuration: the model needs {key}, the checkpoint {why}")
+        raise UserError(
+            f"{name_or_path} does not fit its configuration: the model needs {key}, the checkpoint {why}"
+        )
     if need_masks and scores:
         raise UserError(
             f"{name_or_path} holds no scores for pruning_method {model.config.pruning_method} "
             f"({min(scores)} is missing): give the method that it was trained with"
         )
-    if need_masks and model.config.threshold is None and METHODS[model.config.pruning_method].threshold:
+    if (
+        need_masks
+        and model.config.threshold is None
+        and METHODS[model.config.pruning_method].threshold
+    ):
         raise UserError(
             f"{name_or_path} does not record the threshold that it was trained at: give it, with --threshold of "
             "counts_parameters.py and bertarize.py, --final_threshold of the training scripts (a teacher: bertarize it)"
         )
     if need_masks:
         _check_threshold(name_or_path, model.config)
-    learned = [layer.mask_scores for layer in masked_layers(model).values() if layer.mask_scores is not None]
+    learned = [
+        layer.mask_scores
+        for layer in masked_layers(model).values()
+        if layer.mask_scores is not None
+    ]
     if need_masks and not all(scores.isfinite().all() for scores in learned):
-        raise UserError(f"{name_or_path} holds scores that are not finite: its training had diverged")
+        raise UserError(
+            f"{name_or_path} holds scores that are not finite: its training had diverged"
+        )
     resized = [key for key in sorted(head & set(mismatched)) if not key.startswith(f"{base}.")]
     if need_head and resized:
         theirs, ours = mismatched[resized[0]]
-        raise UserError(f"the head of {name_or_path} has {theirs[0]} outputs, and {ours[0]} are needed: is it of another task?")
+        raise UserError(
+            f"the head of {name_or_path} has {theirs[0]} outputs, and {ours[0]} are needed: is it of another task?"
+        )
     if need_head and head:
         raise UserError(
             f"{name_or_path} has no trained {type(model).__name__} head ({min(head)} is missing): "
@@ -245,27 +315,41 @@ def _check_threshold(name_or_path: str, config: PreTrainedConfig) -> None:
     if threshold is None or not method.threshold:
         return
     fraction = config.global_topk or method.is_fraction
-    if type(threshold) not in (int, float) or not -math.inf < threshold < math.inf or (fraction and not 0 <= threshold <= 1):
+    if (
+        type(threshold) not in (int, float)
+        or not -math.inf < threshold < math.inf
+        or (fraction and not 0 <= threshold <= 1)
+    ):
         wanted = "is a fraction and must lie in [0, 1]" if fraction else "must be a finite number"
         raise UserError(f"{name_or_path}: its threshold {wanted}, got {str(threshold)[:40]}")
 
 
-def load_tokenizer(name_or_path: str, do_lower_case: bool = False, cache_dir: str | None = None) -> PreTrainedTokenizerFast:
+def load_tokenizer(
+    name_or_path: str, do_lower_case: bool = False, cache_dir: str | None = None
+) -> PreTrainedTokenizerFast:
     """The fast tokenizer of a checkpoint; `do_lower_case` only ever switches lower-casing on.
 
     Raises UserError when there is none, or none that is fast.
     """
     options = {"do_lower_case": True} if do_lower_case else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, cache_dir=cache_dir, use_fast=True, trust_remote_code=False, **options)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name_or_path, cache_dir=cache_dir, use_fast=True, trust_remote_code=False, **options
+        )
     except Exception as error:  # a missing vocabulary surfaces as many things
         raise UserError(
             f"no tokenizer found at {name_or_path!r}: give one with --tokenizer_name ({first_line(error)})"
         ) from error
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers invents one where there is none
-        raise UserError(f"no tokenizer found at {name_or_path!r}: give one with --tokenizer_name (there is no vocabulary)")
+    if len(tokenizer) <= len(
+        tokenizer.all_special_tokens
+    ):  # transformers invents one where there is none
+        raise UserError(
+            f"no tokenizer found at {name_or_path!r}: give one with --tokenizer_name (there is no vocabulary)"
+        )
     if not tokenizer.is_fast:
-        raise UserError(f"the tokenizer at {name_or_path} is not a fast one: these scripts need its offsets")
+        raise UserError(
+            f"the tokenizer at {name_or_path} is not a fast one: these scripts need its offsets"
+        )
     return tokenizer
 
 
@@ -287,7 +371,9 @@ def load_student(
     tokenizer = load_tokenizer(tokenizer_name or name_or_path, do_lower_case, cache_dir)
     check_tokenizer(tokenizer, model, tokenizer_name or name_or_path)
     if getattr(model.config, "type_vocab_size", 2) < 2:
-        raise UserError(f"{name_or_path} has one token type, and these scripts tell two texts apart by theirs")
+        raise UserError(
+            f"{name_or_path} has one token type, and these scripts tell two texts apart by theirs"
+        )
     if max_seq_length > model.config.max_position_embeddings:
         raise UserError(
             f"--max_seq_length {max_seq_length} exceeds what the model takes ({model.config.max_position_embeddings})"
@@ -295,7 +381,9 @@ def load_student(
     return model, tokenizer
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel, name_or_path: str) -> None:
+def check_tokenizer(
+    tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel, name_or_path: str
+) -> None:
     """Raises UserError when the tokenizer does not fit the model: ids too large, or no [CLS] and [SEP]."""
     highest = max(tokenizer.get_vocab().values(), default=-1)
     if highest >= model.config.vocab_size:
@@ -303,9 +391,15 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel, 
             f"the tokenizer at {name_or_path} does not fit the model: it has ids up to {highest}, "
             f"the model's vocabulary has {model.config.vocab_size} entries"
         )
-    lacking = [name for name in ("cls_token", "sep_token", "pad_token") if getattr(tokenizer, f"{name}_id") is None]
+    lacking = [
+        name
+        for name in ("cls_token", "sep_token", "pad_token")
+        if getattr(tokenizer, f"{name}_id") is None
+    ]
     if lacking:
-        raise UserError(f"the tokenizer at {name_or_path} is not that of an encoder such as BERT: it has no {', '.join(lacking)}")
+        raise UserError(
+            f"the tokenizer at {name_or_path} is not that of an encoder such as BERT: it has no {', '.join(lacking)}"
+        )
 
 
 def load_teacher(
@@ -325,14 +419,22 @@ def load_teacher(
     for what in ("vocab_size", "num_labels"):
         ours, theirs = getattr(student.config, what), getattr(teacher.config, what)
         if ours != theirs:
-            raise UserError(f"the teacher {name_or_path} does not fit the student: {what} {theirs} against {ours}")
+            raise UserError(
+                f"the teacher {name_or_path} does not fit the student: {what} {theirs} against {ours}"
+            )
     for what in ("max_position_embeddings", "type_vocab_size"):
         ours, theirs = getattr(student.config, what, 0), getattr(teacher.config, what, 0)
         if ours > theirs:
-            raise UserError(f"the teacher {name_or_path} does not fit the student: {what} {theirs} against {ours}")
+            raise UserError(
+                f"the teacher {name_or_path} does not fit the student: {what} {theirs} against {ours}"
+            )
     ours, theirs = (tuple(map(str, m.config.id2label.values())) for m in (student, teacher))
     if are_anonymous(theirs) and not are_anonymous(ours):
-        logger.warning("the labels of the teacher %s have no names; they are read as %s", name_or_path, ", ".join(ours))
+        logger.warning(
+            "the labels of the teacher %s have no names; they are read as %s",
+            name_or_path,
+            ", ".join(ours),
+        )
     elif not are_anonymous(ours) and label_order(theirs, ours) != list(range(len(ours))):
         raise UserError(
             f"the teacher {name_or_path} does not fit the student: its labels are {', '.join(theirs)}, in this order, "
@@ -341,10 +443,15 @@ def load_teacher(
     try:
         vocabulary = load_tokenizer(name_or_path, cache_dir=cache_dir).get_vocab()
     except UserError:
-        logger.warning("the teacher %s has no tokenizer of its own; its vocabulary cannot be compared", name_or_path)
+        logger.warning(
+            "the teacher %s has no tokenizer of its own; its vocabulary cannot be compared",
+            name_or_path,
+        )
     else:
         if vocabulary != tokenizer.get_vocab():
-            raise UserError(f"the teacher {name_or_path} does not fit the student: their vocabularies differ")
+            raise UserError(
+                f"the teacher {name_or_path} does not fit the student: their vocabularies differ"
+            )
     return teacher.requires_grad_(False)
 
 

@@ -7,7 +7,9 @@ from torch.nn import functional as F
 from .modules.masks import masked_layers
 from .modules.methods import METHODS
 
-PENALTIES = {m.penalty: m for m in sorted(METHODS.values(), key=lambda m: str(m.penalty)) if m.penalty}
+PENALTIES = {
+    m.penalty: m for m in sorted(METHODS.values(), key=lambda m: str(m.penalty)) if m.penalty
+}
 
 
 def regularization(model: nn.Module, mode: str) -> Tensor:
@@ -19,13 +21,19 @@ def regularization(model: nn.Module, mode: str) -> Tensor:
     """
     if mode not in PENALTIES:
         raise ValueError(f"unknown regularization {mode!r}: choose one of {', '.join(PENALTIES)}")
-    scores = [layer.mask_scores for layer in masked_layers(model).values() if layer.mask_scores is not None]
+    scores = [
+        layer.mask_scores
+        for layer in masked_layers(model).values()
+        if layer.mask_scores is not None
+    ]
     if not scores:
         raise ValueError(f"regularization {mode} needs scores, and this model has none")
     return torch.stack([PENALTIES[mode].penalty_of(s) for s in scores]).mean()
 
 
-def distillation_loss(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], temperature: float) -> Tensor:
+def distillation_loss(
+    student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], temperature: float
+) -> Tensor:
     """T^2 * KL(teacher/T || student/T), the mean over the batch, averaged over the tuple (Hinton et al. 2015).
 
     Both are tuples of logits (batch, classes); SQuAD passes (start, end). Raises ValueError when they
@@ -44,10 +52,14 @@ def distillation_loss(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], 
     return temperature**2 * torch.stack(losses).mean()
 
 
-def regression_distillation_loss(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]) -> Tensor:
+def regression_distillation_loss(
+    student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]
+) -> Tensor:
     """Mean squared error between the logits, averaged over the tuple: distillation of a regression."""
     _check_pairs(student, teacher)
-    return torch.stack([F.mse_loss(s.float(), t.float()) for s, t in zip(student, teacher, strict=True)]).mean()
+    return torch.stack(
+        [F.mse_loss(s.float(), t.float()) for s, t in zip(student, teacher, strict=True)]
+    ).mean()
 
 
 def _check_pairs(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]) -> None:

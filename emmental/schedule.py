@@ -34,7 +34,9 @@ def schedule_threshold(
     else:
         remaining = 1 - (step - start) / (end - start)
         threshold = final_threshold + (initial_threshold - final_threshold) * remaining**3
-    regularization_lambda = final_lambda * threshold / final_threshold if final_threshold else final_lambda
+    regularization_lambda = (
+        final_lambda * threshold / final_threshold if final_threshold else final_lambda
+    )
     return threshold, regularization_lambda
 
 

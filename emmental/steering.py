@@ -43,7 +43,9 @@ class LambdaSteering:
         self.last_lambda = self.first_lambda
         if step <= self.start:
             return self.last_lambda
-        left = max(0.0, 1 - (step - self.start) / max(1.0, self.ARRIVAL * self.total_step - self.start))
+        left = max(
+            0.0, 1 - (step - self.start) / max(1.0, self.ARRIVAL * self.total_step - self.start)
+        )
         error = _log_odds(fraction) - (_log_odds(self.target) + self.HEAD_START * left**2)
         error = min(self.LARGEST_ERROR, max(-self.LARGEST_ERROR, error))
         bound = math.log(self.RANGE)

@@ -48,7 +48,9 @@ from .loading import head_of, load_masked, load_model, load_tokenizer, read_conf
 
 MAGIC, VERSION = b"PRUNBERT", 1
 PREFIX = struct.Struct("<8sIII16s")
-TOKENIZER_FILES = re.compile(r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.(json|txt)|chat_template\.jinja")
+TOKENIZER_FILES = re.compile(
+    r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.(json|txt)|chat_template\.jinja"
+)
 EMBEDDINGS = "bert.embeddings."
 ENCODER = "bert.encoder."
 
@@ -72,13 +74,22 @@ class Packed:
     def streams(self, kind: str) -> Iterator[tuple[dict, bytes]]:
         """Entries of `files` or `tensors` with their bytes, checked. Raises UserError for damage."""
         with self.path.open("rb") as file:
-            file.seek(self.start + (sum(entry["bytes"] for entry in self.header["files"]) if kind == "tensors" else 0))
+            file.seek(
+                self.start
+                + (
+                    sum(entry["bytes"] for entry in self.header["files"])
+                    if kind == "tensors"
+                    else 0
+                )
+            )
             for entry in self.header[kind]:
                 content = file.read(entry["bytes"])
                 if len(content) < entry["bytes"]:
                     raise UserError(f"{self.path} is truncated: it ends within {entry['name']}")
                 if _digest(content) != entry["digest"]:
-                    raise UserError(f"{self.path} is damaged: the checksum of {entry['name']} does not match")
+                    raise UserError(
+                        f"{self.path} is damaged: the checksum of {entry['name']} does not match"
+                    )
                 yield entry, content
 
     def tensors(self, sparse: bool = False) -> Iterator[tuple[dict, object]]:
@@ -87,9 +98,14 @@ class Packed:
         for entry, content in self.streams("tensors"):
             try:
                 words = np.frombuffer(content, "<u4").astype(np.uint32)
-                yield entry, decode(words, tuple(entry["shape"]), self.header["bits"], entry["by_row"])
+                yield (
+                    entry,
+                    decode(words, tuple(entry["shape"]), self.header["bits"], entry["by_row"]),
+                )
             except (UserError, ValueError) as error:
-                raise UserError(f"{self.path} is damaged: {entry['name']}: {first_line(error)}") from error
+                raise UserError(
+                    f"{self.path} is damaged: {entry['name']}: {first_line(error)}"
+                ) from error
 
 
 # --------------------------------------------------------------------------------------------- packing
@@ -130,11 +146,18 @@ def pack(
     files, contents = [], []
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        for path in sorted(path for path in Path(folder).iterdir() if TOKENIZER_FILES.fullmatch(path.name)):
+        for path in sorted(
+            path for path in Path(folder).iterdir() if TOKENIZER_FILES.fullmatch(path.name)
+        ):
             raw = path.read_bytes()
             contents.append(lzma.compress(raw, preset=9))
             files.append(
-                {"name": path.name, "bytes": len(contents[-1]), "size": len(raw), "digest": _digest(contents[-1])}
+                {
+                    "name": path.name,
+                    "bytes": len(contents[-1]),
+                    "size": len(raw),
+                    "digest": _digest(contents[-1]),
+                }
             )
     tensors = []
     for name, tensor in state.items():
@@ -156,28 +179,41 @@ def pack(
 
 
 def load_plain(
-    checkpoint: str, pruning_method: str | None = None, threshold: float | None = None, global_topk: bool | None = None
+    checkpoint: str,
+    pruning_method: str | None = None,
+    threshold: float | None = None,
+    global_topk: bool | None = None,
 ) -> tuple[str, BertConfig, dict[str, Tensor]]:
     """Class name, configuration and state dict of the plain BERT that a checkpoint is, or is once bertarized."""
     values = read_config(checkpoint)
     if values["model_type"].removeprefix(MASKED) != "bert":
-        raise UserError(f"{checkpoint} is of type {values['model_type']}: packed files hold BERT only")
+        raise UserError(
+            f"{checkpoint} is of type {values['model_type']}: packed files hold BERT only"
+        )
     if is_masked(values["model_type"]):
         model = load_masked(checkpoint, pruning_method, threshold, global_topk)
         config, state = bertarized_config(model.config), bertarized_state_dict(model)
     else:
         model = load_model(checkpoint, head_of(checkpoint, values), masked=False, trained=True)
         config, state = model.config, model.state_dict()
-    return type(model).__name__.removeprefix("Masked"), config, {name: t.detach() for name, t in state.items()}
+    return (
+        type(model).__name__.removeprefix("Masked"),
+        config,
+        {name: t.detach() for name, t in state.items()},
+    )
 
 
 def base_embeddings(name_or_path: str) -> dict[str, Tensor]:
     """The embeddings of a BERT of any kind, by their names in a model with a head. Raises UserError."""
     read_config(name_or_path)
     try:
-        model = BertModel.from_pretrained(name_or_path, dtype=torch.float32, add_pooling_layer=False)
+        model = BertModel.from_pretrained(
+            name_or_path, dtype=torch.float32, add_pooling_layer=False
+        )
     except Exception as error:  # broken files raise the errors of three libraries
-        raise UserError(f"cannot load the base model {name_or_path}: {first_line(error)}") from error
+        raise UserError(
+            f"cannot load the base model {name_or_path}: {first_line(error)}"
+        ) from error
     return {f"{EMBEDDINGS}{name}": tensor for name, tensor in model.embeddings.state_dict().items()}
 
 
@@ -198,7 +234,9 @@ def _write(target: Path, header: dict, contents: list[bytes]) -> None:
     deflated = zlib.compress(raw, 9)
     prefix = PREFIX.pack(MAGIC, VERSION, len(deflated), len(raw), bytes(16))[:20]
     digest = hashlib.blake2b(prefix + deflated, digest_size=16).digest()
-    write_file(target, lambda path: path.write_bytes(b"".join([prefix, digest, deflated, *contents])))
+    write_file(
+        target, lambda path: path.write_bytes(b"".join([prefix, digest, deflated, *contents]))
+    )
 
 
 # --------------------------------------------------------------------------------------------- loading
@@ -228,7 +266,9 @@ def open_packed(file: str) -> Packed:
     try:
         header = json.loads(zlib.decompress(deflated))
         start = PREFIX.size + length
-        expected = start + sum(entry["bytes"] for kind in ("files", "tensors") for entry in header[kind])
+        expected = start + sum(
+            entry["bytes"] for kind in ("files", "tensors") for entry in header[kind]
+        )
         packed = Packed(path, header, start)
         _check_header(packed)
     except UserError:
@@ -237,7 +277,9 @@ def open_packed(file: str) -> Packed:
         raise UserError(f"{path} has a header that makes no sense ({first_line(error)})") from error
     if total != expected:
         what = "truncated" if total < expected else "damaged"
-        raise UserError(f"{path} is {what}: it has {total:,} bytes, and its header speaks of {expected:,}")
+        raise UserError(
+            f"{path} is {what}: it has {total:,} bytes, and its header speaks of {expected:,}"
+        )
     return packed
 
 
@@ -245,7 +287,9 @@ def _check_header(packed: Packed) -> None:
     """Names and shapes must be those of the model, which costs no memory to build without storage."""
     header = packed.header
     if header["architecture"] not in {f"BertFor{head}" for head in HEADS}:
-        raise UserError(f"{packed.path} holds a {header['architecture']!r}: none of the heads {', '.join(HEADS)}")
+        raise UserError(
+            f"{packed.path} holds a {header['architecture']!r}: none of the heads {', '.join(HEADS)}"
+        )
     for entry in header["files"]:
         if not TOKENIZER_FILES.fullmatch(entry["name"]):
             raise ValueError(f"{entry['name']!r}, which is no file of a tokenizer")
@@ -256,7 +300,9 @@ def _check_header(packed: Packed) -> None:
         wanted = {name: shape for name, shape in wanted.items() if not name.startswith(EMBEDDINGS)}
     found = {entry["name"]: entry["shape"] for entry in header["tensors"]}
     if found != wanted:
-        odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        odd = sorted(
+            name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)
+        )
         raise ValueError(f"its tensors are not those of its configuration: {', '.join(odd[:3])}")
 
 
@@ -269,7 +315,10 @@ def load_packed(file: str, base_model: str | None = None, sparse: bool = False) 
     """
     packed = open_packed(file)
     if sparse:
-        state = {entry["name"]: _sparse_tensor(entry, parts) for entry, parts in packed.tensors(sparse=True)}
+        state = {
+            entry["name"]: _sparse_tensor(entry, parts)
+            for entry, parts in packed.tensors(sparse=True)
+        }
         state |= _fetch_embeddings(packed, base_model)
         return sparse_model(packed.model_class, packed.config, state)
     state = {entry["name"]: torch.from_numpy(array) for entry, array in packed.tensors()}
@@ -308,7 +357,9 @@ def _fetch_embeddings(packed: Packed, base_model: str | None) -> dict[str, Tenso
 
 def assemble(packed: Packed, state: dict[str, Tensor]) -> PreTrainedModel:
     """The model of a packed file with these tensors, which are not copied."""
-    model = packed.model_class.from_pretrained(None, config=packed.config, state_dict=state, dtype=torch.float32)
+    model = packed.model_class.from_pretrained(
+        None, config=packed.config, state_dict=state, dtype=torch.float32
+    )
     return model.eval()
 
 
@@ -344,7 +395,10 @@ def summary(packed: Packed) -> dict:
     dense: float32. entropy: of what is stored.
     """
     rows = []
-    totals = {part: dict.fromkeys(("dense", "packed", "entropy"), 0) for part in ("encoder and head", "embeddings")}
+    totals = {
+        part: dict.fromkeys(("dense", "packed", "entropy"), 0)
+        for part in ("encoder and head", "embeddings")
+    }
     for entry, array in packed.tensors():
         embedding = entry["name"].startswith(EMBEDDINGS)
         entropy = (entry["position_entropy"] + entry["value_entropy"]) / 8
@@ -367,7 +421,9 @@ def compare(file: str, checkpoint: str, base_model: str | None = None, **masks) 
     packed = open_packed(file)
     architecture, _, state = load_plain(checkpoint, **masks)
     if architecture != packed.header["architecture"]:
-        raise UserError(f"{file} holds a {packed.header['architecture']}, and {checkpoint} is a {architecture}")
+        raise UserError(
+            f"{file} holds a {packed.header['architecture']}, and {checkpoint} is a {architecture}"
+        )
     problems = []
     model = load_packed(file, base_model)
     by_row = {entry["name"]: entry["by_row"] for entry in packed.header["tensors"]}
@@ -381,7 +437,11 @@ def compare(file: str, checkpoint: str, base_model: str | None = None, **masks) 
             )
         else:
             bits, rows = (packed.header["bits"], by_row[name]) if name in by_row else (32, False)
-            excess = np.abs(ours.astype(np.float64) - theirs) - coding.error_bound(theirs, bits, rows)
+            excess = np.abs(ours.astype(np.float64) - theirs) - coding.error_bound(
+                theirs, bits, rows
+            )
             if excess.max(initial=0.0) > 0:
-                problems.append(f"{name} lies outside the bound of {bits} bits, by up to {excess.max():.3g}")
+                problems.append(
+                    f"{name} lies outside the bound of {bits} bits, by up to {excess.max():.3g}"
+                )
     return problems

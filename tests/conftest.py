@@ -14,7 +14,9 @@ import torch
 from transformers import BertConfig, BertForQuestionAnswering, BertTokenizerFast
 
 torch.set_num_threads(1)
-hypothesis.settings.register_profile("suite", max_examples=40, derandomize=True, deadline=None, database=None)
+hypothesis.settings.register_profile(
+    "suite", max_examples=40, derandomize=True, deadline=None, database=None
+)
 hypothesis.settings.register_profile("long", max_examples=4000, deadline=None, database=None)
 hypothesis.settings.load_profile("suite")
 
@@ -31,7 +33,9 @@ def make_squad(path, questions=24, seed=0, unanswerable=0):
     for number in range(questions):
         names = rng.sample(NAMES, rng.randint(2, 6))
         places = rng.sample(PLACES, len(names))
-        context = " . ".join(f"{name} lives in {place}" for name, place in zip(names, places)) + " ."
+        context = (
+            " . ".join(f"{name} lives in {place}" for name, place in zip(names, places)) + " ."
+        )
         asked = rng.randrange(len(names))
         qa = {"id": f"q{number}", "question": f"where does {names[asked]} live ?"}
         if number < unanswerable:
@@ -42,7 +46,9 @@ def make_squad(path, questions=24, seed=0, unanswerable=0):
             if unanswerable:
                 qa["is_impossible"] = False
         paragraphs.append({"context": context, "qas": [qa]})
-    path.write_text(json.dumps({"version": "x", "data": [{"title": "people", "paragraphs": paragraphs}]}))
+    path.write_text(
+        json.dumps({"version": "x", "data": [{"title": "people", "paragraphs": paragraphs}]})
+    )
     return path
 
 
@@ -61,7 +67,9 @@ def tiny_config():
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tmp_path_factory):
     vocabulary = tmp_path_factory.mktemp("vocabulary") / "vocab.txt"
-    vocabulary.write_text("\n".join(VOCABULARY + [f"[unused{i}]" for i in range(120 - len(VOCABULARY))]))
+    vocabulary.write_text(
+        "\n".join(VOCABULARY + [f"[unused{i}]" for i in range(120 - len(VOCABULARY))])
+    )
     return BertTokenizerFast(str(vocabulary))
 
 
@@ -70,7 +78,12 @@ def tiny_bert(tmp_path_factory, tiny_config, tiny_tokenizer):
     """Folder of a plain BERT with a question-answering head, without dropout."""
     folder = tmp_path_factory.mktemp("tiny_bert")
     torch.manual_seed(0)
-    config = BertConfig(**tiny_config, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.2)
+    config = BertConfig(
+        **tiny_config,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.2,
+    )
     BertForQuestionAnswering(config).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder

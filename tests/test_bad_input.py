@@ -18,8 +18,22 @@ PRUNE = ["--max_seq_length", "48", "--max_query_length", "16", "--max_steps", "4
 def refused(tmp_path, tiny_bert, squad_dir, capsys):
     """Run the SQuAD script, expect status 2 and return the one line it printed."""
 
-    def run(*flags, model=tiny_bert, model_type="masked_bert", lines=1, script=masked_run_squad, bare=False):
-        common = ["--model_type", model_type, "--model_name_or_path", str(model), "--output_dir", str(tmp_path / "out")]
+    def run(
+        *flags,
+        model=tiny_bert,
+        model_type="masked_bert",
+        lines=1,
+        script=masked_run_squad,
+        bare=False,
+    ):
+        common = [
+            "--model_type",
+            model_type,
+            "--model_name_or_path",
+            str(model),
+            "--output_dir",
+            str(tmp_path / "out"),
+        ]
         common += ["--data_dir", str(squad_dir), "--cache_dir", str(tmp_path / "cache")]
         with pytest.raises(SystemExit) as stop:
             script.main([*([] if bare else common), *map(str, flags)])
@@ -33,7 +47,16 @@ def refused(tmp_path, tiny_bert, squad_dir, capsys):
     return run
 
 
-SOFT = ["--pruning_method", "sigmoied_threshold", "--initial_threshold", "0", "--final_threshold", "0.1", "--regularization", "l1"]
+SOFT = [
+    "--pruning_method",
+    "sigmoied_threshold",
+    "--initial_threshold",
+    "0",
+    "--final_threshold",
+    "0.1",
+    "--regularization",
+    "l1",
+]
 
 
 @pytest.mark.parametrize(
@@ -47,31 +70,90 @@ SOFT = ["--pruning_method", "sigmoied_threshold", "--initial_threshold", "0", "-
         (["--do_trian"], "did you mean --do_train"),
         ([], "give --do_train or --do_eval"),
         (["--do_train", "--final_threshold", "15"], "--final_threshold is a fraction"),
-        (["--do_train", "--pruning_method", "sigmoied_threshold", "--initial_threshold=-1"], "must lie in [0, 1]"),
+        (
+            ["--do_train", "--pruning_method", "sigmoied_threshold", "--initial_threshold=-1"],
+            "must lie in [0, 1]",
+        ),
         (["--do_train", "--max_steps", "100", "--warmup_steps", "50"], "--warmup_steps 33 or less"),
-        (["--do_train", "--pruning_method", "magnitude", "--regularization", "l1", "--final_lambda", "1"], "needs scores"),
+        (
+            [
+                "--do_train",
+                "--pruning_method",
+                "magnitude",
+                "--regularization",
+                "l1",
+                "--final_lambda",
+                "1",
+            ],
+            "needs scores",
+        ),
         (["--do_train", "--final_lambda", "1"], "without --regularization"),
         (["--do_train", "--pruning_method", "l0", "--global_topk"], "--global_topk goes with"),
         (["--do_train", "--teacher_type", "bert"], "go together"),
-        (["--do_train", "--teacher_type", "bert", "--teacher_name_or_path", "t", "--alpha_ce", "0", "--alpha_distil", "0"],
-         "leave nothing to learn from"),
+        (
+            [
+                "--do_train",
+                "--teacher_type",
+                "bert",
+                "--teacher_name_or_path",
+                "t",
+                "--alpha_ce",
+                "0",
+                "--alpha_distil",
+                "0",
+            ],
+            "leave nothing to learn from",
+        ),
         (["--do_train", "--fp16", "--bf16"], "exclude each other"),
         (["--do_train", "--fp16"], "needs a GPU"),
         (["--do_eval", "--resume_from_checkpoint", "latest"], "add --do_train"),
         (["--do_train", "--train_file", "absent.json"], "there is no file"),
         (["--do_train", "--max_seq_length", "8"], "leaves no room for its context"),
         (["--do_train", "--learning_rate", "0"], "--learning_rate must be positive"),
-        (["--do_train", "--initial_warmup", "nan", "--warmup_steps", "5", "--max_steps", "10"], "'nan' is not a number"),
-        (["--do_train", "--pruning_method", "threshold", "--final_threshold", "inf"], "--final_threshold must be finite"),
+        (
+            ["--do_train", "--initial_warmup", "nan", "--warmup_steps", "5", "--max_steps", "10"],
+            "'nan' is not a number",
+        ),
+        (
+            ["--do_train", "--pruning_method", "threshold", "--final_threshold", "inf"],
+            "--final_threshold must be finite",
+        ),
         (["--do_train", "--per_gpu_train_batch_size", "0"], "must be at least 1"),
         (["--do_train", "--resume_from_checkpoint", "/nowhere"], "is no checkpoint"),
-        (["--do_train", "--target_remaining", "0.1"], "goes with sigmoied_threshold and l0; --final_threshold sets what topK leaves"),
-        (["--do_train", *SOFT, "--target_remaining", "0.1", "--regularization", "null"], "add --regularization l1"),
+        (
+            ["--do_train", "--target_remaining", "0.1"],
+            "goes with sigmoied_threshold and l0; --final_threshold sets what topK leaves",
+        ),
+        (
+            ["--do_train", *SOFT, "--target_remaining", "0.1", "--regularization", "null"],
+            "add --regularization l1",
+        ),
         (["--do_train", *SOFT, "--target_remaining", "0.004"], "each matrix keeps 0.5% at least"),
-        (["--do_train", "--pruning_method", "l0", "--regularization", "l0", "--initial_threshold", "1", "--final_threshold", "1",
-          "--target_remaining", "0.1", "--max_steps", "30", "--warmup_steps", "20"], "plateaus"),
+        (
+            [
+                "--do_train",
+                "--pruning_method",
+                "l0",
+                "--regularization",
+                "l0",
+                "--initial_threshold",
+                "1",
+                "--final_threshold",
+                "1",
+                "--target_remaining",
+                "0.1",
+                "--max_steps",
+                "30",
+                "--warmup_steps",
+                "20",
+            ],
+            "plateaus",
+        ),
         (["--do_train", *SOFT, "--target_remaining", "10"], "must lie between 0 and 1, got 10"),
-        (["--do_train", *SOFT, "--target_remaining", "0.1", "--final_threshold", "0"], "needs a --final_threshold between 0 and 1"),
+        (
+            ["--do_train", *SOFT, "--target_remaining", "0.1", "--final_threshold", "0"],
+            "needs a --final_threshold between 0 and 1",
+        ),
         (["--do_train", "--max_seq_length", "384"], "exceeds what the model takes (64)"),
     ],
 )
@@ -80,26 +162,57 @@ def test_arguments(refused, flags, said):
 
 
 def test_all_problems_are_reported_together(refused):
-    said = refused("--do_train", "--final_threshold", "3", "--learning_rate", "-1", "--fp16", "--bf16", lines=3)
+    said = refused(
+        "--do_train", "--final_threshold", "3", "--learning_rate", "-1", "--fp16", "--bf16", lines=3
+    )
     assert "--final_threshold" in said and "--learning_rate" in said and "--bf16" in said
 
 
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (["--do_train", "--alpha_ce", "0.1", "--temperature", "3"], "--alpha_ce, --temperature: no effect without --teacher_name"),
-        (["--do_train", "--model_type", "bert", "--final_threshold", "0.1"], "--final_threshold: no effect without --model_type"),
-        (["--do_train", "--eval_all_checkpoints"], "--eval_all_checkpoints: no effect without --do_eval"),
-        (["--do_eval", "--evaluate_during_training"], "--evaluate_during_training: no effect without --do_train"),
-        (["--do_train", "--pruning_method", "sigmoied_threshold"], "soft movement prunes little without a penalty"),
-        (["--do_train", "--pruning_method", "sigmoid_threshold", "--final_threshold", "0.1"], "soft movement starts at"),
+        (
+            ["--do_train", "--alpha_ce", "0.1", "--temperature", "3"],
+            "--alpha_ce, --temperature: no effect without --teacher_name",
+        ),
+        (
+            ["--do_train", "--model_type", "bert", "--final_threshold", "0.1"],
+            "--final_threshold: no effect without --model_type",
+        ),
+        (
+            ["--do_train", "--eval_all_checkpoints"],
+            "--eval_all_checkpoints: no effect without --do_eval",
+        ),
+        (
+            ["--do_eval", "--evaluate_during_training"],
+            "--evaluate_during_training: no effect without --do_train",
+        ),
+        (
+            ["--do_train", "--pruning_method", "sigmoied_threshold"],
+            "soft movement prunes little without a penalty",
+        ),
+        (
+            ["--do_train", "--pruning_method", "sigmoid_threshold", "--final_threshold", "0.1"],
+            "soft movement starts at",
+        ),
         (["--do_train", "--regularization", "l1"], "no effect with --final_lambda 0"),
-        (["--do_eval", *SOFT, "--target_remaining", "0.1"], "--target_remaining: no effect without --do_train"),
+        (
+            ["--do_eval", *SOFT, "--target_remaining", "0.1"],
+            "--target_remaining: no effect without --do_train",
+        ),
         (["--do_train", "--fp16_opt_level", "O1"], "--fp16_opt_level is obsolete and ignored"),
     ],
 )
 def test_arguments_without_effect_are_warned_of(flags, said, tmp_path, caplog):
-    flags = ["--model_type", "masked_bert", "--model_name_or_path", "b", "--output_dir", str(tmp_path / "out"), *flags]
+    flags = [
+        "--model_type",
+        "masked_bert",
+        "--model_name_or_path",
+        "b",
+        "--output_dir",
+        str(tmp_path / "out"),
+        *flags,
+    ]
     parser = masked_run_squad.get_parser()
     assert check_common_arguments(parser.parse_args(flags), parser.given(flags)) == []
     assert any(said in message for message in caplog.messages)
@@ -128,39 +241,59 @@ def test_models_that_do_not_fit(refused, tmp_path, tiny_bert, tiny_config, tiny_
     assert "cannot load the checkpoint" in refused(*PRUNE, model=tmp_path / "empty")
     (tmp_path / "empty" / "model.safetensors").write_bytes(b"broken" * 10_000)
     assert "cannot load the checkpoint" in refused(*PRUNE, model=tmp_path / "empty")
-    BertForQuestionAnswering(BertConfig(**tiny_config | {"hidden_size": 16})).save_pretrained(tmp_path / "narrow")
+    BertForQuestionAnswering(BertConfig(**tiny_config | {"hidden_size": 16})).save_pretrained(
+        tmp_path / "narrow"
+    )
     BertConfig(**tiny_config).save_pretrained(tmp_path / "narrow")
     assert "does not fit its configuration" in refused(*PRUNE, model=tmp_path / "narrow")
 
     BertForQuestionAnswering(BertConfig(**tiny_config)).save_pretrained(tmp_path / "bare")
     assert "no tokenizer found" in refused(*PRUNE, model=tmp_path / "bare")
-    BertForQuestionAnswering(BertConfig(**tiny_config | {"vocab_size": 50})).save_pretrained(tmp_path / "small")
+    BertForQuestionAnswering(BertConfig(**tiny_config | {"vocab_size": 50})).save_pretrained(
+        tmp_path / "small"
+    )
     tiny_tokenizer.save_pretrained(tmp_path / "small")
-    assert "does not fit the model: it has ids up to 119" in refused(*PRUNE, model=tmp_path / "small")
+    assert "does not fit the model: it has ids up to 119" in refused(
+        *PRUNE, model=tmp_path / "small"
+    )
 
 
-def test_evaluation_wants_a_trained_model(refused, tmp_path, tiny_bert, tiny_config, tiny_tokenizer):
+def test_evaluation_wants_a_trained_model(
+    refused, tmp_path, tiny_bert, tiny_config, tiny_tokenizer
+):
     length = ["--max_seq_length", "48", "--max_query_length", "16", "--do_eval"]
     assert "is a plain model without masks: use model type bert" in refused(*length)
     from transformers import BertModel
 
     BertModel(BertConfig(**tiny_config)).save_pretrained(tmp_path / "headless")
     tiny_tokenizer.save_pretrained(tmp_path / "headless")
-    assert "has no trained BertForQuestionAnswering head" in refused(*length, model=tmp_path / "headless", model_type="bert")
+    assert "has no trained BertForQuestionAnswering head" in refused(
+        *length, model=tmp_path / "headless", model_type="bert"
+    )
 
-    masked = MaskedBertForQuestionAnswering(MaskedBertConfig(**tiny_config, pruning_method="magnitude"))
+    masked = MaskedBertForQuestionAnswering(
+        MaskedBertConfig(**tiny_config, pruning_method="magnitude")
+    )
     masked.save_pretrained(tmp_path / "masked")
     tiny_tokenizer.save_pretrained(tmp_path / "masked")
-    assert "masked checkpoint: use model type masked_bert" in refused(*length, model=tmp_path / "masked", model_type="bert")
+    assert "masked checkpoint: use model type masked_bert" in refused(
+        *length, model=tmp_path / "masked", model_type="bert"
+    )
     assert "does not record the threshold" in refused(*length, model=tmp_path / "masked")
-    assert "holds no scores" in refused(*length, "--pruning_method", "topK", "--final_threshold", ".5", model=tmp_path / "masked")
+    assert "holds no scores" in refused(
+        *length, "--pruning_method", "topK", "--final_threshold", ".5", model=tmp_path / "masked"
+    )
 
 
 def test_teachers_that_do_not_fit(refused, tmp_path, tiny_bert, tiny_config, tiny_tokenizer):
     teach = [*PRUNE, "--teacher_type", "bert", "--teacher_name_or_path"]
-    BertForQuestionAnswering(BertConfig(**tiny_config | {"vocab_size": 130})).save_pretrained(tmp_path / "larger")
+    BertForQuestionAnswering(BertConfig(**tiny_config | {"vocab_size": 130})).save_pretrained(
+        tmp_path / "larger"
+    )
     assert "vocab_size 130 against 120" in refused(*teach, tmp_path / "larger")
-    BertForQuestionAnswering(BertConfig(**tiny_config, num_labels=3)).save_pretrained(tmp_path / "labels")
+    BertForQuestionAnswering(BertConfig(**tiny_config, num_labels=3)).save_pretrained(
+        tmp_path / "labels"
+    )
     assert "num_labels 3 against 2" in refused(*teach, tmp_path / "labels")
     shutil.copytree(tiny_bert, tmp_path / "words")
     for file in (tmp_path / "words").glob("tokenizer*"):
@@ -188,11 +321,18 @@ def test_data_that_is_not_squad(refused, tmp_path, content, said):
 
 
 def test_unanswerable_questions_want_their_flag(refused, squad_dir):
-    assert "--version_2_with_negative" in refused(*PRUNE, "--train_file", squad_dir / "train-v2.0.json")
+    assert "--version_2_with_negative" in refused(
+        *PRUNE, "--train_file", squad_dir / "train-v2.0.json"
+    )
 
 
-@pytest.mark.parametrize("script, flag", [(counts_parameters, "--serialization_dir"), (bertarize, "--model_name_or_path")])
-def test_counting_and_bertarizing_refuse_what_is_not_masked(refused, script, flag, tmp_path, tiny_bert, tiny_config):
+@pytest.mark.parametrize(
+    "script, flag",
+    [(counts_parameters, "--serialization_dir"), (bertarize, "--model_name_or_path")],
+)
+def test_counting_and_bertarizing_refuse_what_is_not_masked(
+    refused, script, flag, tmp_path, tiny_bert, tiny_config
+):
     def said(*flags):
         return refused(*flags, script=script, bare=True)
 
@@ -215,11 +355,17 @@ def test_bertarize_replaces_its_own_folder_and_no_other(refused, tmp_path, tiny_
     (target / "notes.md").write_text("mine")
     capsys.readouterr()
     assert "holds other files (notes.md)" in refused(*run, script=bertarize, bare=True)
-    assert "is the checkpoint itself" in refused(*run, "--target_model_path", tmp_path / "run", script=bertarize, bare=True)
+    assert "is the checkpoint itself" in refused(
+        *run, "--target_model_path", tmp_path / "run", script=bertarize, bare=True
+    )
 
 
 def test_a_contradicting_flag_is_used_with_a_warning(tmp_path, tiny_config, caplog):
-    MaskedBertForQuestionAnswering(MaskedBertConfig(**tiny_config, threshold=0.5)).save_pretrained(tmp_path / "run")
-    counts = counts_parameters.main(["--serialization_dir", str(tmp_path / "run"), "--threshold", "0.25"])
+    MaskedBertForQuestionAnswering(MaskedBertConfig(**tiny_config, threshold=0.5)).save_pretrained(
+        tmp_path / "run"
+    )
+    counts = counts_parameters.main(
+        ["--serialization_dir", str(tmp_path / "run"), "--threshold", "0.25"]
+    )
     assert counts.linear_percent == pytest.approx(25)
     assert any("threshold 0.25 contradicts 0.5" in message for message in caplog.messages)

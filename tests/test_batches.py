@@ -5,7 +5,14 @@ import pytest
 
 from emmental.training.batches import BatchPlan, LocalBatches, evaluation_batches
 
-SIZES = [(1, 4, 2), (7, 4, 2), (8, 4, 2), (103, 4, 3), (1000, 8, 4), (1601, 8, 1)]  # examples, batch, accumulation
+SIZES = [
+    (1, 4, 2),
+    (7, 4, 2),
+    (8, 4, 2),
+    (103, 4, 3),
+    (1000, 8, 4),
+    (1601, 8, 1),
+]  # examples, batch, accumulation
 
 
 def make_lengths(count, seed=0):
@@ -19,13 +26,17 @@ def test_each_example_once_per_epoch(count, batch_size, accumulation):
     assert plan.updates_per_epoch == -(-batches_per_epoch // accumulation)
     orders = []
     for epoch in range(3):
-        updates = [plan.update(epoch * plan.updates_per_epoch + i) for i in range(plan.updates_per_epoch)]
+        updates = [
+            plan.update(epoch * plan.updates_per_epoch + i) for i in range(plan.updates_per_epoch)
+        ]
         order = np.concatenate([batch for update in updates for batch in update]).tolist()
         assert sorted(order) == list(range(count))
         assert all(len(update) == accumulation for update in updates[:-1])
         assert len(updates[-1]) == (batches_per_epoch - 1) % accumulation + 1
         sizes = sorted(len(batch) for update in updates for batch in update)
-        assert sizes == sorted([batch_size] * (count // batch_size) + [count % batch_size] * (count % batch_size > 0))
+        assert sizes == sorted(
+            [batch_size] * (count // batch_size) + [count % batch_size] * (count % batch_size > 0)
+        )
         orders.append(order)
     if count >= 100:
         assert orders[0] != orders[1] != orders[2]
@@ -48,7 +59,8 @@ def test_ranks_share_out_the_global_batches(count, batch_size, accumulation, wor
             assert sorted(sum(held, [])) == sorted(batch.tolist())
             assert all(parts)  # no rank stands idle, or DistributedDataParallel would wait for it
             assert shares[:, place].tolist() == [
-                len(part) / examples if share else 0.0 for part, share in zip(parts, shares[:, place], strict=True)
+                len(part) / examples if share else 0.0
+                for part, share in zip(parts, shares[:, place], strict=True)
             ]
     assert [next(iterator, None) for iterator in iterators] == [None] * world_size
 
@@ -72,7 +84,15 @@ def test_resuming_continues_the_order():
 
 @pytest.mark.parametrize(
     "updates, epochs, total",
-    [(10, 3.0, 30), (10, 0.5, 5), (10, 0.25, 3), (10, 2.01, 21), (7, 1.0, 7), (100, 1.1, 110), (10, 0.3, 3)],
+    [
+        (10, 3.0, 30),
+        (10, 0.5, 5),
+        (10, 0.25, 3),
+        (10, 2.01, 21),
+        (7, 1.0, 7),
+        (100, 1.1, 110),
+        (10, 0.3, 3),
+    ],
 )
 def test_fractional_epochs(updates, epochs, total):
     plan = BatchPlan(make_lengths(4 * updates), 2, 2, seed=0)

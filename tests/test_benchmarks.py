@@ -14,7 +14,9 @@ ROOT = Path(__file__).parent.parent
 def benchmark(tmp_path):
 
     def run(name, *flags):
-        importlib.import_module(name).main([*map(str, flags), "--json", str(tmp_path / "results.json")])
+        importlib.import_module(name).main(
+            [*map(str, flags), "--json", str(tmp_path / "results.json")]
+        )
         return json.loads((tmp_path / "results.json").read_text())
 
     return run
@@ -29,7 +31,10 @@ def test_training_step(benchmark, capsys):
         assert set(result["dense"]) == set(result["masked"]) == phases
         assert result["step_ratio"] > 0 and result["evaluation_ratio"] > 0
         weights = 12 * 64 * 64
-        assert result["memory"]["allowed"] * 2**20 in (weights * 17 + 4 * 4 * 64 * 64, weights * 20 + 4 * 4 * 64 * 64)
+        assert result["memory"]["allowed"] * 2**20 in (
+            weights * 17 + 4 * 4 * 64 * 64,
+            weights * 20 + 4 * 4 * 64 * 64,
+        )
         assert result["memory"]["dense"] > 100
     assert "step/dense" in capsys.readouterr().out
 
@@ -45,7 +50,9 @@ def test_features(benchmark, tiny_bert, squad_dir, tmp_path, monkeypatch, capsys
     else:
         folder = tmp_path
         for split in ("train", "dev"):
-            rows = "".join(f"ada lives in {place}\t{n % 2}\n" for n, place in enumerate(["oslo", "rome"] * 6))
+            rows = "".join(
+                f"ada lives in {place}\t{n % 2}\n" for n, place in enumerate(["oslo", "rome"] * 6)
+            )
             (folder / f"{split}.tsv").write_text("sentence\tlabel\n" + rows)
         monkeypatch.setattr(importlib.import_module("features").Glue, "length", 32)
     flags = [
@@ -78,7 +85,9 @@ def test_storage(benchmark, tiny_config, tiny_tokenizer, tmp_path, monkeypatch):
     config = MaskedBertConfig(**tiny_config, mask_init="uniform", mask_scale=1.0, threshold=0.1)
     MaskedBertForQuestionAnswering(config).save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
-    rows = benchmark("storage", "--remaining", "--model", tmp_path / "model")[str(tmp_path / "model")]
+    rows = benchmark("storage", "--remaining", "--model", tmp_path / "model")[
+        str(tmp_path / "model")
+    ]
     sizes = [rows[f"ours, {bits} bits"]["MB"] for bits in (32, 16, 8, 6, 5, 4)]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] < rows["torch.save, CSR"]["MB"]
     assert rows["dense float32"]["MB"] * 1e6 == 4 * sum(
@@ -115,8 +124,15 @@ def test_scale(benchmark, monkeypatch):
     large = scale.large
 
     def small(layers, method):
-        size = {"num_hidden_layers": layers, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
-        monkeypatch.setattr(scale, "MaskedBertConfig", lambda **values: MaskedBertConfig(**values | size))
+        size = {
+            "num_hidden_layers": layers,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_attention_heads": 4,
+        }
+        monkeypatch.setattr(
+            scale, "MaskedBertConfig", lambda **values: MaskedBertConfig(**values | size)
+        )
         return large(layers, method)
 
     from emmental import MaskedBertConfig
@@ -124,9 +140,17 @@ def test_scale(benchmark, monkeypatch):
     monkeypatch.setattr(scale, "large", small)
     found = benchmark("scale", "--questions", 300, "--layers", 2, "--repeats", 1)
     (data,) = found["data"]
-    assert data["features"] == 300 and data["held"] > 0 and data["resident"] > 0 and data["bytes"] > 30_000
+    assert (
+        data["features"] == 300
+        and data["held"] > 0
+        and data["resident"] > 0
+        and data["bytes"] > 30_000
+    )
     assert [row["method"] for row in found["masks"]] == list(scale.THRESHOLDS)
-    assert all(row["weights"] == 2 * (4 * 32 * 32 + 2 * 32 * 64) and row["ours"] > 0 < row["sorting"] for row in found["masks"])
+    assert all(
+        row["weights"] == 2 * (4 * 32 * 32 + 2 * 32 * 64) and row["ours"] > 0 < row["sorting"]
+        for row in found["masks"]
+    )
     packing = found["packing"]
     assert packing["remaining"] == pytest.approx(10, abs=0.1)
     assert 0 < packing["entropy"] < packing["packed"] < packing["dense"]

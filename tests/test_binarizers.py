@@ -62,7 +62,9 @@ def test_magnitude_ranks_absolute_weights(kind, fraction):
 def test_topk_takes_a_transposed_matrix_as_its_contiguous_copy():
     scores = make_scores("transposed")
     assert not scores.is_contiguous()
-    assert torch.equal(TopKBinarizer.apply(scores, 0.4), TopKBinarizer.apply(scores.contiguous(), 0.4))
+    assert torch.equal(
+        TopKBinarizer.apply(scores, 0.4), TopKBinarizer.apply(scores.contiguous(), 0.4)
+    )
 
 
 class OnAccelerator(torch.Tensor):
@@ -74,11 +76,17 @@ class OnAccelerator(torch.Tensor):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["distinct", "ties", "constant", "transposed", "strided"])
 def test_accelerators_select_as_the_cpu_does(kind, dtype, monkeypatch):
-    values = [make_scores(kind, dtype), make_scores(kind, dtype) - 1, make_scores("distinct", dtype)[:5]]
+    values = [
+        make_scores(kind, dtype),
+        make_scores(kind, dtype) - 1,
+        make_scores("distinct", dtype)[:5],
+    ]
     counts = [60, 60, 7]
     stacks = []
     kthvalue = torch.kthvalue
-    monkeypatch.setattr(torch, "kthvalue", lambda x, *args, **kw: stacks.append(len(x)) or kthvalue(x, *args, **kw))
+    monkeypatch.setattr(
+        torch, "kthvalue", lambda x, *args, **kw: stacks.append(len(x)) or kthvalue(x, *args, **kw)
+    )
     elsewhere = [value.as_subclass(OnAccelerator) for value in values]
     for absolute in (False, True):
         ranks = [value.abs() for value in elsewhere] if absolute else elsewhere
@@ -131,7 +139,9 @@ def test_selection_from_a_sample_is_a_stable_sort(kind, absolute):
 
 
 def test_threads_change_no_mask():
-    scores = [large_scores(kind) for kind in ("distinct", "small integers", "misleading", "transposed")]
+    scores = [
+        large_scores(kind) for kind in ("distinct", "small integers", "misleading", "transposed")
+    ]
     counts = [12_000, 60_000, 600, 119_000]
     threads = torch.get_num_threads()
     try:
@@ -149,7 +159,9 @@ def test_threads_change_no_mask():
 @pytest.mark.parametrize("fraction", FRACTIONS)
 def test_gpu_masks_equal_cpu_masks(kind, fraction):
     scores = make_scores(kind)
-    assert torch.equal(TopKBinarizer.apply(scores.cuda(), fraction).cpu(), TopKBinarizer.apply(scores, fraction))
+    assert torch.equal(
+        TopKBinarizer.apply(scores.cuda(), fraction).cpu(), TopKBinarizer.apply(scores, fraction)
+    )
 
 
 @pytest.mark.parametrize("cutoff", [-0.5, 0.0, 0.3, 1.2])
@@ -179,7 +191,9 @@ def test_threshold_floor_of_tied_scores_is_exact():
 
 
 def test_threshold_zero_of_soft_movement_keeps_all():
-    assert ThresholdBinarizer.apply(torch.tensor([[-80.0, 0.0, 80.0]]), 0.0, True).tolist() == [[1.0, 1.0, 1.0]]
+    assert ThresholdBinarizer.apply(torch.tensor([[-80.0, 0.0, 80.0]]), 0.0, True).tolist() == [
+        [1.0, 1.0, 1.0]
+    ]
 
 
 @pytest.mark.parametrize(
@@ -220,7 +234,9 @@ def test_fractions_outside_0_1_are_refused(binarize, threshold):
 
 
 def test_a_large_matrix_against_numpy():
-    scores = torch.randn(300, 400, generator=torch.Generator().manual_seed(9)).round(decimals=2)  # many ties
+    scores = torch.randn(300, 400, generator=torch.Generator().manual_seed(9)).round(
+        decimals=2
+    )  # many ties
     expected = np.zeros(scores.numel(), bool)
     expected[np.argsort(-scores.numpy().reshape(-1), kind="stable")[:17_777]] = True
     mask = TopKBinarizer.apply(scores, 17_777 / scores.numel() + 1e-12)

@@ -36,9 +36,15 @@ MATRICES = {
     "structured": sparse((200, 150), 0.05, structured=True),
     "empty": np.zeros((20, 30), np.float32),
     "one": np.eye(1, 12, 5, dtype=np.float32),
-    "last entry": np.fliplr(np.flipud(np.eye(1, 300, dtype=np.float32).repeat(7, 0) * np.eye(7, 1, dtype=np.float32))),
-    "almost dense": np.where(np.arange(600).reshape(20, 30) == 7, 0, sparse((20, 30), 1.1)).astype(np.float32),
-    "empty rows": np.where(np.arange(50)[:, None] % 3 == 0, sparse((50, 40), 0.3), 0).astype(np.float32),
+    "last entry": np.fliplr(
+        np.flipud(np.eye(1, 300, dtype=np.float32).repeat(7, 0) * np.eye(7, 1, dtype=np.float32))
+    ),
+    "almost dense": np.where(np.arange(600).reshape(20, 30) == 7, 0, sparse((20, 30), 1.1)).astype(
+        np.float32
+    ),
+    "empty rows": np.where(np.arange(50)[:, None] % 3 == 0, sparse((50, 40), 0.3), 0).astype(
+        np.float32
+    ),
     "equal": np.full((9, 9), -0.25, np.float32),
     "tiny and large": np.array([[1e-30, -1e-30, 0.0, 1000.0]], np.float32),
     "subnormal": np.array([[1e-40, 0.0], [-1e-42, 1.0]], np.float32),
@@ -68,11 +74,17 @@ def test_masks_come_back_exactly_and_weights_within_the_bound(name, bits, by_row
         groups = zip(matrix, back, strict=True) if by_row else [(matrix, back)]
         for original, restored in groups:
             largest = np.abs(original).max()
-            step = largest / 2 ** (bits - 1)  # no wider than that, as no level reaches beyond the largest value
+            step = largest / 2 ** (
+                bits - 1
+            )  # no wider than that, as no level reaches beyond the largest value
             error = np.abs(restored - original)
-            assert error[np.abs(original) < 0.1 * largest].max(initial=0) <= step / 2 * 1.0001 + 3e-45
+            assert (
+                error[np.abs(original) < 0.1 * largest].max(initial=0) <= step / 2 * 1.0001 + 3e-45
+            )
             assert error.max() <= (step / 2 * 1.0001 if bits == 8 else 0.9 * largest + step) + 3e-45
-    assert (np.abs(back.astype(np.float64) - matrix) <= coding.error_bound(matrix, bits, by_row)).all()
+    assert (
+        np.abs(back.astype(np.float64) - matrix) <= coding.error_bound(matrix, bits, by_row)
+    ).all()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7])
@@ -103,7 +115,9 @@ def test_streams_are_close_to_the_entropy(density, bits):
 
 def test_structure_is_used():
     matrix = sparse((768, 768), 0.06, seed=4, structured=True)
-    coded = coding.encode(np.sign(matrix), 8)  # two values: next to nothing but positions and a bit of sign
+    coded = coding.encode(
+        np.sign(matrix), 8
+    )  # two values: next to nothing but positions and a bit of sign
     spent = 32 * len(coded.words) - coded.kept
     assert spent < 0.8 * coded.position_entropy
 
@@ -143,10 +157,15 @@ def test_what_half_precision_cannot_hold_is_refused():
 @pytest.mark.parametrize("bits", [4, 8, 16, 32])
 def test_indices_are_those_of_a_csr(bits, by_row):
     matrix = MATRICES["structured"]
-    indices, values = coding.decode_sparse(coding.encode(matrix, bits, by_row).words, matrix.shape, bits, by_row)
+    indices, values = coding.decode_sparse(
+        coding.encode(matrix, bits, by_row).words, matrix.shape, bits, by_row
+    )
     assert np.array_equal(indices, np.flatnonzero(matrix))
     assert np.array_equal(
-        values, coding.decode(coding.encode(matrix, bits, by_row).words, matrix.shape, bits, by_row)[matrix != 0]
+        values,
+        coding.decode(coding.encode(matrix, bits, by_row).words, matrix.shape, bits, by_row)[
+            matrix != 0
+        ],
     )
 
 
@@ -157,7 +176,9 @@ def test_garbage_ends_in_an_error_or_in_a_tensor():
     for _ in range(200):
         words = rng.integers(0, 2**32, rng.integers(0, 50), dtype=np.uint32)
         try:
-            back = coding.decode(words, (30, 40), int(rng.choice(coding.BITS)), bool(rng.integers(2)))
+            back = coding.decode(
+                words, (30, 40), int(rng.choice(coding.BITS)), bool(rng.integers(2))
+            )
             outcomes.add(back.shape)
         except (UserError, ValueError, AssertionError) as error:
             outcomes.add(type(error).__name__)

@@ -21,7 +21,9 @@ def made(tmp_path_factory):
     folders = [tmp_path_factory.mktemp("demo") for _ in range(2)]
     for folder in folders:
         small = ["--output_dir", str(folder), "--paragraphs", "40", "--pretraining_steps", "2"]
-        subprocess.run([sys.executable, str(DEMO / "make_data.py"), *small], check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, str(DEMO / "make_data.py"), *small], check=True, capture_output=True
+        )
     return folders
 
 
@@ -35,8 +37,16 @@ def test_answers_are_aligned_and_not_to_be_guessed(made):
     for examples in (train, dev):
         kept, skipped = drop_misaligned(examples)
         assert not skipped and len(kept) == len(examples)
-    people = {" ".join(words) for text in train["context"] for words in zip(text.split(), text.split()[1:])}
-    asked = [answers["text"][0] for question, answers in zip(dev["question"], dev["answers"]) if question.startswith("Who")]
+    people = {
+        " ".join(words)
+        for text in train["context"]
+        for words in zip(text.split(), text.split()[1:])
+    }
+    asked = [
+        answers["text"][0]
+        for question, answers in zip(dev["question"], dev["answers"])
+        if question.startswith("Who")
+    ]
     assert asked and not people & set(asked)  # nobody of dev.json is in train.json
 
 

@@ -34,62 +34,154 @@ def run(launcher, output, cache, model, data, *flags, script="masked_run_squad.p
         "--cache_dir", str(cache), "--model_name_or_path", str(model), "--data_dir", str(data),
     ]  # fmt: skip
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
     return done
 
 
 def torchrun(processes):
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(processes),
+    ]
 
 
 TORCHRUN = torchrun(2)
 
 
 @pytest.mark.parametrize("method, processes", [("l0", 2), ("threshold", 2), ("topK", 4)])
-def test_several_processes_reach_the_weights_of_one(method, processes, tmp_path, tiny_bert, squad_dir):
+def test_several_processes_reach_the_weights_of_one(
+    method, processes, tmp_path, tiny_bert, squad_dir
+):
     # 24 questions in batches of 10 or 20: the last of an epoch is uneven, and some rank has no part in it.
     common = (tmp_path / "cache", tiny_bert, squad_dir, *SQUAD, *METHODS[method])
-    run([sys.executable], tmp_path / "one", *common, "--per_gpu_train_batch_size", str(5 * processes))
-    done = run(torchrun(processes), tmp_path / "many", *common, "--per_gpu_train_batch_size", "5", "--check_ranks")
+    run(
+        [sys.executable],
+        tmp_path / "one",
+        *common,
+        "--per_gpu_train_batch_size",
+        str(5 * processes),
+    )
+    done = run(
+        torchrun(processes),
+        tmp_path / "many",
+        *common,
+        "--per_gpu_train_batch_size",
+        "5",
+        "--check_ranks",
+    )
     assert done.stdout.count("results saved to") == 1  # rank 0 alone speaks
     assert "Warning" not in done.stderr
     one, many = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "many"))
     for key, value in one.items():
-        torch.testing.assert_close(many[key], value, rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
-    results = [json.loads((tmp_path / name / "eval_results.json").read_text()) for name in ("one", "many")]
+        torch.testing.assert_close(
+            many[key], value, rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
+        )
+    results = [
+        json.loads((tmp_path / name / "eval_results.json").read_text()) for name in ("one", "many")
+    ]
     assert results[0] == pytest.approx(results[1])
-    predictions = [json.loads((tmp_path / name / "predictions_.json").read_text()) for name in ("one", "many")]
-    assert predictions[0] == predictions[1]  # of every question, though ten are no multiple of the processes
+    predictions = [
+        json.loads((tmp_path / name / "predictions_.json").read_text()) for name in ("one", "many")
+    ]
+    assert (
+        predictions[0] == predictions[1]
+    )  # of every question, though ten are no multiple of the processes
 
 
 def test_two_processes_on_a_glue_task(tmp_path, tiny_bert):
-    rows = [f"ada lives in {place} .\t{number % 2}\n" for number, place in enumerate(["oslo", "rome", "lima"] * 7)]
+    rows = [
+        f"ada lives in {place} .\t{number % 2}\n"
+        for number, place in enumerate(["oslo", "rome", "lima"] * 7)
+    ]
     for split in "train", "dev":
         (tmp_path / f"{split}.tsv").write_text("sentence\tlabel\n" + "".join(rows))
-    (tmp_path / "test.tsv").write_text("index\tsentence\n" + "".join(f"{n}\tben lives in rome .\n" for n in range(7)))
-    common = (tmp_path / "cache", tiny_bert, tmp_path, "--task_name", "sst-2", "--do_predict", *METHODS["topK"])
-    run([sys.executable], tmp_path / "one", *common, "--per_gpu_train_batch_size", "10", script="masked_run_glue.py")
-    run(TORCHRUN, tmp_path / "two", *common, "--per_gpu_train_batch_size", "5", script="masked_run_glue.py")
+    (tmp_path / "test.tsv").write_text(
+        "index\tsentence\n" + "".join(f"{n}\tben lives in rome .\n" for n in range(7))
+    )
+    common = (
+        tmp_path / "cache",
+        tiny_bert,
+        tmp_path,
+        "--task_name",
+        "sst-2",
+        "--do_predict",
+        *METHODS["topK"],
+    )
+    run(
+        [sys.executable],
+        tmp_path / "one",
+        *common,
+        "--per_gpu_train_batch_size",
+        "10",
+        script="masked_run_glue.py",
+    )
+    run(
+        TORCHRUN,
+        tmp_path / "two",
+        *common,
+        "--per_gpu_train_batch_size",
+        "5",
+        script="masked_run_glue.py",
+    )
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for key, value in one.items():
-        torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
-    results = [json.loads((tmp_path / name / "eval_results.json").read_text()) for name in ("one", "two")]
+        torch.testing.assert_close(
+            two[key], value, rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
+        )
+    results = [
+        json.loads((tmp_path / name / "eval_results.json").read_text()) for name in ("one", "two")
+    ]
     assert results[0].pop("entropy") == pytest.approx(results[1].pop("entropy"), rel=1e-4)
     assert results[0] == results[1]
-    assert (tmp_path / "one" / "SST-2.tsv").read_text() == (tmp_path / "two" / "SST-2.tsv").read_text()
+    assert (tmp_path / "one" / "SST-2.tsv").read_text() == (
+        tmp_path / "two" / "SST-2.tsv"
+    ).read_text()
 
 
 def test_errors_of_two_processes_are_said_once(tmp_path, tiny_bert, squad_dir):
     with pytest.raises(AssertionError) as failed:
-        run(TORCHRUN, tmp_path / "out", tmp_path / "cache", tiny_bert, squad_dir, *SQUAD, "--train_file", "absent.json")
+        run(
+            TORCHRUN,
+            tmp_path / "out",
+            tmp_path / "cache",
+            tiny_bert,
+            squad_dir,
+            *SQUAD,
+            "--train_file",
+            "absent.json",
+        )
     assert str(failed.value).count("error: --train_file") == 1
-    (tmp_path / "broken.json").write_text("{}")  # found by rank 0 alone, while the other waits for its features
+    (tmp_path / "broken.json").write_text(
+        "{}"
+    )  # found by rank 0 alone, while the other waits for its features
     with pytest.raises(AssertionError) as failed:
-        run(TORCHRUN, tmp_path / "out", tmp_path / "cache", tiny_bert, squad_dir, *SQUAD, "--train_file", tmp_path / "broken.json")
+        run(
+            TORCHRUN,
+            tmp_path / "out",
+            tmp_path / "cache",
+            tiny_bert,
+            squad_dir,
+            *SQUAD,
+            "--train_file",
+            tmp_path / "broken.json",
+        )
     said = str(failed.value)
-    assert said.count('"data" is missing') == 1 and "gloo" not in said and 'masked_run_squad.py", line' not in said
+    assert (
+        said.count('"data" is missing') == 1
+        and "gloo" not in said
+        and 'masked_run_squad.py", line' not in said
+    )
 
 
 SCRIPT = """
@@ -132,17 +224,30 @@ def spoiled(tmp_path, tiny_bert, squad_dir):
             "--model_name_or_path", str(tiny_bert), "--data_dir", str(squad_dir), *flags,
         ]  # fmt: skip
         started = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
         return done, time.perf_counter() - started
 
     return start
 
 
 def whole_checkpoints(folder):
-    return [path.name for path in checkpoint.find_checkpoints(folder) if checkpoint.damage_of(path) is None]
+    return [
+        path.name
+        for path in checkpoint.find_checkpoints(folder)
+        if checkpoint.damage_of(path) is None
+    ]
 
 
-@pytest.mark.parametrize("act, kept", [("die", ["checkpoint-2", "checkpoint-4"]), ("die writing", ["checkpoint-4", "checkpoint-6"])])
+@pytest.mark.parametrize(
+    "act, kept",
+    [("die", ["checkpoint-2", "checkpoint-4"]), ("die writing", ["checkpoint-4", "checkpoint-6"])],
+)
 def test_a_rank_that_is_killed_stops_the_others(spoiled, tmp_path, tiny_bert, squad_dir, act, kept):
     done, seconds = spoiled(act)
     assert done.returncode != 0 and seconds < 60
@@ -155,7 +260,9 @@ def test_a_rank_that_is_killed_stops_the_others(spoiled, tmp_path, tiny_bert, sq
     common = (tmp_path / "cache", tiny_bert, squad_dir, *SQUAD, *rest)
     run(TORCHRUN, tmp_path / "out", *common, "--resume_from_checkpoint", "latest")
     run(TORCHRUN, tmp_path / "whole", *common)
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
     # Another number of processes is refused in words.
     with pytest.raises(AssertionError, match="it was written by 2 processes, and this run has 1"):
         run([sys.executable], tmp_path / "out", *common, "--resume_from_checkpoint", "latest")
@@ -164,7 +271,10 @@ def test_a_rank_that_is_killed_stops_the_others(spoiled, tmp_path, tiny_bert, sq
 def test_a_rank_that_drifts_is_found(spoiled):
     done, _ = spoiled("drift", "--check_ranks")
     assert done.returncode != 0
-    assert "--check_ranks: after update 6, bert.encoder.layer.0.attention.self.query.mask_scores of rank 1 is not that" in done.stderr
+    assert (
+        "--check_ranks: after update 6, bert.encoder.layer.0.attention.self.query.mask_scores of rank 1 is not that"
+        in done.stderr
+    )
 
 
 def test_a_signal_to_all_ranks(spoiled, tmp_path):

@@ -13,7 +13,13 @@ from emmental.export import bertarized_config, bertarized_state_dict, remaining_
 from emmental.modules import find_masks, masked_layers
 from emmental.modules.masks import Masks
 
-SUFFIXES = ["Model", "ForQuestionAnswering", "ForSequenceClassification", "ForTokenClassification", "ForMultipleChoice"]
+SUFFIXES = [
+    "Model",
+    "ForQuestionAnswering",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForMultipleChoice",
+]
 CASES = [  # method, threshold, global_topk
     ("topK", 0.3, False),
     ("threshold", 0.2, False),
@@ -26,7 +32,9 @@ CASES = [  # method, threshold, global_topk
 ]
 
 
-def make_model(tiny_config, method, threshold, global_topk=False, suffix="ForQuestionAnswering", **kwargs):
+def make_model(
+    tiny_config, method, threshold, global_topk=False, suffix="ForQuestionAnswering", **kwargs
+):
     torch.manual_seed(3)
     config = MaskedBertConfig(
         **tiny_config, pruning_method=method, threshold=threshold, global_topk=global_topk,
@@ -38,7 +46,10 @@ def make_model(tiny_config, method, threshold, global_topk=False, suffix="ForQue
 def plain_masks(model, method, threshold, global_topk):
     """Masks of distinct scores, from sorts and comparisons."""
     layers = masked_layers(model)
-    values = {n: (m.weight.abs() if method == "magnitude" else m.mask_scores).detach() for n, m in layers.items()}
+    values = {
+        n: (m.weight.abs() if method == "magnitude" else m.mask_scores).detach()
+        for n, m in layers.items()
+    }
     if method == "l0":
         return {n: (torch.sigmoid(v) * 1.2 - 0.1).clamp(0, 1) for n, v in values.items()}
     if method == "sigmoied_threshold":
@@ -50,7 +61,10 @@ def plain_masks(model, method, threshold, global_topk):
         return flat.sort(descending=True).values[int(threshold * flat.numel()) - 1]
 
     together = keep(torch.cat([v.flatten() for v in values.values()]))
-    return {n: (v >= (together if global_topk else keep(v.flatten()))).float() for n, v in values.items()}
+    return {
+        n: (v >= (together if global_topk else keep(v.flatten()))).float()
+        for n, v in values.items()
+    }
 
 
 @pytest.mark.parametrize("method, threshold, global_topk", CASES)
@@ -61,8 +75,13 @@ def test_counts(tiny_config, method, threshold, global_topk):
     assert {m.name: (m.remaining, m.total) for m in report.matrices} == {
         name: (int(mask.count_nonzero()), mask.numel()) for name, mask in masks.items()
     }
-    kept, total = sum(int(m.count_nonzero()) for m in masks.values()), sum(m.numel() for m in masks.values())
-    others = 2 * (4 * 32 + 64 + 32 + 4 * 32)  # per layer: biases of q, k, v, o, in, out, and two LayerNorms
+    kept, total = (
+        sum(int(m.count_nonzero()) for m in masks.values()),
+        sum(m.numel() for m in masks.values()),
+    )
+    others = 2 * (
+        4 * 32 + 64 + 32 + 4 * 32
+    )  # per layer: biases of q, k, v, o, in, out, and two LayerNorms
     assert 0 < kept < total
     assert report.encoder_others == others
     assert report.linear_percent == pytest.approx(100 * kept / total)
@@ -71,7 +90,9 @@ def test_counts(tiny_config, method, threshold, global_topk):
     assert (values["remaining"], values["total"]) == (kept, total) and len(values["matrices"]) == 12
 
 
-@pytest.mark.parametrize("topk, linear, published", [(0.1, 10.0, 10.1), (0.03, 3.0, 3.1), (1.0, 100.0, 100.0)])
+@pytest.mark.parametrize(
+    "topk, linear, published", [(0.1, 10.0, 10.1), (0.03, 3.0, 3.1), (1.0, 100.0, 100.0)]
+)
 def test_published_percentages_of_bert_base(topk, linear, published):
     with torch.device("meta"):
         model = MaskedBertModel(MaskedBertConfig())
@@ -96,7 +117,9 @@ def test_the_floor_is_reported_where_it_bites(tiny_config):
 
 @pytest.mark.parametrize("method, threshold, global_topk", CASES)
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_bertarized_models_are_stock_and_equal(tiny_config, tmp_path, suffix, method, threshold, global_topk):
+def test_bertarized_models_are_stock_and_equal(
+    tiny_config, tmp_path, suffix, method, threshold, global_topk
+):
     model = make_model(tiny_config, method, threshold, global_topk, suffix)
     ids = torch.randint(5, 120, (1, 3, 10) if suffix == "ForMultipleChoice" else (3, 10))
     with torch.no_grad():
@@ -115,15 +138,24 @@ def test_bertarized_models_are_stock_and_equal(tiny_config, tmp_path, suffix, me
 
 
 def test_bertarized_config_is_a_plain_bert(tiny_config, tmp_path):
-    config = MaskedBertConfig(**tiny_config, threshold=0.2, global_topk=True, mask_scale=2.0, num_labels=3)
+    config = MaskedBertConfig(
+        **tiny_config, threshold=0.2, global_topk=True, mask_scale=2.0, num_labels=3
+    )
     config.architectures = ["MaskedBertForSequenceClassification"]
     config.save_pretrained(tmp_path)
     plain = bertarized_config(MaskedBertConfig.from_pretrained(tmp_path))
     assert type(plain) is transformers.BertConfig
     plain.save_pretrained(tmp_path / "plain")
     values = json.loads((tmp_path / "plain" / "config.json").read_text())
-    assert values["model_type"] == "bert" and values["hidden_size"] == 32 and values["vocab_size"] == 120
-    assert not {"pruning_method", "mask_init", "mask_scale", "threshold", "global_topk"} & values.keys()
+    assert (
+        values["model_type"] == "bert"
+        and values["hidden_size"] == 32
+        and values["vocab_size"] == 120
+    )
+    assert (
+        not {"pruning_method", "mask_init", "mask_scale", "threshold", "global_topk"}
+        & values.keys()
+    )
     assert "Masked" not in json.dumps(values)
     assert plain.num_labels == 3
 
@@ -145,7 +177,12 @@ def test_sampled_masks_of_l0_are_not_baked(tiny_config):
 
 def test_export_takes_any_module(tiny_config):
     model = nn.Sequential(MaskedBertForQuestionAnswering(MaskedBertConfig(**tiny_config)))
-    assert bertarized_state_dict(model, find_masks(model, 0.25))["0.bert.encoder.layer.0.output.dense.weight"].count_nonzero() == 32 * 64 // 4
+    assert (
+        bertarized_state_dict(model, find_masks(model, 0.25))[
+            "0.bert.encoder.layer.0.output.dense.weight"
+        ].count_nonzero()
+        == 32 * 64 // 4
+    )
 
 
 @pytest.mark.parametrize("method", ["topK", "l0"])

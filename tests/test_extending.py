@@ -59,7 +59,11 @@ def flags(tmp_path, tiny_bert, squad_dir, name, *more):
 
 
 def scores_of(folder):
-    return {name: value for name, value in load_file(folder / "model.safetensors").items() if "mask_scores" in name}
+    return {
+        name: value
+        for name, value in load_file(folder / "model.safetensors").items()
+        if "mask_scores" in name
+    }
 
 
 def test_observed_scores_are_running_means_of_the_whole_updates_gradient(
@@ -69,7 +73,9 @@ def test_observed_scores_are_running_means_of_the_whole_updates_gradient(
         masked_run_squad.main(flags(tmp_path, tiny_bert, squad_dir, name, "--max_steps", "1", "--warmup_steps", "0",
                                     "--initial_threshold", "1", "--final_threshold", "1", "--max_grad_norm", "1e-3",
                                     "--per_gpu_train_batch_size", *batch))  # fmt: skip
-    examples = squad.read_examples(squad_dir / "train-v1.1.json", False, cache_dir=str(tmp_path / "other"))
+    examples = squad.read_examples(
+        squad_dir / "train-v1.1.json", False, cache_dir=str(tmp_path / "other")
+    )
     features = squad.build_features(examples, tiny_tokenizer, max_seq_length=48, doc_stride=16, max_query_length=16,
                                     training=True)  # fmt: skip
     plain = transformers.BertForQuestionAnswering.from_pretrained(tiny_bert).eval()
@@ -82,23 +88,51 @@ def test_observed_scores_are_running_means_of_the_whole_updates_gradient(
         assert len(found) == 12
         for key, scores in found.items():  # neither clipped nor scaled
             weight = plain.get_parameter(key.replace("mask_scores", "weight"))
-            torch.testing.assert_close(scores, 0.15 * (weight * weight.grad).abs().detach(), rtol=1e-4, atol=1e-7)
+            torch.testing.assert_close(
+                scores, 0.15 * (weight * weight.grad).abs().detach(), rtol=1e-4, atol=1e-7
+            )
 
 
-def test_observed_scores_resume_bit_for_bit_and_have_no_moments(sensitivity, tmp_path, tiny_bert, squad_dir):
+def test_observed_scores_resume_bit_for_bit_and_have_no_moments(
+    sensitivity, tmp_path, tiny_bert, squad_dir
+):
     common = (tmp_path, tiny_bert, squad_dir)
-    more = ("--per_gpu_train_batch_size", "3", "--gradient_accumulation_steps", "2", "--save_steps", "4", "--do_eval")
+    more = (
+        "--per_gpu_train_batch_size",
+        "3",
+        "--gradient_accumulation_steps",
+        "2",
+        "--save_steps",
+        "4",
+        "--do_eval",
+    )
     masked_run_squad.main(flags(*common, "whole", *more))
-    masked_run_squad.main(flags(*common, "again", *more, "--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-4")))
-    whole, again = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "again"))
+    masked_run_squad.main(
+        flags(
+            *common,
+            "again",
+            *more,
+            "--resume_from_checkpoint",
+            str(tmp_path / "whole" / "checkpoint-4"),
+        )
+    )
+    whole, again = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "again")
+    )
     assert whole == again
     state = torch.load(tmp_path / "whole" / "checkpoint-4" / "training_state.pt", weights_only=True)
-    assert [group["name"] for group in state["optimizer"]["param_groups"]] == ["weights", "no_decay"]
+    assert [group["name"] for group in state["optimizer"]["param_groups"]] == [
+        "weights",
+        "no_decay",
+    ]
     results = json.loads((tmp_path / "whole" / "eval_results.json").read_text())
-    assert results["pruning_method"] == "sensitivity" and 29.5 < results["remaining_percent_linear"] <= 30
-    assert counts_parameters.main(["--serialization_dir", str(tmp_path / "whole")]).linear_percent == pytest.approx(
-        results["remaining_percent_linear"]
+    assert (
+        results["pruning_method"] == "sensitivity"
+        and 29.5 < results["remaining_percent_linear"] <= 30
     )
+    assert counts_parameters.main(
+        ["--serialization_dir", str(tmp_path / "whole")]
+    ).linear_percent == pytest.approx(results["remaining_percent_linear"])
     assert load_masked(str(tmp_path / "whole")).config.threshold == 0.3
 
 
@@ -114,9 +148,20 @@ masked_run_squad.main(sys.argv[1:])
 
 def test_observed_scores_are_equal_on_two_ranks(sensitivity, tmp_path, tiny_bert, squad_dir):
     (tmp_path / "script.py").write_text(SCRIPT.format(root=str(ROOT), tests=str(ROOT / "tests")))
-    masked_run_squad.main(flags(tmp_path, tiny_bert, squad_dir, "one", "--per_gpu_train_batch_size", "10"))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    two = flags(tmp_path, tiny_bert, squad_dir, "two", "--per_gpu_train_batch_size", "5", "--check_ranks")
+    masked_run_squad.main(
+        flags(tmp_path, tiny_bert, squad_dir, "one", "--per_gpu_train_batch_size", "10")
+    )
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
+    two = flags(
+        tmp_path, tiny_bert, squad_dir, "two", "--per_gpu_train_batch_size", "5", "--check_ranks"
+    )
     done = subprocess.run([*launcher, str(tmp_path / "script.py"), *two], capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -169,12 +214,16 @@ AutoModelForQuestionAnswering.register(MaskedDistilBertConfig, MaskedDistilBertF
 @pytest.fixture
 def distilbert(monkeypatch, tmp_path, tiny_tokenizer):
     """Folder of a tiny DistilBERT, whose family is known while the test runs."""
-    monkeypatch.setitem(families.FAMILIES, "distilbert", Family(encoder="transformer", layers="transformer.layer"))
+    monkeypatch.setitem(
+        families.FAMILIES, "distilbert", Family(encoder="transformer", layers="transformer.layer")
+    )
     torch.manual_seed(0)
     config = DistilBertConfig(vocab_size=120, dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=64,
                               dropout=0.0, attention_dropout=0.0, qa_dropout=0.0, initializer_range=0.2)  # fmt: skip
     DistilBertForQuestionAnswering(config).save_pretrained(tmp_path / "distilbert")
-    DistilBertTokenizerFast(vocab=tiny_tokenizer.get_vocab()).save_pretrained(tmp_path / "distilbert")
+    DistilBertTokenizerFast(vocab=tiny_tokenizer.get_vocab()).save_pretrained(
+        tmp_path / "distilbert"
+    )
     return tmp_path / "distilbert"
 
 
@@ -183,7 +232,9 @@ def test_a_row_for_another_family(distilbert, tmp_path, squad_dir, capsys):
         "--model_name_or_path", str(distilbert), "--data_dir", str(squad_dir), "--cache_dir", str(tmp_path / "cache"),
         "--do_lower_case", "--max_seq_length", "48", "--max_query_length", "16", "--doc_stride", "16", "--no_cuda",
     ]  # fmt: skip
-    dense = masked_run_squad.main([*run, "--model_type", "distilbert", "--output_dir", str(tmp_path / "dense"), "--do_eval"])
+    dense = masked_run_squad.main(
+        [*run, "--model_type", "distilbert", "--output_dir", str(tmp_path / "dense"), "--do_eval"]
+    )
     train = ["--do_train", "--do_eval", "--max_steps", "2", "--learning_rate", "1e-3"]
     for name, threshold in ("full", "1"), ("out", "0.3"):
         results = masked_run_squad.main([
@@ -191,21 +242,37 @@ def test_a_row_for_another_family(distilbert, tmp_path, squad_dir, capsys):
             "--initial_threshold", threshold, "--final_threshold", threshold,
             "--teacher_type", "distilbert", "--teacher_name_or_path", str(distilbert),
         ])  # fmt: skip
-    assert 0 <= dense["f1"] <= 100 and results["remaining_percent_linear"] == pytest.approx(30, abs=0.1)
-    before, after = (load_file(folder / "model.safetensors") for folder in (distilbert, tmp_path / "out"))
+    assert 0 <= dense["f1"] <= 100 and results["remaining_percent_linear"] == pytest.approx(
+        30, abs=0.1
+    )
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (distilbert, tmp_path / "out")
+    )
     linears = {f"distilbert.transformer.layer.{n}.{part}" for n in (0, 1) for part in (
         "attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin", "ffn.lin1", "ffn.lin2")}  # fmt: skip
     assert after.keys() - before.keys() == {f"{name}.mask_scores" for name in linears}
     for name, value in before.items():
-        assert torch.equal(after[name], value) == (".embeddings." in name), name  # frozen, and nothing else
+        assert torch.equal(after[name], value) == (".embeddings." in name), (
+            name
+        )  # frozen, and nothing else
 
     counts = counts_parameters.main(["--serialization_dir", str(tmp_path / "out")])
     assert {m.name for m in counts.matrices} == linears
     assert counts.encoder_others == 2 * (4 * 32 + 64 + 32 + 4 * 32)
-    bertarize.main(["--model_name_or_path", str(tmp_path / "out"), "--target_model_path", str(tmp_path / "plain")])
+    bertarize.main(
+        [
+            "--model_name_or_path",
+            str(tmp_path / "out"),
+            "--target_model_path",
+            str(tmp_path / "plain"),
+        ]
+    )
     plain = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "plain").eval()
     masked = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "out").eval()
-    assert type(plain) is DistilBertForQuestionAnswering and type(masked) is MaskedDistilBertForQuestionAnswering
+    assert (
+        type(plain) is DistilBertForQuestionAnswering
+        and type(masked) is MaskedDistilBertForQuestionAnswering
+    )
     ids = torch.randint(5, 50, (2, 9))
     torch.testing.assert_close(plain(ids).start_logits, masked(ids).start_logits)
 

@@ -17,7 +17,17 @@ from emmental.training import run as narrative
 from emmental.training.distributed import World
 
 TOPK = ["--pruning_method", "topK", "--initial_threshold", "1", "--final_threshold", "0.2"]
-TRAIN = ["--do_train", "--max_steps", "12", "--warmup_steps", "2", "--save_steps", "4", "--logging_steps", "4"]
+TRAIN = [
+    "--do_train",
+    "--max_steps",
+    "12",
+    "--warmup_steps",
+    "2",
+    "--save_steps",
+    "4",
+    "--logging_steps",
+    "4",
+]
 
 
 @pytest.fixture
@@ -37,7 +47,9 @@ def stopped(capsys, run, *flags, status, **kwargs):
     with pytest.raises(SystemExit) as stop:
         run(*flags, **kwargs)
     error = capsys.readouterr().err
-    assert stop.value.code == status and "Traceback" not in error and error.count("error: ") == 1, error
+    assert stop.value.code == status and "Traceback" not in error and error.count("error: ") == 1, (
+        error
+    )
     return error
 
 
@@ -67,11 +79,17 @@ def test_a_signal_ends_the_update_and_writes_a_checkpoint(run, capsys, monkeypat
     with monkeypatch.context() as patch:
         break_after(patch, loop, "set_learning_rates", 6, lambda: signal.raise_signal(number))
         error = stopped(capsys, run, status=128 + number)
-    assert f"stopped by {number.name} after update 6 of 12" in error and "--resume_from_checkpoint latest" in error
+    assert (
+        f"stopped by {number.name} after update 6 of 12" in error
+        and "--resume_from_checkpoint latest" in error
+    )
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
     out = run("--resume_from_checkpoint", "latest")
     assert same_files(whole, out, "model.safetensors")
-    final = [torch.load(folder / "checkpoint-12" / "training_state.pt", weights_only=True) for folder in (whole, out)]
+    final = [
+        torch.load(folder / "checkpoint-12" / "training_state.pt", weights_only=True)
+        for folder in (whole, out)
+    ]
     for a, b in zip(*(state["optimizer"]["state"].values() for state in final), strict=True):
         assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -83,7 +101,9 @@ def test_a_second_signal_does_not_wait(run, capsys, monkeypatch):
 
     with monkeypatch.context() as patch:
         break_after(patch, loop, "set_learning_rates", 6, twice)
-        assert "stopped by SIGINT after update 6" in stopped(capsys, run, status=130)  # torchrun says it twice
+        assert "stopped by SIGINT after update 6" in stopped(
+            capsys, run, status=130
+        )  # torchrun says it twice
     break_after(monkeypatch, loop, "set_learning_rates", 6, twice)
     monkeypatch.setattr(guards, "SAME_SIGNAL", 0.0)
     assert "interrupted" in stopped(capsys, run, output="other", status=130)
@@ -109,9 +129,15 @@ def flip(folder):
 
 DAMAGES = {
     "flipped": (flip, "the checksum of model.safetensors does not match"),
-    "truncated": (lambda folder: os.truncate(folder / "training_state.pt", 1000), "training_state.pt has 1,000 bytes"),
+    "truncated": (
+        lambda folder: os.truncate(folder / "training_state.pt", 1000),
+        "training_state.pt has 1,000 bytes",
+    ),
     "missing": (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
-    "list": (lambda folder: (folder / "files.json").write_text('{"a": 1}'), "files.json is damaged|a is missing"),
+    "list": (
+        lambda folder: (folder / "files.json").write_text('{"a": 1}'),
+        "files.json is damaged|a is missing",
+    ),
     "no json": (lambda folder: (folder / "files.json").write_text("{"), "files.json is damaged"),
 }
 
@@ -133,7 +159,9 @@ def test_latest_skips_a_broken_checkpoint(run, capsys, caplog, damage):
     spoil(out / "checkpoint-5")
     if not (out / "checkpoint-10").exists():
         shutil.copytree(out / "checkpoint-5", out / "checkpoint-10")
-    assert "no checkpoint in" in stopped(capsys, run, "--resume_from_checkpoint", "latest", status=2)
+    assert "no checkpoint in" in stopped(
+        capsys, run, "--resume_from_checkpoint", "latest", status=2
+    )
 
 
 def test_the_only_good_checkpoint_is_never_removed(tmp_path):
@@ -153,7 +181,10 @@ def test_the_only_good_checkpoint_is_never_removed(tmp_path):
     ]
     (tmp_path / "checkpoint-15" / "config.json").write_text("15")
     checkpoint.remove_old_checkpoints(tmp_path, 2)
-    assert [folder.name for folder in checkpoint.find_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-15"]
+    assert [folder.name for folder in checkpoint.find_checkpoints(tmp_path)] == [
+        "checkpoint-10",
+        "checkpoint-15",
+    ]
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-10", "checkpoint-15"}
 
 
@@ -172,7 +203,9 @@ def test_a_disk_that_is_full(tmp_path, tiny_bert, squad_dir):
     done = small.start("out", "--save_steps", "4", limit=200_000)
     _, error = done.communicate(timeout=120)
     assert done.returncode == 1 and "Traceback" not in error
-    assert "File too large" in error and any(line.startswith("masked_run_squad.py: error: cannot write") for line in error.splitlines())
+    assert "File too large" in error and any(
+        line.startswith("masked_run_squad.py: error: cannot write") for line in error.splitlines()
+    )
     assert not list((tmp_path / "out").glob("*checkpoint*"))
 
 
@@ -184,7 +217,15 @@ def test_a_read_only_folder(run, capsys, tmp_path):
 
 # ------------------------------------------------------------------------------------------- numbers
 
-TEACH = ["--alpha_ce", "0.5", "--alpha_distil", "0.5", "--teacher_type", "bert", "--teacher_name_or_path"]
+TEACH = [
+    "--alpha_ce",
+    "0.5",
+    "--alpha_distil",
+    "0.5",
+    "--teacher_type",
+    "bert",
+    "--teacher_name_or_path",
+]
 
 
 def spoil_loss(monkeypatch, name, calls, value=torch.nan):
@@ -204,7 +245,9 @@ def test_a_loss_that_is_not_finite_stops_and_is_named(run, capsys, monkeypatch):
         spoil_loss(patch, "span_loss", {7})
         error = stopped(capsys, run, status=1)
     assert "update 7: loss/task = nan on rank 0: training stops" in error
-    assert [folder.name for folder in checkpoint.find_checkpoints(whole.parent / "out")] == ["checkpoint-4"]
+    assert [folder.name for folder in checkpoint.find_checkpoints(whole.parent / "out")] == [
+        "checkpoint-4"
+    ]
     out = run("--resume_from_checkpoint", "latest")
     assert same_files(whole, out, "model.safetensors")
 
@@ -221,17 +264,27 @@ def test_every_part_of_the_loss_is_named(run, capsys, monkeypatch, tiny_bert, pa
 
     monkeypatch.setattr(passes, "regularization", spoiled(passes.regularization))
     if part == "loss/distil":
-        monkeypatch.setattr(masked_run_squad.Squad, "distillation_loss", spoiled(masked_run_squad.Squad.distillation_loss))
+        monkeypatch.setattr(
+            masked_run_squad.Squad,
+            "distillation_loss",
+            spoiled(masked_run_squad.Squad.distillation_loss),
+        )
         flags = [*flags, str(tiny_bert)]
-    assert f"update 5: {part} = inf on rank 0: training stops" in stopped(capsys, run, *flags, status=1)
+    assert f"update 5: {part} = inf on rank 0: training stops" in stopped(
+        capsys, run, *flags, status=1
+    )
 
 
 def test_a_gradient_that_is_not_finite_stops_too(run, capsys, monkeypatch):
     function, count = torch.nn.utils.clip_grad_norm_, iter(range(1, 100))
     monkeypatch.setattr(
-        loop.nn.utils, "clip_grad_norm_", lambda *args: function(*args) * (torch.nan if next(count) == 3 else 1.0)
+        loop.nn.utils,
+        "clip_grad_norm_",
+        lambda *args: function(*args) * (torch.nan if next(count) == 3 else 1.0),
     )
-    assert "update 3: the gradient is not finite, though every part" in stopped(capsys, run, status=1)
+    assert "update 3: the gradient is not finite, though every part" in stopped(
+        capsys, run, status=1
+    )
 
 
 def test_weights_that_are_not_finite_are_not_saved(run, capsys, monkeypatch, tmp_path):
@@ -243,7 +296,9 @@ def test_weights_that_are_not_finite_are_not_saved(run, capsys, monkeypatch, tmp
     monkeypatch.setattr(loop, "set_learning_rates", spoil)
     error = stopped(capsys, run, "--save_total_limit", "1", status=1)
     assert "update 8: " in error and "is not finite any more: nothing is saved" in error
-    assert [folder.name for folder in checkpoint.find_checkpoints(tmp_path / "out")] == ["checkpoint-4"]
+    assert [folder.name for folder in checkpoint.find_checkpoints(tmp_path / "out")] == [
+        "checkpoint-4"
+    ]
 
 
 @pytest.fixture
@@ -254,11 +309,21 @@ def half(monkeypatch):
 
 def test_the_gradient_scaler_skips_and_counts(run, half, monkeypatch):
     scalars = {}
-    monkeypatch.setattr(loop.RunLog, "scalars", lambda self, values, step=None: scalars.update({step: values}))
+    monkeypatch.setattr(
+        loop.RunLog, "scalars", lambda self, values, step=None: scalars.update({step: values})
+    )
     spoil_loss(monkeypatch, "span_loss", {5, 6}, torch.inf)
     out = run("--fp16")
-    assert scalars[8]["skipped_updates"] == 2 and "skipped_updates" not in scalars[4] and "skipped_updates" not in scalars[12]
-    assert all(torch.isfinite(torch.tensor(value)).all() for values in scalars.values() for value in values.values())
+    assert (
+        scalars[8]["skipped_updates"] == 2
+        and "skipped_updates" not in scalars[4]
+        and "skipped_updates" not in scalars[12]
+    )
+    assert all(
+        torch.isfinite(torch.tensor(value)).all()
+        for values in scalars.values()
+        for value in values.values()
+    )
     assert all(tensor.isfinite().all() for tensor in load_file(out / "model.safetensors").values())
 
 
@@ -266,13 +331,20 @@ def test_a_long_series_of_skipped_updates_stops(run, half, capsys, monkeypatch):
     monkeypatch.setattr(guards, "PATIENCE_FP16", 3)
     spoil_loss(monkeypatch, "span_loss", {2, 3, 4, *range(6, 100)}, torch.inf)
     error = stopped(capsys, run, "--fp16", status=1)
-    assert "update 9 for 4 updates in a row: loss/task = inf" in error  # three in a row, at first, were none too many
+    assert (
+        "update 9 for 4 updates in a row: loss/task = inf" in error
+    )  # three in a row, at first, were none too many
 
 
 def test_the_same_seed_gives_the_same_bits(run):
     one, two, other = run(output="one"), run(output="two"), run("--seed", "43", output="other")
-    assert same_files(one, two, "model.safetensors") and not same_files(one, other, "model.safetensors")
-    states = [torch.load(folder / "checkpoint-12" / "training_state.pt", weights_only=True) for folder in (one, two)]
+    assert same_files(one, two, "model.safetensors") and not same_files(
+        one, other, "model.safetensors"
+    )
+    states = [
+        torch.load(folder / "checkpoint-12" / "training_state.pt", weights_only=True)
+        for folder in (one, two)
+    ]
     assert kill_resume.alike(*states)
 
 
@@ -294,4 +366,7 @@ def test_the_stress_script_notices_a_difference(tmp_path):
     assert kill_resume.differences(tmp_path / "a", tmp_path / "a") == []
     assert kill_resume.differences(tmp_path / "a", tmp_path / "b") == ["training_state.pt"]
     (tmp_path / "a" / "model.safetensors").write_bytes(b"1")
-    assert kill_resume.differences(tmp_path / "a", tmp_path / "b") == ["model.safetensors", "training_state.pt"]
+    assert kill_resume.differences(tmp_path / "a", tmp_path / "b") == [
+        "model.safetensors",
+        "training_state.pt",
+    ]

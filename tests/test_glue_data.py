@@ -33,9 +33,21 @@ PAIR = ["sentence1", "sentence2"]
 STRINGS = ["#1 String", "#2 String"]
 # Official headers of the labelled and of the test files, text columns, label column, labels as they stand there.
 LAYOUTS = {
-    "cola": (["source", "label", "mark", "sentence"], ["index", "sentence"], ["sentence"], "label", "01"),
+    "cola": (
+        ["source", "label", "mark", "sentence"],
+        ["index", "sentence"],
+        ["sentence"],
+        "label",
+        "01",
+    ),
     "sst-2": (["sentence", "label"], ["index", "sentence"], ["sentence"], "label", "01"),
-    "mrpc": (["Quality", "#1 ID", "#2 ID", *STRINGS], ["index", "#1 ID", "#2 ID", *STRINGS], STRINGS, "Quality", "01"),
+    "mrpc": (
+        ["Quality", "#1 ID", "#2 ID", *STRINGS],
+        ["index", "#1 ID", "#2 ID", *STRINGS],
+        STRINGS,
+        "Quality",
+        "01",
+    ),
     "sts-b": ([*STSB.split(), "score"], STSB.split(), PAIR, "score", ["0.000", "5.000", "3.25"]),
     "qqp": (
         ["id", "qid1", "qid2", "question1", "question2", "is_duplicate"],
@@ -58,7 +70,13 @@ LAYOUTS = {
         "label",
         ["entailment", "not_entailment"],
     ),
-    "rte": (["index", *PAIR, "label"], ["index", *PAIR], PAIR, "label", ["entailment", "not_entailment"]),
+    "rte": (
+        ["index", *PAIR, "label"],
+        ["index", *PAIR],
+        PAIR,
+        "label",
+        ["entailment", "not_entailment"],
+    ),
     "wnli": (["index", *PAIR, "label"], ["index", *PAIR], PAIR, "label", "01"),
 }
 LAYOUTS["mnli-mm"] = LAYOUTS["ax"] = LAYOUTS["mnli"]
@@ -96,12 +114,24 @@ def labelled_rows(name, texts=None):
     texts = texts or [[f"{column} of row {row}" for column in columns] for row in range(3)]
     values = [labels[row % len(labels)] for row in range(3)]
     rows = [
-        [dict(zip(columns, texts[row]), **{label_column: values[row]}).get(column, f"x{row}") for column in header]
+        [
+            dict(zip(columns, texts[row]), **{label_column: values[row]}).get(column, f"x{row}")
+            for column in header
+        ]
         for row in range(3)
     ]
-    parsed = [float(value) for value in values] if name == "sts-b" else [row % len(labels) for row in range(3)]
+    parsed = (
+        [float(value) for value in values]
+        if name == "sts-b"
+        else [row % len(labels) for row in range(3)]
+    )
     wanted = [
-        {"index": row, "text_a": text[0], "text_b": text[1] if len(text) > 1 else None, "label": label}
+        {
+            "index": row,
+            "text_a": text[0],
+            "text_b": text[1] if len(text) > 1 else None,
+            "label": label,
+        }
         for row, (text, label) in enumerate(zip(texts, parsed))
     ]
     return rows, wanted
@@ -123,11 +153,19 @@ def test_tasks():
     assert " ".join(TASKS) == "cola sst-2 mrpc sts-b qqp mnli mnli-mm qnli rte wnli ax"
     assert TASKS["mnli"].labels == TASKS["ax"].labels == ("contradiction", "entailment", "neutral")
     assert {name for name, task in TASKS.items() if task.is_regression} == {"sts-b"}
-    assert TASKS["mnli"].splits == ("train", "dev_matched", "dev_mismatched", "test_matched", "test_mismatched")
+    assert TASKS["mnli"].splits == (
+        "train",
+        "dev_matched",
+        "dev_mismatched",
+        "test_matched",
+        "test_mismatched",
+    )
     assert TASKS["mnli-mm"].splits == ("train", "dev_mismatched", "test_mismatched")
     assert TASKS["ax"].splits == ("test",) and TASKS["rte"].splits == ("train", "dev", "test")
     keys = {"cola": "mcc", "mrpc": "acc_and_f1", "qqp": "acc_and_f1", "sts-b": "corr"}
-    assert {name: task.key_metric for name, task in TASKS.items()} == {name: keys.get(name, "acc") for name in TASKS}
+    assert {name: task.key_metric for name, task in TASKS.items()} == {
+        name: keys.get(name, "acc") for name in TASKS
+    }
 
 
 @pytest.mark.parametrize(
@@ -162,7 +200,9 @@ def test_reads_labelled_files(tmp_path, name, newline, caplog):
         write(tmp_path / f"{split}.tsv", ("\ufeff" if name == "mrpc" else "") + text)
         examples = read_examples(task, tmp_path, split)
         assert list(examples) == wanted
-        assert examples.features["index"] == Value("int64") and examples.features["text_b"] == Value("string")
+        assert examples.features["index"] == Value("int64") and examples.features[
+            "text_b"
+        ] == Value("string")
         assert examples.features["label"] == Value("float64" if name == "sts-b" else "int64")
     assert not caplog.records
 
@@ -172,24 +212,34 @@ def test_reads_test_files(tmp_path, name):
     task = TASKS[name]
     _, header, columns, _, _ = LAYOUTS[name]
     row = {column: f"{ODD} {column}" for column in columns} | {header[0]: "17"}
-    content = ("\ufeff" if name == "mrpc" else "") + table(header, [[row.get(column, "x") for column in header]])
+    content = ("\ufeff" if name == "mrpc" else "") + table(
+        header, [[row.get(column, "x") for column in header]]
+    )
     for split in task.submissions:
         write(tmp_path / ("diagnostic.tsv" if name == "ax" else f"{split}.tsv"), content)
         (example,) = examples = read_examples(task, tmp_path, split)
         texts = [row[column] for column in columns]
-        assert example == {"index": 17, "text_a": texts[0], "text_b": texts[1] if texts[1:] else None}
+        assert example == {
+            "index": 17,
+            "text_a": texts[0],
+            "text_b": texts[1] if texts[1:] else None,
+        }
         assert "label" not in examples.column_names
 
 
 def test_columns_are_found_by_name_and_labels_by_name_too(tmp_path):
     header = ["extra", "label", "sentence2", "sentence1"]
-    write(tmp_path / "train.tsv", table(header, [["", "entailment", "b", "a"], ["", "1", "d", "c"]]))
+    write(
+        tmp_path / "train.tsv", table(header, [["", "entailment", "b", "a"], ["", "1", "d", "c"]])
+    )
     examples = read_examples(TASKS["wnli"], tmp_path, "train")
     assert list(examples) == [
         {"index": 0, "text_a": "a", "text_b": "b", "label": 1},
         {"index": 1, "text_a": "c", "text_b": "d", "label": 1},
     ]
-    write(tmp_path / "train.tsv", table(["sentence", "label"], [["x", "negative"], ["", "positive"]]))
+    write(
+        tmp_path / "train.tsv", table(["sentence", "label"], [["x", "negative"], ["", "positive"]])
+    )
     assert list(read_examples(TASKS["sst-2"], tmp_path, "train")["label"]) == [0, 1]
     assert list(read_examples(TASKS["sst-2"], tmp_path, "train")["text_a"]) == ["x", ""]
 
@@ -201,7 +251,12 @@ def test_a_test_file_without_index_is_numbered(tmp_path):
 
 def test_short_rows_of_qqp(tmp_path, caplog):
     header, test_header = LAYOUTS["qqp"][:2]
-    rows = [["1", "1", "2", "a", "b", "0"], ["2", "1", "2", "half"], ["3", "1", "2", "c", "d", "1"], ["4"]]
+    rows = [
+        ["1", "1", "2", "a", "b", "0"],
+        ["2", "1", "2", "half"],
+        ["3", "1", "2", "c", "d", "1"],
+        ["4"],
+    ]
     for split in ("train", "dev"):
         caplog.clear()
         write(tmp_path / f"{split}.tsv", table(header, rows))
@@ -218,13 +273,20 @@ def test_short_rows_of_qqp(tmp_path, caplog):
     ]
     assert "rows with too few fields, which get empty texts: 2 (the first in line 3)" in caplog.text
     write(tmp_path / "test.tsv", table(test_header, [["0", "a", "b"], ["the rest of a question?"]]))
-    refused(lambda: read_examples(TASKS["qqp"], tmp_path, "test"), "test.tsv:3", "'the rest of a question?'")
+    refused(
+        lambda: read_examples(TASKS["qqp"], tmp_path, "test"),
+        "test.tsv:3",
+        "'the rest of a question?'",
+    )
 
 
 def test_fields_in_excess_are_ignored_with_a_warning(tmp_path, caplog):
     write(tmp_path / "dev.tsv", table(["sentence", "label"], [["x", "0", "more"], ["y", "1"]]))
     assert list(read_examples(TASKS["sst-2"], tmp_path, "dev")["label"]) == [0, 1]
-    assert "rows with too many fields, of which the last are ignored: 1 (the first in line 2)" in caplog.text
+    assert (
+        "rows with too many fields, of which the last are ignored: 1 (the first in line 2)"
+        in caplog.text
+    )
 
 
 SST = "sentence\tlabel\n"
@@ -247,18 +309,42 @@ def sts_row(score):
         ("cola", "\n", ["dev.tsv: holds no examples"]),
         ("sst-2", SST, ["dev.tsv: holds no examples"]),
         ("sst-2", b"sentence\tlabel\nok\t1\ncaf\xe9\t1\n", ["dev.tsv:3: is not UTF-8", "convert"]),
-        ("sst-2", "fine film\t1\n", ["header", "no column sentence; expected: sentence, label; found: fine film, 1"]),
+        (
+            "sst-2",
+            "fine film\t1\n",
+            ["header", "no column sentence; expected: sentence, label; found: fine film, 1"],
+        ),
         ("sst-2", "sentence\tlabels\nx\t1\n", ["no column label", "found: sentence, labels"]),
         ("sst-2", "label\tsentence\tlabel\n1\tx\t1\n", ["two columns label"]),
-        ("mrpc", f"Quality\t{STRINGS[0]}\n1\tx\n", ["no column #2 String", "expected: #1 String, #2 String, Quality"]),
+        (
+            "mrpc",
+            f"Quality\t{STRINGS[0]}\n1\tx\n",
+            ["no column #2 String", "expected: #1 String, #2 String, Quality"],
+        ),
         ("sst-2", SST + "ok\t1\nshort\n", ["dev.tsv:3: has 1 fields, but there are 2 columns"]),
         ("cola", "gj04\t1\t\tok\ngj04\t1\n", ["dev.tsv:2: has 2 fields, but there are 4"]),
-        ("sst-2", SST + "ok\t1\nx\t2\n", ["dev.tsv:3: the label '2' is not one of negative, positive, 0, 1"]),
+        (
+            "sst-2",
+            SST + "ok\t1\nx\t2\n",
+            ["dev.tsv:3: the label '2' is not one of negative, positive, 0, 1"],
+        ),
         ("sst-2", SST + "ok\t1\n\nx\t\n", ["dev.tsv:4: the label ''"]),
-        ("cola", "source\tlabel\tmark\tsentence\n", ["dev.tsv:1: the label 'label' is not one of unacceptable"]),
-        ("rte", RTE + "0\ta\tb\t0\n", ["dev.tsv:2: the label '0' is not one of entailment, not_entailment"]),
+        (
+            "cola",
+            "source\tlabel\tmark\tsentence\n",
+            ["dev.tsv:1: the label 'label' is not one of unacceptable"],
+        ),
+        (
+            "rte",
+            RTE + "0\ta\tb\t0\n",
+            ["dev.tsv:2: the label '0' is not one of entailment, not_entailment"],
+        ),
         ("rte", RTE + "0\ta\tb\tneutral\n", ["dev.tsv:2: the label 'neutral'"]),
-        ("mnli", MNLI_HEADER + f"{MNLI_ROW}\t-\n", ["dev_matched.tsv:2: the label '-' is not one of contradiction"]),
+        (
+            "mnli",
+            MNLI_HEADER + f"{MNLI_ROW}\t-\n",
+            ["dev_matched.tsv:2: the label '-' is not one of contradiction"],
+        ),
         ("sts-b", sts_row("good"), ["dev.tsv:3: the label 'good' is not a number from 0 to 5"]),
         ("sts-b", sts_row(""), ["dev.tsv:3: the label ''"]),
         ("sts-b", sts_row("nan"), ["dev.tsv:3: the label 'nan'"]),
@@ -276,21 +362,46 @@ def test_refuses_bad_files(tmp_path, name, content, parts):
 @pytest.mark.parametrize("index", ["", "x", "-1", "1.5", str(2**63)])
 def test_refuses_a_bad_index(tmp_path, index):
     write(tmp_path / "test.tsv", f"index\tsentence\n0\ta\n{index}\tb\n")
-    refused(lambda: read_examples(TASKS["sst-2"], tmp_path, "test"), "test.tsv:3: the index", "not a whole number")
+    refused(
+        lambda: read_examples(TASKS["sst-2"], tmp_path, "test"),
+        "test.tsv:3: the index",
+        "not a whole number",
+    )
 
 
 def test_refuses_missing_files_and_splits(tmp_path):
     task = TASKS["sst-2"]
     missing = tmp_path / "nowhere"
-    refused(lambda: read_examples(task, missing, "dev"), missing / "dev.tsv", f"no folder {missing}", "--data_dir")
-    refused(lambda: read_examples(task, tmp_path, "dev"), "no file dev.tsv in the folder", tmp_path, "--task_name")
+    refused(
+        lambda: read_examples(task, missing, "dev"),
+        missing / "dev.tsv",
+        f"no folder {missing}",
+        "--data_dir",
+    )
+    refused(
+        lambda: read_examples(task, tmp_path, "dev"),
+        "no file dev.tsv in the folder",
+        tmp_path,
+        "--task_name",
+    )
     (tmp_path / "SST-2").mkdir()
     write(tmp_path / "SST-2" / "dev.tsv", SST + "x\t1\n")
-    refused(lambda: read_examples(task, tmp_path, "dev"), f"did you mean --data_dir {tmp_path / 'SST-2'}?")
+    refused(
+        lambda: read_examples(task, tmp_path, "dev"),
+        f"did you mean --data_dir {tmp_path / 'SST-2'}?",
+    )
     (tmp_path / "train.tsv").mkdir()
-    refused(lambda: read_examples(task, tmp_path, "train"), "train.tsv: cannot be read (Is a directory)")
-    refused(lambda: read_examples(task, tmp_path, "dev_matched"), "no split dev_matched", "train, dev, test")
-    refused(lambda: read_examples(TASKS["ax"], tmp_path, "train"), "ax has no split train", "are test")
+    refused(
+        lambda: read_examples(task, tmp_path, "train"), "train.tsv: cannot be read (Is a directory)"
+    )
+    refused(
+        lambda: read_examples(task, tmp_path, "dev_matched"),
+        "no split dev_matched",
+        "train, dev, test",
+    )
+    refused(
+        lambda: read_examples(TASKS["ax"], tmp_path, "train"), "ax has no split train", "are test"
+    )
     refused(lambda: load_hub_examples(TASKS["ax"], "train"), "ax has no split train")
 
 
@@ -302,7 +413,10 @@ def hub_data(task, labels):
     label = Value("float32") if task.is_regression else ClassLabel(names=HUB_NAMES[task.hub_config])
     rows = {column: [f"{column} {row}" for row in range(len(labels))] for column in columns}
     rows |= {"label": labels, "idx": [40 + row for row in range(len(labels))]}
-    kinds = {column: Value("string") for column in columns} | {"label": label, "idx": Value("int32")}
+    kinds = {column: Value("string") for column in columns} | {
+        "label": label,
+        "idx": Value("int32"),
+    }
     return Dataset.from_dict(rows, features=Features(kinds))
 
 
@@ -312,7 +426,9 @@ def hub(monkeypatch):
 
     def put(data):
         calls = []
-        monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: calls.append((args, kwargs)) or data)
+        monkeypatch.setattr(
+            datasets, "load_dataset", lambda *args, **kwargs: calls.append((args, kwargs)) or data
+        )
         return calls
 
     return put
@@ -332,7 +448,11 @@ def test_hub(hub, name, tmp_path):
         assert examples["text_b"][1] == (f"{columns[1]} 1" if columns[1:] else None)
         assert list(examples["index"]) == list(range(len(labels)))
         got = list(examples["label"])
-        assert got == labels if task.is_regression else [task.labels[i] for i in got] == HUB_NAMES[task.hub_config]
+        assert (
+            got == labels
+            if task.is_regression
+            else [task.labels[i] for i in got] == HUB_NAMES[task.hub_config]
+        )
 
 
 def test_hub_numbering_of_mnli_is_not_that_of_the_task(hub):
@@ -360,9 +480,15 @@ def test_hub_and_files_give_the_same_columns(tmp_path, hub):
 
 def test_hub_refusals(hub, monkeypatch):
     hub(hub_data(TASKS["rte"], [0, -1]))
-    refused(lambda: load_hub_examples(TASKS["rte"], "dev"), "nyu-mll/glue (rte, validation), row 1: the label '-1'")
+    refused(
+        lambda: load_hub_examples(TASKS["rte"], "dev"),
+        "nyu-mll/glue (rte, validation), row 1: the label '-1'",
+    )
     hub(hub_data(TASKS["wnli"], [0, 1]).cast_column("label", ClassLabel(names=["no", "yes"])))
-    refused(lambda: load_hub_examples(TASKS["wnli"], "train"), "row 0: the label 'no' is not one of not_entailment")
+    refused(
+        lambda: load_hub_examples(TASKS["wnli"], "train"),
+        "row 0: the label 'no' is not one of not_entailment",
+    )
 
     def unreachable(*args, **kwargs):
         raise ConnectionError("no\nroute")
@@ -379,14 +505,23 @@ NAMES = {"text_column": "a", "text_pair_column": "b", "label_column": "y"}
 
 def test_custom_files(tmp_path):
     splits = ["train", "dev"]
-    refused(lambda: custom_files(tmp_path, splits), tmp_path, "holds no train.tsv or train.csv or train.jsonl")
+    refused(
+        lambda: custom_files(tmp_path, splits),
+        tmp_path,
+        "holds no train.tsv or train.csv or train.jsonl",
+    )
     for name in ("train.csv", "dev.jsonl"):
         write(tmp_path / name, "")
-    assert custom_files(tmp_path, splits) == {"train": tmp_path / "train.csv", "dev": tmp_path / "dev.jsonl"}
+    assert custom_files(tmp_path, splits) == {
+        "train": tmp_path / "train.csv",
+        "dev": tmp_path / "dev.jsonl",
+    }
     refused(lambda: custom_files(tmp_path, ["test"]), "holds no test.tsv")
     write(tmp_path / "train.tsv", "")
     refused(lambda: custom_files(tmp_path, splits), "holds both train.tsv and train.csv; keep one")
-    assert custom_files(tmp_path, ["dev"]) == {"dev": tmp_path / "dev.jsonl"}  # no one asked for the others
+    assert custom_files(tmp_path, ["dev"]) == {
+        "dev": tmp_path / "dev.jsonl"
+    }  # no one asked for the others
 
 
 CUSTOM = {
@@ -418,14 +553,23 @@ def test_csv_texts_may_hold_line_ends(tmp_path):
     examples, _ = read_custom_examples(path, text_column="a", label_column="y")
     assert list(examples["text_a"]) == ["one\n\ntwo\rthree", "x"]
     path = write(tmp_path / "x.csv", 'a,y\n"one\n\ntwo",0\nx,2\n')
-    refused(lambda: read_custom_examples(path, text_column="a", label_column="y", labels=["0", "1"]), "x.csv:5")
+    refused(
+        lambda: read_custom_examples(path, text_column="a", label_column="y", labels=["0", "1"]),
+        "x.csv:5",
+    )
 
 
 def test_json_labels(tmp_path):
     lines = [{"a": "x", "y": label} for label in (10, True, "1", " two\twords ", 9)]
     path = write(tmp_path / "x.jsonl", "\n".join(map(json.dumps, lines)))
     examples, labels = read_custom_examples(path, text_column="a", label_column="y")
-    assert labels == ("1", "10", "9", "True", "two words") and list(examples["label"]) == [1, 3, 0, 4, 2]
+    assert labels == ("1", "10", "9", "True", "two words") and list(examples["label"]) == [
+        1,
+        3,
+        0,
+        4,
+        2,
+    ]
 
 
 def test_custom_regression(tmp_path):
@@ -438,7 +582,11 @@ def test_custom_regression(tmp_path):
     assert custom_task(labels).is_regression
     for label in ('"many"', "NaN", "Infinity", "true", '"nan"'):
         write(path, f'{{"a": "x", "y": {label}}}')
-        refused(lambda: read_custom_examples(path, **arguments), "x.jsonl:1: the label", "not a finite number")
+        refused(
+            lambda: read_custom_examples(path, **arguments),
+            "x.jsonl:1: the label",
+            "not a finite number",
+        )
 
 
 @pytest.mark.parametrize(
@@ -461,11 +609,23 @@ def test_custom_regression(tmp_path):
         ("x.jsonl", '{"a": "x", "b": "z", "y": 1}\n{"a"', ["x.jsonl:2: is not JSON"]),
         ("x.jsonl", "[" * 100_000, ["x.jsonl:1: is not JSON"]),
         ("x.jsonl", '["x"]', ["x.jsonl:1: must be an object"]),
-        ("x.jsonl", '{"a": "x", "z": 1}', ["x.jsonl:1: has no column b; expected: a, b, y; found: a, z"]),
+        (
+            "x.jsonl",
+            '{"a": "x", "z": 1}',
+            ["x.jsonl:1: has no column b; expected: a, b, y; found: a, z"],
+        ),
         ("x.jsonl", '{"a": 3, "b": "z", "y": 1}', ["x.jsonl:1: a must be a text, not 3"]),
         ("x.jsonl", '{"a": "x", "b": null, "y": 1}', ["x.jsonl:1: b must be a text, not null"]),
-        ("x.jsonl", '{"a": "x", "b": "\\ud83d", "y": 1}', ["x.jsonl:1: b holds half a surrogate pair"]),
-        ("x.jsonl", '{"a": "x", "b": "", "y": 0.5}', ["x.jsonl:1: y is 0.5, but only a regression"]),
+        (
+            "x.jsonl",
+            '{"a": "x", "b": "\\ud83d", "y": 1}',
+            ["x.jsonl:1: b holds half a surrogate pair"],
+        ),
+        (
+            "x.jsonl",
+            '{"a": "x", "b": "", "y": 0.5}',
+            ["x.jsonl:1: y is 0.5, but only a regression"],
+        ),
         ("x.jsonl", '{"a": "x", "b": "", "y": [1]}', ["x.jsonl:1: y must be a text, not [1]"]),
         ("x.jsonl", '{"a": "x", "b": "", "y": null}', ["x.jsonl:1: y must be a text, not null"]),
     ],
@@ -487,16 +647,25 @@ def test_a_blank_line_among_single_columns_is_refused(tmp_path):
 def test_labels_that_look_like_numbers_are_warned_of(tmp_path, caplog):
     path = write(tmp_path / "x.csv", "a,y\n" + "".join(f"x,{n / 7}\n" for n in range(30)))
     read_custom_examples(path, text_column="a", label_column="y")
-    assert any("30 labels in 30 rows" in message and "--regression" in message for message in caplog.messages)
+    assert any(
+        "30 labels in 30 rows" in message and "--regression" in message
+        for message in caplog.messages
+    )
 
 
 def test_other_custom_refusals(tmp_path):
     path = write(tmp_path / "x.csv", "a,b,y\nx,z,yes\nx,z,perhaps\n")
     refused(lambda: read_custom_examples(path, **NAMES, labels=("no", "yes")),
             "x.csv:3: the label 'perhaps' is not one of no, yes")  # fmt: skip
-    refused(lambda: read_custom_examples(path, text_column="a", label_column="a"), "different columns")
+    refused(
+        lambda: read_custom_examples(path, text_column="a", label_column="a"), "different columns"
+    )
     missing = tmp_path / "no.csv"
-    refused(lambda: read_custom_examples(missing, text_column="a"), missing, "cannot be read (No such file")
+    refused(
+        lambda: read_custom_examples(missing, text_column="a"),
+        missing,
+        "cannot be read (No such file",
+    )
 
 
 # ---------------------------------------------------------------------------------------- features
@@ -528,7 +697,9 @@ def test_features_are_those_of_the_stock_tokenizer(tiny_tokenizer, pair, max_seq
     batch = collate(list(features), tiny_tokenizer.pad_token_id, multiple_of=1)
     texts = [list(texts) for texts in zip(*TEXTS)][: 1 + pair]
     stock = tiny_tokenizer(*texts, truncation="longest_first", max_length=max_seq_length)
-    for row, (ids, types) in enumerate(zip(stock["input_ids"], stock["token_type_ids"], strict=True)):
+    for row, (ids, types) in enumerate(
+        zip(stock["input_ids"], stock["token_type_ids"], strict=True)
+    ):
         assert features[row]["input_ids"] == ids
         assert features[row]["length"] == len(ids) <= max_seq_length
         assert batch["token_type_ids"][row, : len(ids)].tolist() == types
@@ -536,7 +707,10 @@ def test_features_are_those_of_the_stock_tokenizer(tiny_tokenizer, pair, max_seq
 
 
 def test_features_hold_the_label(tiny_tokenizer):
-    for labels, kind in (list(range(len(TEXTS))), "int64"), ([n / 4 for n in range(len(TEXTS))], "float64"):
+    for labels, kind in (
+        (list(range(len(TEXTS))), "int64"),
+        ([n / 4 for n in range(len(TEXTS))], "float64"),
+    ):
         features = build_features(make_examples(labels=labels), tiny_tokenizer, max_seq_length=16)
         assert list(features["label"]) == labels and features.features["label"] == Value(kind)
 
@@ -577,8 +751,14 @@ def test_features_refusals(tiny_tokenizer):
     class Slow:
         is_fast = False
 
-    refused(lambda: build_features(make_examples(), Slow(), max_seq_length=16), "Slow is not a fast tokenizer")
-    refused(lambda: build_features(make_examples().select([]), tiny_tokenizer, max_seq_length=16), "no example")
+    refused(
+        lambda: build_features(make_examples(), Slow(), max_seq_length=16),
+        "Slow is not a fast tokenizer",
+    )
+    refused(
+        lambda: build_features(make_examples().select([]), tiny_tokenizer, max_seq_length=16),
+        "no example",
+    )
     for pair, least in (True, 5), (False, 3):
         build_features(make_examples(pair), tiny_tokenizer, max_seq_length=least)
         refused(lambda pair=pair, least=least: build_features(make_examples(pair), tiny_tokenizer,
@@ -604,16 +784,28 @@ def builds(monkeypatch):
 
 def read_rows(tmp_path, texts=TEXTS, label=0, cache_dir=None):
     """Examples of a file with these pairs of texts."""
-    rows = "".join(json.dumps({"a": a, "b": b, "y": n % 2 if n else label}) + "\n" for n, (a, b) in enumerate(texts))
+    rows = "".join(
+        json.dumps({"a": a, "b": b, "y": n % 2 if n else label}) + "\n"
+        for n, (a, b) in enumerate(texts)
+    )
     path = write(tmp_path / "train.jsonl", rows)
-    return read_custom_examples(path, text_column="a", text_pair_column="b", label_column="y", labels=("0", "1"), cache_dir=cache_dir)[0]
+    return read_custom_examples(
+        path,
+        text_column="a",
+        text_pair_column="b",
+        label_column="y",
+        labels=("0", "1"),
+        cache_dir=cache_dir,
+    )[0]
 
 
 def test_cache_is_reused_and_never_stale(tmp_path, cache, builds, tiny_tokenizer, monkeypatch):
     def build(tokenizer=tiny_tokenizer, max_seq_length=16, overwrite_cache=False, **rows):
         before = len(builds)
         examples = read_rows(tmp_path, **rows)
-        features = build_features(examples, tokenizer, max_seq_length=max_seq_length, overwrite_cache=overwrite_cache)
+        features = build_features(
+            examples, tokenizer, max_seq_length=max_seq_length, overwrite_cache=overwrite_cache
+        )
         return len(builds) - before, features
 
     n, first = build()
@@ -650,8 +842,12 @@ def test_unwritable_cache_is_survived_with_one_warning(tmp_path, tiny_tokenizer,
 
 
 def test_processes_give_the_same_rows(tmp_path, tiny_tokenizer):
-    examples = make_examples(labels=list(range(30)), texts=[(LONG[:n], LONG[n:]) for n in range(30)])
-    one, two = (build_features(examples, tiny_tokenizer, max_seq_length=16, num_proc=n) for n in (1, 2))
+    examples = make_examples(
+        labels=list(range(30)), texts=[(LONG[:n], LONG[n:]) for n in range(30)]
+    )
+    one, two = (
+        build_features(examples, tiny_tokenizer, max_seq_length=16, num_proc=n) for n in (1, 2)
+    )
     assert one[:] == two[:] and one.features == two.features
 
 
@@ -669,15 +865,21 @@ def random_classes(classes, seed=0):
 def test_accuracy():
     for name in ("sst-2", "mnli", "mnli-mm", "qnli", "rte", "wnli", "ax"):
         logits, labels, predictions = random_classes(len(TASKS[name].labels))
-        assert glue_metrics(TASKS[name], logits, labels) == {"acc": pytest.approx((labels == predictions).mean())}
+        assert glue_metrics(TASKS[name], logits, labels) == {
+            "acc": pytest.approx((labels == predictions).mean())
+        }
     logits, labels, predictions = random_classes(5)
     task = custom_task("abcde")
-    assert glue_metrics(task, logits, labels) == {"acc": pytest.approx((labels == predictions).mean())}
+    assert glue_metrics(task, logits, labels) == {
+        "acc": pytest.approx((labels == predictions).mean())
+    }
 
 
 def test_matthews_correlation():
     logits, labels, predictions = random_classes(2)
-    tp, tn, fp, fn = (int(((predictions == p) & (labels == y)).sum()) for p, y in ((1, 1), (0, 0), (1, 0), (0, 1)))
+    tp, tn, fp, fn = (
+        int(((predictions == p) & (labels == y)).sum()) for p, y in ((1, 1), (0, 0), (1, 0), (0, 1))
+    )
     wanted = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
     assert glue_metrics(TASKS["cola"], logits, labels) == {"mcc": pytest.approx(wanted)}
     assert glue_metrics(TASKS["cola"], np.zeros((4, 2)), [0, 1, 1, 0]) == {"mcc": 0.0}
@@ -688,17 +890,24 @@ def test_f1_is_that_of_the_equivalent(name):
     logits, labels, predictions = random_classes(2, seed=3)
     labels[:50] = 1
     shared_ones = ((predictions == 1) & (labels == 1)).sum()
-    acc, f1 = (labels == predictions).mean(), 2 * shared_ones / ((predictions == 1).sum() + (labels == 1).sum())
+    acc, f1 = (
+        (labels == predictions).mean(),
+        2 * shared_ones / ((predictions == 1).sum() + (labels == 1).sum()),
+    )
     wanted = {"acc": acc, "f1": f1, "acc_and_f1": (acc + f1) / 2}
     assert glue_metrics(TASKS[name], logits, labels) == pytest.approx(wanted)
     never = np.array([[1.0, 0.0]] * 3)
-    assert glue_metrics(TASKS[name], never, [0, 0, 1]) == pytest.approx({"acc": 2 / 3, "f1": 0.0, "acc_and_f1": 1 / 3})
+    assert glue_metrics(TASKS[name], never, [0, 0, 1]) == pytest.approx(
+        {"acc": 2 / 3, "f1": 0.0, "acc_and_f1": 1 / 3}
+    )
     assert glue_metrics(TASKS[name], never, [0, 0, 0]) == {"acc": 1.0, "f1": 0.0, "acc_and_f1": 0.5}
 
 
 def ranks(values):
     """Average ranks, by counting."""
-    return np.array([(values < value).sum() + ((values == value).sum() + 1) / 2 for value in values])
+    return np.array(
+        [(values < value).sum() + ((values == value).sum() + 1) / 2 for value in values]
+    )
 
 
 def correlation(x, y):
@@ -710,7 +919,10 @@ def test_correlations():
     rng = np.random.default_rng(4)
     labels = rng.integers(0, 11, 100) / 2
     logits = (labels + rng.normal(0, 1, 100)).round(1).astype(np.float32)
-    pearson, spearman = correlation(logits.astype(float), labels), correlation(ranks(logits), ranks(labels))
+    pearson, spearman = (
+        correlation(logits.astype(float), labels),
+        correlation(ranks(logits), ranks(labels)),
+    )
     wanted = {"pearson": pearson, "spearmanr": spearman, "corr": (pearson + spearman) / 2}
     for task in (TASKS["sts-b"], custom_task(())):
         for shape in ((100,), (100, 1)):
@@ -736,7 +948,9 @@ def test_undefined_correlations_are_zero(logits, labels, reason, caplog):
 def test_metrics_are_plain_floats():
     for name, task in TASKS.items():
         logits, labels, _ = random_classes(max(len(task.labels), 1))
-        metrics = glue_metrics(task, logits, labels / 2 + np.arange(200) % 3 if task.is_regression else labels)
+        metrics = glue_metrics(
+            task, logits, labels / 2 + np.arange(200) % 3 if task.is_regression else labels
+        )
         assert tuple(metrics) == task.metrics, name
         assert all(type(value) is float for value in metrics.values())
         json.dumps(metrics, allow_nan=False)
@@ -774,6 +988,12 @@ def test_submissions(name):
 
 def test_custom_submissions():
     examples = make_examples().select(range(2))
-    assert submission(custom_task(("no", "yes")), examples, np.eye(2)) == "index\tprediction\n0\tno\n1\tyes\n"
+    assert (
+        submission(custom_task(("no", "yes")), examples, np.eye(2))
+        == "index\tprediction\n0\tno\n1\tyes\n"
+    )
     scores = np.array([-7.5, 1234.0])
-    assert submission(custom_task(()), examples, scores) == "index\tprediction\n0\t-7.500\n1\t1234.000\n"
+    assert (
+        submission(custom_task(()), examples, scores)
+        == "index\tprediction\n0\t-7.500\n1\t1234.000\n"
+    )

@@ -26,7 +26,10 @@ from emmental.hardware import processor_name
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).with_name("golden.json")
-HERE = {"processor": f"{processor_name()}, {torch.backends.cpu.get_cpu_capability()}", "torch": torch.__version__}
+HERE = {
+    "processor": f"{processor_name()}, {torch.backends.cpu.get_cpu_capability()}",
+    "torch": torch.__version__,
+}
 
 COMMON = [
     "--model_type", "masked_bert", "--do_lower_case", "--do_train", "--do_eval", "--max_steps", "10", "--warmup_steps", "2",
@@ -63,7 +66,14 @@ GLUE_RUNS = {
                    "distilled"],
 }  # fmt: skip
 TWO_RANKS = {
-    "movement, two ranks": [*TOPK, "--per_gpu_train_batch_size", "3", "--gradient_accumulation_steps", "2", "distilled"],
+    "movement, two ranks": [
+        *TOPK,
+        "--per_gpu_train_batch_size",
+        "3",
+        "--gradient_accumulation_steps",
+        "2",
+        "distilled",
+    ],
     "l0, two ranks": [*L0, "--final_lambda", "20", "--per_gpu_train_batch_size", "5"],
 }
 
@@ -77,17 +87,25 @@ def places(tmp_path_factory, tiny_config, tiny_tokenizer, squad_dir):
     for seed, (name, (head, labels)) in enumerate(heads.items()):
         for role in "model", "teacher":
             torch.manual_seed(2 * seed + (role == "teacher"))
-            head(BertConfig(**tiny_config, **labels, initializer_range=0.2)).save_pretrained(folder / f"{name}_{role}")
+            head(BertConfig(**tiny_config, **labels, initializer_range=0.2)).save_pretrained(
+                folder / f"{name}_{role}"
+            )
             tiny_tokenizer.save_pretrained(folder / f"{name}_{role}")
     words = "ada ben cleo dan eva finn gus hana oslo rome lima kyoto cairo".split()
     for split, rows in ("train", 23), ("dev", 11):
         texts = [" ".join(words[(n * k) % 13] for k in range(1, 3 + n % 4)) for n in range(rows)]
         for name, header, cells in (
             ("sst-2", "sentence\tlabel", [f"{text}\t{n % 3 % 2}" for n, text in enumerate(texts)]),
-            ("regression", "text\tsecond\tlabel", [f"{text}\t{words[n % 13]}\t{n % 5 / 2}" for n, text in enumerate(texts)]),
+            (
+                "regression",
+                "text\tsecond\tlabel",
+                [f"{text}\t{words[n % 13]}\t{n % 5 / 2}" for n, text in enumerate(texts)],
+            ),
         ):
             (folder / f"{name}_data").mkdir(exist_ok=True)
-            (folder / f"{name}_data" / f"{split}.tsv").write_text("\n".join([header, *cells]) + "\n")
+            (folder / f"{name}_data" / f"{split}.tsv").write_text(
+                "\n".join([header, *cells]) + "\n"
+            )
     (folder / "squad_data").symlink_to(squad_dir)
     return folder
 
@@ -95,9 +113,22 @@ def places(tmp_path_factory, tiny_config, tiny_tokenizer, squad_dir):
 def command(places, task, name, flags):
     """The flags of a run, and its output folder."""
     output = places / "out" / name.replace(", ", "_").replace(" ", "_")
-    teacher = ["--teacher_type", "bert", "--teacher_name_or_path", f"{places}/{task}_teacher"] if "distilled" in flags else []
-    flags = [*COMMON, *(flag for flag in flags if flag != "distilled"), *teacher, *(SQUAD if task == "squad" else [])]
-    paths = {"model_name_or_path": f"{task}_model", "data_dir": f"{task}_data", "cache_dir": "cache"}
+    teacher = (
+        ["--teacher_type", "bert", "--teacher_name_or_path", f"{places}/{task}_teacher"]
+        if "distilled" in flags
+        else []
+    )
+    flags = [
+        *COMMON,
+        *(flag for flag in flags if flag != "distilled"),
+        *teacher,
+        *(SQUAD if task == "squad" else []),
+    ]
+    paths = {
+        "model_name_or_path": f"{task}_model",
+        "data_dir": f"{task}_data",
+        "cache_dir": "cache",
+    }
     flags += [word for flag, path in paths.items() for word in (f"--{flag}", f"{places}/{path}")]
     return [*flags, "--output_dir", str(output)], output
 
@@ -108,7 +139,9 @@ def fingerprint(output):
     tensors = {}
     for name, tensor in sorted(load_file(output / "model.safetensors").items()):
         if ".embeddings." not in name:
-            norm, total = (f"{value.item():.9g}" for value in (tensor.double().norm(), tensor.double().sum()))
+            norm, total = (
+                f"{value.item():.9g}" for value in (tensor.double().norm(), tensor.double().sum())
+            )
             tensors[name] = [hashlib.sha256(tensor.numpy()).hexdigest()[:12], norm, total]
     return {"results": results, "tensors": tensors}
 
@@ -123,7 +156,9 @@ def check(name, found):
     assert found["tensors"].keys() == expected["tensors"].keys()
     for tensor, (_, norm, total) in expected["tensors"].items():
         values = [float(value) for value in found["tensors"][tensor][1:]]
-        assert values == pytest.approx([float(norm), float(total)], rel=1e-3, abs=1e-3 * float(norm)), tensor
+        assert values == pytest.approx(
+            [float(norm), float(total)], rel=1e-3, abs=1e-3 * float(norm)
+        ), tensor
 
 
 def run_alone(places, task, name, flags):
@@ -134,7 +169,14 @@ def run_alone(places, task, name, flags):
 
 def run_two_ranks(places, name, flags):
     flags, output = command(places, "squad", name, flags)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     done = subprocess.run([*launcher, "masked_run_squad.py", *flags], cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -163,4 +205,3 @@ def test_record(places):
     runs |= {name: run_two_ranks(places, name, flags) for name, flags in TWO_RANKS.items()}
     lines = [f" {json.dumps(name)}: {json.dumps(found)}" for name, found in runs.items()]
     GOLDEN.write_text(f'{{"here": {json.dumps(HERE)},\n"runs": {{\n' + ",\n".join(lines) + "\n}}\n")
-

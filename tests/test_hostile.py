@@ -20,7 +20,19 @@ import saving_prunebert
 from emmental import MaskedBertConfig, MaskedBertForQuestionAnswering
 from emmental.storage import open_packed, pack
 
-TRAIN = ["--do_train", "--final_threshold", "0.3", "--max_steps", "4", "--warmup_steps", "1", "--save_steps", "2", "--logging_steps", "2"]
+TRAIN = [
+    "--do_train",
+    "--final_threshold",
+    "0.3",
+    "--max_steps",
+    "4",
+    "--warmup_steps",
+    "1",
+    "--save_steps",
+    "2",
+    "--logging_steps",
+    "2",
+]
 
 
 @pytest.fixture
@@ -123,7 +135,10 @@ def test_a_pickle_in_a_checkpoint_is_never_executed(run, tmp_path, capsys, form,
 
 def test_code_of_a_tokenizer_is_never_fetched(run, model, tmp_path, monkeypatch):
     """transformers asks at the keyboard whether to run code that a checkpoint brings, and waits for an answer."""
-    settings = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    settings = {
+        "tokenizer_class": "Evil",
+        "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
+    }
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
     (model / "evil.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w')")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
@@ -376,16 +391,25 @@ def test_hostile_squad_files(run, refused, tmp_path, case):
     if said is None:
         run(*flags)
         assert (tmp_path / "out" / "model.safetensors").exists()
-        predicted = run("--do_eval", "--predict_file", path, "--overwrite_output_dir", model=tmp_path / "out")
+        predicted = run(
+            "--do_eval", "--predict_file", path, "--overwrite_output_dir", model=tmp_path / "out"
+        )
         predictions = json.loads((predicted / "predictions_.json").read_text())
-        context = content["data"][0]["paragraphs"][0]["context"] if isinstance(content, dict) else "ada lives in oslo ."
+        context = (
+            content["data"][0]["paragraphs"][0]["context"]
+            if isinstance(content, dict)
+            else "ada lives in oslo ."
+        )
         assert predictions["a"] in context
     else:
         assert said in refused(run, *flags, "--evaluate_during_training", "--predict_file", path)
         assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-ROWS = "".join(f"ada lives in {place} .\t{number % 2}\n" for number, place in enumerate(["oslo", "rome", "lima"] * 4))
+ROWS = "".join(
+    f"ada lives in {place} .\t{number % 2}\n"
+    for number, place in enumerate(["oslo", "rome", "lima"] * 4)
+)
 TSV = {  # name: (bytes of train.tsv, what the line says; None: it works)
     "NULs": (b"sentence\tlabel\nada\0 lives\t0\nben\t1\n", None),
     "nothing but NULs": (b"\0" * 4096, "no column sentence"),
@@ -422,7 +446,9 @@ def test_hostile_tsv_files(refused, tmp_path, tiny_bert, case):
         assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.safetensors"))
 
 
-def test_a_model_of_numbers_that_are_none_is_not_evaluated(run, refused, tmp_path, model, tiny_config, tiny_tokenizer):
+def test_a_model_of_numbers_that_are_none_is_not_evaluated(
+    run, refused, tmp_path, model, tiny_config, tiny_tokenizer
+):
     tensors = load_file(model / "model.safetensors")
     tensors["qa_outputs.weight"] *= torch.nan
     save_file(tensors, model / "model.safetensors", {"format": "pt"})

@@ -28,7 +28,12 @@ from emmental.families import encoder_of
 from emmental.inference import compaction, encoder, kernels, sparsify
 from emmental.inference.compaction import Affine
 
-HEADS = [BertModel, BertForQuestionAnswering, BertForSequenceClassification, BertForTokenClassification]
+HEADS = [
+    BertModel,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+]
 SHAPES = [(1, 1), (1, 5), (3, 16), (2, 33), (5, 40)]
 
 
@@ -78,7 +83,9 @@ def assert_same(model, sparse, shapes=SHAPES, tolerance=1e-4):
     for number, (batch, length) in enumerate(shapes):
         for masked in (True, False):
             given = inputs(batch, length, number, masked)
-            for expected, found in zip(model(**given).to_tuple(), sparse(**given).to_tuple(), strict=True):
+            for expected, found in zip(
+                model(**given).to_tuple(), sparse(**given).to_tuple(), strict=True
+            ):
                 torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance / 5)
 
 
@@ -96,7 +103,9 @@ def test_multiple_choice(tiny_config, kernel):
     model = build(tiny_config, BertForMultipleChoice)
     given = {name: tensor.view(2, 3, 8) for name, tensor in inputs(6, 8).items()}
     with torch.inference_mode():
-        torch.testing.assert_close(sparsify(model, kernel)(**given).logits, model(**given).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            sparsify(model, kernel)(**given).logits, model(**given).logits, rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("settings", [
@@ -126,7 +135,11 @@ def test_csr_and_dense_agree(tiny_config, csr_below):
 def test_masked_models(tiny_config, method, threshold, kernel):
     torch.manual_seed(1)
     config = MaskedBertConfig(
-        **tiny_config, pruning_method=method, mask_init="uniform", mask_scale=1.0, threshold=threshold
+        **tiny_config,
+        pruning_method=method,
+        mask_init="uniform",
+        mask_scale=1.0,
+        threshold=threshold,
     )
     model = emmental.MaskedBertForSequenceClassification(config).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -143,12 +156,17 @@ def test_long_batches_go_in_groups(tiny_config, kernel, monkeypatch):
 
 
 def test_a_sequence_without_tokens(tiny_config, kernel):
-    model = build(tiny_config, density=0.9)  # no row is empty: what would be folded stands on a softmax
+    model = build(
+        tiny_config, density=0.9
+    )  # no row is empty: what would be folded stands on a softmax
     given = inputs(2, 6)
     given["attention_mask"][1] = 0
     with torch.inference_mode():
         torch.testing.assert_close(
-            sparsify(model, kernel)(**given).start_logits, model(**given).start_logits, rtol=1e-4, atol=1e-5
+            sparsify(model, kernel)(**given).start_logits,
+            model(**given).start_logits,
+            rtol=1e-4,
+            atol=1e-5,
         )
 
 
@@ -168,20 +186,32 @@ def test_scores_far_apart(tiny_config):
     model = build(tiny_config, density=0.5)
     with torch.no_grad():
         for block in model.bert.encoder.layer:
-            for linear in (block.attention.self.query, block.attention.self.key, block.intermediate.dense):
+            for linear in (
+                block.attention.self.query,
+                block.attention.self.key,
+                block.intermediate.dense,
+            ):
                 linear.weight.mul_(30)
-    assert_same(model, sparsify(model, "native"), tolerance=1e-2)  # such scores have an error of 1e-4 in float32
+    assert_same(
+        model, sparsify(model, "native"), tolerance=1e-2
+    )  # such scores have an error of 1e-4 in float32
 
 
 def test_gelu_of_the_kernel():
     x = torch.linspace(-12, 12, 96 * 11).view(1, 96, 11)
     run = kernels.Native(1, 96)
-    identity = run.prepare(Affine(csr_array(np.eye(11, dtype=np.float32)), np.zeros(11, np.float32)), sparse=True)
+    identity = run.prepare(
+        Affine(csr_array(np.eye(11, dtype=np.float32)), np.zeros(11, np.float32)), sparse=True
+    )
     found = run.leave(run.product(identity, run.enter(x), "inner", activation="gelu"))
     expected = F.gelu(x.double()).float()
     assert (found - expected).abs().max() < 1e-6
     assert (
-        run.leave(run.product(identity, run.enter(torch.full((1, 96, 11), torch.nan)), "inner", activation="gelu"))
+        run.leave(
+            run.product(
+                identity, run.enter(torch.full((1, 96, 11), torch.nan)), "inner", activation="gelu"
+            )
+        )
         .isnan()
         .all()
     )
@@ -198,7 +228,9 @@ def test_threads(tiny_config):
     def work(seed):
         with torch.inference_mode():
             for _ in range(20):
-                if not torch.allclose(sparse(**inputs(3, 20, seed)).start_logits, expected[seed], rtol=1e-4, atol=1e-5):
+                if not torch.allclose(
+                    sparse(**inputs(3, 20, seed)).start_logits, expected[seed], rtol=1e-4, atol=1e-5
+                ):
                     failures.append(seed)
 
     workers = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
@@ -224,7 +256,8 @@ def test_several_threads_of_torch_agree(tiny_config):
 
 def affine(rows, columns, rng):
     return Affine(
-        csr_array(rng.normal(size=(rows, columns)).astype(np.float32)), rng.normal(size=rows).astype(np.float32)
+        csr_array(rng.normal(size=(rows, columns)).astype(np.float32)),
+        rng.normal(size=rows).astype(np.float32),
     )
 
 
@@ -238,7 +271,9 @@ def empty(layer, field, rows=(), columns=()):
 def test_what_compaction_drops():
     rng = np.random.default_rng(0)
     whole = {name: affine(8, 8, rng) for name in ("query", "key", "value", "output")}
-    layer = compaction.Layer(**whole, first=affine(12, 8, rng), second=affine(8, 12, rng), sizes=[4, 4], sizes_v=[4, 4])
+    layer = compaction.Layer(
+        **whole, first=affine(12, 8, rng), second=affine(8, 12, rng), sizes=[4, 4], sizes_v=[4, 4]
+    )
     empty(layer, "value", rows=[0, 1])  # constant values
     empty(layer, "output", columns=[2])  # a value that no one reads
     empty(layer, "key", rows=[5])  # the same for all keys
@@ -248,7 +283,9 @@ def test_what_compaction_drops():
     empty(layer, "second", columns=[0, 11])  # neurons that no one reads
     found = compaction.compact(layer, "gelu")
     assert (found.sizes, found.sizes_v) == ([4, 2], [1, 4])
-    assert np.array_equal(found.query.weight.toarray(), layer.query.weight.toarray()[[0, 1, 2, 3, 4, 7]])
+    assert np.array_equal(
+        found.query.weight.toarray(), layer.query.weight.toarray()[[0, 1, 2, 3, 4, 7]]
+    )
     assert np.array_equal(found.value.bias, layer.value.bias[[3, 4, 5, 6, 7]])
     folded = layer.output.bias + layer.output.weight.toarray()[:, :2] @ layer.value.bias[:2]
     np.testing.assert_allclose(found.output.bias, folded, rtol=1e-5)
@@ -260,7 +297,9 @@ def test_what_compaction_drops():
     assert layer.query.weight.shape == (8, 8)
 
 
-@pytest.mark.parametrize("dead", ["head", "heads", "scores", "values", "neurons", "inputs", "everything"])
+@pytest.mark.parametrize(
+    "dead", ["head", "heads", "scores", "values", "neurons", "inputs", "everything"]
+)
 def test_compacted_outputs(tiny_config, kernel, dead):
     model = build(tiny_config, density=0.9)
     attention, block = model.bert.encoder.layer[0].attention, model.bert.encoder.layer[0]
@@ -279,7 +318,12 @@ def test_compacted_outputs(tiny_config, kernel, dead):
             block.intermediate.dense.weight[10:] = 0
             block.output.dense.weight[:, :7] = 0
         elif dead == "inputs":
-            for linear in (attention.self.query, attention.self.key, attention.self.value, block.intermediate.dense):
+            for linear in (
+                attention.self.query,
+                attention.self.key,
+                attention.self.value,
+                block.intermediate.dense,
+            ):
                 linear.weight[:, 5:30] = 0
         else:
             for linear in model.bert.encoder.modules():
@@ -289,7 +333,10 @@ def test_compacted_outputs(tiny_config, kernel, dead):
     assert_same(model, sparse)
     if kernel == "compact":
         first = sparse.bert.encoder.layer[0]
-        heads, neurons = first.attention.self.num_attention_heads, first.intermediate.dense.out_features
+        heads, neurons = (
+            first.attention.self.num_attention_heads,
+            first.intermediate.dense.out_features,
+        )
         assert heads == {"head": 3, "heads": 1, "everything": 1}.get(dead, 4)
         assert neurons == {"neurons": 8, "everything": 8}.get(dead, 64)
     elif dead in ("head", "heads"):
@@ -312,7 +359,9 @@ def test_compacted_models_train(tiny_config, caplog):
         model.bert.encoder.layer[1].output.dense.weight[:, :40] = 0
     compacted = sparsify(model)
     assert "training mode" in caplog.text and "compaction only" in caplog.text
-    assert compacted.training and compacted.bert.encoder.layer[1].intermediate.dense.out_features == 24
+    assert (
+        compacted.training and compacted.bert.encoder.layer[1].intermediate.dense.out_features == 24
+    )
     compacted(**inputs(2, 8)).start_logits.sum().backward()
     assert all(p.grad is not None for p in compacted.bert.encoder.parameters())
     assert_same(model.eval(), compacted.eval())
@@ -324,14 +373,19 @@ def test_a_gpu_gets_compaction_only(tiny_config, caplog):
     compacted = sparsify(model)
     assert "CSR does not pay on cuda" in caplog.text
     given = {name: tensor.cuda() for name, tensor in inputs(2, 9).items()}
-    torch.testing.assert_close(compacted(**given).start_logits, model(**given).start_logits, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        compacted(**given).start_logits, model(**given).start_logits, rtol=1e-3, atol=1e-4
+    )
 
 
 # ------------------------------------------------------------------------------------- what it leaves
 
 
 def test_what_runs_depends_on_the_model_alone(tiny_config):
-    sparse, dense = sparsify(build(tiny_config, density=0.1)), sparsify(build(tiny_config, density=0.6))
+    sparse, dense = (
+        sparsify(build(tiny_config, density=0.1)),
+        sparsify(build(tiny_config, density=0.6)),
+    )
     assert isinstance(encoder_of(sparse), encoder.SparseEncoder)
     assert hasattr(encoder_of(dense), "layer")  # compacted: no sparse product pays
     matrices = [matrix for layer in encoder_of(sparse).layers for matrix in layer.matrices()]
@@ -365,7 +419,10 @@ def test_masked_models_of_other_classes(tiny_config, kernel):
 
     torch.manual_seed(0)
     config = MaskedBertConfig(**tiny_config, mask_init="uniform", mask_scale=1.0, threshold=0.1)
-    for model in (Mine(config).eval(), emmental.MaskedBertModel(config, add_pooling_layer=False).eval()):
+    for model in (
+        Mine(config).eval(),
+        emmental.MaskedBertModel(config, add_pooling_layer=False).eval(),
+    ):
         assert_same(model, sparsify(model, kernel))
 
 
@@ -394,7 +451,9 @@ def test_models_that_it_refuses(tiny_config, spoil, message):
 
 def test_arguments_that_it_refuses(tiny_config):
     model = build(tiny_config)
-    with pytest.raises(ValueError, match="unknown kernel 'fast': choose one of auto, native, library, compact"):
+    with pytest.raises(
+        ValueError, match="unknown kernel 'fast': choose one of auto, native, library, compact"
+    ):
         sparsify(model, "fast")
     with pytest.raises(ValueError, match=r"density in \[0, 1\]"):
         sparsify(model, csr_below=6)
@@ -491,11 +550,15 @@ def test_without_a_compiler(fresh_build, monkeypatch, tiny_config, caplog, compi
     else:
         monkeypatch.setenv("CXX", "false")
     model = build(tiny_config)
-    with pytest.raises(ValueError, match="kernel 'native' cannot be used: .*(no C.. compiler|false failed)"):
+    with pytest.raises(
+        ValueError, match="kernel 'native' cannot be used: .*(no C.. compiler|false failed)"
+    ):
         sparsify(model, "native")
     sparse = sparsify(model)
     assert "torch's CSR product is used" in caplog.text
-    assert not hasattr(encoder_of(sparse), "backend") or encoder_of(sparse).backend is kernels.Library
+    assert (
+        not hasattr(encoder_of(sparse), "backend") or encoder_of(sparse).backend is kernels.Library
+    )
     assert_same(model, sparse)
 
 

@@ -9,10 +9,19 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "emmental"
-SCRIPTS = {"masked_run_squad", "masked_run_glue", "counts_parameters", "bertarize", "saving_prunebert", "paper_tables"}
+SCRIPTS = {
+    "masked_run_squad",
+    "masked_run_glue",
+    "counts_parameters",
+    "bertarize",
+    "saving_prunebert",
+    "paper_tables",
+}
 LEAVES = {"errors", "files", "hardware"}  # of the standard library alone
 SCIENCE = {"modules", "schedule", "steering", "losses"}
-STATEMENTS = {path.stem for kind in ("configuration", "modeling") for path in PACKAGE.glob(f"{kind}_*.py")}  # a pair a family
+STATEMENTS = {
+    path.stem for kind in ("configuration", "modeling") for path in PACKAGE.glob(f"{kind}_*.py")
+}  # a pair a family
 MODELS = {"families"} | STATEMENTS
 ALLOWED = {  # part: (parts of emmental, libraries beyond the standard one that it may import; None: any)
     **{leaf: (LEAVES, set()) for leaf in LEAVES},
@@ -27,12 +36,18 @@ ALLOWED = {  # part: (parts of emmental, libraries beyond the standard one that 
     "data": (LEAVES | {"data"}, None),
     "training": (LEAVES | SCIENCE | MODELS | {"export", "loading", "training"}, None),
     "coding": (LEAVES, {"numpy", "constriction"}),
-    "inference": (LEAVES | {"modules", "families", "export", "inference"}, {"torch", "transformers", "numpy", "scipy"}),
+    "inference": (
+        LEAVES | {"modules", "families", "export", "inference"},
+        {"torch", "transformers", "numpy", "scipy"},
+    ),
     "storage": (
         LEAVES | {"coding", "export", "families", "inference", "loading"},
         {"torch", "transformers", "numpy", "scipy"},
     ),
-    "tables": (LEAVES | {"tables", "export", "families", "loading", "modules", "training"}, {"torch", "matplotlib"}),
+    "tables": (
+        LEAVES | {"tables", "export", "families", "loading", "modules", "training"},
+        {"torch", "matplotlib"},
+    ),
 }
 TASKS = {"squad", "glue", "cola", "sst", "mrpc", "sts", "qqp", "mnli", "qnli", "rte", "wnli"}
 
@@ -69,7 +84,9 @@ def test_imports_point_one_way(path):
     assert ours <= parts
     assert not {name.split(".")[0] for name in names} & SCRIPTS
     if libraries is not None:
-        assert {name.split(".")[0] for name in names} <= libraries | sys.stdlib_module_names | {"emmental"}
+        assert {name.split(".")[0] for name in names} <= libraries | sys.stdlib_module_names | {
+            "emmental"
+        }
 
 
 def test_relative_imports_are_resolved():
@@ -77,11 +94,17 @@ def test_relative_imports_are_resolved():
     assert "emmental.training.guards.GradientGuard" in imported(PACKAGE / "training" / "loop.py")
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "training").glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted((PACKAGE / "training").glob("*.py")), ids=lambda path: path.name
+)
 def test_training_knows_no_task(path):
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        names |= {name for name in (getattr(node, field, None) for field in ("id", "attr", "arg", "name")) if name}
+        names |= {
+            name
+            for name in (getattr(node, field, None) for field in ("id", "attr", "arg", "name"))
+            if name
+        }
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " not in node.value:
             names.add(node.value)
     words = {word for name in names for word in name.lower().replace("-", "_").split("_")}
@@ -99,15 +122,24 @@ HEADS = ["QuestionAnswering", "SequenceClassification", "TokenClassification", "
 @pytest.mark.parametrize(
     "module, names",
     [
-        ("emmental", ["MaskedBertConfig", "MaskedBertModel", *(f"MaskedBertFor{head}" for head in HEADS)]),
+        (
+            "emmental",
+            ["MaskedBertConfig", "MaskedBertModel", *(f"MaskedBertFor{head}" for head in HEADS)],
+        ),
         (
             "emmental.modules",
             ["TopKBinarizer", "ThresholdBinarizer", "MagnitudeBinarizer", "MaskedLinear"],
         ),
-        ("emmental.modules.binarizer", ["TopKBinarizer", "ThresholdBinarizer", "MagnitudeBinarizer"]),
+        (
+            "emmental.modules.binarizer",
+            ["TopKBinarizer", "ThresholdBinarizer", "MagnitudeBinarizer"],
+        ),
         ("emmental.modules.masked_nn", ["MaskedLinear", "compute_mask"]),
         ("emmental.configuration_bert_masked", ["MaskedBertConfig"]),
-        ("emmental.modeling_bert_masked", ["MaskedBertModel", *(f"MaskedBertFor{head}" for head in HEADS)]),
+        (
+            "emmental.modeling_bert_masked",
+            ["MaskedBertModel", *(f"MaskedBertFor{head}" for head in HEADS)],
+        ),
         ("emmental.schedule", ["schedule_threshold"]),
         ("emmental.losses", ["regularization", "distillation_loss"]),
         ("emmental.training.optim", ["build_optimizer"]),
@@ -125,8 +157,16 @@ def test_public_names(module, names):
 
 def test_the_science_is_short():
     """What a newcomer reads first: the path of a mask through an update."""
-    modules = [PACKAGE / "modules" / f"{name}.py" for name in ("methods", "granularity", "topk", "masked_nn", "masks")]
-    path = [*modules, PACKAGE / "schedule.py", PACKAGE / "losses.py", PACKAGE / "training" / "loop.py"]
+    modules = [
+        PACKAGE / "modules" / f"{name}.py"
+        for name in ("methods", "granularity", "topk", "masked_nn", "masks")
+    ]
+    path = [
+        *modules,
+        PACKAGE / "schedule.py",
+        PACKAGE / "losses.py",
+        PACKAGE / "training" / "loop.py",
+    ]
     assert sum(len(file.read_text().splitlines()) for file in path) <= 850
 
 

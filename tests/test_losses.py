@@ -13,7 +13,9 @@ from emmental.modules import MaskedLinear
 def make_model(method="sigmoied_threshold"):
     torch.manual_seed(2)
     shapes = [(3, 5), (20, 4), (1, 1)]
-    return nn.Sequential(*(MaskedLinear(i, o, True, "uniform", 3.0, method) for i, o in shapes), nn.Linear(4, 4))
+    return nn.Sequential(
+        *(MaskedLinear(i, o, True, "uniform", 3.0, method) for i, o in shapes), nn.Linear(4, 4)
+    )
 
 
 @pytest.mark.parametrize("mode", ["l0", "l1"])
@@ -41,7 +43,9 @@ def test_unknown_regularization_is_refused(mode):
         regularization(make_model(), mode)
 
 
-@pytest.mark.parametrize("model", [make_model("magnitude"), nn.Linear(2, 2)], ids=["magnitude", "dense"])
+@pytest.mark.parametrize(
+    "model", [make_model("magnitude"), nn.Linear(2, 2)], ids=["magnitude", "dense"]
+)
 def test_regularization_needs_scores(model):
     with pytest.raises(ValueError, match="scores"):
         regularization(model, "l1")
@@ -70,8 +74,12 @@ def make_logits(count, shape=(3, 6)):
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_distillation_value(temperature, count):
     student, teacher = make_logits(count)
-    expected = sum(plain_kl(s, t, temperature) for s, t in zip(student, teacher, strict=True)) / count
-    assert distillation_loss(student, teacher, temperature).item() == pytest.approx(expected, rel=1e-5)
+    expected = (
+        sum(plain_kl(s, t, temperature) for s, t in zip(student, teacher, strict=True)) / count
+    )
+    assert distillation_loss(student, teacher, temperature).item() == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_distillation_gradient_is_the_difference_of_probabilities():
@@ -107,12 +115,22 @@ def test_masked_logits_stay_finite(dtype):
 
 def test_regression_distillation_is_the_mean_squared_error():
     student, teacher = make_logits(2, (5, 1))
-    squares = [(s[i, 0].item() - t[i, 0].item()) ** 2 for s, t in zip(student, teacher, strict=True) for i in range(5)]
-    assert regression_distillation_loss(student, teacher).item() == pytest.approx(sum(squares) / 10, rel=1e-6)
+    squares = [
+        (s[i, 0].item() - t[i, 0].item()) ** 2
+        for s, t in zip(student, teacher, strict=True)
+        for i in range(5)
+    ]
+    assert regression_distillation_loss(student, teacher).item() == pytest.approx(
+        sum(squares) / 10, rel=1e-6
+    )
 
 
-@pytest.mark.parametrize("loss", [lambda s, t: distillation_loss(s, t, 2.0), regression_distillation_loss])
-@pytest.mark.parametrize("shapes", [([(2, 3)], [(2, 4)]), ([(2, 3)], [(2, 3), (2, 3)]), ([], []), ([(2, 1)], [(2, 3)])])
+@pytest.mark.parametrize(
+    "loss", [lambda s, t: distillation_loss(s, t, 2.0), regression_distillation_loss]
+)
+@pytest.mark.parametrize(
+    "shapes", [([(2, 3)], [(2, 4)]), ([(2, 3)], [(2, 3), (2, 3)]), ([], []), ([(2, 1)], [(2, 3)])]
+)
 def test_logits_that_do_not_match_are_refused(loss, shapes):
     student, teacher = (tuple(torch.zeros(shape) for shape in side) for side in shapes)
     with pytest.raises(ValueError, match="do not match"):

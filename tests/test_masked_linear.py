@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from emmental.modules import MaskedLinear, compute_mask, find_masks, masked, masked_layers, swap_linears
+from emmental.modules import (
+    MaskedLinear,
+    compute_mask,
+    find_masks,
+    masked,
+    masked_layers,
+    swap_linears,
+)
 from emmental.modules.numeric import uniform_noise
 
 METHODS = ["topK", "threshold", "sigmoied_threshold", "magnitude", "l0"]
@@ -17,7 +24,9 @@ V = 0.4
 
 def make_layer(method, scale=2.0, bias=True, **kwargs):
     torch.manual_seed(11)
-    return MaskedLinear(9, 7, bias, mask_init="uniform", mask_scale=scale, pruning_method=method, **kwargs)
+    return MaskedLinear(
+        9, 7, bias, mask_init="uniform", mask_scale=scale, pruning_method=method, **kwargs
+    )
 
 
 def top(values, count):
@@ -25,7 +34,10 @@ def top(values, count):
     flat = torch.cat([v.detach().reshape(-1) for v in values]).tolist()
     kept = set(sorted(range(len(flat)), key=lambda i: -flat[i])[:count])
     mask = torch.tensor([float(i in kept) for i in range(len(flat))])
-    return [part.reshape(v.shape) for part, v in zip(mask.split([v.numel() for v in values]), values, strict=True)]
+    return [
+        part.reshape(v.shape)
+        for part, v in zip(mask.split([v.numel() for v in values]), values, strict=True)
+    ]
 
 
 def expected_mask(layer, method, v):
@@ -34,7 +46,9 @@ def expected_mask(layer, method, v):
         return top([scores], int(v * scores.numel()))[0]
     if method == "magnitude":
         return top([weight.abs()], int(v * weight.numel()))[0]
-    return (1.0 * (scores > v) if method == "threshold" else 1.0 * (1 / (1 + torch.exp(-scores)) > v)).detach()
+    return (
+        1.0 * (scores > v) if method == "threshold" else 1.0 * (1 / (1 + torch.exp(-scores)) > v)
+    ).detach()
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -43,7 +57,9 @@ def test_forward_and_gradients(method, bias):
     layer = make_layer(method, bias=bias)
     x, seed = torch.randn(3, 5, 9, requires_grad=True), torch.randn(3, 5, 7)
     mask = expected_mask(layer, method, V)
-    effective = (layer.weight * mask).detach().requires_grad_()  # dL/d(W*M) by autograd of the dense layer
+    effective = (
+        (layer.weight * mask).detach().requires_grad_()
+    )  # dL/d(W*M) by autograd of the dense layer
     dense_x = x.detach().clone().requires_grad_()
     dense = dense_x @ effective.t() + (layer.bias.detach() if bias else 0)
 
@@ -87,12 +103,16 @@ def test_l0_is_autograd_of_the_formula(training):
     layer = make_layer("l0", scale=3.0).train(training)
     x, seed = torch.randn(4, 9), torch.randn(4, 7)
     noise = uniform_noise(layer.mask_scores, torch.Generator().manual_seed(6)) if training else None
-    weight, scores = (p.detach().clone().requires_grad_() for p in (layer.weight, layer.mask_scores))
+    weight, scores = (
+        p.detach().clone().requires_grad_() for p in (layer.weight, layer.mask_scores)
+    )
     mask = hard_concrete(scores, noise)
     plain = nn.functional.linear(x, weight * mask, layer.bias.detach())
     plain.backward(seed)
 
-    assert 0 < (mask == 0).sum() < 63 and 0 < (mask == 1).sum() < 63  # both ends of the clamp are met
+    assert (
+        0 < (mask == 0).sum() < 63 and 0 < (mask == 1).sum() < 63
+    )  # both ends of the clamp are met
     with masked(layer, 1.0, generator=torch.Generator().manual_seed(6)):
         torch.testing.assert_close(layer.mask, mask.detach())
         out = layer(x)
@@ -117,7 +137,10 @@ def test_l0_noise_is_uniform(shape):
         distance = ((both.reshape(-1).sort().values - 1e-4) / (1 - 2e-4) - place).abs().max()
         assert distance < 1.95 / n**0.5  # Kolmogorov-Smirnov, one in a thousand
         assert torch.corrcoef(both)[0, 1].abs() < 4 / (n / 2) ** 0.5  # from draw to draw
-        assert torch.corrcoef(torch.stack([both[0, :-1], both[0, 1:]]))[0, 1].abs() < 4 / (n / 2) ** 0.5  # to its neighbour
+        assert (
+            torch.corrcoef(torch.stack([both[0, :-1], both[0, 1:]]))[0, 1].abs()
+            < 4 / (n / 2) ** 0.5
+        )  # to its neighbour
 
 
 def test_l0_gradient_is_that_of_the_mask_in_force():
@@ -156,8 +179,12 @@ def test_autocast_is_that_of_the_plain_formula(method):
     layer = make_layer(method).eval()
     layer_mask = find_masks(layer, V).by_layer[""]
     x, seed = torch.randn(3, 5, 9, requires_grad=True), torch.randn(3, 5, 7)
-    plain_x, weight, bias = (t.detach().clone().requires_grad_() for t in (x, layer.weight, layer.bias))
-    scores = None if layer.mask_scores is None else layer.mask_scores.detach().clone().requires_grad_()
+    plain_x, weight, bias = (
+        t.detach().clone().requires_grad_() for t in (x, layer.weight, layer.bias)
+    )
+    scores = (
+        None if layer.mask_scores is None else layer.mask_scores.detach().clone().requires_grad_()
+    )
     mask = hard_concrete(scores) if method == "l0" else layer_mask.float()
     effective = weight * mask
     effective.retain_grad()
@@ -201,7 +228,10 @@ def test_mask_init():
     assert torch.equal(scores(mask_init="constant", mask_scale=2.5), torch.full((50, 400), 2.5))
     for kwargs, bound in [
         ({"mask_init": "uniform", "mask_scale": 0.3}, 0.3),
-        ({"mask_init": "kaiming"}, 1 / 400**0.5),  # kaiming uniform with a = sqrt(5): 1 / sqrt(fan in)
+        (
+            {"mask_init": "kaiming"},
+            1 / 400**0.5,
+        ),  # kaiming uniform with a = sqrt(5): 1 / sqrt(fan in)
     ]:
         values = scores(**kwargs)
         assert values.abs().max() <= bound and values.abs().max() > 0.999 * bound
@@ -230,7 +260,9 @@ def test_fractions_are_checked(method, threshold):
 
 
 def test_swap_linears_shares_weights_and_obeys_the_filter():
-    model = nn.Sequential(nn.Linear(4, 6), nn.Sequential(nn.Linear(6, 6, bias=False), nn.Tanh()), nn.Linear(6, 2))
+    model = nn.Sequential(
+        nn.Linear(4, 6), nn.Sequential(nn.Linear(6, 6, bias=False), nn.Tanh()), nn.Linear(6, 2)
+    )
     before = dict(model.named_parameters())
     swap_linears(model, where=lambda name: name != "2", mask_init="constant", mask_scale=0.5)
     assert list(masked_layers(model)) == ["0", "1.0"]
@@ -323,7 +355,9 @@ def test_global_cutoff_is_reused(method):
     for layer, mask in zip(model, masks.by_layer.values(), strict=True):
         above = (ranked(layer) >= cutoff).float()
         floor = int(0.005 * above.numel()) + 1
-        assert torch.equal(mask.float(), above if above.sum() >= floor else top([ranked(layer)], floor)[0])
+        assert torch.equal(
+            mask.float(), above if above.sum() >= floor else top([ranked(layer)], floor)[0]
+        )
 
 
 @pytest.mark.parametrize("method", ["l0", "sigmoied_threshold"])
@@ -348,8 +382,12 @@ def test_a_model_without_masks():
 def test_l0_masks_of_two_ranks_agree():
     first, second = make_stack("l0"), make_stack("l0")
     torch.manual_seed(1)  # dropout's generator differs between ranks
-    ours = find_masks(first, 1.0, generator=torch.Generator().manual_seed(42), sampled=True).by_layer
+    ours = find_masks(
+        first, 1.0, generator=torch.Generator().manual_seed(42), sampled=True
+    ).by_layer
     torch.manual_seed(2)
-    theirs = find_masks(second, 1.0, generator=torch.Generator().manual_seed(42), sampled=True).by_layer
+    theirs = find_masks(
+        second, 1.0, generator=torch.Generator().manual_seed(42), sampled=True
+    ).by_layer
     assert all(torch.equal(mask, theirs[name]) for name, mask in ours.items())
     assert not torch.equal(ours["0"], find_masks(first, 1.0).by_layer["0"])

@@ -28,13 +28,29 @@ METHODS = {
            "--regularization", "l0", "--final_lambda", "20", "--mask_scores_learning_rate", "0.1"],
     "global topK": [*TOPK, "--global_topk"],
 }  # fmt: skip
-TRAIN = ["--do_train", "--max_steps", "8", "--warmup_steps", "2", "--save_steps", "0", "--logging_steps", "4"]
+TRAIN = [
+    "--do_train",
+    "--max_steps",
+    "8",
+    "--warmup_steps",
+    "2",
+    "--save_steps",
+    "0",
+    "--logging_steps",
+    "4",
+]
 KEYS = {
     "cola": {"mcc", "entropy"}, "sts-b": {"pearson", "spearmanr", "corr"},
     "mrpc": {"acc", "f1", "acc_and_f1", "entropy"}, "qqp": {"acc", "f1", "acc_and_f1", "entropy"},
     "mnli": {"acc_matched", "entropy_matched", "acc_mismatched", "entropy_mismatched"},
 }  # fmt: skip
-MASK_KEYS = {"remaining_percent", "remaining_percent_linear", "pruning_method", "threshold", "global_topk"}
+MASK_KEYS = {
+    "remaining_percent",
+    "remaining_percent_linear",
+    "pruning_method",
+    "threshold",
+    "global_topk",
+}
 
 
 def sentence(rng, column, label):
@@ -48,7 +64,9 @@ def write_split(path, name, rows, seed, *, test=False):
     header, rng, lines = (unlabelled if test else labelled), random.Random(seed), []
     for row in range(rows):
         label = row % len(labels)
-        fields = {column: sentence(rng, column, label) for column in columns} | {label_column: labels[label]}
+        fields = {column: sentence(rng, column, label) for column in columns} | {
+            label_column: labels[label]
+        }
         fields |= {column: str(100 + row) for column in ("index", "id")}
         lines.append([fields.get(column, "x") for column in header])
     if name == "qqp" and not test:
@@ -65,7 +83,13 @@ def glue_dir(tmp_path_factory):
         (folder / name).mkdir()
         for seed, split in enumerate(task.splits):
             file = "diagnostic" if name == "ax" else split
-            write_split(folder / name / f"{file}.tsv", name, 24 if split == "train" else 9, seed, test=split in task.submissions)
+            write_split(
+                folder / name / f"{file}.tsv",
+                name,
+                24 if split == "train" else 9,
+                seed,
+                test=split in task.submissions,
+            )
     return folder
 
 
@@ -74,8 +98,21 @@ def run(tmp_path, tiny_bert, glue_dir):
     """Run the script on a task's small files; later flags win."""
 
     def run_glue(task, *flags, output="out", model_type="masked_bert", model=tiny_bert, data=None):
-        common = ["--model_type", model_type, "--model_name_or_path", str(model), "--output_dir", str(tmp_path / output)]
-        data = ["--data_dir", str(data or glue_dir / task), "--cache_dir", str(tmp_path / "cache"), "--do_lower_case"]
+        common = [
+            "--model_type",
+            model_type,
+            "--model_name_or_path",
+            str(model),
+            "--output_dir",
+            str(tmp_path / output),
+        ]
+        data = [
+            "--data_dir",
+            str(data or glue_dir / task),
+            "--cache_dir",
+            str(tmp_path / "cache"),
+            "--do_lower_case",
+        ]
         short = ["--max_seq_length", "48", "--per_gpu_train_batch_size", "4"]
         masked_run_glue.main([*common, "--task_name", task, *data, *short, *flags])
         return tmp_path / output
@@ -128,29 +165,63 @@ def test_every_task_trains_evaluates_predicts_and_bertarizes(run, name, capsys):
         rows = predictions(out / file)
         assert [int(index) for index, _ in rows] == list(range(100, 109))
         allowed = [str(i) for i in range(len(task.labels))] if task.numbered else task.labels
-        assert all(0 <= float(text) <= 5 for _, text in rows) if task.is_regression else {t for _, t in rows} <= set(allowed)
+        assert (
+            all(0 <= float(text) <= 5 for _, text in rows)
+            if task.is_regression
+            else {t for _, t in rows} <= set(allowed)
+        )
 
     counts = counts_parameters.main(["--serialization_dir", str(out)])
     assert counts.linear_percent == pytest.approx(results(out)["remaining_percent_linear"])
     target = bertarize.main(["--model_name_or_path", str(out)])
     plain, info = BertForSequenceClassification.from_pretrained(target, output_loading_info=True)
     assert not any(info.values()) and plain.config.model_type == "bert"
-    said = pipeline("text-classification", model=str(target))({"text": "ada lives in oslo", "text_pair": "dan lives in rome"})
+    said = pipeline("text-classification", model=str(target))(
+        {"text": "ada lives in oslo", "text_pair": "dan lives in rome"}
+    )
     said = said[0] if isinstance(said, list) else said
     if task.is_regression:
-        inputs = pipeline("text-classification", model=str(target)).tokenizer("ada lives in oslo", "dan lives in rome", return_tensors="pt")
-        assert said["score"] == pytest.approx(plain.eval()(**inputs).logits.item(), rel=1e-4)  # a score, not a probability
+        inputs = pipeline("text-classification", model=str(target)).tokenizer(
+            "ada lives in oslo", "dan lives in rome", return_tensors="pt"
+        )
+        assert said["score"] == pytest.approx(
+            plain.eval()(**inputs).logits.item(), rel=1e-4
+        )  # a score, not a probability
     else:
-        assert said["label"] in task.labels and set(plain.config.id2label.values()) == set(task.labels)
+        assert said["label"] in task.labels and set(plain.config.id2label.values()) == set(
+            task.labels
+        )
 
 
 def test_a_dense_model_learns_and_evaluates_alone_to_the_same_results(run, glue_dir):
-    flags = ["--max_steps", "60", "--learning_rate", "3e-3", "--save_steps", "0", "--do_train", "--do_eval", "--do_predict"]
+    flags = [
+        "--max_steps",
+        "60",
+        "--learning_rate",
+        "3e-3",
+        "--save_steps",
+        "0",
+        "--do_train",
+        "--do_eval",
+        "--do_predict",
+    ]
     out = run("sst-2", *flags, model_type="bert")
     assert results(out)["acc"] == 1.0 and results(out)["entropy"] < 0.2
     assert not MASK_KEYS & results(out).keys()
-    alone = run("SST2", "--do_eval", "--do_predict", model_type="bert", model=out, output="alone", data=glue_dir / "sst-2")
-    assert {file.name for file in alone.iterdir()} == {"eval_results.txt", "eval_results.json", "SST-2.tsv"}
+    alone = run(
+        "SST2",
+        "--do_eval",
+        "--do_predict",
+        model_type="bert",
+        model=out,
+        output="alone",
+        data=glue_dir / "sst-2",
+    )
+    assert {file.name for file in alone.iterdir()} == {
+        "eval_results.txt",
+        "eval_results.json",
+        "SST-2.tsv",
+    }
     assert results(alone) == pytest.approx(results(out))
     assert (alone / "SST-2.tsv").read_text() == (out / "SST-2.tsv").read_text()
 
@@ -161,14 +232,19 @@ def test_sparse_inference_gives_the_same_results_and_submissions(run):
     dense = run("mnli", *flags, model=model, output="dense")
     sparse = run("mnli", *flags, "--sparse_inference", model=model, output="sparse")
     for name, value in results(dense).items():
-        assert results(sparse)[name] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value)
+        assert results(sparse)[name] == (
+            pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
+        )
     for file in ("MNLI-m.tsv", "MNLI-mm.tsv"):
         assert predictions(dense / file) == predictions(sparse / file)
 
 
 def test_a_model_of_mnli_answers_the_diagnostics_and_the_mismatched_set(run):
     out = run("mnli", *TOPK, *TRAIN, "--do_eval")
-    assert results(run("mnli-mm", "--do_eval", model=out, output="mm"))["acc"] == results(out)["acc_mismatched"]
+    assert (
+        results(run("mnli-mm", "--do_eval", model=out, output="mm"))["acc"]
+        == results(out)["acc_mismatched"]
+    )
     ax = run("ax", "--do_predict", model=out, output="ax")
     assert {file.name for file in ax.iterdir()} == {"AX.tsv"}
     assert len(predictions(ax / "AX.tsv")) == 9
@@ -176,7 +252,9 @@ def test_a_model_of_mnli_answers_the_diagnostics_and_the_mismatched_set(run):
 
 def test_labels_meet_by_name_whatever_their_order(run, tmp_path):
     """The hub numbers MNLI's labels otherwise than the files do, and models made from it follow the hub."""
-    out = run("mnli", "--do_train", "--max_steps", "30", "--do_eval", "--do_predict", model_type="bert")
+    out = run(
+        "mnli", "--do_train", "--max_steps", "30", "--do_eval", "--do_predict", model_type="bert"
+    )
     model = BertForSequenceClassification.from_pretrained(out)
     assert list(model.config.id2label.values()) == ["contradiction", "entailment", "neutral"]
     order = [1, 2, 0]
@@ -192,9 +270,21 @@ def test_labels_meet_by_name_whatever_their_order(run, tmp_path):
     other = run("mnli", "--do_eval", "--do_predict", model_type="bert", model=hub, output="other")
     assert results(other) == pytest.approx(results(out))
     assert (other / "MNLI-m.tsv").read_text() == (out / "MNLI-m.tsv").read_text()
-    further = run("mnli", *TOPK, "--do_train", "--max_steps", "1", "--learning_rate", "1e-9", model=hub, output="further")
+    further = run(
+        "mnli",
+        *TOPK,
+        "--do_train",
+        "--max_steps",
+        "1",
+        "--learning_rate",
+        "1e-9",
+        model=hub,
+        output="further",
+    )
     assert json.loads((further / "config.json").read_text())["id2label"]["0"] == "contradiction"
-    torch.testing.assert_close(weights(further)["classifier.weight"], weights(out)["classifier.weight"])
+    torch.testing.assert_close(
+        weights(further)["classifier.weight"], weights(out)["classifier.weight"]
+    )
 
 
 def strip_names(folder):
@@ -208,22 +298,58 @@ def test_labels_without_names_are_read_in_the_order_of_the_task_and_said_so(run,
     strip_names(out)
     alone = run("rte", "--do_eval", model_type="bert", model=out, output="alone")
     assert results(alone)["acc"] == results(out)["acc"]
-    assert any("have no names; they are read as entailment, not_entailment" in message for message in caplog.messages)
+    assert any(
+        "have no names; they are read as entailment, not_entailment" in message
+        for message in caplog.messages
+    )
     caplog.clear()
-    run("rte", *TOPK, *TRAIN, "--teacher_type", "bert", "--teacher_name_or_path", str(out), output="student")
-    assert any("labels of the teacher" in message and "have no names" in message for message in caplog.messages)
+    run(
+        "rte",
+        *TOPK,
+        *TRAIN,
+        "--teacher_type",
+        "bert",
+        "--teacher_name_or_path",
+        str(out),
+        output="student",
+    )
+    assert any(
+        "labels of the teacher" in message and "have no names" in message
+        for message in caplog.messages
+    )
 
 
 @pytest.mark.parametrize("name", ["mnli", "sts-b"])
 def test_distillation_is_a_real_loss(run, name):
-    teacher = run(name, "--do_train", "--max_steps", "30", "--save_steps", "0", model_type="bert", output="teacher")
-    flags = ["--teacher_type", "bert", "--teacher_name_or_path", str(teacher), "--alpha_distil", "0.9", "--alpha_ce", "0.1"]
-    events = EventAccumulator(str(run(name, *METHODS["soft"], *TRAIN, *flags, "--logging_steps", "1")))
+    teacher = run(
+        name,
+        "--do_train",
+        "--max_steps",
+        "30",
+        "--save_steps",
+        "0",
+        model_type="bert",
+        output="teacher",
+    )
+    flags = [
+        "--teacher_type",
+        "bert",
+        "--teacher_name_or_path",
+        str(teacher),
+        "--alpha_distil",
+        "0.9",
+        "--alpha_ce",
+        "0.1",
+    ]
+    events = EventAccumulator(
+        str(run(name, *METHODS["soft"], *TRAIN, *flags, "--logging_steps", "1"))
+    )
     events.Reload()
     last = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
     assert last["loss/distil"] > 1e-4
     assert last["loss"] == pytest.approx(
-        0.9 * last["loss/distil"] + 0.1 * last["loss/task"] + last["lambda"] * last["loss/penalty"], rel=1e-4
+        0.9 * last["loss/distil"] + 0.1 * last["loss/task"] + last["lambda"] * last["loss/penalty"],
+        rel=1e-4,
     )
 
 
@@ -231,13 +357,26 @@ def test_distillation_is_a_real_loss(run, name):
 def test_resume_is_bit_identical(run, method):
     flags = [*METHODS[method], *TRAIN, "--gradient_accumulation_steps", "2", "--save_steps", "4"]
     whole = run("rte", *flags, output="whole")
-    resumed = run("rte", *flags, "--resume_from_checkpoint", str(whole / "checkpoint-4"), output="resumed")
+    resumed = run(
+        "rte", *flags, "--resume_from_checkpoint", str(whole / "checkpoint-4"), output="resumed"
+    )
     first, second = weights(whole), weights(resumed)
-    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    assert first.keys() == second.keys() and all(
+        torch.equal(first[key], second[key]) for key in first
+    )
 
 
 def test_checkpoints_are_evaluated_during_and_after_training(run):
-    out = run("mrpc", *TOPK, *TRAIN, "--save_steps", "4", "--do_eval", "--eval_all_checkpoints", "--evaluate_during_training")
+    out = run(
+        "mrpc",
+        *TOPK,
+        *TRAIN,
+        "--save_steps",
+        "4",
+        "--do_eval",
+        "--eval_all_checkpoints",
+        "--evaluate_during_training",
+    )
     assert {"f1", "f1_4", "f1_8"} <= results(out).keys()
     events = EventAccumulator(str(out))
     events.Reload()
@@ -250,15 +389,26 @@ def test_the_hub_is_asked_when_there_is_no_data_dir(tmp_path, tiny_bert, monkeyp
 
     def load_dataset(name, config, split, **kwargs):
         asked.append((name, config, split))
-        rows = {"sentence": ["ada lives in oslo .", "dan lives in rome and rome ."] * 6, "label": [0, 1] * 6, "idx": list(range(12))}
-        kinds = {"sentence": glue.Value("string"), "label": glue.datasets.ClassLabel(names=["negative", "positive"])}
-        return glue.datasets.Dataset.from_dict(rows, features=glue.Features(kinds | {"idx": glue.Value("int32")}))
+        rows = {
+            "sentence": ["ada lives in oslo .", "dan lives in rome and rome ."] * 6,
+            "label": [0, 1] * 6,
+            "idx": list(range(12)),
+        }
+        kinds = {
+            "sentence": glue.Value("string"),
+            "label": glue.datasets.ClassLabel(names=["negative", "positive"]),
+        }
+        return glue.datasets.Dataset.from_dict(
+            rows, features=glue.Features(kinds | {"idx": glue.Value("int32")})
+        )
 
     monkeypatch.setattr(glue.datasets, "load_dataset", load_dataset)
     masked_run_glue.main(["--model_type", "masked_bert", "--model_name_or_path", str(tiny_bert), "--task_name", "SST-2",
                           "--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache"), "--do_eval",
                           "--do_predict", "--max_seq_length", "48", *TOPK, *TRAIN])  # fmt: skip
-    assert sorted(asked) == [("nyu-mll/glue", "sst2", split) for split in ("test", "train", "validation")]
+    assert sorted(asked) == [
+        ("nyu-mll/glue", "sst2", split) for split in ("test", "train", "validation")
+    ]
     assert len(predictions(tmp_path / "out" / "SST-2.tsv")) == 12
 
 
@@ -277,18 +427,29 @@ def custom_dir(tmp_path):
         for seed, (split, rows) in enumerate({"train": 24, "dev": 9, "test": 5}.items()):
             rng = random.Random(seed)
             records = [
-                {"premise": sentence(rng, "", row % 3), "claim": "ada, who lives", "verdict": labels[row % len(labels)]}
+                {
+                    "premise": sentence(rng, "", row % 3),
+                    "claim": "ada, who lives",
+                    "verdict": labels[row % len(labels)],
+                }
                 for row in range(rows)
             ]
             if split == "test":
-                records = [{name: record[name] for name in ("premise", "claim")} for record in records]
+                records = [
+                    {name: record[name] for name in ("premise", "claim")} for record in records
+                ]
             if suffix == "jsonl":
                 text = "".join(json.dumps(record) + "\n" for record in records)
             elif suffix == "csv":
-                quoted = [['"' + str(v).replace('"', '""') + '"' for v in record.values()] for record in records]
+                quoted = [
+                    ['"' + str(v).replace('"', '""') + '"' for v in record.values()]
+                    for record in records
+                ]
                 text = "\n".join(",".join(row) for row in [list(records[0]), *quoted]) + "\n"
             else:
-                text = table(list(records[0]), [list(map(str, record.values())) for record in records])
+                text = table(
+                    list(records[0]), [list(map(str, record.values())) for record in records]
+                )
             (tmp_path / folder / f"{split}.{suffix}").write_text(text)
         return tmp_path / folder
 
@@ -299,18 +460,28 @@ def custom_dir(tmp_path):
 def test_a_task_of_ones_own(run, custom_dir, suffix):
     data = custom_dir(suffix)
     out = run("custom", *CUSTOM, *TOPK, *TRAIN, "--do_eval", "--do_predict", data=data)
-    assert json.loads((out / "config.json").read_text())["id2label"] == {"0": "refutes", "1": "supports", "2": "unknown"}
+    assert json.loads((out / "config.json").read_text())["id2label"] == {
+        "0": "refutes",
+        "1": "supports",
+        "2": "unknown",
+    }
     assert results(out).keys() == {"acc", "entropy"} | MASK_KEYS
     assert [int(index) for index, _ in predictions(out / "predictions.tsv")] == list(range(5))
-    (data / f"train.{suffix}").unlink()  # evaluating alone needs no training data: the labels are the model's
-    alone = run("custom", *CUSTOM, "--do_eval", "--do_predict", data=data, model=out, output="alone")
+    (
+        data / f"train.{suffix}"
+    ).unlink()  # evaluating alone needs no training data: the labels are the model's
+    alone = run(
+        "custom", *CUSTOM, "--do_eval", "--do_predict", data=data, model=out, output="alone"
+    )
     assert results(alone) == pytest.approx(results(out))
     assert (alone / "predictions.tsv").read_text() == (out / "predictions.tsv").read_text()
 
 
 def test_a_regression_of_ones_own(run, custom_dir):
     data = custom_dir("jsonl", labels=(-1.5, 0.25, 7))
-    out = run("custom", *CUSTOM, "--regression", *TOPK, *TRAIN, "--do_eval", "--do_predict", data=data)
+    out = run(
+        "custom", *CUSTOM, "--regression", *TOPK, *TRAIN, "--do_eval", "--do_predict", data=data
+    )
     assert results(out).keys() == {"pearson", "spearmanr", "corr"} | MASK_KEYS
     assert np.isfinite([float(text) for _, text in predictions(out / "predictions.tsv")]).all()
 
@@ -324,7 +495,11 @@ def test_a_regression_of_ones_own(run, custom_dir):
         ("mnlli", ["--do_train"], "did you mean mnli?"),
         ("ax", ["--do_eval"], "has a test set only"),
         ("rte", ["--text_column", "x", "--do_train"], "--text_column is for --task_name custom"),
-        ("custom", ["--do_train", "--text_column", "premise"], "has no column premise; expected: premise, label; found: index, sentence1"),
+        (
+            "custom",
+            ["--do_train", "--text_column", "premise"],
+            "has no column premise; expected: premise, label; found: index, sentence1",
+        ),
         ("rte", [], "give --do_train or --do_eval or --do_predict"),
         ("rte", ["--do_train", "--max_seq_length", "4"], "must be at least 5"),
     ],
@@ -338,10 +513,22 @@ def test_arguments(refused, glue_dir, task, flags, said):
     [
         ("rte", lambda text: "", "dev.tsv: is empty"),
         ("rte", lambda text: text.replace("sentence2", "second"), "has no column sentence2"),
-        ("rte", lambda text: text.replace("not_entailment", "maybe", 1), "dev.tsv:3: the label 'maybe' is not one of"),
+        (
+            "rte",
+            lambda text: text.replace("not_entailment", "maybe", 1),
+            "dev.tsv:3: the label 'maybe' is not one of",
+        ),
         ("rte", lambda text: text + "7\tada\n", "dev.tsv:11: has 2 fields"),
-        ("sts-b", lambda text: text.replace("5.000", "high", 1), "dev.tsv:3: the label 'high' is not a number from 0 to 5"),
-        ("sst-2", lambda text: text.replace("\t1", "\t2", 1), "dev.tsv:3: the label '2' is not one of"),
+        (
+            "sts-b",
+            lambda text: text.replace("5.000", "high", 1),
+            "dev.tsv:3: the label 'high' is not a number from 0 to 5",
+        ),
+        (
+            "sst-2",
+            lambda text: text.replace("\t1", "\t2", 1),
+            "dev.tsv:3: the label '2' is not one of",
+        ),
     ],
 )
 def test_bad_files_are_refused_before_training(refused, glue_dir, tmp_path, name, damage, said):
@@ -354,16 +541,25 @@ def test_bad_files_are_refused_before_training(refused, glue_dir, tmp_path, name
 
 def test_a_model_or_teacher_with_other_labels_is_refused(run, refused, glue_dir):
     rte = run("rte", "--do_train", "--max_steps", "2", model_type="bert", output="rte")
-    assert "has the labels entailment, not_entailment, but those of the task are negative, positive" in refused("sst-2", "--do_eval", model_type="bert", model=rte)
+    assert (
+        "has the labels entailment, not_entailment, but those of the task are negative, positive"
+        in refused("sst-2", "--do_eval", model_type="bert", model=rte)
+    )
     flags = ["--teacher_type", "bert", "--teacher_name_or_path"]
-    assert "its labels are entailment, not_entailment, in this order, against negative, positive" in refused(
-        "sst-2", *TOPK, *TRAIN, *flags, str(rte)
+    assert (
+        "its labels are entailment, not_entailment, in this order, against negative, positive"
+        in refused("sst-2", *TOPK, *TRAIN, *flags, str(rte))
     )
     config = json.loads((rte / "config.json").read_text())
     names = ["not_entailment", "entailment"]
-    config |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    config |= {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
     (rte / "config.json").write_text(json.dumps(config))
-    assert "its labels are not_entailment, entailment, in this order" in refused("rte", *TOPK, *TRAIN, *flags, str(rte))
+    assert "its labels are not_entailment, entailment, in this order" in refused(
+        "rte", *TOPK, *TRAIN, *flags, str(rte)
+    )
     mnli = run("mnli", "--do_train", "--max_steps", "2", model_type="bert", output="mnli")
     assert "num_labels 3 against 2" in refused("rte", *TOPK, *TRAIN, *flags, str(mnli))
 
@@ -372,8 +568,21 @@ def test_a_head_of_another_task_is_trained_anew(run, caplog):
     mnli = run("mnli", "--do_train", "--max_steps", "2", model_type="bert", output="mnli")
     out = run("rte", *TOPK, *TRAIN, "--do_eval", model=mnli)
     assert MaskedBertForSequenceClassification.from_pretrained(out).classifier.weight.shape[0] == 2
-    sst = run("sst-2", *TOPK, "--do_train", "--max_steps", "1", "--learning_rate", "1e-9", model=out, output="sst")
-    assert any("has other labels (entailment, not_entailment): it is trained anew" in m for m in caplog.messages)
+    sst = run(
+        "sst-2",
+        *TOPK,
+        "--do_train",
+        "--max_steps",
+        "1",
+        "--learning_rate",
+        "1e-9",
+        model=out,
+        output="sst",
+    )
+    assert any(
+        "has other labels (entailment, not_entailment): it is trained anew" in m
+        for m in caplog.messages
+    )
     before, after = (weights(folder)["classifier.weight"] for folder in (out, sst))
     assert (before - after).abs().max() > 1e-3
 
@@ -383,7 +592,9 @@ def test_models_of_another_kind_of_output(run, refused, custom_dir):
     rte = run("rte", "--do_train", "--max_steps", "2", model_type="bert", output="rte")
     said = refused("sts-b", "--do_eval", model_type="bert", model=rte)
     assert "has 2 outputs, and 1 are needed" in said
-    said = refused("custom", *CUSTOM, "--do_predict", data=custom_dir("csv"), model_type="bert", model=sts)
+    said = refused(
+        "custom", *CUSTOM, "--do_predict", data=custom_dir("csv"), model_type="bert", model=sts
+    )
     assert "has 1 outputs: add --regression" in said
 
 
@@ -391,12 +602,18 @@ def test_configurations_and_teachers_that_do_not_fit(run, refused, tmp_path, tin
     rte = run("rte", "--do_train", "--max_steps", "2", model_type="bert", output="rte")
     config = json.loads((rte / "config.json").read_text())
     (rte / "config.json").write_text(json.dumps(config | {"id2label": ["a", "b"]}))
-    assert "its id2label must name the outputs" in refused("rte", "--do_eval", model_type="bert", model=rte)
-    small = BertForSequenceClassification(BertConfig.from_pretrained(tiny_bert, max_position_embeddings=24))
+    assert "its id2label must name the outputs" in refused(
+        "rte", "--do_eval", model_type="bert", model=rte
+    )
+    small = BertForSequenceClassification(
+        BertConfig.from_pretrained(tiny_bert, max_position_embeddings=24)
+    )
     small.save_pretrained(tmp_path / "small")
     teach = ["--teacher_type", "bert", "--teacher_name_or_path", str(tmp_path / "small")]
     assert "max_position_embeddings 24 against 64" in refused("rte", *TOPK, *TRAIN, *teach)
-    assert "--text_column is empty" in refused("custom", "--do_train", "--text_column", "", data=tmp_path)
+    assert "--text_column is empty" in refused(
+        "custom", "--do_train", "--text_column", "", data=tmp_path
+    )
 
 
 def test_a_diverged_model_gives_no_results(run, capsys):
@@ -415,7 +632,9 @@ def test_overwriting_removes_the_predictions_of_another_task(run):
     assert not list(out.glob("*.tsv")) and not list(out.glob("eval_results.*"))
 
 
-def test_resuming_a_finished_run_evaluates_at_its_step_and_knows_its_labels(run, refused, custom_dir, tmp_path):
+def test_resuming_a_finished_run_evaluates_at_its_step_and_knows_its_labels(
+    run, refused, custom_dir, tmp_path
+):
     flags = [*CUSTOM, *TOPK, *TRAIN, "--save_steps", "4"]
     data = custom_dir("tsv")
     out = run("custom", *flags, data=data)

@@ -22,7 +22,16 @@ from emmental.training import run as narrative
 from emmental.training.distributed import World
 from emmental.training.passes import Means
 
-SHORT = ["--max_seq_length", "48", "--max_query_length", "16", "--doc_stride", "16", "--per_gpu_train_batch_size", "4"]
+SHORT = [
+    "--max_seq_length",
+    "48",
+    "--max_query_length",
+    "16",
+    "--doc_stride",
+    "16",
+    "--per_gpu_train_batch_size",
+    "4",
+]
 METHODS = {
     "topK": ["--pruning_method", "topK", "--initial_threshold", "1", "--final_threshold", "0.2"],
     "magnitude": ["--pruning_method", "magnitude", "--initial_threshold", "1", "--final_threshold", "0.2"],
@@ -47,8 +56,21 @@ def run(tmp_path, tiny_bert, squad_dir):
     """Run the script on the tiny data; later flags win."""
 
     def run_squad(*flags, output="out", model_type="masked_bert", model=tiny_bert):
-        common = ["--model_type", model_type, "--model_name_or_path", str(model), "--output_dir", str(tmp_path / output)]
-        data = ["--data_dir", str(squad_dir), "--cache_dir", str(tmp_path / "cache"), "--do_lower_case"]
+        common = [
+            "--model_type",
+            model_type,
+            "--model_name_or_path",
+            str(model),
+            "--output_dir",
+            str(tmp_path / output),
+        ]
+        data = [
+            "--data_dir",
+            str(squad_dir),
+            "--cache_dir",
+            str(tmp_path / "cache"),
+            "--do_lower_case",
+        ]
         masked_run_squad.main([*common, *data, *SHORT, *flags])
         return tmp_path / output
 
@@ -62,14 +84,27 @@ def weights(folder):
 def scalars(folder):
     events = EventAccumulator(str(folder))
     events.Reload()
-    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}, events
+    return {
+        tag: {event.step: event.value for event in events.Scalars(tag)}
+        for tag in events.Tags()["scalars"]
+    }, events
 
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-TRAIN = ["--do_train", "--max_steps", "12", "--warmup_steps", "2", "--save_steps", "0", "--logging_steps", "4"]
+TRAIN = [
+    "--do_train",
+    "--max_steps",
+    "12",
+    "--warmup_steps",
+    "2",
+    "--save_steps",
+    "0",
+    "--logging_steps",
+    "4",
+]
 
 
 def test_a_run_leaves_exactly_what_the_readme_says(run):
@@ -81,13 +116,19 @@ def test_a_run_leaves_exactly_what_the_readme_says(run):
         "checkpoint-5", "checkpoint-10",
     }  # fmt: skip
     summary = json.loads((out / "training_summary.json").read_text())
-    assert summary["updates"] == 12 and summary["seconds"] > 0 and "threads of" in summary["hardware"]
+    assert (
+        summary["updates"] == 12 and summary["seconds"] > 0 and "threads of" in summary["hardware"]
+    )
     assert {file.name for file in (out / "checkpoint-5").iterdir()} == {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training_args.json",
         "training_state.pt", "files.json",
     }  # fmt: skip
     config = json.loads((out / "config.json").read_text())
-    assert (config["model_type"], config["pruning_method"], config["threshold"]) == ("masked_bert", "topK", 0.2)
+    assert (config["model_type"], config["pruning_method"], config["threshold"]) == (
+        "masked_bert",
+        "topK",
+        0.2,
+    )
     results = json.loads((out / "eval_results.json").read_text())
     assert results["total"] == 10 and 0 <= results["exact"] <= results["f1"] <= 100
     assert f"f1 = {results['f1']}\n" in (out / "eval_results.txt").read_text()
@@ -101,11 +142,17 @@ def test_a_run_leaves_exactly_what_the_readme_says(run):
 def test_every_method_trains_counts_and_bertarizes(run, method, capsys):
     out = run(*METHODS[method], *TRAIN, "--do_eval")
     before = MaskedBertForQuestionAnswering.from_pretrained(out)
-    counts = counts_parameters.main(["--serialization_dir", str(out), "--json", str(out / "counts.json")])
+    counts = counts_parameters.main(
+        ["--serialization_dir", str(out), "--json", str(out / "counts.json")]
+    )
     if "topK" in method or "magnitude" in method:
         kept = sum(m.remaining for m in counts.matrices)
         total = sum(m.total for m in counts.matrices)
-        exact = int(0.2 * total) if "global" in method else sum(int(0.2 * m.total) for m in counts.matrices)
+        exact = (
+            int(0.2 * total)
+            if "global" in method
+            else sum(int(0.2 * m.total) for m in counts.matrices)
+        )
         assert kept == exact
     written = json.loads((out / "counts.json").read_text())
     assert written["remaining_percent_linear"] == pytest.approx(counts.linear_percent)
@@ -117,7 +164,9 @@ def test_every_method_trains_counts_and_bertarizes(run, method, capsys):
     assert target == out.parent / "bertarized_out"
     after, info = BertForQuestionAnswering.from_pretrained(target, output_loading_info=True)
     assert not any(info.values())
-    inputs = AutoTokenizer.from_pretrained(target)("where does ada live ?", "ada lives in oslo .", return_tensors="pt")
+    inputs = AutoTokenizer.from_pretrained(target)(
+        "where does ada live ?", "ada lives in oslo .", return_tensors="pt"
+    )
     masked, plain = before.eval()(**inputs), after.eval()(**inputs)
     torch.testing.assert_close(masked.start_logits, plain.start_logits, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(masked.end_logits, plain.end_logits, rtol=1e-5, atol=1e-6)
@@ -125,10 +174,21 @@ def test_every_method_trains_counts_and_bertarizes(run, method, capsys):
 
 @pytest.mark.parametrize("method", ["soft to a target", "l0 to a target"])
 def test_a_target_is_reached_and_lambda_steered(run, method, caplog):
-    flags = [*METHODS[method], *TRAIN, "--max_steps", "150", "--warmup_steps", "15", "--logging_steps", "10"]
+    flags = [
+        *METHODS[method],
+        *TRAIN,
+        "--max_steps",
+        "150",
+        "--warmup_steps",
+        "15",
+        "--logging_steps",
+        "10",
+    ]
     out = run(*flags, "--do_eval", "--final_warmup", "4")
     remaining = json.loads((out / "eval_results.json").read_text())["remaining_percent_linear"]
-    assert remaining == pytest.approx(30, rel=0.1)  # some ten updates an e-fold: 2% takes a longer run
+    assert remaining == pytest.approx(
+        30, rel=0.1
+    )  # some ten updates an e-fold: 2% takes a longer run
     values, _ = scalars(out)
     weights_of_penalty = list(values["lambda"].values())
     assert len(set(weights_of_penalty)) > 5 and min(weights_of_penalty) >= 0
@@ -145,15 +205,25 @@ def test_embeddings_stay_frozen_and_the_encoder_moves(run, tiny_bert):
 @pytest.mark.parametrize("method", ["topK", "soft", "l0", "global topK"])
 def test_resume_is_bit_identical(run, method, tiny_bert, tmp_path):
     # Dropout makes the resumed run depend on the random state.
-    BertConfig.from_pretrained(tiny_bert, hidden_dropout_prob=0.3).save_pretrained(tmp_path / "dropout")
+    BertConfig.from_pretrained(tiny_bert, hidden_dropout_prob=0.3).save_pretrained(
+        tmp_path / "dropout"
+    )
     flags = [*METHODS[method], *TRAIN, "--gradient_accumulation_steps", "2", "--save_steps", "4",
              "--config_name", str(tmp_path / "dropout")]  # fmt: skip
     whole = run(*flags, "--save_total_limit", "3", output="whole")
-    assert {f.name for f in whole.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-8", "checkpoint-12"}
+    assert {f.name for f in whole.glob("checkpoint-*")} == {
+        "checkpoint-4",
+        "checkpoint-8",
+        "checkpoint-12",
+    }
     resumed = run(*flags, "--resume_from_checkpoint", str(whole / "checkpoint-4"), output="resumed")
     assert same(weights(whole), weights(resumed))
-    first = torch.load(whole / "checkpoint-12" / "training_state.pt", weights_only=True)["optimizer"]["state"]
-    second = torch.load(resumed / "checkpoint-12" / "training_state.pt", weights_only=True)["optimizer"]["state"]
+    first = torch.load(whole / "checkpoint-12" / "training_state.pt", weights_only=True)[
+        "optimizer"
+    ]["state"]
+    second = torch.load(resumed / "checkpoint-12" / "training_state.pt", weights_only=True)[
+        "optimizer"
+    ]["state"]
     assert all(torch.equal(first[i]["exp_avg_sq"], second[i]["exp_avg_sq"]) for i in first)
 
 
@@ -168,7 +238,14 @@ def test_latest_takes_the_newest_checkpoint_and_starts_anew_without_one(run):
 def test_resume_refuses_another_run(run, capsys):
     out = run(*METHODS["topK"], *TRAIN, "--save_steps", "5")
     with pytest.raises(SystemExit) as stop:
-        run(*METHODS["topK"], *TRAIN, "--learning_rate", "1e-3", "--resume_from_checkpoint", str(out / "checkpoint-5"))
+        run(
+            *METHODS["topK"],
+            *TRAIN,
+            "--learning_rate",
+            "1e-3",
+            "--resume_from_checkpoint",
+            str(out / "checkpoint-5"),
+        )
     assert stop.value.code == 2
     assert "--learning_rate" in capsys.readouterr().err
 
@@ -189,7 +266,12 @@ def test_resume_refuses_changed_answers(run, squad_dir, tmp_path, capsys):
     answer |= {"text": "lives", "answer_start": 4}  # same inputs, same lengths, another label
     assert document["data"][0]["paragraphs"][3]["context"].startswith("lives", 4)
     (tmp_path / "changed.json").write_text(json.dumps(document))
-    resume = ["--train_file", str(tmp_path / "changed.json"), "--resume_from_checkpoint", str(out / "checkpoint-5")]
+    resume = [
+        "--train_file",
+        str(tmp_path / "changed.json"),
+        "--resume_from_checkpoint",
+        str(out / "checkpoint-5"),
+    ]
     assert "the training data has changed" in refused(capsys, run, *resume)
 
 
@@ -208,7 +290,9 @@ def test_resume_leaves_another_run_alone(run, capsys):
     assert (mine / "checkpoint-10").is_dir()
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"step": 5}, {"step": 5, "data": "", "random_states": []}])
+@pytest.mark.parametrize(
+    "content", [[1, 2], {"step": 5}, {"step": 5, "data": "", "random_states": []}]
+)
 def test_resume_refuses_a_damaged_state(run, capsys, content):
     out = run(*METHODS["topK"], *TRAIN, "--save_steps", "5")
     torch.save(content, out / "checkpoint-10" / "training_state.pt")
@@ -224,12 +308,23 @@ def test_resume_refuses_a_damaged_state(run, capsys, content):
 def test_overwriting_removes_the_results_of_the_old_run(run):
     out = run(*METHODS["topK"], *TRAIN, "--do_eval", "--save_steps", "5", "--eval_all_checkpoints")
     results = json.loads((out / "eval_results.json").read_text())
-    assert (results["pruning_method"], results["threshold"], results["global_topk"]) == ("topK", 0.2, False)
+    assert (results["pruning_method"], results["threshold"], results["global_topk"]) == (
+        "topK",
+        0.2,
+        False,
+    )
     (out / "notes.md").write_text("mine")
     run(*METHODS["magnitude"], *TRAIN, "--overwrite_output_dir")
     names = {file.name for file in out.iterdir() if not file.name.startswith("events.out")}
-    assert names == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training_args.json",
-                     "training_summary.json", "notes.md"}
+    assert names == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "training_args.json",
+        "training_summary.json",
+        "notes.md",
+    }
 
 
 def test_old_checkpoints_are_removed_unless_all_are_evaluated(run):
@@ -272,7 +367,9 @@ def test_the_dense_teacher_trains_without_masks(run):
 def test_evaluating_alone_gives_the_results_of_training(run):
     out = run(*METHODS["topK"], *TRAIN, "--do_eval")
     alone = run("--do_eval", output="alone", model=out)
-    assert json.loads((out / "predictions_.json").read_text()) == json.loads((alone / "predictions_.json").read_text())
+    assert json.loads((out / "predictions_.json").read_text()) == json.loads(
+        (alone / "predictions_.json").read_text()
+    )
     assert {file.name for file in alone.iterdir()} == {
         "predictions_.json", "nbest_predictions_.json", "eval_results.txt", "eval_results.json",
     }  # fmt: skip
@@ -281,7 +378,9 @@ def test_evaluating_alone_gives_the_results_of_training(run):
 @pytest.mark.parametrize("method", METHODS)
 def test_sparse_inference_predicts_the_same(run, method, monkeypatch):
     made = []
-    monkeypatch.setattr(masked_run_squad, "sparsify", lambda model: made.append(sparsify(model)) or made[0])
+    monkeypatch.setattr(
+        masked_run_squad, "sparsify", lambda model: made.append(sparsify(model)) or made[0]
+    )
     model = run(*METHODS[method], *TRAIN)
     dense = run("--do_eval", model=model, output="dense")
     sparse = run("--do_eval", "--sparse_inference", model=model, output="sparse")
@@ -295,7 +394,9 @@ def test_sparse_inference_while_training(run, capsys):
     dense, sparse = run(*flags, output="dense"), run(*flags, "--sparse_inference", output="sparse")
     assert same(weights(dense), weights(sparse))
     assert (dense / "predictions_8.json").read_text() == (sparse / "predictions_8.json").read_text()
-    assert "--sparse_inference computes in float32" in refused(capsys, run, "--sparse_inference", "--bf16")
+    assert "--sparse_inference computes in float32" in refused(
+        capsys, run, "--sparse_inference", "--bf16"
+    )
 
 
 def test_a_released_pruned_bert_evaluates_and_fine_prunes(run):
@@ -303,10 +404,24 @@ def test_a_released_pruned_bert_evaluates_and_fine_prunes(run):
     out = run(*METHODS["topK"], *TRAIN, "--do_eval")
     plain = bertarize.main(["--model_name_or_path", str(out)])
     alone = run("--do_eval", model=plain, model_type="bert", output="alone")
-    assert json.loads((out / "predictions_.json").read_text()) == json.loads((alone / "predictions_.json").read_text())
+    assert json.loads((out / "predictions_.json").read_text()) == json.loads(
+        (alone / "predictions_.json").read_text()
+    )
 
-    flags = ["--pruning_method", "magnitude", "--global_topk", "--initial_threshold", ".25", "--final_threshold", ".25"]
-    further = weights(bertarize.main(["--model_name_or_path", str(run(*flags, *TRAIN, model=plain, output="further"))]))
+    flags = [
+        "--pruning_method",
+        "magnitude",
+        "--global_topk",
+        "--initial_threshold",
+        ".25",
+        "--final_threshold",
+        ".25",
+    ]
+    further = weights(
+        bertarize.main(
+            ["--model_name_or_path", str(run(*flags, *TRAIN, model=plain, output="further"))]
+        )
+    )
     zeros = kept = 0
     for key, value in weights(plain).items():
         if "encoder" in key and value.dim() == 2:
@@ -321,15 +436,29 @@ def test_version_2(run):
     assert results["HasAns_total"] == 6 and results["NoAns_total"] == 4
     assert {"best_exact", "best_exact_thresh", "best_f1", "best_f1_thresh"} <= results.keys()
     odds = json.loads((out / "null_odds_.json").read_text())
-    assert set(odds) == {f"q{i}" for i in range(10)} and all(math.isfinite(value) for value in odds.values())
+    assert set(odds) == {f"q{i}" for i in range(10)} and all(
+        math.isfinite(value) for value in odds.values()
+    )
 
 
 def test_accumulation_equals_a_larger_batch(run):
-    large = run(*METHODS["topK"], *TRAIN, "--max_steps", "6", "--warmup_steps", "1", "--per_gpu_train_batch_size", "24", output="a")
+    large = run(
+        *METHODS["topK"],
+        *TRAIN,
+        "--max_steps",
+        "6",
+        "--warmup_steps",
+        "1",
+        "--per_gpu_train_batch_size",
+        "24",
+        output="a",
+    )
     small = run(*METHODS["topK"], *TRAIN, "--max_steps", "6", "--warmup_steps", "1", "--per_gpu_train_batch_size", "6",
                 "--gradient_accumulation_steps", "4", output="b")  # fmt: skip
     for key, value in weights(large).items():
-        if not key.endswith("mask_scores"):  # Adam's first steps turn rounding into sign flips of tiny gradients
+        if not key.endswith(
+            "mask_scores"
+        ):  # Adam's first steps turn rounding into sign flips of tiny gradients
             torch.testing.assert_close(value, weights(small)[key], rtol=0, atol=2e-4)
 
 
@@ -343,7 +472,9 @@ def test_a_fractional_epoch_trains_what_it_schedules(run):
 def test_bf16_keeps_scores_and_moments_in_float32(run):
     out = run(*METHODS["topK"], *TRAIN, "--bf16", "--save_steps", "12")
     assert {tensor.dtype for tensor in weights(out).values()} == {torch.float32}
-    state = torch.load(out / "checkpoint-12" / "training_state.pt", weights_only=True)["optimizer"]["state"]
+    state = torch.load(out / "checkpoint-12" / "training_state.pt", weights_only=True)["optimizer"][
+        "state"
+    ]
     assert {entry["exp_avg"].dtype for entry in state.values()} == {torch.float32}
 
 
@@ -372,7 +503,10 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint(run, monkeypatch, capsys
     assert "update 8" in error and "loss/task = nan" in error
     monkeypatch.undo()
     out = run(*METHODS["topK"], *TRAIN, "--save_steps", "5", "--resume_from_checkpoint", "latest")
-    assert same(weights(out), weights(run(*METHODS["topK"], *TRAIN, "--save_steps", "5", output="undisturbed")))
+    assert same(
+        weights(out),
+        weights(run(*METHODS["topK"], *TRAIN, "--save_steps", "5", output="undisturbed")),
+    )
 
 
 def test_a_disk_that_fills_up_breaks_no_checkpoint(run, monkeypatch, capsys):
@@ -380,7 +514,9 @@ def test_a_disk_that_fills_up_breaks_no_checkpoint(run, monkeypatch, capsys):
 
     def full(state, path):
         if state["step"] > 5:
-            raise RuntimeError("[enforce fail at inline_container.cc] PytorchStreamWriter failed writing file")
+            raise RuntimeError(
+                "[enforce fail at inline_container.cc] PytorchStreamWriter failed writing file"
+            )
         honest(state, path)
 
     monkeypatch.setattr(torch, "save", full)
@@ -392,7 +528,10 @@ def test_a_disk_that_fills_up_breaks_no_checkpoint(run, monkeypatch, capsys):
     monkeypatch.undo()
     out = run(*METHODS["topK"], *TRAIN, "--save_steps", "5", "--resume_from_checkpoint", "latest")
     assert not list(out.glob(".*"))
-    assert same(weights(out), weights(run(*METHODS["topK"], *TRAIN, "--save_steps", "5", output="undisturbed")))
+    assert same(
+        weights(out),
+        weights(run(*METHODS["topK"], *TRAIN, "--save_steps", "5", output="undisturbed")),
+    )
 
 
 def test_misaligned_answers_are_skipped_with_their_ids(run, squad_dir, tmp_path, caplog):
@@ -401,7 +540,9 @@ def test_misaligned_answers_are_skipped_with_their_ids(run, squad_dir, tmp_path,
     answer["answer_start"] += 1
     (tmp_path / "shifted.json").write_text(json.dumps(document))
     run(*METHODS["topK"], *TRAIN, "--train_file", str(tmp_path / "shifted.json"))
-    assert any("1 training questions skipped" in message and "q3" in message for message in caplog.messages)
+    assert any(
+        "1 training questions skipped" in message and "q3" in message for message in caplog.messages
+    )
 
 
 def test_the_hub_is_asked_when_no_file_is_given(tmp_path, tiny_bert, squad_dir, monkeypatch):
@@ -409,7 +550,9 @@ def test_the_hub_is_asked_when_no_file_is_given(tmp_path, tiny_bert, squad_dir, 
 
     def load_dataset(name, split, **kwargs):
         asked.append((name, split))
-        local = squad.read_examples(squad_dir / ("train-v1.1.json" if split == "train" else "dev-v1.1.json"), False)
+        local = squad.read_examples(
+            squad_dir / ("train-v1.1.json" if split == "train" else "dev-v1.1.json"), False
+        )
         return local.remove_columns("is_impossible")
 
     monkeypatch.setattr(squad.datasets, "load_dataset", load_dataset)
@@ -433,7 +576,10 @@ def test_token_types_are_the_models_whatever_the_tokenizer_lists(run, tiny_bert,
     settings = json.loads((tmp_path / "other" / "tokenizer_config.json").read_text())
     settings["model_input_names"] = ["input_ids", "attention_mask"]
     (tmp_path / "other" / "tokenizer_config.json").write_text(json.dumps(settings))
-    one, two = run(*METHODS["topK"], *TRAIN), run(*METHODS["topK"], *TRAIN, model=tmp_path / "other", output="two")
+    one, two = (
+        run(*METHODS["topK"], *TRAIN),
+        run(*METHODS["topK"], *TRAIN, model=tmp_path / "other", output="two"),
+    )
     assert same(weights(one), weights(two))
 
 
@@ -441,10 +587,24 @@ def test_the_masks_of_a_masked_teacher_are_found_once(run, monkeypatch):
     teacher = run(*METHODS["topK"], *TRAIN)
     found = []
     find = masks.find_masks
-    monkeypatch.setattr(masks, "find_masks", lambda model, *args, **kwargs: found.append(model) or find(model, *args, **kwargs))
-    run(*METHODS["magnitude"], *TRAIN, "--teacher_type", "masked_bert", "--teacher_name_or_path", str(teacher), output="student")
+    monkeypatch.setattr(
+        masks,
+        "find_masks",
+        lambda model, *args, **kwargs: found.append(model) or find(model, *args, **kwargs),
+    )
+    run(
+        *METHODS["magnitude"],
+        *TRAIN,
+        "--teacher_type",
+        "masked_bert",
+        "--teacher_name_or_path",
+        str(teacher),
+        output="student",
+    )
     counts = collections.Counter(map(id, found))
-    assert sorted(counts.values())[0] == 1 and len(counts) == 2  # the teacher's, and the student's at every update
+    assert (
+        sorted(counts.values())[0] == 1 and len(counts) == 2
+    )  # the teacher's, and the student's at every update
 
 
 def test_sparse_inference_needs_a_script_that_has_it(capsys, tiny_bert, squad_dir, tmp_path):

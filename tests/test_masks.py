@@ -19,16 +19,31 @@ from emmental.modules.granularity import GRANULARITIES, Weight
 from emmental.training.optim import build_optimizer
 
 METHODS = ["topK", "threshold", "sigmoied_threshold", "magnitude", "l0"]
-SIZE = dict(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+SIZE = dict(
+    vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+)
 IDS = torch.randint(5, 60, (3, 12), generator=torch.Generator().manual_seed(0))
-INPUTS = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "token_type_ids": torch.zeros_like(IDS)}
+INPUTS = {
+    "input_ids": IDS,
+    "attention_mask": torch.ones_like(IDS),
+    "token_type_ids": torch.zeros_like(IDS),
+}
 LAYER = "encoder.layer.1.output.dense"
 
 
 def make(method="topK", cls=MaskedBertModel, **kwargs):
     torch.manual_seed(1)
-    settings = {"mask_init": "uniform", "mask_scale": 1.0, "threshold": 0.5, "hidden_dropout_prob": 0.0} | kwargs
-    return cls(MaskedBertConfig(**SIZE, pruning_method=method, attention_probs_dropout_prob=0.0, **settings)).eval()
+    settings = {
+        "mask_init": "uniform",
+        "mask_scale": 1.0,
+        "threshold": 0.5,
+        "hidden_dropout_prob": 0.0,
+    } | kwargs
+    return cls(
+        MaskedBertConfig(
+            **SIZE, pruning_method=method, attention_probs_dropout_prob=0.0, **settings
+        )
+    ).eval()
 
 
 def plain_output(model):
@@ -43,7 +58,9 @@ def finds(monkeypatch):
     """How often masks of a model have been found."""
     calls = []
     find = masks.find_masks
-    monkeypatch.setattr(masks, "find_masks", lambda *args, **kwargs: calls.append(1) or find(*args, **kwargs))
+    monkeypatch.setattr(
+        masks, "find_masks", lambda *args, **kwargs: calls.append(1) or find(*args, **kwargs)
+    )
     return calls
 
 
@@ -84,7 +101,9 @@ def test_blocks_nest_and_end_with_an_error():
 def test_a_block_in_training_gives_the_gradients_of_its_masks(method):
     model = make(method).train()
     with masked(model, generator=torch.Generator().manual_seed(3)) as found:
-        assert all(layer.mask is found.by_layer[name] for name, layer in masked_layers(model).items())
+        assert all(
+            layer.mask is found.by_layer[name] for name, layer in masked_layers(model).items()
+        )
         losses = [model(**INPUTS).last_hidden_state[..., 0].sum() for _ in range(2)]
     assert torch.equal(*losses)  # the same sample of l0
     sampled = [model(**INPUTS).last_hidden_state[..., 0].sum() for _ in range(2)]
@@ -99,7 +118,9 @@ def test_a_block_in_training_gives_the_gradients_of_its_masks(method):
 def in_place(model):
     with torch.no_grad():
         for layer in masked_layers(model).values():
-            layer.source.neg_() if layer.mask_scores is not None else layer.weight.copy_(layer.weight.roll(1, 0))
+            layer.source.neg_() if layer.mask_scores is not None else layer.weight.copy_(
+                layer.weight.roll(1, 0)
+            )
 
 
 def behind_autograd(model):
@@ -115,7 +136,9 @@ def moving_average(model):
 
 def load_state(model, **kwargs):
     torch.manual_seed(8)
-    model.load_state_dict({name: torch.randn_like(value) for name, value in model.state_dict().items()}, **kwargs)
+    model.load_state_dict(
+        {name: torch.randn_like(value) for name, value in model.state_dict().items()}, **kwargs
+    )
 
 
 def two_steps(model, optimizer):
@@ -134,9 +157,15 @@ CHANGES = {
     "load_state_dict, assign": functools.partial(load_state, assign=True),
     "double": lambda model: model.double(),
     "SGD": lambda model: two_steps(model, functools.partial(torch.optim.SGD, lr=10.0)),
-    "fused AdamW": lambda model: two_steps(model, functools.partial(torch.optim.AdamW, lr=0.1, fused=True)),
-    "foreach AdamW": lambda model: two_steps(model, functools.partial(torch.optim.AdamW, lr=0.1, foreach=True)),
-    "build_optimizer": lambda model: two_steps(model, lambda _: build_optimizer(model, 1e-2, 1e-1, 0.0, 1e-8)),
+    "fused AdamW": lambda model: two_steps(
+        model, functools.partial(torch.optim.AdamW, lr=0.1, fused=True)
+    ),
+    "foreach AdamW": lambda model: two_steps(
+        model, functools.partial(torch.optim.AdamW, lr=0.1, foreach=True)
+    ),
+    "build_optimizer": lambda model: two_steps(
+        model, lambda _: build_optimizer(model, 1e-2, 1e-1, 0.0, 1e-8)
+    ),
 }
 
 
@@ -187,7 +216,9 @@ def test_averaged_models():
         with masked(model):
             model(**INPUTS)
         averaged.update_parameters(model)
-    assert not torch.equal(averaged.module.get_submodule(LAYER).mask_scores, model.get_submodule(LAYER).mask_scores)
+    assert not torch.equal(
+        averaged.module.get_submodule(LAYER).mask_scores, model.get_submodule(LAYER).mask_scores
+    )
     torch.testing.assert_close(averaged(**INPUTS).last_hidden_state, plain_output(averaged.module))
 
 
@@ -199,8 +230,16 @@ def test_copies_are_in_no_block(method):
         model(**INPUTS)
         torch.save(model, stream)
         stream.seek(0)
-        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(stream, weights_only=False)]
-    assert not [key for key in model.state_dict() if key.rpartition(".")[2] not in ("weight", "bias", "mask_scores")]
+        copies = [
+            copy.deepcopy(model),
+            pickle.loads(pickle.dumps(model)),
+            torch.load(stream, weights_only=False),
+        ]
+    assert not [
+        key
+        for key in model.state_dict()
+        if key.rpartition(".")[2] not in ("weight", "bias", "mask_scores")
+    ]
     for other in copies:
         in_place(other)
         torch.testing.assert_close(other(**INPUTS).last_hidden_state, plain_output(other))
@@ -235,7 +274,10 @@ def test_compile_over_changing_masks(grad):
             got = compiled(**INPUTS).last_hidden_state
             torch.testing.assert_close(got, wanted)
             if grad:
-                gradients = [torch.autograd.grad(x.sum(), model.get_submodule(LAYER).mask_scores)[0] for x in (got, wanted)]
+                gradients = [
+                    torch.autograd.grad(x.sum(), model.get_submodule(LAYER).mask_scores)[0]
+                    for x in (got, wanted)
+                ]
                 torch.testing.assert_close(*gradients)
         if number == 0:
             first = len(compiles)
@@ -247,7 +289,11 @@ def test_gradients_of_functions():
     parameters = {name: p.detach() for name, p in model.named_parameters()}
 
     def loss(parameters):
-        return torch.func.functional_call(model, parameters, (), dict(INPUTS)).last_hidden_state.pow(2).mean()
+        return (
+            torch.func.functional_call(model, parameters, (), dict(INPUTS))
+            .last_hidden_state.pow(2)
+            .mean()
+        )
 
     with masked(model):
         found = torch.func.grad(loss)(parameters)
@@ -267,16 +313,22 @@ def test_gradient_checkpointing_sees_the_same_sample(in_block):
         torch.manual_seed(5)
         with masked(model, 0.5) if in_block else torch.enable_grad():
             model(**INPUTS).start_logits.pow(2).sum().backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        gradients.append(
+            {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        )
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
-    with pytest.raises(RuntimeError, match="no mask"):  # what was kept for the backward is for nothing else
+    with pytest.raises(
+        RuntimeError, match="no mask"
+    ):  # what was kept for the backward is for nothing else
         model.eval().bert.get_submodule(LAYER)(torch.zeros(1, 64))
 
 
 def test_the_configuration_asks_for_gradient_checkpointing():
     model = make(cls=MaskedBertForQuestionAnswering, gradient_checkpointing=True)
-    assert model.is_gradient_checkpointing and all(layer.gradient_checkpointing for layer in model.bert.encoder.layer)
+    assert model.is_gradient_checkpointing and all(
+        layer.gradient_checkpointing for layer in model.bert.encoder.layer
+    )
 
 
 class Pairs(torch.utils.data.Dataset):
@@ -285,7 +337,13 @@ class Pairs(torch.utils.data.Dataset):
 
     def __getitem__(self, place):
         ids = (torch.arange(10) * (place + 3)) % 50 + 5
-        return {"input_ids": ids, "attention_mask": torch.ones(10), "start_positions": place % 7, "end_positions": 8, "unused": 1}
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones(10),
+            "start_positions": place % 7,
+            "end_positions": 8,
+            "unused": 1,
+        }
 
 
 def test_the_trainer_of_transformers(tmp_path):
@@ -373,8 +431,16 @@ def test_blocks_of_weights(method, granularities):
     if method == "topK":
         assert mask.sum() == int(0.4 * 12)
     if method == "magnitude":
-        norms = torch.stack([layer.weight[2 * i : 2 * i + 2, 2 * j : 2 * j + 2].norm() for i in range(3) for j in range(4)])
-        assert torch.equal(mask.flatten(), norms >= norms.sort(descending=True).values[int(0.4 * 12) - 1])
+        norms = torch.stack(
+            [
+                layer.weight[2 * i : 2 * i + 2, 2 * j : 2 * j + 2].norm()
+                for i in range(3)
+                for j in range(4)
+            ]
+        )
+        assert torch.equal(
+            mask.flatten(), norms >= norms.sort(descending=True).values[int(0.4 * 12) - 1]
+        )
     counts = count(found)
     assert counts.remaining[""] == int(whole.count_nonzero()) and counts.total[""] == 48
     effective = (layer.weight * whole).detach().requires_grad_()
@@ -415,11 +481,15 @@ def test_one_score_for_a_row_and_a_column(method, granularities):
         straight = straight * sigmoid * (1 - sigmoid) * 1.2 * ((mask > 0) & (mask < 1))
     torch.testing.assert_close(gradient, straight)
 
-    if method == "topK":  # ten neurons of seven weights each, and nine weights alone: at most half of all 79
+    if (
+        method == "topK"
+    ):  # ten neurons of seven weights each, and nine weights alone: at most half of all 79
         model.config = types.SimpleNamespace(global_topk=True)
         together = find_masks(model, 0.5)
         kept = sum(count(together).remaining.values())
-        scores = [(s, 7) for s in model[0].mask_scores.tolist()] + [(s, 1) for s in model[2].mask_scores.flatten().tolist()]
+        scores = [(s, 7) for s in model[0].mask_scores.tolist()] + [
+            (s, 1) for s in model[2].mask_scores.flatten().tolist()
+        ]
         total, wanted = 0, 0
         for _, weights in sorted(scores, reverse=True):
             total += weights
@@ -440,7 +510,9 @@ def test_threads_each_find_their_masks():
     def work(threshold):
         try:
             for _ in range(10):
-                assert torch.equal(model(**INPUTS, threshold=threshold).last_hidden_state, wanted[threshold])
+                assert torch.equal(
+                    model(**INPUTS, threshold=threshold).last_hidden_state, wanted[threshold]
+                )
         except Exception as error:
             errors.append(error)
 
@@ -482,9 +554,17 @@ def test_what_is_recomputed_uses_the_masks_of_its_forward(loss, method, reentran
         model = make(method).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-            model.embeddings.requires_grad_(True)  # else a reentrant checkpoint has no input with a gradient
+            model.embeddings.requires_grad_(
+                True
+            )  # else a reentrant checkpoint has no input with a gradient
         loss(model).backward()
-        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None and "embeddings" not in n})
+        gradients.append(
+            {
+                n: p.grad
+                for n, p in model.named_parameters()
+                if p.grad is not None and "embeddings" not in n
+            }
+        )
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
@@ -493,7 +573,11 @@ def test_what_is_recomputed_uses_the_masks_of_its_forward(loss, method, reentran
 
 def test_kept_products_follow_the_weights_in_a_block():
     model = make()
-    other = {name: value.roll(1, 0) for name, value in model.state_dict().items() if "mask_scores" not in name}
+    other = {
+        name: value.roll(1, 0)
+        for name, value in model.state_dict().items()
+        if "mask_scores" not in name
+    }
     with masked(model), torch.no_grad():
         model(**INPUTS)
         functional = torch.func.functional_call(model, other, (), dict(INPUTS)).last_hidden_state
@@ -503,7 +587,9 @@ def test_kept_products_follow_the_weights_in_a_block():
         torch.testing.assert_close(after, functional)
         assert not torch.allclose(after, before)
         model.double()
-        torch.testing.assert_close(model(**INPUTS).last_hidden_state, after.double(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            model(**INPUTS).last_hidden_state, after.double(), rtol=1e-4, atol=1e-5
+        )
         model.float().train()
         model.get_submodule(LAYER).weight.data.mul_(2)
         model.eval()
@@ -516,7 +602,9 @@ def test_wrappers_have_the_configuration_of_their_model():
     model = make(global_topk=True)
     wrapper = nn.DataParallel(model)
     inner, outer = find_masks(model, 0.3), find_masks(wrapper, 0.3)
-    assert all(torch.equal(outer.by_layer[f"module.{name}"], mask) for name, mask in inner.by_layer.items())
+    assert all(
+        torch.equal(outer.by_layer[f"module.{name}"], mask) for name, mask in inner.by_layer.items()
+    )
     with masked(wrapper, 0.3):
         assert model.config.threshold == 0.3
 
@@ -542,4 +630,6 @@ def test_export_as_the_first_forward_of_a_block():
     model = make()
     with masked(model), torch.no_grad():
         program = torch.export.export(model, (), dict(INPUTS))
-        torch.testing.assert_close(program.module()(**INPUTS).last_hidden_state, model(**INPUTS).last_hidden_state)
+        torch.testing.assert_close(
+            program.module()(**INPUTS).last_hidden_state, model(**INPUTS).last_hidden_state
+        )

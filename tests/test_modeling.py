@@ -19,9 +19,19 @@ from emmental.errors import UserError
 from emmental.loading import load_masked, load_model
 from emmental.modules import find_masks, masked, masked_layers
 
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.2}
+NO_DROPOUT = {
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "initializer_range": 0.2,
+}
 METHODS = ["topK", "threshold", "sigmoied_threshold", "magnitude", "l0"]
-SUFFIXES = ["Model", "ForQuestionAnswering", "ForSequenceClassification", "ForTokenClassification", "ForMultipleChoice"]
+SUFFIXES = [
+    "Model",
+    "ForQuestionAnswering",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForMultipleChoice",
+]
 IDS = torch.randint(5, 120, (3, 12), generator=torch.Generator().manual_seed(0))
 INPUTS = {
     "input_ids": IDS,
@@ -29,7 +39,10 @@ INPUTS = {
     "token_type_ids": (torch.arange(12) > 5).long().expand(3, 12),
 }
 LABELS = {
-    "ForQuestionAnswering": {"start_positions": torch.tensor([1, 2, 3]), "end_positions": torch.tensor([4, 4, 4])},
+    "ForQuestionAnswering": {
+        "start_positions": torch.tensor([1, 2, 3]),
+        "end_positions": torch.tensor([4, 4, 4]),
+    },
     "ForSequenceClassification": {"labels": torch.tensor([0, 1, 1])},
     "ForTokenClassification": {"labels": IDS % 2},
     "ForMultipleChoice": {"labels": torch.tensor([2])},
@@ -43,7 +56,11 @@ def make_inputs(suffix):
 
 def make_masked(tiny_config, cls=MaskedBertModel, **kwargs):
     torch.manual_seed(1)
-    return cls(MaskedBertConfig(**tiny_config, **NO_DROPOUT, **{"mask_init": "uniform", "mask_scale": 1.0} | kwargs))
+    return cls(
+        MaskedBertConfig(
+            **tiny_config, **NO_DROPOUT, **{"mask_init": "uniform", "mask_scale": 1.0} | kwargs
+        )
+    )
 
 
 def encoder_linears(model):
@@ -59,27 +76,46 @@ def test_six_linears_per_layer_are_masked_and_keys_are_stock(tiny_config, suffix
     masked = getattr(emmental, f"MaskedBert{suffix}")(MaskedBertConfig(**tiny_config))
     names = set(encoder_linears(stock))
     assert set(masked_layers(masked)) == names and len(names) == 12
-    assert set(masked.state_dict()) == set(stock.state_dict()) | {f"{name}.mask_scores" for name in names}
+    assert set(masked.state_dict()) == set(stock.state_dict()) | {
+        f"{name}.mask_scores" for name in names
+    }
     frozen = {n for n, p in masked.named_parameters() if not p.requires_grad}
     assert frozen == {n for n, _ in masked.named_parameters() if "embeddings." in n} and frozen
 
 
-@pytest.mark.parametrize("method, threshold", [("topK", 1.0), ("magnitude", 1.0), ("sigmoied_threshold", 0.0)])
+@pytest.mark.parametrize(
+    "method, threshold", [("topK", 1.0), ("magnitude", 1.0), ("sigmoied_threshold", 0.0)]
+)
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_full_masks_are_the_stock_model(tiny_config, tmp_path, suffix, method, threshold):
     torch.manual_seed(0)
-    stock = getattr(transformers, f"Bert{suffix}")(transformers.BertConfig(**tiny_config, **NO_DROPOUT)).train()
+    stock = getattr(transformers, f"Bert{suffix}")(
+        transformers.BertConfig(**tiny_config, **NO_DROPOUT)
+    ).train()
     stock.save_pretrained(tmp_path)
-    masked = getattr(emmental, f"MaskedBert{suffix}").from_pretrained(tmp_path, pruning_method=method).train()
+    masked = (
+        getattr(emmental, f"MaskedBert{suffix}")
+        .from_pretrained(tmp_path, pruning_method=method)
+        .train()
+    )
     outputs = [
         stock(**make_inputs(suffix), output_hidden_states=True, output_attentions=False),
-        masked(**make_inputs(suffix), output_hidden_states=True, output_attentions=False, threshold=threshold),
+        masked(
+            **make_inputs(suffix),
+            output_hidden_states=True,
+            output_attentions=False,
+            threshold=threshold,
+        ),
     ]
     assert outputs[0].keys() == outputs[1].keys()
     for name, value in outputs[0].items():
         torch.testing.assert_close(outputs[1][name], value, msg=name)
     for out in outputs:
-        (out["loss"] if suffix != "Model" else out.last_hidden_state.pow(2).sum() + out.pooler_output.sum()).backward()
+        (
+            out["loss"]
+            if suffix != "Model"
+            else out.last_hidden_state.pow(2).sum() + out.pooler_output.sum()
+        ).backward()
     compared = dict(masked.named_parameters())
     for name, parameter in stock.named_parameters():
         if "embeddings." in name:
@@ -103,7 +139,9 @@ def test_outputs_are_those_of_the_masked_weights(tiny_config, method):
         n, s, w = layer.weight.numel(), layer.mask_scores, layer.weight
         mask = {
             "topK": lambda: s >= s.flatten().sort(descending=True).values[int(0.4 * n) - 1],
-            "magnitude": lambda: w.abs() >= w.abs().flatten().sort(descending=True).values[int(0.4 * n) - 1],
+            "magnitude": lambda: (
+                w.abs() >= w.abs().flatten().sort(descending=True).values[int(0.4 * n) - 1]
+            ),
             "threshold": lambda: s > 0.4,
             "sigmoied_threshold": lambda: torch.sigmoid(s) > 0.4,
             "l0": lambda: (torch.sigmoid(s) * 1.2 - 0.1).clamp(0, 1),
@@ -127,7 +165,12 @@ def test_the_threshold_has_one_home(tiny_config, tmp_path):
     model.save_pretrained(tmp_path)  # as it was last used
     again = MaskedBertModel.from_pretrained(tmp_path).eval()
     assert again.config.threshold == 0.2 and again(**INPUTS).last_hidden_state.equal(wanted)
-    assert make_masked(tiny_config, pruning_method="l0").eval()(**INPUTS).last_hidden_state.isfinite().all()
+    assert (
+        make_masked(tiny_config, pruning_method="l0")
+        .eval()(**INPUTS)
+        .last_hidden_state.isfinite()
+        .all()
+    )
 
 
 @pytest.mark.parametrize("threshold", [-0.1, 70])
@@ -145,7 +188,10 @@ def test_unknown_names_are_refused(tiny_config, wrong):
 @pytest.mark.parametrize("suffix", SUFFIXES[:2])
 def test_eager_and_sdpa_agree(tiny_bert, suffix):
     cls = getattr(emmental, f"MaskedBert{suffix}")
-    eager, sdpa = (cls.from_pretrained(tiny_bert, attn_implementation=name).eval() for name in ("eager", "sdpa"))
+    eager, sdpa = (
+        cls.from_pretrained(tiny_bert, attn_implementation=name).eval()
+        for name in ("eager", "sdpa")
+    )
     assert eager.config._attn_implementation != sdpa.config._attn_implementation
     first, second = (model(**INPUTS, threshold=0.5)[0] for model in (eager, sdpa))
     torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
@@ -155,7 +201,11 @@ def gradients(model, loss):
     model.zero_grad()
     torch.manual_seed(5)
     loss(model).backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    return {
+        name: p.grad.clone()
+        for name, p in model.named_parameters()
+        if p.requires_grad and p.grad is not None
+    }
 
 
 @pytest.mark.parametrize("method", ["topK", "l0"])
@@ -178,7 +228,9 @@ def test_masks_survive_a_change_of_dtype(tiny_config, method, dtype):
     wanted = model(**INPUTS, threshold=0.5).last_hidden_state
     got = model.to(dtype)(**INPUTS, threshold=0.5).last_hidden_state
     assert got.dtype == dtype
-    assert (got.float() - wanted).norm() < (1e-5 if dtype == torch.float64 else 0.15) * wanted.norm()
+    assert (got.float() - wanted).norm() < (
+        1e-5 if dtype == torch.float64 else 0.15
+    ) * wanted.norm()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -196,7 +248,11 @@ def test_copies_stand_alone(tiny_config, method):
     stream = io.BytesIO()
     torch.save(model, stream)
     stream.seek(0)
-    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(stream, weights_only=False)]
+    copies = [
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(stream, weights_only=False),
+    ]
     for name, p in model.named_parameters():
         p.data = p.data.neg()
     for other in copies:
@@ -207,7 +263,9 @@ def test_copies_stand_alone(tiny_config, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("mask_init, scale", [("constant", 0.0), ("constant", 2.5), ("uniform", 0.3), ("kaiming", 0.0)])
+@pytest.mark.parametrize(
+    "mask_init, scale", [("constant", 0.0), ("constant", 2.5), ("uniform", 0.3), ("kaiming", 0.0)]
+)
 def test_a_plain_bert_loads_with_fresh_scores(tiny_bert, method, mask_init, scale):
     kwargs = {"pruning_method": method, "mask_init": mask_init, "mask_scale": scale}
     model = MaskedBertForQuestionAnswering.from_pretrained(tiny_bert, **kwargs)
@@ -235,7 +293,9 @@ def test_a_plain_bert_loads_with_fresh_scores(tiny_bert, method, mask_init, scal
 def test_random_scores_obey_the_seed_and_differ_between_matrices(tiny_bert):
     def load(seed):
         torch.manual_seed(seed)
-        model = MaskedBertForQuestionAnswering.from_pretrained(tiny_bert, mask_init="uniform", mask_scale=1.0)
+        model = MaskedBertForQuestionAnswering.from_pretrained(
+            tiny_bert, mask_init="uniform", mask_scale=1.0
+        )
         layer = model.bert.encoder.layer[0].attention.self
         return layer.query.mask_scores, layer.key.mask_scores
 
@@ -248,8 +308,14 @@ def write_2020_checkpoint(folder, tiny_config, method="topK", drop=(), **config)
     model = make_masked(tiny_config, MaskedBertForQuestionAnswering, pruning_method=method)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     state["bert.embeddings.position_ids"] = torch.arange(64)[None]
-    state["bert.pooler.dense.weight"], state["bert.pooler.dense.bias"] = torch.randn(32, 32), torch.randn(32)
-    torch.save({k: v for k, v in state.items() if not k.endswith(tuple(drop) or "-")}, folder / "pytorch_model.bin")
+    state["bert.pooler.dense.weight"], state["bert.pooler.dense.bias"] = (
+        torch.randn(32, 32),
+        torch.randn(32),
+    )
+    torch.save(
+        {k: v for k, v in state.items() if not k.endswith(tuple(drop) or "-")},
+        folder / "pytorch_model.bin",
+    )
     values = {
         "architectures": ["MaskedBertForQuestionAnswering"],
         "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu", "hidden_dropout_prob": 0.1,
@@ -267,7 +333,9 @@ def test_a_checkpoint_of_2020_keeps_its_scores(tiny_config, tmp_path, method, lo
     model = {
         "from_pretrained": MaskedBertForQuestionAnswering.from_pretrained,
         "auto": transformers.AutoModelForQuestionAnswering.from_pretrained,
-        "load_model": lambda folder: load_model(folder, "QuestionAnswering", masked=True, trained=True, threshold=0.5),
+        "load_model": lambda folder: load_model(
+            folder, "QuestionAnswering", masked=True, trained=True, threshold=0.5
+        ),
         "load_masked": lambda folder: load_masked(folder, threshold=0.5),
     }[load](str(tmp_path))
     state = model.state_dict()
@@ -294,8 +362,14 @@ def test_round_trip(tiny_config, tmp_path, suffix, method):
     wanted = model(**make_inputs(suffix))
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert (config["model_type"], config["pruning_method"], config["threshold"]) == ("masked_bert", method, 0.5)
-    auto = transformers.AutoModel if suffix == "Model" else getattr(transformers, f"AutoModel{suffix}")
+    assert (config["model_type"], config["pruning_method"], config["threshold"]) == (
+        "masked_bert",
+        method,
+        0.5,
+    )
+    auto = (
+        transformers.AutoModel if suffix == "Model" else getattr(transformers, f"AutoModel{suffix}")
+    )
     for cls in (type(model), auto):
         again = cls.from_pretrained(tmp_path)
         assert type(again) is type(model)
@@ -330,16 +404,23 @@ def test_trained_scores_are_not_rounded_in_half_precision(tiny_config, tmp_path,
         model = make_masked(tiny_config, MaskedBertForQuestionAnswering)
         model.save_pretrained(tmp_path)
         saved = model.state_dict()
-    state = MaskedBertForQuestionAnswering.from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
+    state = MaskedBertForQuestionAnswering.from_pretrained(
+        tmp_path, dtype=torch.bfloat16
+    ).state_dict()
     for key, value in state.items():
-        assert value.equal(saved[key] if key.endswith("mask_scores") else saved[key].bfloat16()), key
+        assert value.equal(saved[key] if key.endswith("mask_scores") else saved[key].bfloat16()), (
+            key
+        )
 
 
 def test_auto_config_and_tokenizer(tiny_bert, tiny_config, tmp_path):
     MaskedBertConfig(**tiny_config, threshold=0.1, global_topk=True).save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes((tiny_bert / "tokenizer.json").read_bytes())
     config = transformers.AutoConfig.from_pretrained(tmp_path)
-    assert type(config) is MaskedBertConfig and (config.threshold, config.global_topk) == (0.1, True)
+    assert type(config) is MaskedBertConfig and (config.threshold, config.global_topk) == (
+        0.1,
+        True,
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.is_fast and tokenizer("ada lives").input_ids
 
@@ -357,13 +438,19 @@ def rewrite(source, target, change):
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         if (source / file).exists():
             (target / file).write_bytes((source / file).read_bytes())
-    save_file(change(load_file(source / "model.safetensors")), target / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        change(load_file(source / "model.safetensors")),
+        target / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     return target
 
 
 @pytest.fixture
 def pruned(tiny_config, tmp_path):
-    make_masked(tiny_config, MaskedBertForQuestionAnswering, threshold=0.3).save_pretrained(tmp_path / "pruned")
+    make_masked(tiny_config, MaskedBertForQuestionAnswering, threshold=0.3).save_pretrained(
+        tmp_path / "pruned"
+    )
     return tmp_path / "pruned"
 
 
@@ -416,7 +503,11 @@ def test_a_head_that_uses_the_pooler_needs_it(tiny_config, tmp_path, change):
     model = make_masked(tiny_config, emmental.MaskedBertForSequenceClassification, threshold=0.3)
     model.save_pretrained(tmp_path / "whole")
     with pytest.raises(UserError, match="bert.pooler.dense.weight"):
-        load_masked(str(rewrite(tmp_path / "whole", tmp_path / "broken", change("bert.pooler.dense.weight"))))
+        load_masked(
+            str(
+                rewrite(tmp_path / "whole", tmp_path / "broken", change("bert.pooler.dense.weight"))
+            )
+        )
 
 
 def test_loading_refuses_the_wrong_kind(tiny_bert, pruned, tmp_path):
@@ -432,7 +523,15 @@ def test_loading_refuses_the_wrong_kind(tiny_bert, pruned, tmp_path):
     with pytest.raises(UserError, match="roberta"):
         load_qa(tmp_path)
     with pytest.raises(UserError, match="scores"):
-        load_masked(str(rewrite(pruned, tmp_path / "bare", lambda s: {k: v for k, v in s.items() if "mask" not in k})))
+        load_masked(
+            str(
+                rewrite(
+                    pruned,
+                    tmp_path / "bare",
+                    lambda s: {k: v for k, v in s.items() if "mask" not in k},
+                )
+            )
+        )
 
 
 @pytest.mark.parametrize("content", [b"", b"\x08\x00\x00\x00\x00\x00\x00\x00{", b"not a model"])
@@ -452,7 +551,10 @@ def test_no_code_in_a_checkpoint_is_run(tiny_config, tmp_path):
     import builtins
 
     write_2020_checkpoint(tmp_path, tiny_config)
-    torch.save({"qa_outputs.weight": Exploit(), "padding": torch.zeros(10**6)}, tmp_path / "pytorch_model.bin")
+    torch.save(
+        {"qa_outputs.weight": Exploit(), "padding": torch.zeros(10**6)},
+        tmp_path / "pytorch_model.bin",
+    )
     with pytest.raises(UserError, match="cannot load"):
         load_qa(tmp_path)
     assert not hasattr(builtins, "was_run")
@@ -469,7 +571,9 @@ def test_load_masked_reads_the_config(pruned, caplog):
 def test_load_masked_warns_of_a_contradiction(pruned, caplog):
     with caplog.at_level(logging.WARNING):
         model = load_masked(str(pruned), pruning_method="topK", threshold=0.6)
-    assert find_masks(model).by_layer["bert.encoder.layer.0.output.dense"].sum() == int(0.6 * 32 * 64)
+    assert find_masks(model).by_layer["bert.encoder.layer.0.output.dense"].sum() == int(
+        0.6 * 32 * 64
+    )
     assert [r.getMessage() for r in caplog.records if "contradicts" in r.getMessage()]
     assert "threshold" in caplog.text and "pruning_method" not in caplog.text
 
@@ -498,18 +602,27 @@ def test_the_signature_is_the_stock_one_and_threshold(tiny_config, suffix):
     stock = inspect.signature(getattr(transformers, f"Bert{suffix}").forward).parameters
     ours = inspect.signature(getattr(emmental, f"MaskedBert{suffix}").forward).parameters
     assert [name for name in ours if name != "threshold"] == list(stock)
-    assert ours["threshold"].default is None and ours["threshold"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert (
+        ours["threshold"].default is None
+        and ours["threshold"].kind is inspect.Parameter.KEYWORD_ONLY
+    )
     model = make_masked(tiny_config, getattr(emmental, f"MaskedBert{suffix}"), threshold=0.4).eval()
     inputs = {name: value for name, value in make_inputs(suffix).items() if name in INPUTS}
     wanted = model(**inputs)[0]
-    torch.testing.assert_close(model(*inputs.values())[0], wanted)  # in the order of the stock model
+    torch.testing.assert_close(
+        model(*inputs.values())[0], wanted
+    )  # in the order of the stock model
     ids = inputs.pop("input_ids")
-    embeds = model.base_model.embeddings.word_embeddings(ids.reshape(-1, ids.shape[-1])).reshape(*ids.shape, -1)
+    embeds = model.base_model.embeddings.word_embeddings(ids.reshape(-1, ids.shape[-1])).reshape(
+        *ids.shape, -1
+    )
     torch.testing.assert_close(model(inputs_embeds=embeds, **inputs)[0], wanted)
 
 
 def test_a_block_can_be_traced_by_keywords(tiny_config):
-    model = make_masked(tiny_config, MaskedBertForQuestionAnswering, threshold=0.4, return_dict=False).eval()
+    model = make_masked(
+        tiny_config, MaskedBertForQuestionAnswering, threshold=0.4, return_dict=False
+    ).eval()
     with masked(model), torch.no_grad():
         wanted = model(**INPUTS)  # W * M is kept from here on
         traced = torch.jit.trace(model, example_kwarg_inputs=dict(INPUTS), strict=False)

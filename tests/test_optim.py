@@ -54,7 +54,9 @@ def test_fifty_steps_are_the_papers(scale):
     for name, rate in [("mask_scores", 1e-2), ("weight", 1e-3), ("bias", 1e-3)]:
         moved = getattr(model, name).detach() - start[name]
         expected = paper_adamw(start[name].double(), grads, rate, EPS) - start[name]
-        torch.testing.assert_close(moved, expected.float(), rtol=2e-4, atol=1e-6 if name != "mask_scores" else 1e-9)
+        torch.testing.assert_close(
+            moved, expected.float(), rtol=2e-4, atol=1e-6 if name != "mask_scores" else 1e-9
+        )
 
 
 def test_tiny_gradients_tell_it_from_plain_adamw():
@@ -69,12 +71,16 @@ def test_decay_is_decoupled_and_of_weights_only():
     model = Model()
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     run(build_optimizer(model, 1e-3, 1e-2, 0.1, EPS), model, [torch.zeros(6)])
-    assert torch.equal(model.bias, start["bias"]) and torch.equal(model.mask_scores, start["mask_scores"])
+    assert torch.equal(model.bias, start["bias"]) and torch.equal(
+        model.mask_scores, start["mask_scores"]
+    )
     torch.testing.assert_close(model.weight.detach(), start["weight"] * (1 - 1e-3 * 0.1))
 
 
 def make_bert(tiny_config, method):
-    return MaskedBertForSequenceClassification(MaskedBertConfig(**tiny_config, pruning_method=method))
+    return MaskedBertForSequenceClassification(
+        MaskedBertConfig(**tiny_config, pruning_method=method)
+    )
 
 
 def test_groups_of_a_masked_bert(tiny_config):
@@ -88,7 +94,11 @@ def test_groups_of_a_masked_bert(tiny_config):
     scores = {name for name in trainable if name.endswith(".mask_scores")}
     no_decay = {name for name in trainable if name.endswith(".bias") or "LayerNorm" in name}
     assert len(scores) == 12
-    assert members == {"scores": scores, "no_decay": no_decay, "weights": trainable - scores - no_decay}
+    assert members == {
+        "scores": scores,
+        "no_decay": no_decay,
+        "weights": trainable - scores - no_decay,
+    }
     assert {kind: (g["lr"], g["weight_decay"]) for kind, g in groups.items()} == {
         "scores": (1e-2, 0.0),
         "weights": (3e-5, 0.01),
@@ -112,7 +122,9 @@ def test_saved_and_loaded_it_continues_bit_identically(scale, tmp_path):
 
     optimizer = build_optimizer(resumed, 1e-3, 1e-2, 0.1, EPS)
     run(optimizer, resumed, grads[:7])
-    torch.save({"model": resumed.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+    torch.save(
+        {"model": resumed.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt"
+    )
     saved = torch.load(tmp_path / "state.pt", weights_only=True)
     again = Model()
     again.load_state_dict(saved["model"])
@@ -130,7 +142,9 @@ def test_a_step_that_the_gradient_scaler_skips_is_not_counted():
     for number in range(11):
         for parameter in model.parameters():
             grad = grads[number - (number > 3)] * scaler.get_scale()
-            parameter.grad = (torch.full_like(grad, torch.inf) if number == 3 else grad).view_as(parameter)
+            parameter.grad = (torch.full_like(grad, torch.inf) if number == 3 else grad).view_as(
+                parameter
+            )
         scaler.scale(torch.zeros(()))
         scaler.unscale_(optimizer)
         scaler.step(optimizer)

@@ -35,7 +35,9 @@ def tokenizer():
         + [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
         + ["\u4e2d", "##s"]
     )
-    return BertTokenizerFast(vocab={word: place for place, word in enumerate(dict.fromkeys(words))}, do_lower_case=True)
+    return BertTokenizerFast(
+        vocab={word: place for place, word in enumerate(dict.fromkeys(words))}, do_lower_case=True
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,7 +59,16 @@ def answers(contexts, slices, tokenizer, folder, size):
     """What perfect logits predict for these slices of these contexts: through a file, features, windows and back."""
     with tempfile.TemporaryDirectory(dir=folder) as place:
         paragraphs = [
-            {"context": text, "qas": [{"id": f"{n}", "question": "where ?", "answers": [{"text": text[a:b], "answer_start": a}]}]}
+            {
+                "context": text,
+                "qas": [
+                    {
+                        "id": f"{n}",
+                        "question": "where ?",
+                        "answers": [{"text": text[a:b], "answer_start": a}],
+                    }
+                ],
+            }
             for n, (text, (a, b)) in enumerate(zip(contexts, slices, strict=True))
         ]
         path = Path(place) / "squad.json"
@@ -74,7 +85,12 @@ def answers(contexts, slices, tokenizer, folder, size):
             ends.append(9.0 * (np.arange(labels["length"]) == end))
             if start and feature["max_context"][start - feature["context_start"]]:
                 shown.add(feature["example_index"])
-        limits = {"n_best_size": 5, "max_answer_length": 1000, "version_2_with_negative": False, "null_score_diff_threshold": 0.0}
+        limits = {
+            "n_best_size": 5,
+            "max_answer_length": 1000,
+            "version_2_with_negative": False,
+            "null_score_diff_threshold": 0.0,
+        }
         predictions, _, _ = squad.postprocess(examples, features, starts, ends, **limits)
         # BERT's rule leaves an answer out that no window shows both whole and with most of its surroundings.
         return [predictions[f"{n}"] if n in shown else None for n in range(len(contexts))]
@@ -83,7 +99,10 @@ def answers(contexts, slices, tokenizer, folder, size):
 def is_seen(char):
     """Whether a BERT tokenizer makes a token of a character."""
     return not (
-        char.isspace() or char in "\0\ufffd" or unicodedata.category(char)[0] == "C" or unicodedata.category(char) == "Mn"
+        char.isspace()
+        or char in "\0\ufffd"
+        or unicodedata.category(char)[0] == "C"
+        or unicodedata.category(char) == "Mn"
     )
 
 
@@ -99,16 +118,24 @@ def seen_part(text, start, end):
 
 
 OLD = st.characters(exclude_categories=["Cs", "Cn", "Co", "Zs", "Zl", "Zp"]).filter(
-    lambda char: unicodedata.ucd_3_2_0.category(char) == unicodedata.category(char) and not char.isspace()
+    lambda char: (
+        unicodedata.ucd_3_2_0.category(char) == unicodedata.category(char) and not char.isspace()
+    )
 )  # which the tokenizers, made with another Unicode, classify alike
 WORD = st.text(
-    OLD | st.sampled_from([char for char in "".join(SPECIAL) if not char.isspace()]) | st.sampled_from("abc"),
+    OLD
+    | st.sampled_from([char for char in "".join(SPECIAL) if not char.isspace()])
+    | st.sampled_from("abc"),
     min_size=1,
     max_size=8,
 )
 
 
-@given(words=st.lists(WORD, min_size=1, max_size=12), data=st.data(), size=st.sampled_from([12, 16, 24, 40, 200]))
+@given(
+    words=st.lists(WORD, min_size=1, max_size=12),
+    data=st.data(),
+    size=st.sampled_from([12, 16, 24, 40, 200]),
+)
 def test_the_text_of_an_answer_is_read_back(words, data, size, tokenizer, folder):
     first = data.draw(st.integers(0, len(words) - 1))
     last = data.draw(st.integers(first, len(words) - 1))
@@ -132,7 +159,9 @@ def test_any_slice_of_any_text_gives_a_slice(text, data, tokenizer, folder):
     (predicted,) = answers([text], [(start, end)], tokenizer, folder, 512)
     assume(predicted is not None)
     assert predicted in text
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)[
+        "offset_mapping"
+    ]
     if covered := [(a, b) for a, b in offsets if a < end and b > start]:
         assert text[covered[0][0] : covered[-1][1]] in predicted
 
@@ -140,8 +169,15 @@ def test_any_slice_of_any_text_gives_a_slice(text, data, tokenizer, folder):
 # ------------------------------------------------------------------------------------------ parsers
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats(allow_nan=False) | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4) | st.just("data"), inner, max_size=4),
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**20), 10**20)
+    | st.floats(allow_nan=False)
+    | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text(max_size=4) | st.just("data"), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 
@@ -152,7 +188,9 @@ def documents(draw):
     document = draw(st.dictionaries(st.text(max_size=4), VALUES, max_size=3))
     document["data"] = draw(st.lists(VALUES, max_size=4) | VALUES)
     value = draw(st.sampled_from([document] * 4 + [draw(VALUES)]))
-    text = json.dumps(value, ensure_ascii=draw(st.booleans()), indent=draw(st.none() | st.integers(0, 3)))
+    text = json.dumps(
+        value, ensure_ascii=draw(st.booleans()), indent=draw(st.none() | st.integers(0, 3))
+    )
     if draw(st.booleans()):
         place = draw(st.integers(0, len(text)))
         text = (
@@ -173,17 +211,29 @@ def test_whatever_a_squad_file_holds(content, folder):
         assert "\n" not in str(error) and str(path) in str(error)
 
 
-FIELD = st.text(ANY.filter(lambda char: char not in "\t\n")).filter(lambda text: not text.endswith("\r"))
+FIELD = st.text(ANY.filter(lambda char: char not in "\t\n")).filter(
+    lambda text: not text.endswith("\r")
+)
 
 
 @given(rows=st.lists(st.tuples(FIELD, st.sampled_from("01")), min_size=1))
 def test_a_tsv_gives_back_what_was_written(rows, folder):
-    (folder / "train.tsv").write_bytes("".join(f"{text}\t{label}\n" for text, label in [("sentence", "label"), *rows]).encode())
+    (folder / "train.tsv").write_bytes(
+        "".join(f"{text}\t{label}\n" for text, label in [("sentence", "label"), *rows]).encode()
+    )
     examples = glue.read_examples(glue_tasks.TASKS["sst-2"], folder, "train", cache_dir=folder)
-    assert [(text, str(label)) for text, label in zip(examples["text_a"], examples["label"], strict=True)] == rows
+    assert [
+        (text, str(label))
+        for text, label in zip(examples["text_a"], examples["label"], strict=True)
+    ] == rows
 
 
-@given(rows=st.lists(st.tuples(st.text(ANY.filter(lambda char: char not in "\r\n")), st.sampled_from("ny")), min_size=2))
+@given(
+    rows=st.lists(
+        st.tuples(st.text(ANY.filter(lambda char: char not in "\r\n")), st.sampled_from("ny")),
+        min_size=2,
+    )
+)
 def test_csv_and_jsonl_give_back_what_was_written(rows, folder):
     assume(len({label for _, label in rows}) == 2)
     with open(folder / "train.csv", "w", newline="", encoding="utf-8") as file:
@@ -191,17 +241,30 @@ def test_csv_and_jsonl_give_back_what_was_written(rows, folder):
     lines = [json.dumps({"text": text, "label": label}) for text, label in rows]
     (folder / "train.jsonl").write_text("\n".join(lines))
     for name in ("train.csv", "train.jsonl"):
-        examples, labels = glue.read_custom_examples(folder / name, text_column="text", label_column="label", cache_dir=folder)
+        examples, labels = glue.read_custom_examples(
+            folder / name, text_column="text", label_column="label", cache_dir=folder
+        )
         assert labels == ("n", "y")
-        assert [(text, labels[label]) for text, label in zip(examples["text_a"], examples["label"], strict=True)] == rows
+        assert [
+            (text, labels[label])
+            for text, label in zip(examples["text_a"], examples["label"], strict=True)
+        ] == rows
 
 
-@given(content=st.binary(max_size=200), name=st.sampled_from(["train.tsv", "train.csv", "train.jsonl"]), header=st.booleans())
+@given(
+    content=st.binary(max_size=200),
+    name=st.sampled_from(["train.tsv", "train.csv", "train.jsonl"]),
+    header=st.booleans(),
+)
 def test_whatever_a_table_holds(content, name, header, folder):
     path = folder / name
-    path.write_bytes((b"text,label\n" if name.endswith("csv") else b"text\tlabel\n") * header + content)
+    path.write_bytes(
+        (b"text,label\n" if name.endswith("csv") else b"text\tlabel\n") * header + content
+    )
     try:
-        examples, labels = glue.read_custom_examples(path, text_column="text", label_column="label", cache_dir=folder)
+        examples, labels = glue.read_custom_examples(
+            path, text_column="text", label_column="label", cache_dir=folder
+        )
         assert len(examples) > 0 and len(labels) > 1
     except UserError as error:
         assert "\n" not in str(error) and str(path) in str(error)
@@ -236,7 +299,9 @@ def test_packing_keeps_the_mask_and_the_bound(tensor, bits, by_row):
     assert np.array_equal(decoded != 0, tensor != 0) or tensor.ndim == 1 and bits < 32
     if bits == 32:
         assert np.array_equal(decoded, tensor)
-    assert (np.abs(decoded.astype(np.float64) - tensor) <= coding.error_bound(tensor, bits, by_row)).all()
+    assert (
+        np.abs(decoded.astype(np.float64) - tensor) <= coding.error_bound(tensor, bits, by_row)
+    ).all()
 
 
 @given(tensor=matrices(), bits=st.sampled_from(coding.BITS), data=st.data())
@@ -245,7 +310,9 @@ def test_a_spoilt_stream_is_refused_or_gives_a_matrix(tensor, bits, data):
     kind = data.draw(st.sampled_from(["flip", "cut", "other", "shape"]))
     shape = tensor.shape
     if kind == "flip" and len(words):
-        words[data.draw(st.integers(0, len(words) - 1))] ^= np.uint32(1 << data.draw(st.integers(0, 31)))
+        words[data.draw(st.integers(0, len(words) - 1))] ^= np.uint32(
+            1 << data.draw(st.integers(0, 31))
+        )
     elif kind == "cut":
         words = words[: data.draw(st.integers(0, len(words)))]
     elif kind == "other":

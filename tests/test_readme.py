@@ -25,10 +25,22 @@ TEXTS = {str(file.relative_to(ROOT)): file.read_text(encoding="utf-8") for file 
 README, ALL = TEXTS["README.md"], "\n".join(TEXTS.values())
 SCRIPTS = {
     script.__name__: script
-    for script in (masked_run_squad, masked_run_glue, counts_parameters, bertarize, saving_prunebert, paper_tables)
+    for script in (
+        masked_run_squad,
+        masked_run_glue,
+        counts_parameters,
+        bertarize,
+        saving_prunebert,
+        paper_tables,
+    )
 }
 BENCHMARKS = ("training_step", "features", "scale", "storage", "inference")
-VARIABLES = {"SERIALIZATION_DIR": "runs/x", "SQUAD_DATA": "data/squad", "GLUE_DATA": "glue", "TEACHER": "runs/teacher"}
+VARIABLES = {
+    "SERIALIZATION_DIR": "runs/x",
+    "SQUAD_DATA": "data/squad",
+    "GLUE_DATA": "glue",
+    "TEACHER": "runs/teacher",
+}
 
 
 def commands(folder=""):
@@ -84,7 +96,9 @@ def test_links_lead_somewhere(name):
         assert target.exists(), link
         if anchor:
             headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M)
-            assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, link
+            assert anchor in {
+                re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings
+            }, link
 
 
 def test_every_flag_of_the_readme_exists():
@@ -95,8 +109,20 @@ def test_every_flag_of_the_readme_exists():
         for action in parser._actions:
             known |= set(action.option_strings)
             if isinstance(action, argparse._SubParsersAction):
-                known |= {flag for verb in action.choices.values() for a in verb._actions for flag in a.option_strings}
-    known |= {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port", "--logdir"}
+                known |= {
+                    flag
+                    for verb in action.choices.values()
+                    for a in verb._actions
+                    for flag in a.option_strings
+                }
+    known |= {
+        "--nproc_per_node",
+        "--nnodes",
+        "--node_rank",
+        "--master_addr",
+        "--master_port",
+        "--logdir",
+    }
     known |= {"--hypothesis"}  # -profile, of pytest
     assert set(re.findall(r"--[a-z_0-9]+", ALL)) <= known
 

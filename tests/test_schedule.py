@@ -50,7 +50,9 @@ def test_threshold_is_monotone_without_jumps(T, w, i, f, v0, v1):
     values = [schedule_threshold(t, T, w, v0, v1, i, f, 0.0)[0] for t in range(T + 1)]
     steps = [b - a for a, b in itertools.pairwise(values)]
     assert all(step * (v1 - v0) >= 0 for step in steps)
-    assert max(map(abs, steps)) <= 3 * abs(v1 - v0) / (T - (i + f) * w) + 1e-12  # the cubic's steepest slope
+    assert (
+        max(map(abs, steps)) <= 3 * abs(v1 - v0) / (T - (i + f) * w) + 1e-12
+    )  # the cubic's steepest slope
     assert values[0] == v0 and values[-1] == pytest.approx(v1, abs=1e-12)
 
 
@@ -61,10 +63,14 @@ def test_plateaus_have_the_lengths_asked_for():
 
 
 def test_step_is_the_only_state():
-    assert schedule_threshold(30, 100, 10, 1.0, 0.2, 1, 2, 5.0) == schedule_threshold(30, 100, 10, 1.0, 0.2, 1, 2, 5.0)
+    assert schedule_threshold(30, 100, 10, 1.0, 0.2, 1, 2, 5.0) == schedule_threshold(
+        30, 100, 10, 1.0, 0.2, 1, 2, 5.0
+    )
 
 
-@pytest.mark.parametrize("i, f", [(1, 2), (0, 1), (1, 0), (0.5, 1.5), (0.1, 0.2), (2.5, 0.7), (1, 1 / 3)])
+@pytest.mark.parametrize(
+    "i, f", [(1, 2), (0, 1), (1, 0), (0.5, 1.5), (0.1, 0.2), (2.5, 0.7), (1, 1 / 3)]
+)
 @pytest.mark.parametrize("T", [1, 2, 3, 10, 12, 30, 99, 5475])
 def test_overlap_names_the_largest_warmup_that_fits(T, i, f):
     for w in {0, 1, 2, 3, 5, 10, 33, T // 3, T // 2, T}:
@@ -109,7 +115,11 @@ class Scores:
     def move(self, weight, rate, cut):
         sigmoid = 1 / (1 + np.exp(-self.scores))
         push = 1.3e-3 * weight * sigmoid * (1 - sigmoid)
-        gradient = push - self.pull * np.where(self.scores > cut, 1.0, 0.05) + 0.25 * self.rng.normal(size=len(push))
+        gradient = (
+            push
+            - self.pull * np.where(self.scores > cut, 1.0, 0.05)
+            + 0.25 * self.rng.normal(size=len(push))
+        )
         self.step += 1
         self.mean = 0.9 * self.mean + 0.1 * gradient
         self.square = 0.999 * self.square + 0.001 * gradient**2
@@ -123,7 +133,9 @@ def test_steering_ends_at_its_target(target, start):
     """Wherever lambda starts, within 2% of the target; a constant one ends elsewhere."""
     total, warmup, cut, rate = 2000, 200, math.log(0.1 / 0.9), 3e-2
     steered, constant = Scores(), Scores()
-    steering = LambdaSteering(target, 0.0, cut, warmup, total - 4 * warmup, total, start * usual_lambda(target, "l1"))
+    steering = LambdaSteering(
+        target, 0.0, cut, warmup, total - 4 * warmup, total, start * usual_lambda(target, "l1")
+    )
     for step in range(total):
         threshold, ramp = schedule_threshold(step, total, warmup, 0.0, 0.1, 1, 4, 1.0)
         now = math.log(threshold / (1 - threshold)) if threshold else -math.inf
@@ -137,8 +149,12 @@ def test_steering_ends_at_its_target(target, start):
 
 def test_steering_rests_until_the_threshold_moves_and_stays_in_bounds():
     steering = LambdaSteering(0.1, 0.0, -2.0, 10, 60, 100, 100.0)
-    assert [steering.steer(step, 1.0) for step in (0, 5, 10)] == [100.0] * 3 and steering.integral == 0.0
-    assert steering.reference(10) == 0.0 and steering.reference(60) == steering.reference(99) == -2.0
+    assert [steering.steer(step, 1.0) for step in (0, 5, 10)] == [
+        100.0
+    ] * 3 and steering.integral == 0.0
+    assert (
+        steering.reference(10) == 0.0 and steering.reference(60) == steering.reference(99) == -2.0
+    )
     assert steering.reference(35) == pytest.approx(-2.0 * (1 - 0.5**3))
     values = [steering.steer(step, 1.0) for step in range(11, 100)]
     assert values == sorted(values) and values[-1] == pytest.approx(100.0 * 100)

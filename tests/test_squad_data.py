@@ -33,16 +33,25 @@ from emmental.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 CONTEXT = "The Normans (Norman: Nourmands) were the people who gave their name to Normandy, a region in France."
-UNICODE = (
-    "L'école à Besançon: 漢字 und 😀 𝔘ber cafe\u0301, nai\u0308ve e\u0301tude 한국 x\u200by İstanbul re\u0301sume\u0301"
-)
+UNICODE = "L'école à Besançon: 漢字 und 😀 𝔘ber cafe\u0301, nai\u0308ve e\u0301tude 한국 x\u200by İstanbul re\u0301sume\u0301"
 SIZES = {"max_seq_length": 24, "doc_stride": 5, "max_query_length": 6}
 
 
 def make_tokenizer(words=("the", "normans", "people", "france", "region", "##s", "name")):
     letters = string.ascii_lowercase + string.digits + string.punctuation + "漢字😀𝔘"
-    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{char}" for char in letters), *words]
-    model = models.WordPiece({token: n for n, token in enumerate(dict.fromkeys(vocab))}, unk_token="[UNK]")
+    vocab = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *letters,
+        *(f"##{char}" for char in letters),
+        *words,
+    ]
+    model = models.WordPiece(
+        {token: n for n, token in enumerate(dict.fromkeys(vocab))}, unk_token="[UNK]"
+    )
     backend = Tokenizer(model)
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -103,7 +112,14 @@ def examples_of(tmp_path, content, version_2_with_negative=False):
 
 def test_reads_all_columns(tmp_path):
     examples = examples_of(tmp_path, good())
-    assert examples.column_names == ["id", "title", "context", "question", "answers", "is_impossible"]
+    assert examples.column_names == [
+        "id",
+        "title",
+        "context",
+        "question",
+        "answers",
+        "is_impossible",
+    ]
     assert examples[0] == {
         "id": "a",
         "title": "Normans",
@@ -118,13 +134,19 @@ def test_reads_all_columns(tmp_path):
 
 def test_reads_a_changed_file_anew_and_tolerates_a_bom(tmp_path):
     assert examples_of(tmp_path, good())[0]["context"] == CONTEXT
-    changed = "\ufeff" + json.dumps(document(("Other Normans.", [qa("a", "Other Normans.", "Other")])))
+    changed = "\ufeff" + json.dumps(
+        document(("Other Normans.", [qa("a", "Other Normans.", "Other")]))
+    )
     assert examples_of(tmp_path, changed)[0]["context"] == "Other Normans."
 
 
 def broken(change):
     content = good()
-    change(content["data"][0], content["data"][0]["paragraphs"][1], content["data"][0]["paragraphs"][1]["qas"][2])
+    change(
+        content["data"][0],
+        content["data"][0]["paragraphs"][1],
+        content["data"][0]["paragraphs"][1]["qas"][2],
+    )
     return content
 
 
@@ -143,26 +165,65 @@ QUESTION = f"{PARAGRAPH}, question 2"
         ({"data": ["x"]}, ["article 0", 'must be an object with "title"', "a string"]),
         ({"data": []}, ["holds no questions"]),
         (document((CONTEXT, [])), ["holds no questions"]),
-        (broken(lambda a, p, q: a.update(title=3)), ["article 0", '"title" must be a string', "a whole number"]),
-        (broken(lambda a, p, q: a.pop("paragraphs")), ["article 0 ('Normans')", '"paragraphs" is missing']),
+        (
+            broken(lambda a, p, q: a.update(title=3)),
+            ["article 0", '"title" must be a string', "a whole number"],
+        ),
+        (
+            broken(lambda a, p, q: a.pop("paragraphs")),
+            ["article 0 ('Normans')", '"paragraphs" is missing'],
+        ),
         (broken(lambda a, p, q: p.pop("context")), [PARAGRAPH, '"context" is missing']),
-        (broken(lambda a, p, q: p.update(context=None)), [PARAGRAPH, '"context" must be a string', "null"]),
-        (broken(lambda a, p, q: p.update(context="x\ud83d")), [PARAGRAPH, '"context" holds half a surrogate pair']),
+        (
+            broken(lambda a, p, q: p.update(context=None)),
+            [PARAGRAPH, '"context" must be a string', "null"],
+        ),
+        (
+            broken(lambda a, p, q: p.update(context="x\ud83d")),
+            [PARAGRAPH, '"context" holds half a surrogate pair'],
+        ),
         (broken(lambda a, p, q: p.pop("qas")), [PARAGRAPH, '"qas" is missing']),
         (broken(lambda a, p, q: q.pop("id")), [QUESTION, '"id" is missing']),
         (broken(lambda a, p, q: q.update(id=7)), [QUESTION, '"id" must be a string']),
         (broken(lambda a, p, q: q.pop("question")), [QUESTION, '"question" is missing']),
         (broken(lambda a, p, q: q.update(answers="x")), [QUESTION, '"answers" must be a list']),
-        (broken(lambda a, p, q: q["answers"][0].pop("text")), [f"{QUESTION}, answer 0", '"text" is missing']),
-        (broken(lambda a, p, q: q["answers"][0].pop("answer_start")), [QUESTION, '"answer_start" is missing']),
-        (broken(lambda a, p, q: q["answers"][0].update(answer_start="3")), [QUESTION, "must be a whole number"]),
-        (broken(lambda a, p, q: q["answers"][0].update(answer_start=True)), [QUESTION, "must be a whole number"]),
-        (broken(lambda a, p, q: q["answers"][0].update(answer_start=1.5)), [QUESTION, "not a fraction"]),
-        (broken(lambda a, p, q: q["answers"][0].update(answer_start=-1)), [QUESTION, "is -1", "index into"]),
-        (broken(lambda a, p, q: q.update(is_impossible=1)), [QUESTION, '"is_impossible" must be true or false']),
+        (
+            broken(lambda a, p, q: q["answers"][0].pop("text")),
+            [f"{QUESTION}, answer 0", '"text" is missing'],
+        ),
+        (
+            broken(lambda a, p, q: q["answers"][0].pop("answer_start")),
+            [QUESTION, '"answer_start" is missing'],
+        ),
+        (
+            broken(lambda a, p, q: q["answers"][0].update(answer_start="3")),
+            [QUESTION, "must be a whole number"],
+        ),
+        (
+            broken(lambda a, p, q: q["answers"][0].update(answer_start=True)),
+            [QUESTION, "must be a whole number"],
+        ),
+        (
+            broken(lambda a, p, q: q["answers"][0].update(answer_start=1.5)),
+            [QUESTION, "not a fraction"],
+        ),
+        (
+            broken(lambda a, p, q: q["answers"][0].update(answer_start=-1)),
+            [QUESTION, "is -1", "index into"],
+        ),
+        (
+            broken(lambda a, p, q: q.update(is_impossible=1)),
+            [QUESTION, '"is_impossible" must be true or false'],
+        ),
         (broken(lambda a, p, q: q.update(is_impossible=True)), [QUESTION, "yet it has answers"]),
-        (broken(lambda a, p, q: q.update(is_impossible=True, answers=[])), [QUESTION, "--version_2_with_negative"]),
-        (broken(lambda a, p, q: q.update(id="a")), [QUESTION, "'a' already belongs to", "paragraph 0, question 0"]),
+        (
+            broken(lambda a, p, q: q.update(is_impossible=True, answers=[])),
+            [QUESTION, "--version_2_with_negative"],
+        ),
+        (
+            broken(lambda a, p, q: q.update(id="a")),
+            [QUESTION, "'a' already belongs to", "paragraph 0, question 0"],
+        ),
     ],
 )
 def test_refuses_bad_files(tmp_path, content, parts):
@@ -186,7 +247,9 @@ def test_refuses_unreadable_files(tmp_path):
 
 
 def test_repeated_ids_are_allowed_on_request(tmp_path):
-    path = write(tmp_path, document((CONTEXT, [qa("a", CONTEXT, "France"), qa("a", CONTEXT, "Normans")])))
+    path = write(
+        tmp_path, document((CONTEXT, [qa("a", CONTEXT, "France"), qa("a", CONTEXT, "Normans")]))
+    )
     assert list(read_examples(path, False, unique_ids=False)["id"]) == ["a", "a"]
 
 
@@ -198,7 +261,15 @@ def test_drop_misaligned(tmp_path):
     second = qa("second", CONTEXT, "Normans", "France")
     second["answers"][1]["answer_start"] = 0
     impossible = qa("impossible", CONTEXT, is_impossible=True)
-    questions = [off, second, qa("none", CONTEXT), blank, impossible, beyond, qa("z", CONTEXT, "people")]
+    questions = [
+        off,
+        second,
+        qa("none", CONTEXT),
+        blank,
+        impossible,
+        beyond,
+        qa("z", CONTEXT, "people"),
+    ]
     kept, skipped = drop_misaligned(examples_of(tmp_path, document((CONTEXT, questions)), True))
     assert skipped == ["off", "none", "blank", "beyond"]
     assert list(kept["id"]) == ["second", "impossible", "z"]
@@ -207,12 +278,16 @@ def test_drop_misaligned(tmp_path):
 
 @pytest.mark.parametrize("v2, name", [(False, "rajpurkar/squad"), (True, "rajpurkar/squad_v2")])
 def test_hub(tmp_path, monkeypatch, v2, name):
-    wanted = read_examples(write(tmp_path, document((CONTEXT, [qa("a", CONTEXT, "France"), qa("b", CONTEXT)]))), v2)
+    wanted = read_examples(
+        write(tmp_path, document((CONTEXT, [qa("a", CONTEXT, "France"), qa("b", CONTEXT)]))), v2
+    )
     calls = []
 
     def load_dataset(*args, **kwargs):
         calls.append((args, kwargs))
-        return wanted.remove_columns("is_impossible").select_columns(["answers", "id", "title", "question", "context"])
+        return wanted.remove_columns("is_impossible").select_columns(
+            ["answers", "id", "title", "question", "context"]
+        )
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     examples = load_hub_examples("validation", v2, cache_dir=tmp_path / "elsewhere")
@@ -227,7 +302,9 @@ def test_hub_out_of_reach(monkeypatch):
         raise ConnectionError("no\nroute")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(UserError, match="rajpurkar/squad .*ConnectionError: no route.*--data_dir.*--predict_file"):
+    with pytest.raises(
+        UserError, match="rajpurkar/squad .*ConnectionError: no route.*--data_dir.*--predict_file"
+    ):
         load_hub_examples("train", False, None)
 
 
@@ -241,7 +318,9 @@ def context_tokens(tokenizer, text):
 @pytest.mark.parametrize("doc_stride", [1, 5, 15, 400])
 def test_windows_cover_every_token_as_bert_lays_them_out(tmp_path, tokenizer, doc_stride):
     examples = examples_of(tmp_path, good())
-    features = build_features(examples, tokenizer, training=False, **{**SIZES, "doc_stride": doc_stride})
+    features = build_features(
+        examples, tokenizer, training=False, **{**SIZES, "doc_stride": doc_stride}
+    )
     wanted = []
     for row, example in enumerate(examples):
         question = context_tokens(tokenizer, example["question"])[:6]
@@ -249,7 +328,12 @@ def test_windows_cover_every_token_as_bert_lays_them_out(tmp_path, tokenizer, do
         room, begin = 24 - 3 - len(question), 0
         while True:  # BERT's own loop
             length = min(room, len(context) - begin)
-            ids = [tokenizer.cls_token_id, *question, tokenizer.sep_token_id, *context[begin : begin + length]]
+            ids = [
+                tokenizer.cls_token_id,
+                *question,
+                tokenizer.sep_token_id,
+                *context[begin : begin + length],
+            ]
             wanted.append((row, [*ids, tokenizer.sep_token_id], 2 + len(question)))
             if begin + length == len(context):
                 break
@@ -264,11 +348,15 @@ def test_windows_cover_every_token_as_bert_lays_them_out(tmp_path, tokenizer, do
 def test_max_context_is_the_one_of_bert_and_unique(tmp_path, tokenizer, max_seq_length, doc_stride):
     # With a stride of 4 two windows tie; with long windows the weight of their length outdoes a token.
     long = " ".join("abcdefgh" * 44)
-    examples = examples_of(tmp_path, document((CONTEXT, [qa("a", CONTEXT)]), (long, [qa("b", long)])))
+    examples = examples_of(
+        tmp_path, document((CONTEXT, [qa("a", CONTEXT)]), (long, [qa("b", long)]))
+    )
     sizes = {"max_seq_length": max_seq_length, "doc_stride": doc_stride, "max_query_length": 6}
     features = build_features(examples, tokenizer, training=False, **sizes)
     for row, example in enumerate(examples):
-        windows = [feature["max_context"] for feature in features if feature["example_index"] == row]
+        windows = [
+            feature["max_context"] for feature in features if feature["example_index"] == row
+        ]
         windows = [(n * doc_stride, mask) for n, mask in enumerate(windows)]
         assert len(windows) > 2 or max_seq_length > 24
         for token in range(len(context_tokens(tokenizer, example["context"]))):
@@ -341,7 +429,10 @@ def test_context_without_tokens_still_has_a_feature(tmp_path, tokenizer):
     examples = examples_of(tmp_path, document(("", [qa("a", "")]), (" ", [qa("b", " ")])))
     features = build_features(examples, tokenizer, training=False, **SIZES)
     assert list(features["example_index"]) == [0, 1]
-    assert features[0]["input_ids"][-2:] == [tokenizer.sep_token_id] * 2 and features[0]["offsets"] == []
+    assert (
+        features[0]["input_ids"][-2:] == [tokenizer.sep_token_id] * 2
+        and features[0]["offsets"] == []
+    )
     predictions, nbest, _ = search(examples, features, [np.zeros(24)] * 2, [np.zeros(24)] * 2)
     assert predictions == {"a": "", "b": ""}
 
@@ -360,11 +451,15 @@ def test_truncation_and_padding_of_the_tokenizer_do_not_matter(tmp_path):
 
 def test_processes_give_the_same_rows(tmp_path, tokenizer):
     contexts = [f"{CONTEXT} {n} {UNICODE}"[: 20 + 7 * n] for n in range(15)]
-    content = document(*((c, [qa(f"{n}-{k}", c, c[:9]) for k in range(3)]) for n, c in enumerate(contexts)))
+    content = document(
+        *((c, [qa(f"{n}-{k}", c, c[:9]) for k in range(3)]) for n, c in enumerate(contexts))
+    )
     examples = examples_of(tmp_path, content)
     for training in (True, False):
         one, two = (
-            build_features(examples, tokenizer, training=training, num_proc=n, overwrite_cache=True, **SIZES)
+            build_features(
+                examples, tokenizer, training=training, num_proc=n, overwrite_cache=True, **SIZES
+            )
             for n in (1, 2)
         )
         assert one[:] == two[:] and one.features == two.features
@@ -375,13 +470,18 @@ def test_processes_give_the_same_rows(tmp_path, tokenizer):
     [
         ({"doc_stride": 0}, "--doc_stride is 0"),
         ({"max_query_length": 0}, "--max_query_length is 0"),
-        ({"max_seq_length": 9}, "question 'a' has 6 tokens.*--max_seq_length 9.*--max_query_length .6."),
+        (
+            {"max_seq_length": 9},
+            "question 'a' has 6 tokens.*--max_seq_length 9.*--max_query_length .6.",
+        ),
         ({"max_seq_length": 9, "num_proc": 2}, "--max_seq_length 9"),
     ],
 )
 def test_refuses_impossible_sizes(tmp_path, tokenizer, changes, match):
     with pytest.raises(UserError, match=match):
-        build_features(examples_of(tmp_path, good()), tokenizer, training=True, **{**SIZES, **changes})
+        build_features(
+            examples_of(tmp_path, good()), tokenizer, training=True, **{**SIZES, **changes}
+        )
 
 
 def test_refuses_unfit_tokenizers_and_no_examples(tmp_path, tokenizer):
@@ -435,7 +535,10 @@ def test_cache_is_reused_and_never_stale(tmp_path, cache, builds, tokenizer, mon
     assert build(cache_dir=str(tmp_path / "elsewhere"))[0] == 1
 
     answer = good()
-    answer["data"][0]["paragraphs"][0]["qas"][0]["answers"][0] = {"text": "Norman", "answer_start": 13}
+    answer["data"][0]["paragraphs"][0]["qas"][0]["answers"][0] = {
+        "text": "Norman",
+        "answer_start": 13,
+    }
     context = good()
     context["data"][0]["paragraphs"][1]["context"] += "!"
     question = good()
@@ -457,7 +560,9 @@ def test_the_cache_goes_by_content_alone(tmp_path, cache, builds, tokenizer):
         (tmp_path / name).mkdir()
         examples = examples_of(tmp_path / name, good())
         build_features(examples, tokenizer, training=True, **SIZES)
-        assert examples._fingerprint == content_hash("squad", squad.VERSION, False, True, tmp_path / name / "squad.json")
+        assert examples._fingerprint == content_hash(
+            "squad", squad.VERSION, False, True, tmp_path / name / "squad.json"
+        )
     assert len(builds) == 1 and len(files(cache)) == 1
 
 
@@ -467,7 +572,9 @@ def test_damaged_cache_is_done_without(tmp_path, cache, builds, tokenizer, caplo
     wanted = build_features(examples, tokenizer, training=True, **SIZES)[:]
     (arrow,) = files(cache)
     content = arrow.read_bytes()
-    arrow.write_bytes({"truncate": content[: len(content) // 2], "garbage": b"garbage", "empty": b""}[damage])
+    arrow.write_bytes(
+        {"truncate": content[: len(content) // 2], "garbage": b"garbage", "empty": b""}[damage]
+    )
     builds.clear()
     assert build_features(examples, tokenizer, training=True, **SIZES)[:] == wanted
     assert len(builds) == 1 and "cannot use the cache" in caplog.text
@@ -492,10 +599,16 @@ def test_unwritable_cache_is_survived_with_one_warning(tmp_path, tokenizer, capl
     wanted = build_features(examples_of(tmp_path, good()), tokenizer, training=True, **SIZES)
     with caplog.at_level(logging.WARNING):
         for stride in (5, 6):
-            examples = read_examples(write(tmp_path, good()), False, cache_dir=str(tmp_path / "file"))
-            got = build_features(examples, tokenizer, training=True, **{**SIZES, "doc_stride": stride})
+            examples = read_examples(
+                write(tmp_path, good()), False, cache_dir=str(tmp_path / "file")
+            )
+            got = build_features(
+                examples, tokenizer, training=True, **{**SIZES, "doc_stride": stride}
+            )
             assert stride == 6 or got[:] == wanted[:]
-    assert [record.levelname for record in caplog.records if "the cache" in record.message] == ["WARNING"]
+    assert [record.levelname for record in caplog.records if "the cache" in record.message] == [
+        "WARNING"
+    ]
 
 
 def test_a_bad_file_leaves_nothing_in_the_cache(tmp_path, cache):
@@ -510,8 +623,19 @@ def test_a_bad_file_leaves_nothing_in_the_cache(tmp_path, cache):
 
 
 def test_collate():
-    short = {"input_ids": [2, 7, 3, 8, 3], "context_start": 3, "start_position": 3, "end_position": 3, "length": 5}
-    long = {"input_ids": [2, 7, 3, 8, 9, 5, 3], "context_start": 3, "start_position": 0, "end_position": 0}
+    short = {
+        "input_ids": [2, 7, 3, 8, 3],
+        "context_start": 3,
+        "start_position": 3,
+        "end_position": 3,
+        "length": 5,
+    }
+    long = {
+        "input_ids": [2, 7, 3, 8, 9, 5, 3],
+        "context_start": 3,
+        "start_position": 0,
+        "end_position": 0,
+    }
     batch = pickle.loads(pickle.dumps(functools.partial(collate, pad_token_id=4)))([short, long])
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
     assert {name: tensor.tolist() for name, tensor in batch.items()} == {
@@ -523,7 +647,9 @@ def test_collate():
     }
     evaluation = {"input_ids": list(range(8)), "context_start": 2, "max_context": [True] * 5}
     batch = collate([evaluation], 0)
-    assert set(batch) == {"input_ids", "attention_mask", "token_type_ids"} and batch["input_ids"].shape == (1, 8)
+    assert set(batch) == {"input_ids", "attention_mask", "token_type_ids"} and batch[
+        "input_ids"
+    ].shape == (1, 8)
     assert collate([long], 0, multiple_of=1)["input_ids"].shape == (1, 7)
 
 
@@ -539,7 +665,9 @@ def search(examples, features, start, end, n=20, length=30, v2=False, threshold=
 
 def one_feature(tmp_path, tokenizer, v2=False):
     """[CLS] q [SEP] a b c d [SEP]: the context starts at 3."""
-    examples = examples_of(tmp_path, document(("a b  c d", [qa("x", "a b  c d", "a", question="q")])), v2)
+    examples = examples_of(
+        tmp_path, document(("a b  c d", [qa("x", "a b  c d", "a", question="q")])), v2
+    )
     features = build_features(examples, tokenizer, training=False, **SIZES)
     assert len(features) == 1 and features[0]["context_start"] == 3
     return examples, features
@@ -561,7 +689,10 @@ def test_postprocess_by_hand_v1(tmp_path, tokenizer):
     # Best starts b, c; best ends a, c. (b, a) and (c, a) run backwards.
     assert predictions == {"x": "b  c"} and odds == {}
     weights = np.exp([0.0, -2.0])
-    assert [(e["text"], e["start_logit"], e["end_logit"]) for e in nbest["x"]] == [("b  c", 5, 4), ("c", 3, 4)]
+    assert [(e["text"], e["start_logit"], e["end_logit"]) for e in nbest["x"]] == [
+        ("b  c", 5, 4),
+        ("c", 3, 4),
+    ]
     assert [e["probability"] for e in nbest["x"]] == pytest.approx(weights / weights.sum())
     json.dumps([predictions, nbest])
     assert search(examples, features, start, end, n=2, length=1)[0] == {"x": "c"}
@@ -572,11 +703,16 @@ def test_postprocess_ties_and_repeats(tmp_path, tokenizer):
     _, nbest, _ = search(examples, features, logits(), logits(), n=2)
     assert [e["text"] for e in nbest["x"]] == ["a", "a b"]
     assert [e["probability"] for e in nbest["x"]] == [0.5, 0.5]
-    start, end = logits(p3=2000, p4=2001), logits(p3=2001, p4=2000)  # "a" and "b" tie, and exp overflows
+    start, end = (
+        logits(p3=2000, p4=2001),
+        logits(p3=2001, p4=2000),
+    )  # "a" and "b" tie, and exp overflows
     _, nbest, _ = search(examples, features, start, end, n=2)
     assert [(e["text"], e["probability"]) for e in nbest["x"]] == [("a", 0.5), ("b", 0.5)]
     same = examples_of(tmp_path, document(("a a a", [qa("x", "a a a", "a", question="q")])))
-    _, nbest, _ = search(same, build_features(same, tokenizer, training=False, **SIZES), logits(p4=2), logits(p4=2))
+    _, nbest, _ = search(
+        same, build_features(same, tokenizer, training=False, **SIZES), logits(p4=2), logits(p4=2)
+    )
     assert [e["text"] for e in nbest["x"]] == ["a", "a a", "a a a"]
     assert nbest["x"][0]["start_logit"] == 2
 
@@ -601,7 +737,9 @@ def test_postprocess_by_hand_v2(tmp_path, tokenizer):
     weights = np.exp([0.0, -1.0, -2.0])
     assert [e["probability"] for e in nbest["x"]] == pytest.approx(weights / weights.sum())
     assert (nbest["x"][0]["start_logit"], nbest["x"][0]["end_logit"]) == (4, 4)
-    assert search(examples, features, start, end, v2=True, threshold=1.0)[0] == {"x": "a"}  # not above
+    assert search(examples, features, start, end, v2=True, threshold=1.0)[0] == {
+        "x": "a"
+    }  # not above
     assert search(examples, features, start, end, v2=True, threshold=0.5)[0] == {"x": ""}
     low = logits(p0=-9, p3=5)
     predictions, nbest, odds = search(examples, features, low, end, n=2, v2=True)
@@ -626,7 +764,9 @@ def test_postprocess_equals_a_naive_search(tmp_path, tokenizer):
     examples = examples_of(tmp_path, good(), True)
     features = build_features(examples, tokenizer, training=False, **SIZES)
     rng = np.random.default_rng(0)
-    start, end = ([rng.normal(0, 3, 24).astype(np.float32) for _ in range(len(features))] for _ in range(2))
+    start, end = (
+        [rng.normal(0, 3, 24).astype(np.float32) for _ in range(len(features))] for _ in range(2)
+    )
     naive = functools.partial(search, examples, features, start, end, n=4, length=5, v2=True)
     threshold = float(np.median(list(naive()[2].values())))
     predictions, nbest, odds = naive(threshold=threshold)
@@ -647,7 +787,9 @@ def test_postprocess_equals_a_naive_search(tmp_path, tokenizer):
                         found.append((float(s[first + i]) + float(e[first + j]), text))
         best = dict.fromkeys(text for _, text in sorted(found, key=lambda item: -item[0]))
         assert odds[example["id"]] == pytest.approx(null - max(found)[0])
-        assert predictions[example["id"]] == ("" if null - max(found)[0] > threshold else next(iter(best)))
+        assert predictions[example["id"]] == (
+            "" if null - max(found)[0] > threshold else next(iter(best))
+        )
         (empty,) = [entry for entry in nbest[example["id"]] if not entry["text"]]
         assert empty["start_logit"] + empty["end_logit"] == null
         listed = [entry["text"] for entry in nbest[example["id"]] if entry["text"]]
@@ -766,7 +908,9 @@ def test_best_thresholds_equal_trying_them_all(tmp_path):
     metrics = squad_metrics(examples, predictions, null_odds, version_2_with_negative=True)
 
     def score(name, threshold):
-        cut = {id_: text if null_odds[id_] <= threshold else "" for id_, text in predictions.items()}
+        cut = {
+            id_: text if null_odds[id_] <= threshold else "" for id_, text in predictions.items()
+        }
         return squad_metrics(examples, cut, version_2_with_negative=True)[name]
 
     for name in ("exact", "f1"):
@@ -790,5 +934,7 @@ def test_f1_equals_an_independent_one_on_random_words(tmp_path):
     predictions = {str(n): text for n, text in enumerate(given)}
     wanted = 100 * np.mean([max(official_f1(g, p) for g in gold) for gold, p in zip(golds, given)])
     for v2 in (False, True):
-        metrics = squad_metrics(gold_examples(tmp_path, golds, v2), predictions, version_2_with_negative=v2)
+        metrics = squad_metrics(
+            gold_examples(tmp_path, golds, v2), predictions, version_2_with_negative=v2
+        )
         assert metrics["f1"] == pytest.approx(wanted)

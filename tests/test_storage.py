@@ -22,7 +22,9 @@ METHODS = ["topK", "threshold", "sigmoied_threshold", "magnitude", "l0"]
 HEADS = ["QuestionAnswering", "SequenceClassification", "TokenClassification", "MultipleChoice"]
 
 
-def save_masked(folder, tiny_config, tiny_tokenizer, method="topK", head="QuestionAnswering", base=None):
+def save_masked(
+    folder, tiny_config, tiny_tokenizer, method="topK", head="QuestionAnswering", base=None
+):
     torch.manual_seed(3)
     config = MaskedBertConfig(
         **tiny_config, pruning_method=method, mask_init="uniform", mask_scale=4.0, initializer_range=0.2,
@@ -61,7 +63,9 @@ def test_32_bits_are_exact(tmp_path, tiny_config, tiny_tokenizer, method, head):
     assert torch.equal(outputs(model), outputs(masked))
     masks = find_masks(masked).by_layer
     for name, layer in masked_layers(masked).items():
-        assert torch.equal(model.get_submodule(name).weight, (layer.weight * masks[name]).detach() + 0.0)
+        assert torch.equal(
+            model.get_submodule(name).weight, (layer.weight * masks[name]).detach() + 0.0
+        )
         assert 0 < model.get_submodule(name).weight.count_nonzero() < layer.weight.numel()
 
 
@@ -83,8 +87,13 @@ def test_masks_are_exact_at_any_precision(tmp_path, checkpoint, bits):
 def test_bertarized_and_masked_checkpoints_pack_alike(tmp_path, checkpoint):
     import bertarize
 
-    plain = bertarize.main(["--model_name_or_path", str(checkpoint), "--target_model_path", str(tmp_path / "plain")])
-    a, b = storage.pack(str(checkpoint), str(tmp_path / "a")), storage.pack(str(plain), str(tmp_path / "b"))
+    plain = bertarize.main(
+        ["--model_name_or_path", str(checkpoint), "--target_model_path", str(tmp_path / "plain")]
+    )
+    a, b = (
+        storage.pack(str(checkpoint), str(tmp_path / "a")),
+        storage.pack(str(plain), str(tmp_path / "b")),
+    )
     assert a.header["tensors"] == b.header["tensors"]
 
 
@@ -100,7 +109,10 @@ def test_compare_finds_what_differs(tmp_path, checkpoint):
     model.save_pretrained(other)
     problems = storage.compare(str(tmp_path / "file"), str(other))
     assert len(problems) == 2
-    assert "query.weight has another mask" in problems[0] and "qa_outputs.weight lies outside the bound" in problems[1]
+    assert (
+        "query.weight has another mask" in problems[0]
+        and "qa_outputs.weight lies outside the bound" in problems[1]
+    )
     assert saving_prunebert.main(["verify", str(tmp_path / "file"), str(other)]) == 1
 
 
@@ -114,8 +126,14 @@ def test_unpack_writes_a_normal_folder(tmp_path, checkpoint, capsys):
     model = AutoModelForQuestionAnswering.from_pretrained(folder)
     assert type(model).__name__ == "BertForQuestionAnswering"
     packed = storage.load_packed(file).state_dict()
-    assert all(torch.equal(tensor, packed[name]) for name, tensor in load_file(folder / "model.safetensors").items())
-    assert AutoTokenizer.from_pretrained(folder).get_vocab() == AutoTokenizer.from_pretrained(checkpoint).get_vocab()
+    assert all(
+        torch.equal(tensor, packed[name])
+        for name, tensor in load_file(folder / "model.safetensors").items()
+    )
+    assert (
+        AutoTokenizer.from_pretrained(folder).get_vocab()
+        == AutoTokenizer.from_pretrained(checkpoint).get_vocab()
+    )
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == "bert" and "pruning_method" not in config
 
@@ -125,7 +143,9 @@ def test_info_adds_up(tmp_path, checkpoint, capsys):
     saving_prunebert.main(["pack", str(checkpoint), file, "--bits", "6"])
     saving_prunebert.main(["info", file, "--json", str(tmp_path / "info.json")])
     said = capsys.readouterr().out
-    assert "bert.encoder.layer.0.attention.self.query.weight" in said and "19.92%" in said  # int(0.2 * 1024) of 1024
+    assert (
+        "bert.encoder.layer.0.attention.self.query.weight" in said and "19.92%" in said
+    )  # int(0.2 * 1024) of 1024
     assert "entropy" in said and "nothing is gained" not in said
     found = json.loads((tmp_path / "info.json").read_text())
     totals = found["totals"]
@@ -135,7 +155,9 @@ def test_info_adds_up(tmp_path, checkpoint, capsys):
         sum(row["bytes"] for row in found["rows"])
         == totals["embeddings"]["packed"] + totals["encoder and head"]["packed"]
     )
-    assert totals["embeddings"]["dense"] == 4 * sum(p.numel() for p in model.bert.embeddings.parameters())
+    assert totals["embeddings"]["dense"] == 4 * sum(
+        p.numel() for p in model.bert.embeddings.parameters()
+    )
     assert totals["embeddings"]["dense"] + totals["encoder and head"]["dense"] == 4 * sum(
         p.numel() for p in model.parameters()
     )
@@ -158,8 +180,13 @@ def test_embeddings_of_a_base_model_are_left_out(tmp_path, based, tiny_bert):
     packed = storage.pack(str(based), str(file), base_model=str(tiny_bert))
     assert not any("embeddings" in entry["name"] for entry in packed.header["tensors"])
     assert file.stat().st_size < whole.path.stat().st_size
-    state, base = storage.load_packed(str(file)).state_dict(), load_file(tiny_bert / "model.safetensors")
-    assert all(torch.equal(state[name], base[name]) for name in base if name.startswith("bert.embeddings."))
+    state, base = (
+        storage.load_packed(str(file)).state_dict(),
+        load_file(tiny_bert / "model.safetensors"),
+    )
+    assert all(
+        torch.equal(state[name], base[name]) for name in base if name.startswith("bert.embeddings.")
+    )
     assert storage.compare(str(file), str(based)) == []
 
 
@@ -286,7 +313,9 @@ def test_another_head_is_refused(tmp_path, packed, tiny_config, tiny_tokenizer, 
 
 
 def test_a_missing_tokenizer_is_refused(tmp_path, checkpoint, capsys):
-    shutil.copytree(checkpoint, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*", "vocab*"))
+    shutil.copytree(
+        checkpoint, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*", "vocab*")
+    )
     assert "tokenizer" in refused(capsys, "pack", tmp_path / "bare", tmp_path / "file")
     assert not (tmp_path / "file").exists()
 
@@ -314,7 +343,9 @@ def test_an_old_file_survives_a_failed_pack(tmp_path, packed, checkpoint, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files.os, "fsync", full)
-    assert "No space left" in refused(capsys, "pack", checkpoint, tmp_path / "file", "--bits", "4", status=1)
+    assert "No space left" in refused(
+        capsys, "pack", checkpoint, tmp_path / "file", "--bits", "4", status=1
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_bytes() == packed.read_bytes()
 
@@ -351,7 +382,9 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
             exec(compile("".join(cell["source"]), "Saving_PruneBERT.ipynb", "exec"), names)
     assert names["differences"] == []
     assert (
-        (tmp_path / "prunebert.packed").stat().st_size < 1e6 < 4 * sum(p.numel() for p in names["model"].parameters())
+        (tmp_path / "prunebert.packed").stat().st_size
+        < 1e6
+        < 4 * sum(p.numel() for p in names["model"].parameters())
     )
     assert (tmp_path / "prunebert.png").stat().st_size > 5000
     assert len(names["rows"]) == 24

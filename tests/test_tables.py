@@ -23,7 +23,10 @@ from emmental.tables.runs import read_run
 from emmental.training.args import check_common_arguments
 
 POINTS = [point for task in ("squad", "mnli", "qqp") for point in load_points(task)]
-PARSERS = {"masked_run_squad.py": masked_run_squad.get_parser, "masked_run_glue.py": masked_run_glue.get_parser}
+PARSERS = {
+    "masked_run_squad.py": masked_run_squad.get_parser,
+    "masked_run_glue.py": masked_run_glue.get_parser,
+}
 
 
 def refused(capsys, *words, status=2):
@@ -47,8 +50,13 @@ def test_all_points_are_there_with_their_slips_corrected():
             continue
         method = point.settings["pruning_method"]
         assert METHODS[method].title == point.method
-        if point.method in ("magnitude", "movement"):  # what they leave is what their threshold says
-            assert 100 * float(point.settings["final_threshold"]) == pytest.approx(point.remaining, abs=0.2)
+        if point.method in (
+            "magnitude",
+            "movement",
+        ):  # what they leave is what their threshold says
+            assert 100 * float(point.settings["final_threshold"]) == pytest.approx(
+                point.remaining, abs=0.2
+            )
         assert point.global_topk == (point.name[-2:] in ("B2", "B4", "D2", "D4"))
         assert point.distil == (point.name[-1] in "34") == ("alpha_distil" in point.settings)
     assert find_point("squad", "10D3").metrics == {"exact": 75.572375, "f1": 84.290569}
@@ -84,25 +92,42 @@ def test_every_command_parses_and_passes_the_checks(options, tmp_path, monkeypat
 
 def test_scaled_and_shared_commands():
     (teacher, step) = steps(
-        find_point("mnli", "3D3"), Options(scale=0.1, processes=4, seed=3, task_name="sst-2", extra=("--bf16",))
+        find_point("mnli", "3D3"),
+        Options(scale=0.1, processes=4, seed=3, task_name="sst-2", extra=("--bf16",)),
     )
     args = masked_run_glue.get_parser().parse_args(step.flags)
     assert args.max_steps == round(0.1 * 6 * 392_702 / 32) and args.warmup_steps == 1200
-    assert (args.per_gpu_train_batch_size, args.task_name, args.seed, args.bf16) == (8, "sst-2", 3, True)
+    assert (args.per_gpu_train_batch_size, args.task_name, args.seed, args.bf16) == (
+        8,
+        "sst-2",
+        3,
+        True,
+    )
     assert args.teacher_name_or_path == str(teacher.output_dir) == "runs/sst-2/teacher"
-    assert str(step.output_dir) == "runs/sst-2/3D3-seed3" and step.words[:3] == ["torchrun", "--nproc_per_node", "4"]
+    assert str(step.output_dir) == "runs/sst-2/3D3-seed3" and step.words[:3] == [
+        "torchrun",
+        "--nproc_per_node",
+        "4",
+    ]
     args = masked_run_glue.get_parser().parse_args(teacher.flags)
     assert (args.seed, args.model_type) == (42, "bert")
     (step,) = steps(find_point("squad", "3D3"), Options(teacher="mine", data_dir="data"))
     args = masked_run_squad.get_parser().parse_args(step.flags)
-    assert (args.teacher_name_or_path, args.data_dir, args.num_train_epochs, args.seed) == ("mine", "data", 10, 92)
+    assert (args.teacher_name_or_path, args.data_dir, args.num_train_epochs, args.seed) == (
+        "mine",
+        "data",
+        10,
+        92,
+    )
     assert step.words[0] == "python"
 
 
 def test_settings_of_a_step_are_those_that_the_script_takes():
     (step,) = steps(
         find_point("squad", "3D1"),
-        Options(extra=("--learning_rate=1e-4", "--no_cuda", "--save_steps", "5", "--save_steps", "6")),
+        Options(
+            extra=("--learning_rate=1e-4", "--no_cuda", "--save_steps", "5", "--save_steps", "6")
+        ),
     )
     args = vars(masked_run_squad.get_parser().parse_args(step.flags))
     assert step.flags.count("--learning_rate") == 0  # ours takes the place of the point's
@@ -124,20 +149,34 @@ def test_the_paper_between_its_points():
 
 
 def test_list(capsys):
-    paper_tables.main(["list", "--task", "squad", "--method", "soft movement", "--distil", "--remaining", "3..10"])
+    paper_tables.main(
+        ["list", "--task", "squad", "--method", "soft movement", "--distil", "--remaining", "3..10"]
+    )
     lines = capsys.readouterr().out.splitlines()[2:]
-    assert [line.split(" | ")[1] for line in lines] == ["8E4", "6E4", "5E4", "4E4", "3.1E4", "2.6E4"]
+    assert [line.split(" | ")[1] for line in lines] == [
+        "8E4",
+        "6E4",
+        "5E4",
+        "4E4",
+        "3.1E4",
+        "2.6E4",
+    ]
     paper_tables.main(["list"])
     assert len(capsys.readouterr().out.splitlines()) == 2 + 269
 
 
 def test_command(capsys):
-    paper_tables.main(["command", "qqp", "14C4", "--model", "my bert", "--data_dir", "d", "--output_dir", "o"])
+    paper_tables.main(
+        ["command", "qqp", "14C4", "--model", "my bert", "--data_dir", "d", "--output_dir", "o"]
+    )
     teacher, student = capsys.readouterr().out.splitlines()
     assert teacher.startswith(
         "python masked_run_glue.py --model_type bert --model_name_or_path 'my bert' --task_name qqp"
     )
-    assert "--output_dir o/qqp/teacher" in teacher and "--teacher_name_or_path o/qqp/teacher" in student
+    assert (
+        "--output_dir o/qqp/teacher" in teacher
+        and "--teacher_name_or_path o/qqp/teacher" in student
+    )
 
 
 @pytest.mark.parametrize("words, said", [
@@ -190,10 +229,17 @@ def runs(tmp_path, finished):
 
 
 def test_a_run_is_made_once(runs, settings, capsys, monkeypatch):
-    assert {path.name for path in (runs / "squad").iterdir()} == {"teacher", "10D3", "teacher.log", "10D3.log"}
+    assert {path.name for path in (runs / "squad").iterdir()} == {
+        "teacher",
+        "10D3",
+        "teacher.log",
+        "10D3.log",
+    }
     monkeypatch.setattr(paper_tables, "run_process", lambda *_: pytest.fail("run again"))
     for name in ("teacher", "10D3"):  # a copy knows its old place: output_dir may differ
-        assert json.loads((runs / "squad" / name / "training_summary.json").read_text())["updates"] in (11, 3)
+        assert json.loads((runs / "squad" / name / "training_summary.json").read_text())[
+            "updates"
+        ] in (11, 3)
     tables("run", "squad", "10D3", "--runs_dir", runs, "--teacher", teacher_of(runs), *settings)
     assert "finished already" in capsys.readouterr().out
     error = refused(
@@ -219,16 +265,25 @@ def test_a_teacher_serves_as_it_is_unless_asked_for(runs, settings, capsys, monk
     )
     tables("run", "squad", "3D3", "--runs_dir", runs, *settings, "--learning_rate", "1")
     said = capsys.readouterr().out
-    assert f"{runs}/squad/teacher: finished already, with other settings: --learning_rate 3e-05 there, 1 now" in said
-    error = refused(capsys, "run", "squad", "3D3", "--runs_dir", runs, *settings[:1], runs, *settings[2:])
+    assert (
+        f"{runs}/squad/teacher: finished already, with other settings: --learning_rate 3e-05 there, 1 now"
+        in said
+    )
+    error = refused(
+        capsys, "run", "squad", "3D3", "--runs_dir", runs, *settings[:1], runs, *settings[2:]
+    )
     assert "teacher holds a run with other settings (--model_name_or_path" in error
     assert [command[-1] for command in started] == ["latest"] and f"{runs}/squad/3D3" in started[0]
-    error = refused(capsys, "run", "squad", "teacher", "--runs_dir", runs, *settings, "--learning_rate", "1")
+    error = refused(
+        capsys, "run", "squad", "teacher", "--runs_dir", runs, *settings, "--learning_rate", "1"
+    )
     assert "teacher holds a run with other settings" in error
 
 
 def teacher_of(runs):
-    return json.loads((runs / "squad" / "10D3" / "training_args.json").read_text())["teacher_name_or_path"]
+    return json.loads((runs / "squad" / "10D3" / "training_args.json").read_text())[
+        "teacher_name_or_path"
+    ]
 
 
 def test_an_interrupted_run_goes_on(runs, settings, capsys):
@@ -254,7 +309,18 @@ def test_an_interrupted_run_goes_on(runs, settings, capsys):
 def test_a_signal_is_for_the_run(runs, settings, number):
     """It writes a checkpoint and ends; the command ends after it, and goes on from there."""
     place = settings.index("--scale") + 1
-    words = ["run", "squad", "3D3", "--runs_dir", runs, "--teacher", teacher_of(runs), *settings[:place], "0.001", *settings[place + 1 :]]
+    words = [
+        "run",
+        "squad",
+        "3D3",
+        "--runs_dir",
+        runs,
+        "--teacher",
+        teacher_of(runs),
+        *settings[:place],
+        "0.001",
+        *settings[place + 1 :],
+    ]
     command = [sys.executable, paper_tables.__file__, *map(str, words)]
     process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     own, end = runs / "squad" / "3D3", time.monotonic() + 60
@@ -271,8 +337,22 @@ def test_a_signal_is_for_the_run(runs, settings, number):
 
 
 def test_a_failing_run_says_why(runs, settings, capsys, tmp_path):
-    error = refused(capsys, "run", "squad", "3D1", "--runs_dir", runs, *settings, "--learning_rat", "1", status=1)
-    assert "3D1 failed: unknown argument --learning_rat; did you mean --learning_rate?" in error and "3D1.log" in error
+    error = refused(
+        capsys,
+        "run",
+        "squad",
+        "3D1",
+        "--runs_dir",
+        runs,
+        *settings,
+        "--learning_rat",
+        "1",
+        status=1,
+    )
+    assert (
+        "3D1 failed: unknown argument --learning_rat; did you mean --learning_rate?" in error
+        and "3D1.log" in error
+    )
 
 
 def test_report(runs, capsys, tmp_path):
@@ -301,7 +381,9 @@ def spoil_results(folder):
     results = json.loads((folder / "eval_results.json").read_text())
     results["remaining_percent_linear"] = 5.0
     (folder / "eval_results.json").write_text(json.dumps(results))
-    (folder / "eval_results.txt").write_text("".join(f"{name} = {value}\n" for name, value in results.items()))
+    (folder / "eval_results.txt").write_text(
+        "".join(f"{name} = {value}\n" for name, value in results.items())
+    )
 
 
 def spoil_metric(folder):
@@ -356,7 +438,10 @@ def test_seeds_are_averaged_and_other_settings_stand_apart(runs, capsys):
     for run, score in zip(found, (10.0, 20.0, 50.0), strict=True):
         run.metrics, run.remaining = {"exact": score, "f1": score}, 10.0
     (row,) = [row for row in headline(found) if row[1] == "ours"]
-    assert sorted(row[6].split("; ")) == ["15.0/15.0 (10.0 to 20.0, 2 seeds) at 10.0%", "50.0/50.0 at 10.0%"]
+    assert sorted(row[6].split("; ")) == [
+        "15.0/15.0 (10.0 to 20.0, 2 seeds) at 10.0%",
+        "50.0/50.0 at 10.0%",
+    ]
 
 
 def test_a_folder_without_runs(capsys, tmp_path):
@@ -368,8 +453,13 @@ def test_plot(runs, capsys, tmp_path):
     drawn = {path.name: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
     assert set(drawn) == {"squad-metric.png", "squad-10D3-layers.png", "squad-10D3-weights.png"}
     assert all(content.startswith(b"\x89PNG") and len(content) > 5000 for content in drawn.values())
-    args = json.loads((runs / "squad" / "10D3" / "training_args.json").read_text()) | {"model_name_or_path": "gone"}
+    args = json.loads((runs / "squad" / "10D3" / "training_args.json").read_text()) | {
+        "model_name_or_path": "gone"
+    }
     (runs / "squad" / "10D3" / "training_args.json").write_text(json.dumps(args))
     capsys.readouterr()
     tables("plot", runs, "--to", tmp_path / "again")
-    assert "not drawn: " in capsys.readouterr().out and not (tmp_path / "again" / "squad-10D3-weights.png").exists()
+    assert (
+        "not drawn: " in capsys.readouterr().out
+        and not (tmp_path / "again" / "squad-10D3-weights.png").exists()
+    )

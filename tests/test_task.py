@@ -34,11 +34,16 @@ class Tagging(Task):
     result_files = ("eval_results.*", "tags_*.json")
 
     def add_arguments(self, parser):
-        parser.add_argument("--sentences", type=int, default=20, help="how many sentences there are")
+        parser.add_argument(
+            "--sentences", type=int, default=20, help="how many sentences there are"
+        )
 
     def load_examples(self, args, source):
         words = [name for pair in zip(NAMES, PLACES, strict=True) for name in pair]
-        self.sentences = [[words[(n * k) % 16] if k % 3 else "lives" for k in range(2 + n % 5)] for n in range(args.sentences)]
+        self.sentences = [
+            [words[(n * k) % 16] if k % 3 else "lives" for k in range(2 + n % 5)]
+            for n in range(args.sentences)
+        ]
 
     def make_features(self, args, tokenizer, model):
         kinds = dict.fromkeys(NAMES, 1) | dict.fromkeys(PLACES, 2)
@@ -52,9 +57,13 @@ class Tagging(Task):
 
     def collate(self, features):
         lengths = [row["length"] for row in features]
-        batch = pad_batch(features, lengths, 0, 1, ("input_ids", "attention_mask", "token_type_ids"))
+        batch = pad_batch(
+            features, lengths, 0, 1, ("input_ids", "attention_mask", "token_type_ids")
+        )
         tags = [torch.tensor(row["tags"]) for row in features]
-        return batch | {"tags": torch.nn.utils.rnn.pad_sequence(tags, batch_first=True, padding_value=-100)}
+        return batch | {
+            "tags": torch.nn.utils.rnn.pad_sequence(tags, batch_first=True, padding_value=-100)
+        }
 
     def loss(self, logits, batch):
         return F.cross_entropy(logits[0].transpose(1, 2), batch["tags"])
@@ -68,8 +77,15 @@ class Tagging(Task):
 
     def score(self, split, logits, step, output_dir):
         features = self.evaluation_sets[split]
-        found = [row.argmax(-1)[: features[n]["length"]].tolist() for n, (row,) in enumerate(logits)]
-        pairs = [(a, b) for row, n in zip(found, features, strict=True) for a, b in zip(row, n["tags"], strict=True) if b >= 0]
+        found = [
+            row.argmax(-1)[: features[n]["length"]].tolist() for n, (row,) in enumerate(logits)
+        ]
+        pairs = [
+            (a, b)
+            for row, n in zip(found, features, strict=True)
+            for a, b in zip(row, n["tags"], strict=True)
+            if b >= 0
+        ]
         (output_dir / f"tags_{'' if step is None else step}.json").write_text(json.dumps(found))
         return {"accuracy": sum(a == b for a, b in pairs) / len(pairs)}
 
@@ -96,13 +112,42 @@ def test_it_trains_evaluates_and_resumes(tmp_path, tagger):
             "--max_steps", "30", "--logging_steps", "10", "--save_steps", "10", "--alpha_ce", "1", "--alpha_distil", "0.1",
             "--teacher_type", "bert", "--teacher_name_or_path", str(tagger))  # fmt: skip
     results = run.main(Tagging(), "Tags.", flags(tmp_path, tagger, "whole", *more))
-    assert results["accuracy"] > 0.5 and results["remaining_percent_linear"] == pytest.approx(50, abs=0.1)
+    assert results["accuracy"] > 0.5 and results["remaining_percent_linear"] == pytest.approx(
+        50, abs=0.1
+    )
     whole = tmp_path / "whole"
-    assert {path.name for path in whole.glob("tags_*")} == {f"tags_{step}.json" for step in ("", 10, 20, 30)}
-    assert json.loads((whole / "config.json").read_text())["id2label"] == {"0": "other", "1": "name", "2": "place"}
-    run.main(Tagging(), "Tags.", flags(tmp_path, tagger, "again", *more, "--resume_from_checkpoint", str(whole / "checkpoint-20")))
-    assert (whole / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
-    alone = [*FLAGS[:2], "--do_eval", "--no_cuda", "--model_name_or_path", str(whole), "--output_dir", str(tmp_path / "alone")]
+    assert {path.name for path in whole.glob("tags_*")} == {
+        f"tags_{step}.json" for step in ("", 10, 20, 30)
+    }
+    assert json.loads((whole / "config.json").read_text())["id2label"] == {
+        "0": "other",
+        "1": "name",
+        "2": "place",
+    }
+    run.main(
+        Tagging(),
+        "Tags.",
+        flags(
+            tmp_path,
+            tagger,
+            "again",
+            *more,
+            "--resume_from_checkpoint",
+            str(whole / "checkpoint-20"),
+        ),
+    )
+    assert (whole / "model.safetensors").read_bytes() == (
+        tmp_path / "again" / "model.safetensors"
+    ).read_bytes()
+    alone = [
+        *FLAGS[:2],
+        "--do_eval",
+        "--no_cuda",
+        "--model_name_or_path",
+        str(whole),
+        "--output_dir",
+        str(tmp_path / "alone"),
+    ]
     assert run.main(Tagging(), "Tags.", alone)["accuracy"] == results["accuracy"]
 
 
@@ -120,17 +165,49 @@ def test_words_weigh_alike_in_whatever_batch_they_are(tmp_path, tagger):
     """One batch of 20, four of 5 accumulated, and two ranks: the same mean over all words of an update."""
     (tmp_path / "script.py").write_text(SCRIPT.format(root=str(ROOT), tests=str(ROOT / "tests")))
     run.main(Tagging(), "Tags.", flags(tmp_path, tagger, "one", "--per_gpu_train_batch_size", "20"))
-    run.main(Tagging(), "Tags.", flags(tmp_path, tagger, "parts", "--per_gpu_train_batch_size", "6", "--gradient_accumulation_steps", "4"))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    ranks = flags(tmp_path, tagger, "ranks", "--per_gpu_train_batch_size", "3", "--gradient_accumulation_steps", "4", "--check_ranks")
+    run.main(
+        Tagging(),
+        "Tags.",
+        flags(
+            tmp_path,
+            tagger,
+            "parts",
+            "--per_gpu_train_batch_size",
+            "6",
+            "--gradient_accumulation_steps",
+            "4",
+        ),
+    )
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
+    ranks = flags(
+        tmp_path,
+        tagger,
+        "ranks",
+        "--per_gpu_train_batch_size",
+        "3",
+        "--gradient_accumulation_steps",
+        "4",
+        "--check_ranks",
+    )
     done = subprocess.run([*launcher, str(tmp_path / "script.py"), *ranks], capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0, done.stderr
-    one, *others = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "parts", "ranks"))
+    one, *others = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("one", "parts", "ranks")
+    )
     for other in others:
         for name, value in one.items():
             torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-5, msg=name)
-    assert (tmp_path / "one" / "tags_.json").read_text() == (tmp_path / "ranks" / "tags_.json").read_text()
+    assert (tmp_path / "one" / "tags_.json").read_text() == (
+        tmp_path / "ranks" / "tags_.json"
+    ).read_text()
 
 
 def test_examples_alone_would_weigh_otherwise(tmp_path, tagger):
@@ -138,6 +215,20 @@ def test_examples_alone_would_weigh_otherwise(tmp_path, tagger):
         weight = None
 
     for name, task in ("words", Tagging), ("sentences", Unweighted):
-        run.main(task(), "Tags.", flags(tmp_path, tagger, name, "--per_gpu_train_batch_size", "3", "--gradient_accumulation_steps", "7"))
-    words, sentences = (load_file(tmp_path / name / "model.safetensors") for name in ("words", "sentences"))
+        run.main(
+            task(),
+            "Tags.",
+            flags(
+                tmp_path,
+                tagger,
+                name,
+                "--per_gpu_train_batch_size",
+                "3",
+                "--gradient_accumulation_steps",
+                "7",
+            ),
+        )
+    words, sentences = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("words", "sentences")
+    )
     assert any(not torch.allclose(words[name], sentences[name], rtol=1e-3) for name in words)

@@ -36,11 +36,7 @@ from emmental.data.features import (
     row_tuples,
     text_problem,
 )
-from emmental.data.glue_tasks import (
-    custom_task,
-    listed,
-    plain,
-)
+from emmental.data.glue_tasks import custom_task, listed, plain
 from emmental.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -72,7 +68,9 @@ def _examples(task, path, labelled):
     header = task.headerless if labelled and task.headerless else _header(path, rows)
     wanted = (*task.text_columns, *((task.label_column,) if labelled else ()))
     places = _places(path, header, wanted)
-    index_place = next((header.index(name) for name in ("index", "id") if name in header and not labelled), None)
+    index_place = next(
+        (header.index(name) for name in ("index", "id") if name in header and not labelled), None
+    )
     parse_label = _label_parser(task)
     count, short, long = 0, [], []
     for line, fields in rows:
@@ -119,7 +117,9 @@ def load_hub_examples(task, split, cache_dir=None):
     where = f"{HUB_NAME} ({task.hub_config}, {hub_split})"
     try:
         hub = datasets.load_dataset(HUB_NAME, task.hub_config, split=hub_split, cache_dir=cache_dir)
-    except Exception as error:  # no network, offline mode, missing cache: each has its own type, some of httpx
+    except (
+        Exception
+    ) as error:  # no network, offline mode, missing cache: each has its own type, some of httpx
         raise UserError(
             f"{where}: cannot be loaded from the hub ({one_line(error)}); pass local files with --data_dir"
         ) from error
@@ -128,14 +128,18 @@ def load_hub_examples(task, split, cache_dir=None):
     names = hub.features["label"].names if labelled and not task.is_regression else ()
 
     def rows():
-        for row, (label, *texts) in enumerate(row_tuples(hub, ["label" if labelled else "idx", *columns])):
+        for row, (label, *texts) in enumerate(
+            row_tuples(hub, ["label" if labelled else "idx", *columns])
+        ):
             example = {"index": row if labelled else label}
             if labelled:
                 label = names[label] if names and label >= 0 else label
                 example["label"] = parse_label(str(label), f"{where}, row {row}")
             yield example | _texts(texts, columns, f"{where}, row {row}")
 
-    return _stored(rows, where, [task.name, hub._fingerprint], labelled, task.is_regression, cache_dir)
+    return _stored(
+        rows, where, [task.name, hub._fingerprint], labelled, task.is_regression, cache_dir
+    )
 
 
 def custom_files(data_dir, splits):
@@ -145,9 +149,15 @@ def custom_files(data_dir, splits):
     """
     files = {}
     for split in splits:
-        found = [path for suffix in CUSTOM_SUFFIXES if (path := Path(data_dir) / f"{split}{suffix}").is_file()]
+        found = [
+            path
+            for suffix in CUSTOM_SUFFIXES
+            if (path := Path(data_dir) / f"{split}{suffix}").is_file()
+        ]
         if len(found) > 1:
-            raise UserError(f"{data_dir}: holds both {found[0].name} and {found[1].name}; keep one of them")
+            raise UserError(
+                f"{data_dir}: holds both {found[0].name} and {found[1].name}; keep one of them"
+            )
         if not found:
             names = " or ".join(f"{split}{suffix}" for suffix in CUSTOM_SUFFIXES)
             raise UserError(f"{data_dir}: holds no {names}; check --data_dir")
@@ -156,7 +166,14 @@ def custom_files(data_dir, splits):
 
 
 def read_custom_examples(
-    path, *, text_column, text_pair_column=None, label_column=None, labels=None, regression=False, cache_dir=None
+    path,
+    *,
+    text_column,
+    text_pair_column=None,
+    label_column=None,
+    labels=None,
+    regression=False,
+    cache_dir=None,
 ):
     """Read a .tsv, .csv (with the usual quoting) or .jsonl file of a task of one's own.
 
@@ -167,7 +184,9 @@ def read_custom_examples(
     """
     wanted = [name for name in (text_column, text_pair_column, label_column) if name]
     if len(set(wanted)) < len(wanted):
-        raise UserError("--text_column, --text_pair_column and --label_column must name different columns")
+        raise UserError(
+            "--text_column, --text_pair_column and --label_column must name different columns"
+        )
     text_columns = [name for name in (text_column, text_pair_column) if name]
 
     def checked():
@@ -180,16 +199,22 @@ def read_custom_examples(
         counts = collections.Counter(label for _, label, _ in checked())
         labels = sorted(counts)
         if len(labels) == 1:
-            raise UserError(f"{path}: has the label {quoted(labels[0])} alone; a classification needs at least two")
+            raise UserError(
+                f"{path}: has the label {quoted(labels[0])} alone; a classification needs at least two"
+            )
         if len(labels) > max(20, counts.total() / 10):
-            logger.warning(f"{path}: has {len(labels)} labels in {counts.total()} rows; are they numbers (--regression)?")
+            logger.warning(
+                f"{path}: has {len(labels)} labels in {counts.total()} rows; are they numbers (--regression)?"
+            )
     parse_label = _label_parser(custom_task(() if regression else labels or ()))
 
     def rows():
         for where, label, example in checked():
             yield example | ({"label": parse_label(label, where)} if label_column else {})
 
-    examples = _stored(rows, Path(path), [wanted, labels, regression], bool(label_column), regression, cache_dir)
+    examples = _stored(
+        rows, Path(path), [wanted, labels, regression], bool(label_column), regression, cache_dir
+    )
     return examples, () if regression else tuple(labels or ())
 
 
@@ -199,12 +224,20 @@ def _stored(rows, where, settings, labelled, regression, cache_dir):
     if labelled:
         kinds["label"] = Value("float64" if regression else "int64")
     key = content_hash("glue", VERSION, where, settings, labelled)
-    return cached_rows(rows, Features(kinds), key, cache_dir, f"{where}: holds no examples; give a file with examples")
+    return cached_rows(
+        rows,
+        Features(kinds),
+        key,
+        cache_dir,
+        f"{where}: holds no examples; give a file with examples",
+    )
 
 
 def _check_split(task, split):
     if split not in task.splits:
-        raise UserError(f"{task.name} has no split {split}; its splits are {', '.join(task.splits)}")
+        raise UserError(
+            f"{task.name} has no split {split}; its splits are {', '.join(task.splits)}"
+        )
 
 
 def _split_file(task, data_dir, split):
@@ -212,9 +245,17 @@ def _split_file(task, data_dir, split):
     folder, name = Path(data_dir), "diagnostic.tsv" if task.name == "ax" else f"{split}.tsv"
     if not (folder / name).exists():
         if not folder.is_dir():
-            raise UserError(f"{folder / name}: cannot be read, there is no folder {folder}; check --data_dir")
-        below = [f for f in folder.iterdir() if plain(f.name) == task.hub_config and (f / name).is_file()]
-        hint = f"did you mean --data_dir {below[0]}?" if below else f"check --data_dir and --task_name {task.name}"
+            raise UserError(
+                f"{folder / name}: cannot be read, there is no folder {folder}; check --data_dir"
+            )
+        below = [
+            f for f in folder.iterdir() if plain(f.name) == task.hub_config and (f / name).is_file()
+        ]
+        hint = (
+            f"did you mean --data_dir {below[0]}?"
+            if below
+            else f"check --data_dir and --task_name {task.name}"
+        )
         raise UserError(f"{folder / name}: there is no file {name} in the folder {folder}; {hint}")
     return folder / name
 
@@ -228,9 +269,13 @@ def _lines(path):
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 yield number, text.removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}:{number}: is not UTF-8 ({error.reason}); convert the file") from error
+        raise UserError(
+            f"{path}:{number}: is not UTF-8 ({error.reason}); convert the file"
+        ) from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check --data_dir") from error
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror or error}); check --data_dir"
+        ) from error
     if not number:
         raise UserError(f"{path}: is empty; give a file with examples")
 
@@ -247,7 +292,9 @@ def _csv_rows(path):
         for fields in reader:
             yield reader.line_num, fields or [""]
     except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: is not CSV ({error}); check the quotes") from error
+        raise UserError(
+            f"{path}:{reader.line_num}: is not CSV ({error}); check the quotes"
+        ) from error
 
 
 def _header(path, rows):
@@ -269,7 +316,9 @@ def _places(path, header, wanted):
 
 
 def _wrong_width(where, fields, header):
-    return UserError(f"{where}: has {len(fields)} fields, but there are {len(header)} columns; correct the row")
+    return UserError(
+        f"{where}: has {len(fields)} fields, but there are {len(header)} columns; correct the row"
+    )
 
 
 def _custom_rows(path, wanted):
@@ -301,21 +350,27 @@ def _json_record(text, where, wanted):
         raise UserError(f'{where}: must be an object like {{"{wanted[0]}": ...}}; correct it')
     for name in wanted:
         if name not in record:
-            raise UserError(f"{where}: has no column {name}; expected: {listed(wanted)}; found: {listed(record)}")
+            raise UserError(
+                f"{where}: has no column {name}; expected: {listed(wanted)}; found: {listed(record)}"
+            )
     return record
 
 
 def _text(record, column, where):
     text = record[column]
     if not isinstance(text, str):
-        raise UserError(f"{where}: {column} must be a text, not {json.dumps(text)[:40]}; correct it")
+        raise UserError(
+            f"{where}: {column} must be a text, not {json.dumps(text)[:40]}; correct it"
+        )
     return text
 
 
 def _label_text(record, column, where, regression):
     label = record[column]
     if isinstance(label, float) and not regression:
-        raise UserError(f"{where}: {column} is {label}, but only a regression has fractions as labels; correct it")
+        raise UserError(
+            f"{where}: {column} is {label}, but only a regression has fractions as labels; correct it"
+        )
     if not isinstance(label, (int, float)):  # a bool is an int
         label = " ".join(_text(record, column, where).split())
         if not label:
@@ -335,7 +390,9 @@ def _label_parser(task):
 
     def parse(label, where):
         if label not in indices:
-            raise UserError(f"{where}: the label {listed([label])!r} is not one of {listed(indices)}; correct it")
+            raise UserError(
+                f"{where}: the label {listed([label])!r} is not one of {listed(indices)}; correct it"
+            )
         return indices[label]
 
     return parse
@@ -383,8 +440,12 @@ def build_features(examples, tokenizer, *, max_seq_length, num_proc=1, overwrite
     texts = 1 if examples[0]["text_b"] is None else 2
     least = backend.num_special_tokens_to_add(is_pair=texts == 2) + texts
     if max_seq_length < least:
-        raise UserError(f"--max_seq_length is {max_seq_length}, but must be at least {least} for this task")
-    backend.enable_truncation(max_seq_length, strategy="longest_first", direction=tokenizer.truncation_side)
+        raise UserError(
+            f"--max_seq_length is {max_seq_length}, but must be at least {least} for this task"
+        )
+    backend.enable_truncation(
+        max_seq_length, strategy="longest_first", direction=tokenizer.truncation_side
+    )
     return cached_map(
         examples,
         functools.partial(_featurize, backend=backend),
@@ -398,13 +459,17 @@ def build_features(examples, tokenizer, *, max_seq_length, num_proc=1, overwrite
 
 def _featurize(texts_a, texts_b, labels=None, *, backend):
     """One batch of examples -> a table of features."""
-    encodings = backend.encode_batch_fast([a if b is None else (a, b) for a, b in zip(texts_a, texts_b)])
+    encodings = backend.encode_batch_fast(
+        [a if b is None else (a, b) for a, b in zip(texts_a, texts_b)]
+    )
     lengths = [len(encoding) for encoding in encodings]
     tokens = itertools.chain.from_iterable(encoding.ids for encoding in encodings)
     table = {
         "input_ids": ragged([np.fromiter(tokens, np.int32, sum(lengths))], lengths),
         "length": pa.array(lengths, pa.int32()),
-        "second_start": pa.array([len(encoding) - sum(encoding.type_ids) for encoding in encodings], pa.int32()),
+        "second_start": pa.array(
+            [len(encoding) - sum(encoding.type_ids) for encoding in encodings], pa.int32()
+        ),
     }
     if labels is not None:
         table["label"] = pa.array(labels)
@@ -422,7 +487,9 @@ def collate(features, pad_token_id, multiple_of=8, input_names=MODEL_INPUTS):
     batch = pad_batch(features, second_starts, pad_token_id, multiple_of, input_names)
     if "label" in features[0]:
         labels = [feature["label"] for feature in features]
-        batch["labels"] = torch.tensor(labels, dtype=torch.float32 if isinstance(labels[0], float) else torch.int64)
+        batch["labels"] = torch.tensor(
+            labels, dtype=torch.float32 if isinstance(labels[0], float) else torch.int64
+        )
     return batch
 
 
@@ -442,5 +509,7 @@ def submission(task, examples, logits):
     else:
         names = range(len(task.labels)) if task.numbered else task.labels
         predictions = [names[index] for index in logits.argmax(axis=1)]
-    lines = [f"{index}\t{text}\n" for index, text in zip(examples["index"], predictions, strict=True)]
+    lines = [
+        f"{index}\t{text}\n" for index, text in zip(examples["index"], predictions, strict=True)
+    ]
     return "".join(["index\tprediction\n", *lines])

@@ -49,7 +49,11 @@ class Task:
     @property
     def splits(self):
         """All splits with data: training (where there is any evaluation), evaluation, test."""
-        return (*(("train",) if self.evaluation_splits else ()), *self.evaluation_splits, *self.submissions)
+        return (
+            *(("train",) if self.evaluation_splits else ()),
+            *self.evaluation_splits,
+            *self.submissions,
+        )
 
 
 _SENTENCES = ("sentence1", "sentence2")
@@ -90,7 +94,9 @@ TASKS = {
 }  # fmt: skip
 
 CUSTOM_SUBMISSION = "predictions.tsv"
-SUBMISSION_FILES = sorted({CUSTOM_SUBMISSION, *(file for task in TASKS.values() for file in task.submissions.values())})
+SUBMISSION_FILES = sorted(
+    {CUSTOM_SUBMISSION, *(file for task in TASKS.values() for file in task.submissions.values())}
+)
 
 
 def find_task(name):

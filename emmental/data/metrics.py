@@ -40,7 +40,9 @@ def squad_metrics(examples, predictions, null_odds=None, *, version_2_with_negat
     if version_2_with_negative:
         for prefix, answered in ("HasAns_", True), ("NoAns_", False):
             if ids := [id_ for id_ in exact if has_answer[id_] is answered]:
-                metrics |= {prefix + name: value for name, value in _averages(exact, f1, ids).items()}
+                metrics |= {
+                    prefix + name: value for name, value in _averages(exact, f1, ids).items()
+                }
         if null_odds is not None:
             for name, scores in ("exact", exact), ("f1", f1):
                 best, threshold = _best_threshold(scores, predictions, null_odds, has_answer)
@@ -107,15 +109,25 @@ def glue_metrics(task, logits, labels):
 
 
 def _correlation(name, correlate, scores, labels):
-    constant = [what for what, values in (("predictions", scores), ("labels", labels)) if np.ptp(values) == 0]
+    constant = [
+        what
+        for what, values in (("predictions", scores), ("labels", labels))
+        if np.ptp(values) == 0
+    ]
     value = math.nan
     if not constant and np.isfinite(scores).all():
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of nearly constant predictions: there is a value all the same
+            warnings.simplefilter(
+                "ignore"
+            )  # of nearly constant predictions: there is a value all the same
             value = float(correlate(scores, labels).statistic)
     if math.isfinite(value):
         return value
-    reason = f"all {constant[0]} are equal" if constant else "the predictions are not finite or out of scale"
+    reason = (
+        f"all {constant[0]} are equal"
+        if constant
+        else "the predictions are not finite or out of scale"
+    )
     logger.warning(f"{name} is not defined, because {reason}; it counts as 0.0")
     return 0.0
 

@@ -39,7 +39,9 @@ from emmental.data.features import (
 from emmental.errors import UserError
 
 VERSION = 1  # raise it when the features of the same input change: old caches are then ignored
-NO_SPAN_ODDS = 1e6  # null odds of a question without any valid span: finite, and above every real score
+NO_SPAN_ODDS = (
+    1e6  # null odds of a question without any valid span: finite, and above every real score
+)
 EXAMPLE_FEATURES = Features(
     id=Value("string"),
     title=Value("string"),
@@ -54,7 +56,10 @@ EXAMPLE_FEATURES = Features(
 
 
 def read_examples(
-    path: Path | str, version_2_with_negative: bool, unique_ids: bool = True, cache_dir: str | None = None
+    path: Path | str,
+    version_2_with_negative: bool,
+    unique_ids: bool = True,
+    cache_dir: str | None = None,
 ) -> Dataset:
     """Read and check a SQuAD JSON file.
 
@@ -81,7 +86,9 @@ def _checked(path: Path, version_2_with_negative: bool, unique_ids: bool) -> Ite
         if unique_ids:
             first = places.setdefault(question["id"], where)
             if first is not where:
-                raise UserError(f'{where}: "id" {quoted(question["id"])} already belongs to {first}; give it another one')
+                raise UserError(
+                    f'{where}: "id" {quoted(question["id"])} already belongs to {first}; give it another one'
+                )
         yield question
 
 
@@ -93,7 +100,9 @@ def load_hub_examples(split, version_2_with_negative, cache_dir=None):
     name = "rajpurkar/squad_v2" if version_2_with_negative else "rajpurkar/squad"
     try:
         hub = datasets.load_dataset(name, split=split, cache_dir=cache_dir)
-    except Exception as error:  # no network, offline mode, missing cache: each has its own type, some of httpx
+    except (
+        Exception
+    ) as error:  # no network, offline mode, missing cache: each has its own type, some of httpx
         raise UserError(
             f"{name} ({split}): cannot be loaded from the hub ({one_line(error)}); "
             "pass local files with --data_dir, or with --train_file and --predict_file"
@@ -115,7 +124,9 @@ def drop_misaligned(examples):
     stand at its `answer_start`. Unanswerable questions stay.
     """
     keep, skipped = [], []
-    for row, (id_, context, answers, is_impossible) in enumerate(row_tuples(examples, ["id", "context", "answers", "is_impossible"])):
+    for row, (id_, context, answers, is_impossible) in enumerate(
+        row_tuples(examples, ["id", "context", "answers", "is_impossible"])
+    ):
         text, start = next(zip(answers["text"], answers["answer_start"]), ("", 0))
         if is_impossible or (text.strip() and context.startswith(text, start)):
             keep.append(row)
@@ -154,7 +165,9 @@ def _questions(path):
                         row["answers"][key].append(_get(answer, key, kind, f"{where}, answer {n}"))
                 row["is_impossible"] = _get(qa, "is_impossible", bool, where, default=False)
                 if row["is_impossible"] and row["answers"]["text"]:
-                    raise UserError(f'{where}: "is_impossible" is true, yet it has answers; remove one of the two')
+                    raise UserError(
+                        f'{where}: "is_impossible" is true, yet it has answers; remove one of the two'
+                    )
                 yield row, where
 
 
@@ -168,14 +181,20 @@ _JSON_NAMES = {
 def _get(record, key, kind, where, default=_REQUIRED):
     """`record[key]`, which must be of the type `kind`."""
     if type(record) is not dict:
-        raise UserError(f'{where}: must be an object with "{key}", not {_JSON_NAMES[type(record)]}; correct it')
+        raise UserError(
+            f'{where}: must be an object with "{key}", not {_JSON_NAMES[type(record)]}; correct it'
+        )
     value = record.get(key, default)
     if value is _REQUIRED:
         raise UserError(f'{where}: "{key}" is missing; add it, or give a file in the SQuAD form')
     if type(value) is not kind:
-        raise UserError(f'{where}: "{key}" must be {_JSON_NAMES[kind]}, not {_JSON_NAMES[type(value)]}; correct it')
+        raise UserError(
+            f'{where}: "{key}" must be {_JSON_NAMES[kind]}, not {_JSON_NAMES[type(value)]}; correct it'
+        )
     if kind is int and not 0 <= value < 2**31:
-        raise UserError(f'{where}: "{key}" is {value}, but must be an index into the context; correct it')
+        raise UserError(
+            f'{where}: "{key}" is {value}, but must be an index into the context; correct it'
+        )
     if kind is str and (problem := text_problem(value)):
         raise UserError(f'{where}: "{key}" {problem}')
     return value
@@ -231,7 +250,10 @@ def _featurize(
     """One batch of examples -> a table of features. Columns are flat arrays, cut up by Arrow, for speed."""
     distinct = list(dict.fromkeys(contexts))
     encodings = backend.encode_batch(distinct, add_special_tokens=False)
-    tokenized = {text: (np.array(e.ids, np.int32), _spans(e.offsets, text)) for text, e in zip(distinct, encodings)}
+    tokenized = {
+        text: (np.array(e.ids, np.int32), _spans(e.offsets, text))
+        for text, e in zip(distinct, encodings)
+    }
     before, between, after = (np.array(ids, np.int32) for ids in frame)
     tokens, spans, best = [], [], []
     columns = collections.defaultdict(list)
@@ -352,7 +374,10 @@ def postprocess(
     candidates, nulls = collections.defaultdict(list), {}
     for start, end, (row, *window) in zip(start_logits, end_logits, _rows(features), strict=True):
         candidates[row].append(_candidates(start, end, *window, n_best_size, max_answer_length))
-        nulls[row] = min(nulls.get(row, (np.inf,)), (float(start[0]) + float(end[0]), float(start[0]), float(end[0])))
+        nulls[row] = min(
+            nulls.get(row, (np.inf,)),
+            (float(start[0]) + float(end[0]), float(start[0]), float(end[0])),
+        )
 
     predictions, nbest, null_odds = {}, {}, {}
     for row, (id_, context) in enumerate(row_tuples(examples, ["id", "context"])):
@@ -391,7 +416,10 @@ def _candidates(start, end, context_start, offsets, max_context, n_best_size, ma
     valid = (last >= first) & (last - first < max_answer_length) & max_context[first]
     i, j = np.nonzero(valid)
     first, last = first[i, 0], last[0, j]
-    return np.stack([start[first] + end[last], start[first], end[last], offsets[first, 0], offsets[last, 1]], axis=1)
+    return np.stack(
+        [start[first] + end[last], start[first], end[last], offsets[first, 0], offsets[last, 1]],
+        axis=1,
+    )
 
 
 def _nbest_list(spans, n_best_size):

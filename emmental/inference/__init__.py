@@ -36,7 +36,9 @@ PRUNED = 0.99  # a model with more left than this is called dense
 CSR_BELOW = 0.3  # density: a matrix with fewer weights than this is faster in CSR
 
 
-def sparsify(model: PreTrainedModel, kernel: str = "auto", csr_below: float = CSR_BELOW) -> PreTrainedModel:
+def sparsify(
+    model: PreTrainedModel, kernel: str = "auto", csr_below: float = CSR_BELOW
+) -> PreTrainedModel:
     """A model with the outputs of `model` (float32 rounding aside) that is faster because it is pruned.
 
     model: a BERT of any head, bertarized or masked. It is left as it is.
@@ -58,7 +60,10 @@ def sparsify(model: PreTrainedModel, kernel: str = "auto", csr_below: float = CS
     model = _plain(model)
     left = density(encoder_of(model))
     if left > PRUNED:
-        logger.warning("%.0f%% of the encoder's weights are left: nothing is gained by sparse inference", 100 * left)
+        logger.warning(
+            "%.0f%% of the encoder's weights are left: nothing is gained by sparse inference",
+            100 * left,
+        )
     if unfit:
         logger.warning("%s: compaction only, with dense products", unfit)
     if kernel == "compact" or unfit or (kernel == "auto" and left >= csr_below):
@@ -66,7 +71,13 @@ def sparsify(model: PreTrainedModel, kernel: str = "auto", csr_below: float = CS
     backend = _backend(kernel)
     encoder = encoder_of(model)
     layers = [
-        _sparse_layer(model.config, block.attention.self.num_attention_heads, block.get_parameter, backend, csr_below)
+        _sparse_layer(
+            model.config,
+            block.attention.self.num_attention_heads,
+            block.get_parameter,
+            backend,
+            csr_below,
+        )
         for block in encoder.layer
     ]
     sparse = copy.deepcopy(model, {id(encoder): SparseEncoder(model.config, backend, layers)})
@@ -90,7 +101,11 @@ def sparse_model(
     layers = []
     for number in range(config.num_hidden_layers):
         own = f"{prefix}{number}."
-        fetch = {name.removeprefix(own): tensor for name, tensor in tensors.items() if name.startswith(own)}.__getitem__
+        fetch = {
+            name.removeprefix(own): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(own)
+        }.__getitem__
         layers.append(_sparse_layer(config, config.num_attention_heads, fetch, backend, csr_below))
     rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
     shallow = copy.deepcopy(config)
@@ -107,7 +122,9 @@ def _check_model(model: nn.Module) -> None:
     if not isinstance(model, PreTrainedModel) or not isinstance(config, BertConfig) or not (
         isinstance(model, BertModel) or isinstance(getattr(model, "bert", None), BertModel)
     ):  # fmt: skip
-        raise ValueError(f"sparse inference knows BERT, plain or masked, with any head; this is a {name}")
+        raise ValueError(
+            f"sparse inference knows BERT, plain or masked, with any head; this is a {name}"
+        )
     encoder = encoder_of(model)
     if isinstance(encoder, SparseEncoder):
         raise ValueError("this model is sparse already")
@@ -118,7 +135,9 @@ def _check_model(model: nn.Module) -> None:
     if any(parameter.dtype != torch.float32 for parameter in encoder.parameters()):
         raise ValueError("sparse inference computes in float32: call float() on the model first")
     if not isinstance(config.hidden_act, str) or config.hidden_act not in ACT2FN:
-        raise ValueError(f"unknown hidden_act {config.hidden_act!r} in the configuration of the {name}")
+        raise ValueError(
+            f"unknown hidden_act {config.hidden_act!r} in the configuration of the {name}"
+        )
     for block in encoder.layer:
         function = block.intermediate.intermediate_act_fn
         if isinstance(function, nn.Module) and any(True for _ in function.parameters()):
@@ -131,8 +150,12 @@ def _check_model(model: nn.Module) -> None:
             )
     linears = [block.get_submodule(name) for block in encoder.layer for name in NAMES.values()]
     if any(linear.bias is None for linear in linears if isinstance(linear, nn.Linear)):
-        raise ValueError("the encoder has Linears without bias: sparse inference knows those of BERT, which have one")
-    if odd := {type(linear).__name__ for linear in linears if type(linear) not in (nn.Linear, MaskedLinear)}:
+        raise ValueError(
+            "the encoder has Linears without bias: sparse inference knows those of BERT, which have one"
+        )
+    if odd := {
+        type(linear).__name__ for linear in linears if type(linear) not in (nn.Linear, MaskedLinear)
+    }:
         raise ValueError(
             f"the encoder has {', '.join(sorted(odd))} in place of nn.Linear (quantised, adapted): give the plain model"
         )
@@ -185,9 +208,13 @@ def _sparse_layer(
 
     def prepare(affine):
         rows, columns = affine.weight.shape
-        return backend.prepare(affine, sparse=affine.weight.nnz < csr_below * max(1, rows * columns))
+        return backend.prepare(
+            affine, sparse=affine.weight.nnz < csr_below * max(1, rows * columns)
+        )
 
-    norms = [torch.as_tensor(fetch(f"{norm}.{part}")) for norm in NORMS for part in ("weight", "bias")]
+    norms = [
+        torch.as_tensor(fetch(f"{norm}.{part}")) for norm in NORMS for part in ("weight", "bias")
+    ]
     return SparseLayer(layer, norms, prepare)
 
 
@@ -203,4 +230,6 @@ def _finished(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _refuse_to_save(*args, **kwargs):
-    raise ValueError("a sparse or compacted model fits no configuration: save the model that it was made from")
+    raise ValueError(
+        "a sparse or compacted model fits no configuration: save the model that it was made from"
+    )

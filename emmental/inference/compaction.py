@@ -136,7 +136,9 @@ def compact_model(model: PreTrainedModel, encoder: nn.Module) -> None:
     """
     for block in encoder.layer:
         attention = block.attention.self
-        layer = compact(read_layer(block.get_parameter, attention.num_attention_heads), model.config.hidden_act)
+        layer = compact(
+            read_layer(block.get_parameter, attention.num_attention_heads), model.config.hidden_act
+        )
         size = _multiple(max(layer.sizes + layer.sizes_v, default=1), attention.attention_head_size)
         heads = max(1, len(layer.sizes))
         if heads * size < attention.all_head_size:
@@ -144,7 +146,9 @@ def compact_model(model: PreTrainedModel, encoder: nn.Module) -> None:
             _replace(attention, "query", layer.query, rows=rows, total=heads * size)
             _replace(attention, "key", layer.key, rows=rows, total=heads * size)
             _replace(attention, "value", layer.value, rows=rows_v, total=heads * size)
-            _replace(block.attention.output, "dense", layer.output, columns=rows_v, total=heads * size)
+            _replace(
+                block.attention.output, "dense", layer.output, columns=rows_v, total=heads * size
+            )
             attention.num_attention_heads, attention.attention_head_size = heads, size
             attention.all_head_size = heads * size
         neurons = len(layer.first.bias)
@@ -160,12 +164,14 @@ def _multiple(size: int, most: int) -> int:
 
 def _places(sizes: list[int], size: int) -> np.ndarray:
     """Where the rows of heads of these sizes lie when each has room for `size`."""
-    return np.concatenate([np.arange(own) + head * size for head, own in enumerate(sizes)] + [np.zeros(0, int)]).astype(
-        int
-    )
+    return np.concatenate(
+        [np.arange(own) + head * size for head, own in enumerate(sizes)] + [np.zeros(0, int)]
+    ).astype(int)
 
 
-def _replace(parent: nn.Module, name: str, affine: Affine, *, total: int, rows=None, columns=None) -> None:
+def _replace(
+    parent: nn.Module, name: str, affine: Affine, *, total: int, rows=None, columns=None
+) -> None:
     """Put a smaller Linear in the place of one: `rows` or `columns` are the places of the affine map's own, of `total`."""
     old = getattr(parent, name)
     weight, bias = affine.weight.toarray(), affine.bias
@@ -190,4 +196,6 @@ def _spread(array: np.ndarray, places: np.ndarray, total: int) -> np.ndarray:
 def density(encoder: nn.Module) -> float:
     """The fraction of weights of its Linears that are not zero, in [0, 1]."""
     weights = [module.weight for module in encoder.modules() if isinstance(module, nn.Linear)]
-    return sum(int(weight.count_nonzero()) for weight in weights) / max(1, sum(weight.numel() for weight in weights))
+    return sum(int(weight.count_nonzero()) for weight in weights) / max(
+        1, sum(weight.numel() for weight in weights)
+    )

@@ -20,9 +20,13 @@ class SparseLayer:
 
     def __init__(self, layer: Layer, norms: Sequence[Tensor], prepare: Callable[[Affine], Matrix]):
         parts = [layer.query, layer.key, layer.value]
-        together = Affine(vstack([p.weight for p in parts], format="csr"), np.concatenate([p.bias for p in parts]))
+        together = Affine(
+            vstack([p.weight for p in parts], format="csr"), np.concatenate([p.bias for p in parts])
+        )
         self.qkv = prepare(together)
-        self.output, self.first, self.second = map(prepare, (layer.output, layer.first, layer.second))
+        self.output, self.first, self.second = map(
+            prepare, (layer.output, layer.first, layer.second)
+        )
         self.sizes = torch.tensor(layer.sizes, dtype=torch.int32)
         self.sizes_v = torch.tensor(layer.sizes_v, dtype=torch.int32)
         self.norms = [tensor.detach().clone() for tensor in norms]
@@ -79,25 +83,39 @@ class SparseEncoder(nn.Module):
         for layer in self.layers:
             context = x  # where no head is left, output has no columns to read it
             if len(layer.sizes):
-                context = run.attention(run.product(layer.qkv, x, "qkv"), layer.sizes, layer.sizes_v, mask, scale)
-            x = run.layer_norm(run.product(layer.output, context, "between", residual=x), *layer.norms[:2], epsilon)
+                context = run.attention(
+                    run.product(layer.qkv, x, "qkv"), layer.sizes, layer.sizes_v, mask, scale
+                )
+            x = run.layer_norm(
+                run.product(layer.output, context, "between", residual=x), *layer.norms[:2], epsilon
+            )
             inner = run.product(layer.first, x, "inner", activation=activation)
-            x = run.layer_norm(run.product(layer.second, inner, "states", residual=x), *layer.norms[2:], epsilon)
+            x = run.layer_norm(
+                run.product(layer.second, inner, "states", residual=x), *layer.norms[2:], epsilon
+            )
         return run.leave(x)
 
     def _check(self, hidden_states: Tensor, kwargs: dict) -> None:
         if self.training:
-            raise ValueError("a sparse model cannot be trained: call eval(), or train the model that it was made from")
+            raise ValueError(
+                "a sparse model cannot be trained: call eval(), or train the model that it was made from"
+            )
         if hidden_states.device.type != "cpu" or hidden_states.dtype != torch.float32:
             raise ValueError(
                 f"a sparse model computes in float32 on the CPU, not in {hidden_states.dtype} on {hidden_states.device}: "
                 "call sparsify on a model that is on the GPU to have it compacted there"
             )
-        given = [name for name in ("past_key_values", "encoder_hidden_states") if kwargs.get(name) is not None]
+        given = [
+            name
+            for name in ("past_key_values", "encoder_hidden_states")
+            if kwargs.get(name) is not None
+        ]
         asked = ("output_attentions", "output_hidden_states")
         given += [name for name in asked if kwargs.get(name) or getattr(self.config, name, False)]
         if given:
-            raise ValueError(f"a sparse model gives last states only, without {', '.join(given)}: use the dense model")
+            raise ValueError(
+                f"a sparse model gives last states only, without {', '.join(given)}: use the dense model"
+            )
 
 
 def key_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
@@ -107,12 +125,16 @@ def key_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor |
     """
     if attention_mask is None:
         return None
-    wanted = (
-        f"a sparse model takes an attention_mask of batch x length ({batch} x {length}), 1 for tokens and 0 for padding"
-    )
-    if attention_mask.dtype != torch.bool or attention_mask.dim() != 4 or attention_mask.shape[-1] != length:
+    wanted = f"a sparse model takes an attention_mask of batch x length ({batch} x {length}), 1 for tokens and 0 for padding"
+    if (
+        attention_mask.dtype != torch.bool
+        or attention_mask.dim() != 4
+        or attention_mask.shape[-1] != length
+    ):
         raise ValueError(f"{wanted}, not {list(attention_mask.shape)} of {attention_mask.dtype}")
     first = attention_mask[:, :1, :1]
-    if attention_mask.shape[1:3] != (1, 1) and not torch.equal(first.expand_as(attention_mask), attention_mask):
+    if attention_mask.shape[1:3] != (1, 1) and not torch.equal(
+        first.expand_as(attention_mask), attention_mask
+    ):
         raise ValueError(f"{wanted}, not one that differs between queries or heads")
     return first[:, 0, 0].expand(batch, length).contiguous()

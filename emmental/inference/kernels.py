@@ -80,11 +80,17 @@ def cache_folder() -> Path:
 @functools.cache
 def load_native() -> ctypes.CDLL:
     """The native kernels, built if this machine has not done so yet. Raises UserError."""
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
+    compiler = next(
+        filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None
+    )
     if not compiler:
         raise UserError("there is no C++ compiler (c++, g++, clang++ or $CXX)")
-    target = _run([compiler, "-march=native", "-E", "-v", "-x", "c++", os.devnull])  # names compiler and processor
-    key = hashlib.blake2b("\0".join([SOURCE.read_text(), *FLAGS, target]).encode(), digest_size=12).hexdigest()
+    target = _run(
+        [compiler, "-march=native", "-E", "-v", "-x", "c++", os.devnull]
+    )  # names compiler and processor
+    key = hashlib.blake2b(
+        "\0".join([SOURCE.read_text(), *FLAGS, target]).encode(), digest_size=12
+    ).hexdigest()
     name = f"kernels-{key}.so"
     try:
         folder = cache_folder()
@@ -111,11 +117,16 @@ def _build(compiler: str, library: Path) -> None:
 
 def _run(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, errors="replace")
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=BUILD_SECONDS, errors="replace"
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"{command[0]} failed: {error}") from error
     if done.returncode:
-        reason = next((line for line in done.stderr.splitlines() if "error" in line), f"status {done.returncode}")
+        reason = next(
+            (line for line in done.stderr.splitlines() if "error" in line),
+            f"status {done.returncode}",
+        )
         raise UserError(f"{command[0]} failed: {reason}")
     return done.stderr
 
@@ -123,9 +134,30 @@ def _run(command: list[str]) -> str:
 def _open(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     pointer, long, integer, double = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
-    library.product.argtypes = [ctypes.POINTER(_Matrix), pointer, pointer, pointer, long, long, integer, integer]
+    library.product.argtypes = [
+        ctypes.POINTER(_Matrix),
+        pointer,
+        pointer,
+        pointer,
+        long,
+        long,
+        integer,
+        integer,
+    ]
     library.layer_norm.argtypes = [pointer, pointer, pointer, double, long, long, long, integer]
-    library.attention.argtypes = [pointer, pointer, long, pointer, pointer, long, long, pointer, double, long, integer]
+    library.attention.argtypes = [
+        pointer,
+        pointer,
+        long,
+        pointer,
+        pointer,
+        long,
+        long,
+        pointer,
+        double,
+        long,
+        integer,
+    ]
     for function in (library.product, library.layer_norm, library.attention):
         function.restype = None
     return library
@@ -157,7 +189,8 @@ class Native:
         self.batch, self.length, self.tokens = batch, length, batch * length
         # Tiles of 32 tokens are a fifth faster, unless they are half empty.
         self.width = min(
-            (2 * LANES, LANES), key=lambda width: self._tiles(width) * width * (1.2 if width == LANES else 1)
+            (2 * LANES, LANES),
+            key=lambda width: self._tiles(width) * width * (1.2 if width == LANES else 1),
         )
         self.tiles = self._tiles(self.width)
         self.library, self.threads = load_native(), torch.get_num_threads()
@@ -172,7 +205,9 @@ class Native:
         if not sparse:
             return Matrix(*weight.shape, bias, torch.from_numpy(weight.toarray()))
         if weight.shape[1] > MOST_COLUMNS:
-            raise ValueError(f"a sparse matrix has {MOST_COLUMNS:,} columns at most, not {weight.shape[1]:,}")
+            raise ValueError(
+                f"a sparse matrix has {MOST_COLUMNS:,} columns at most, not {weight.shape[1]:,}"
+            )
         # Unsigned 16 bits in a signed tensor, as torch cannot pickle the unsigned ones.
         parts = (weight.indptr.astype(np.int32), weight.indices.astype(np.uint16).view(np.int16))
         starts, indices = map(torch.from_numpy, parts)
@@ -180,7 +215,9 @@ class Native:
 
     def enter(self, hidden: Tensor) -> Tensor:
         """[batch, length, features] to the layout of this backend."""
-        rows = F.pad(hidden.reshape(self.tokens, -1), (0, 0, 0, self.tiles * self.width - self.tokens))
+        rows = F.pad(
+            hidden.reshape(self.tokens, -1), (0, 0, 0, self.tiles * self.width - self.tokens)
+        )
         tiles = rows.view(self.tiles, self.width, -1).transpose(1, 2)
         return _buffer("states", *tiles.shape).copy_(tiles)
 
@@ -190,12 +227,21 @@ class Native:
         return rows[: self.tokens].reshape(self.batch, self.length, -1)
 
     def product(
-        self, matrix: Matrix, x: Tensor, into: str, residual: Tensor | None = None, activation: str | None = None
+        self,
+        matrix: Matrix,
+        x: Tensor,
+        into: str,
+        residual: Tensor | None = None,
+        activation: str | None = None,
     ) -> Tensor:
         """activation(W x + b + residual), in the memory named `into`, which neither x nor residual may be in."""
         y = _buffer(into, self.tiles, matrix.rows, self.width)
         parts = (matrix.starts, matrix.indices, matrix.values, matrix.bias)
-        raw = _Matrix(matrix.rows, matrix.columns, *(part.data_ptr() if part is not None else None for part in parts))
+        raw = _Matrix(
+            matrix.rows,
+            matrix.columns,
+            *(part.data_ptr() if part is not None else None for part in parts),
+        )
         fused = activation == "gelu"
         self.library.product(raw, x.data_ptr(), residual.data_ptr() if residual is not None else None, y.data_ptr(),
                              self.tiles, self.width, fused, self.threads)  # fmt: skip
@@ -207,7 +253,9 @@ class Native:
                                 x.shape[1], self.tiles, self.width, self.threads)  # fmt: skip
         return x
 
-    def attention(self, qkv: Tensor, sizes: Tensor, sizes_v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    def attention(
+        self, qkv: Tensor, sizes: Tensor, sizes_v: Tensor, mask: Tensor | None, scale: float
+    ) -> Tensor:
         """The heads' outputs, head by head; sizes, sizes_v: int32 (heads). mask: bool [batch, length] or None."""
         out = _buffer("context", self.tiles, int(sizes_v.sum()), self.width)
         self.library.attention(qkv.data_ptr(), out.data_ptr(), len(sizes), sizes.data_ptr(), sizes_v.data_ptr(), self.batch,
@@ -233,7 +281,11 @@ class Library:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
                 matrix.weight = torch.sparse_csr_tensor(
-                    matrix.starts, matrix.indices, matrix.values, (matrix.rows, matrix.columns), check_invariants=True
+                    matrix.starts,
+                    matrix.indices,
+                    matrix.values,
+                    (matrix.rows, matrix.columns),
+                    check_invariants=True,
                 )
         return matrix
 
@@ -244,25 +296,44 @@ class Library:
         return x.t().reshape(self.batch, self.length, -1)
 
     def product(
-        self, matrix: Matrix, x: Tensor, into: str, residual: Tensor | None = None, activation: str | None = None
+        self,
+        matrix: Matrix,
+        x: Tensor,
+        into: str,
+        residual: Tensor | None = None,
+        activation: str | None = None,
     ) -> Tensor:
         bias = matrix.bias[:, None]
-        y = bias.expand(-1, x.shape[1]) if matrix.columns == 0 else torch.addmm(bias, matrix.weight, x)
+        y = (
+            bias.expand(-1, x.shape[1])
+            if matrix.columns == 0
+            else torch.addmm(bias, matrix.weight, x)
+        )
         y = y if residual is None else y + residual
         return ACT2FN[activation](y) if activation else y
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
         return F.layer_norm(x.t(), weight.shape, weight, bias, epsilon).t().contiguous()
 
-    def attention(self, qkv: Tensor, sizes: Tensor, sizes_v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    def attention(
+        self, qkv: Tensor, sizes: Tensor, sizes_v: Tensor, mask: Tensor | None, scale: float
+    ) -> Tensor:
         q, k, v = qkv.split([int(sizes.sum()), int(sizes.sum()), int(sizes_v.sum())])
         mask = None if mask is None else mask[:, None, None, :]
         outputs, row, row_v = [], 0, 0
         for (size, size_v), group in groupby(zip(sizes.tolist(), sizes_v.tolist(), strict=True)):
             heads = len(list(group))
-            parts = (q[row : row + heads * size], k[row : row + heads * size], v[row_v : row_v + heads * size_v])
-            q_, k_, v_ = (part.view(heads, -1, self.batch, self.length).permute(2, 0, 3, 1) for part in parts)
-            out = F.scaled_dot_product_attention(q_, k_, v_, mask, scale=scale)  # [batch, heads, length, size_v]
+            parts = (
+                q[row : row + heads * size],
+                k[row : row + heads * size],
+                v[row_v : row_v + heads * size_v],
+            )
+            q_, k_, v_ = (
+                part.view(heads, -1, self.batch, self.length).permute(2, 0, 3, 1) for part in parts
+            )
+            out = F.scaled_dot_product_attention(
+                q_, k_, v_, mask, scale=scale
+            )  # [batch, heads, length, size_v]
             outputs.append(out.permute(1, 3, 0, 2).reshape(heads * size_v, -1))
             row, row_v = row + heads * size, row_v + heads * size_v
         return torch.cat(outputs)

@@ -103,7 +103,9 @@ class MaskedLinear(nn.Linear):
             mask = self.method.masks([self.source], threshold, self.training)[0]
             current = MaskInForce(mask, threshold, self.training, lasting=False)
         elif current is None:
-            raise RuntimeError("no mask: use `with masked(model, threshold): ...`, or threshold=...")
+            raise RuntimeError(
+                "no mask: use `with masked(model, threshold): ...`, or threshold=..."
+            )
         if current.lasting and not (self.training or torch.is_grad_enabled()):
             weight = current.masked_weight if type(self.weight) is nn.Parameter else None
             if weight is None:

@@ -15,7 +15,14 @@ from .points import METHODS, TASKS, load_points
 from .runs import Run
 
 COLOURS = dict(zip(METHODS, ("tab:blue", "tab:green", "tab:orange", "tab:red"), strict=True))
-KINDS = ("query", "key", "value", "attention.output", "intermediate", "output")  # of a layer's matrices, in its order
+KINDS = (
+    "query",
+    "key",
+    "value",
+    "attention.output",
+    "intermediate",
+    "output",
+)  # of a layer's matrices, in its order
 POINTS = 4000  # weights in a scatter, kept and pruned each
 
 
@@ -39,7 +46,8 @@ def metric_figure(task: str, runs: list[Run]) -> Figure:
             ours = [
                 (run.remaining, run.metrics[metric])
                 for run in own
-                if (run.method, run.distil, run.global_topk) == (method, distil, False) and metric in run.metrics
+                if (run.method, run.distil, run.global_topk) == (method, distil, False)
+                and metric in run.metrics
             ]
             if ours:
                 axes.scatter(*zip(*ours, strict=True), color=COLOURS[method], marker="o" if distil else "x", zorder=3,
@@ -48,9 +56,18 @@ def metric_figure(task: str, runs: list[Run]) -> Figure:
         if run.is_dense and metric in run.metrics:
             axes.axhline(run.metrics[metric], color="black", linewidth=0.8, linestyle="--")
             axes.annotate(
-                "dense (ours)", (0.01, run.metrics[metric]), xycoords=("axes fraction", "data"), va="bottom", fontsize=8
+                "dense (ours)",
+                (0.01, run.metrics[metric]),
+                xycoords=("axes fraction", "data"),
+                va="bottom",
+                fontsize=8,
             )
-    axes.set(xscale="log", xlabel="remaining weights, % of the encoder", ylabel=f"{metric}, %", title=task)
+    axes.set(
+        xscale="log",
+        xlabel="remaining weights, % of the encoder",
+        ylabel=f"{metric}, %",
+        title=task,
+    )
     for axis_formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
         axis_formatter(FormatStrFormatter("%g"))
     if axes.get_legend_handles_labels()[0]:
@@ -66,8 +83,18 @@ def layer_figure(run: Run) -> Figure:
     axes = figure.subplots()
     per_layer = len(KINDS)
     for place, kind in enumerate(KINDS):
-        axes.plot([matrix.percent for matrix in matrices[place::per_layer]], marker="o", markersize=3, label=kind)
-    axes.set(xlabel="layer", ylabel="remaining weights, %", title=_title(run), xticks=range(len(matrices) // per_layer))
+        axes.plot(
+            [matrix.percent for matrix in matrices[place::per_layer]],
+            marker="o",
+            markersize=3,
+            label=kind,
+        )
+    axes.set(
+        xlabel="layer",
+        ylabel="remaining weights, %",
+        title=_title(run),
+        xticks=range(len(matrices) // per_layer),
+    )
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     return figure
@@ -96,7 +123,9 @@ def scatter_figure(run: Run) -> Figure:
         for kept in parts:
             places = ((masks.by_layer[name] != 0) == kept).flatten().nonzero().flatten()
             chosen = places[torch.randperm(len(places), generator=generator)[:share]]
-            parts[kept].append(torch.stack([before.flatten()[chosen], layer.weight.flatten()[chosen]]))
+            parts[kept].append(
+                torch.stack([before.flatten()[chosen], layer.weight.flatten()[chosen]])
+            )
     figure = Figure(figsize=(9, 8), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True, sharey="row")
     for column, (kept, colour) in enumerate(((True, "tab:orange"), (False, "tab:gray"))):
@@ -125,7 +154,11 @@ def draw(runs: list[Run], folder: Path) -> list[tuple[Path, str | None]]:
     folder.mkdir(parents=True, exist_ok=True)
     outcomes = []
     for task in sorted({run.task for run in runs}):
-        outcomes.append(_save(folder / f"{task.replace(chr(47), chr(45))}-metric.png", metric_figure, task, runs))
+        outcomes.append(
+            _save(
+                folder / f"{task.replace(chr(47), chr(45))}-metric.png", metric_figure, task, runs
+            )
+        )
     for run in runs:
         if not run.is_dense:
             name = "-".join(run.folder.parts[-2:])

@@ -25,7 +25,11 @@ COLUMNS = {
     "mnli": ("acc_matched", "acc_mismatched"),
     "qqp": ("acc", "f1"),
 }  # and the paper
-EXAMPLES = {"squad": 88_524, "mnli": 392_702, "qqp": 363_846}  # of training; for SQuAD, features of 384 tokens
+EXAMPLES = {
+    "squad": 88_524,
+    "mnli": 392_702,
+    "qqp": 363_846,
+}  # of training; for SQuAD, features of 384 tokens
 SEEDS = {"squad": 92}  # that the paper's sheets name; else the scripts' default
 TEACHER = "teacher"
 FLAGS = (
@@ -77,7 +81,9 @@ def load_points(task: str) -> list[Point]:
                 for name, column in zip(METRICS[task], COLUMNS[task], strict=True)
                 if row[column]
             }
-            remaining = float(row["remaining_weights_pct"]) if row["remaining_weights_pct"] else None
+            remaining = (
+                float(row["remaining_weights_pct"]) if row["remaining_weights_pct"] else None
+            )
             settings = {flag: row[flag] for flag in FLAGS if row[flag]}
             points.append(
                 Point(
@@ -100,11 +106,15 @@ def find_point(task: str, name: str) -> Point:
     if name not in points:
         near = difflib.get_close_matches(name.upper(), points, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise UserError(f"{task} has no point {name!r}: {hint}`paper_tables.py list --task {task}` shows them")
+        raise UserError(
+            f"{task} has no point {name!r}: {hint}`paper_tables.py list --task {task}` shows them"
+        )
     return points[name]
 
 
-def paper_value(task: str, metric: str, method: str, distil: bool, remaining: float) -> float | None:
+def paper_value(
+    task: str, metric: str, method: str, distil: bool, remaining: float
+) -> float | None:
     """The paper's metric (percent) at `remaining` percent, on a line between its two nearest runs; None outside of them.
 
     Of the matrix-by-matrix runs, not the global ones.
@@ -112,7 +122,8 @@ def paper_value(task: str, metric: str, method: str, distil: bool, remaining: fl
     line = sorted(
         (point.remaining, point.metrics[metric])
         for point in load_points(task)
-        if (point.method, point.distil, point.global_topk) == (method, distil, False) and metric in point.metrics
+        if (point.method, point.distil, point.global_topk) == (method, distil, False)
+        and metric in point.metrics
     )
     for (low, start), (high, end) in zip(line, line[1:], strict=False):
         if low <= remaining <= high:
@@ -150,14 +161,26 @@ class Step:
     @property
     def settings(self) -> dict[str, str]:
         """The flags by name, "True" for a bare one; the last of several wins, as it does for the script."""
-        words = [part for flag in self.flags for part in (flag.split("=", 1) if flag.startswith("--") else [flag])]
+        words = [
+            part
+            for flag in self.flags
+            for part in (flag.split("=", 1) if flag.startswith("--") else [flag])
+        ]
         pairs = itertools.pairwise([*words, "--"])
-        return {word[2:]: "True" if after.startswith("--") else after for word, after in pairs if word.startswith("--")}
+        return {
+            word[2:]: "True" if after.startswith("--") else after
+            for word, after in pairs
+            if word.startswith("--")
+        }
 
     @property
     def words(self) -> list[str]:
         """The command, to be typed."""
-        launcher = ["torchrun", "--nproc_per_node", str(self.processes)] if self.processes > 1 else ["python"]
+        launcher = (
+            ["torchrun", "--nproc_per_node", str(self.processes)]
+            if self.processes > 1
+            else ["python"]
+        )
         return [*launcher, self.script, *self.flags]
 
 
@@ -172,7 +195,9 @@ def steps(point: Point, options: Options) -> list[Step]:
         raise UserError(f"--seed must lie in [0, 2^32), got {options.seed}")
     for word in options.extra:
         if word.partition("=")[0] in OURS:
-            raise UserError(f"{word.partition('=')[0]} is not for the scripts alone: give it, or what decides it, before the --")
+            raise UserError(
+                f"{word.partition('=')[0]} is not for the scripts alone: give it, or what decides it, before the --"
+            )
     if options.task_name and point.task == "squad":
         raise UserError("--task_name is for points of mnli and qqp")
     task = options.task_name or point.task
@@ -184,8 +209,15 @@ def steps(point: Point, options: Options) -> list[Step]:
     if not point.distil:
         return [_step(point, options, own, [])]
     teacher = options.teacher or str(folder / TEACHER)
-    before = [] if options.teacher else [_step(find_point(point.task, TEACHER), options, folder / TEACHER, [])]
-    return [*before, _step(point, options, own, ["--teacher_type", "bert", "--teacher_name_or_path", teacher])]
+    before = (
+        []
+        if options.teacher
+        else [_step(find_point(point.task, TEACHER), options, folder / TEACHER, [])]
+    )
+    return [
+        *before,
+        _step(point, options, own, ["--teacher_type", "bert", "--teacher_name_or_path", teacher]),
+    ]
 
 
 def _seed(point: Point, options: Options) -> int:
@@ -194,7 +226,12 @@ def _seed(point: Point, options: Options) -> int:
 
 def _step(point: Point, options: Options, output_dir: Path, teacher: list[str]) -> Step:
     dense = point.name == TEACHER
-    flags = ["--model_type", "bert" if dense else "masked_bert", "--model_name_or_path", options.model]
+    flags = [
+        "--model_type",
+        "bert" if dense else "masked_bert",
+        "--model_name_or_path",
+        options.model,
+    ]
     if point.task != "squad":
         flags += ["--task_name", options.task_name or point.task]
     if options.data_dir:
@@ -207,7 +244,9 @@ def _step(point: Point, options: Options, output_dir: Path, teacher: list[str]) 
         settings["warmup_steps"] = str(round(options.scale * int(point.settings["warmup_steps"])))
     batch = int(settings["per_gpu_train_batch_size"])
     if batch % options.processes:
-        raise UserError(f"batches of {batch} cannot be shared by {options.processes} processes: choose a divisor")
+        raise UserError(
+            f"batches of {batch} cannot be shared by {options.processes} processes: choose a divisor"
+        )
     settings["per_gpu_train_batch_size"] = str(batch // options.processes)
     given = {word.partition("=")[0] for word in options.extra}
     for flag, value in settings.items():
@@ -223,5 +262,8 @@ def _step(point: Point, options: Options, output_dir: Path, teacher: list[str]) 
         *options.extra,
     ]
     return Step(
-        "masked_run_squad.py" if point.task == "squad" else "masked_run_glue.py", flags, output_dir, options.processes
+        "masked_run_squad.py" if point.task == "squad" else "masked_run_glue.py",
+        flags,
+        output_dir,
+        options.processes,
     )

@@ -24,7 +24,15 @@ HEADLINE = {  # as printed in the paper; some cells are the authors' interpolati
 
 def headline(runs: list[Run]) -> list[list[str]]:
     """The rows of the headline table: for each task, with and without a teacher, the paper's row and ours below."""
-    rows = [["task (metrics)", "whose", "dense", "remaining", *(TITLES.get(method, method) for method in METHODS)]]
+    rows = [
+        [
+            "task (metrics)",
+            "whose",
+            "dense",
+            "remaining",
+            *(TITLES.get(method, method) for method in METHODS),
+        ]
+    ]
     tasks = sorted({run.task for run in runs}, key=lambda task: (task not in TASKS, task))
     for task in tasks:
         own = [run for run in runs if run.task == task]
@@ -32,13 +40,26 @@ def headline(runs: list[Run]) -> list[list[str]]:
         dense = [run for run in own if run.is_dense and not run.distil]
         for distil in (True, False):
             for level in LEVELS:
-                cells = [_cell([run for run in own if _belongs(run, method, distil, level)]) for method in METHODS]
+                cells = [
+                    _cell([run for run in own if _belongs(run, method, distil, level)])
+                    for method in METHODS
+                ]
                 if not any(cells):
                     continue
                 name = f"{title}, {'distilled' if distil else 'without teacher'}"
                 if task in TASKS:
-                    rows.append([name, "paper", _paper_dense(task), f"{level}%", *_paper_cells(task, distil, level)])
-                rows.append([name, "ours", _cell(dense, remaining=False), f"about {level}%", *cells])
+                    rows.append(
+                        [
+                            name,
+                            "paper",
+                            _paper_dense(task),
+                            f"{level}%",
+                            *_paper_cells(task, distil, level),
+                        ]
+                    )
+                rows.append(
+                    [name, "ours", _cell(dense, remaining=False), f"about {level}%", *cells]
+                )
     return rows
 
 
@@ -50,16 +71,22 @@ def _belongs(run: Run, method: str, distil: bool, level: int) -> bool:
 
 def _cell(runs: list[Run], remaining: bool = True) -> str:
     """Means over seeds, with the range of the first metric where there are several; other settings stand apart."""
-    groups = itertools.groupby(sorted(runs, key=lambda run: run.settings), key=lambda run: run.settings)
+    groups = itertools.groupby(
+        sorted(runs, key=lambda run: run.settings), key=lambda run: run.settings
+    )
     return "; ".join(_seeds(list(group), remaining) for _, group in groups)
 
 
 def _seeds(runs: list[Run], remaining: bool) -> str:
-    text = "/".join(f"{statistics.mean(run.metrics[name] for run in runs):.1f}" for name in runs[0].metrics)
+    text = "/".join(
+        f"{statistics.mean(run.metrics[name] for run in runs):.1f}" for name in runs[0].metrics
+    )
     if len(runs) > 1:
         first = [next(iter(run.metrics.values())) for run in runs]
         text += f" ({min(first):.1f} to {max(first):.1f}, {len(runs)} seeds)"
-    return text + (f" at {statistics.mean(run.remaining for run in runs):.1f}%" if remaining else "")
+    return text + (
+        f" at {statistics.mean(run.remaining for run in runs):.1f}%" if remaining else ""
+    )
 
 
 def _paper_dense(task: str) -> str:
@@ -70,14 +97,21 @@ def _paper_cells(task: str, distil: bool, level: int) -> Iterable[str]:
     if distil:
         return HEADLINE[task, level]
     metrics = load_points(task)[0].metrics
-    values = ([paper_value(task, name, method, False, level) for name in metrics] for method in METHODS)
-    return ["/".join("" if value is None else f"{value:.1f}" for value in pair).strip("/") for pair in values]
+    values = (
+        [paper_value(task, name, method, False, level) for name in metrics] for method in METHODS
+    )
+    return [
+        "/".join("" if value is None else f"{value:.1f}" for value in pair).strip("/")
+        for pair in values
+    ]
 
 
 def run_rows(runs: list[Run]) -> list[dict]:
     """One row for each run, for CSV; the paper's metrics stand on the line between its two nearest runs."""
     rows = []
-    for run in sorted(runs, key=lambda run: (run.task, run.method, run.distil, -run.remaining, run.seed)):
+    for run in sorted(
+        runs, key=lambda run: (run.task, run.method, run.distil, -run.remaining, run.seed)
+    ):
         row = {
             "task": run.task, "method": run.method + ", global" * run.global_topk, "teacher": "yes" if run.distil else "",
             "seed": run.seed, "remaining %": round(run.remaining, 2), "of the Linears %": round(run.remaining_linear, 2),
@@ -85,8 +119,13 @@ def run_rows(runs: list[Run]) -> list[dict]:
         row["metrics"] = ", ".join(f"{name} {value:.2f}" for name, value in run.metrics.items())
         paper = {}
         if run.task in TASKS and not run.is_dense and not run.global_topk:
-            paper = {name: paper_value(run.task, name, run.method, run.distil, run.remaining) for name in run.metrics}
-        row["paper there"] = ", ".join(f"{name} {value:.2f}" for name, value in paper.items() if value is not None)
+            paper = {
+                name: paper_value(run.task, name, run.method, run.distil, run.remaining)
+                for name in run.metrics
+            }
+        row["paper there"] = ", ".join(
+            f"{name} {value:.2f}" for name, value in paper.items() if value is not None
+        )
         row |= {
             "updates": run.updates, "batch": run.batch, "hours": round(run.seconds / 3600, 2), "hardware": run.hardware,
             "model": run.model, "folder": str(run.folder),

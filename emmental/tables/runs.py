@@ -49,7 +49,9 @@ class Run:
     def settings(self) -> tuple:
         """All that its seed does not decide: runs with the same ones differ by their seeds."""
         free = FREE_ARGUMENTS - {"model_name_or_path"} | {"seed"}
-        return tuple(sorted((name, str(value)) for name, value in self.args.items() if name not in free))
+        return tuple(
+            sorted((name, str(value)) for name, value in self.args.items() if name not in free)
+        )
 
     @property
     def is_dense(self) -> bool:
@@ -102,7 +104,9 @@ def read_run(folder: Path) -> Run:
         squad = "squad_v2" if args.get("version_2_with_negative") else "squad"
         task = squad if "doc_stride" in args else str(args["task_name"]).lower()
         masked = is_masked(args["model_type"])
-        names = METRICS.get(task) or tuple(name for name in results if _is_metric(name, results[name]))
+        names = METRICS.get(task) or tuple(
+            name for name in results if _is_metric(name, results[name])
+        )
         scale = 1 if "doc_stride" in args else 100
         metrics = {name: scale * float(results[name]) for name in names}
         method = METHODS[args["pruning_method"]].title if masked else "dense"
@@ -113,13 +117,17 @@ def read_run(folder: Path) -> Run:
         run.batch = int(args["per_gpu_train_batch_size"]) * int(args["gradient_accumulation_steps"])
         run.model = str(args["model_name_or_path"])
     except KeyError as error:
-        raise UserError(f"its files lack {error}: it is of another version of these scripts, or of another task") from error
+        raise UserError(
+            f"its files lack {error}: it is of another version of these scripts, or of another task"
+        ) from error
     except (TypeError, ValueError) as error:
         raise UserError(f"its files hold what these scripts do not write ({error})") from error
     if not all(math.isfinite(value) for value in metrics.values()) or not metrics:
         raise UserError("its metrics are missing or not finite")
     if is_masked(config["model_type"]) != masked:
-        raise UserError(f"{ARGS_FILE} says {args['model_type']}, and config.json {config.get('model_type')}")
+        raise UserError(
+            f"{ARGS_FILE} says {args['model_type']}, and config.json {config.get('model_type')}"
+        )
     if masked:
         _recount(run, config, results)
     return run
@@ -127,15 +135,22 @@ def read_run(folder: Path) -> Run:
 
 def _recount(run: Run, config: dict, results: dict) -> None:
     if config.get("pruning_method") != run.args["pruning_method"]:
-        raise UserError(f"{ARGS_FILE} says {run.args['pruning_method']}, and config.json {config.get('pruning_method')}")
+        raise UserError(
+            f"{ARGS_FILE} says {run.args['pruning_method']}, and config.json {config.get('pruning_method')}"
+        )
     try:
         counts = remaining_weights(load_masked(str(run.folder)))
     except UserError as error:
         raise UserError(str(error)) from error
     run.remaining, run.remaining_linear = counts.published_percent, counts.linear_percent
     recorded = results.get("remaining_percent_linear")
-    if not isinstance(recorded, float | int) or abs(recorded - run.remaining_linear) > COUNT_TOLERANCE:
-        raise UserError(f"{RESULTS} says that {recorded}% remain, and its checkpoint holds {run.remaining_linear:.2f}%")
+    if (
+        not isinstance(recorded, float | int)
+        or abs(recorded - run.remaining_linear) > COUNT_TOLERANCE
+    ):
+        raise UserError(
+            f"{RESULTS} says that {recorded}% remain, and its checkpoint holds {run.remaining_linear:.2f}%"
+        )
 
 
 def _read(folder: Path, name: str) -> dict:
@@ -166,10 +181,15 @@ def _means(text: str, value) -> bool:
             return float(text) == value
         except ValueError:
             return False
-    return text.removeprefix("./").rstrip("/").lower() == str(value).removeprefix("./").rstrip("/").lower()
+    return (
+        text.removeprefix("./").rstrip("/").lower()
+        == str(value).removeprefix("./").rstrip("/").lower()
+    )
 
 
-def run_state(output_dir: Path, settings: dict[str, str], tolerant: bool = False) -> tuple[str, list[str]]:
+def run_state(
+    output_dir: Path, settings: dict[str, str], tolerant: bool = False
+) -> tuple[str, list[str]]:
     """How far the run with these flags (name and text) has come in its folder, and which settings differ there.
 
     FINISHED, TRAINED (not evaluated) or BEGUN. Raises UserError when a run with other settings has been trained there;
@@ -180,7 +200,9 @@ def run_state(output_dir: Path, settings: dict[str, str], tolerant: bool = False
     try:
         found = _read(output_dir, ARGS_FILE)
     except UserError as error:
-        raise UserError(f"{output_dir}: {error}; remove it, or choose another --runs_dir") from error
+        raise UserError(
+            f"{output_dir}: {error}; remove it, or choose another --runs_dir"
+        ) from error
     free = FREE_ARGUMENTS - ESSENTIAL
     differing = {
         name: f"--{name} {found.get(name)} there, {text} now"
@@ -190,7 +212,9 @@ def run_state(output_dir: Path, settings: dict[str, str], tolerant: bool = False
     differing |= {  # flags that have no value of their own when they are not given
         name: f"--{name} {value} there, not given now"
         for name, value in sorted(found.items())
-        if name not in settings and name not in free and (value is True or (name in BARE and value is not None))
+        if name not in settings
+        and name not in free
+        and (value is True or (name in BARE and value is not None))
     }
     if differing.keys() & ESSENTIAL if tolerant else differing:
         raise UserError(

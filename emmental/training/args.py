@@ -28,7 +28,11 @@ PRUNING_ARGUMENTS = (
     "initial_warmup", "final_warmup", "regularization", "final_lambda", "target_remaining", "global_topk", "global_topk_frequency_compute",
 )  # fmt: skip
 WITHOUT_MEANING = ("fp16_opt_level", "server_ip", "server_port", "lang_id")
-COUNT, POSITIVE, NOT_NEGATIVE = number(int, at_least=1), number(float, above=0), number(float, at_least=0)
+COUNT, POSITIVE, NOT_NEGATIVE = (
+    number(int, at_least=1),
+    number(float, above=0),
+    number(float, at_least=0),
+)
 
 
 def pruning_method(text: str) -> str:
@@ -51,6 +55,7 @@ def make_parser(task: Task, description: str) -> Parser:
 
 def add_common_arguments(parser: argparse.ArgumentParser, task: Task) -> None:
     """Add every flag that is not a task's own, in groups."""
+    # fmt: off
     group = parser.add_argument_group("what to run")
     add = group.add_argument
     add("--model_type", type=choice(*model_types()), required=True,
@@ -146,6 +151,9 @@ def add_common_arguments(parser: argparse.ArgumentParser, task: Task) -> None:
             add(f"--{name}", default=None, help=argparse.SUPPRESS)
 
 
+    # fmt: on
+
+
 def check_common_arguments(args: argparse.Namespace, given: set[str]) -> list[str]:
     """Every problem that the arguments have among themselves, one line each."""
     problems = []
@@ -154,7 +162,9 @@ def check_common_arguments(args: argparse.Namespace, given: set[str]) -> list[st
 
     actions = [name for name in ("do_train", "do_eval", "do_predict") if name in vars(args)]
     if not any(getattr(args, name) for name in actions):
-        problems.append(f"nothing to do: give {' or '.join(f'--{name}' for name in actions)}, or several of them")
+        problems.append(
+            f"nothing to do: give {' or '.join(f'--{name}' for name in actions)}, or several of them"
+        )
     if args.max_steps <= 0 and not 0 < args.num_train_epochs < float("inf"):
         problems.append(f"--num_train_epochs must be positive, got {args.num_train_epochs}")
     if args.fp16 and args.bf16:
@@ -181,8 +191,10 @@ def check_common_arguments(args: argparse.Namespace, given: set[str]) -> list[st
         problems.append(f"--output_dir {args.output_dir}: {existing} is a file, not a folder")
     elif not os.access(existing, os.W_OK):
         problems.append(f"--output_dir {args.output_dir}: {existing} cannot be written to")
-    elif args.do_train and not (args.overwrite_output_dir or resumes_in_place(args)) and (
-        os.path.isdir(args.output_dir) and os.listdir(args.output_dir)
+    elif (
+        args.do_train
+        and not (args.overwrite_output_dir or resumes_in_place(args))
+        and (os.path.isdir(args.output_dir) and os.listdir(args.output_dir))
     ):
         problems.append(
             f"--output_dir {args.output_dir} is not empty: choose another folder, or give --overwrite_output_dir, "
@@ -194,16 +206,31 @@ def check_common_arguments(args: argparse.Namespace, given: set[str]) -> list[st
 def resumes_in_place(args: argparse.Namespace) -> bool:
     """Whether the run continues one of output_dir itself; another one's checkpoints may lie anywhere."""
     asked = args.resume_from_checkpoint
-    return asked == "latest" or bool(asked) and Path(asked).resolve().parent == Path(args.output_dir).resolve()
+    return (
+        asked == "latest"
+        or bool(asked)
+        and Path(asked).resolve().parent == Path(args.output_dir).resolve()
+    )
 
 
 def _warn_of_idle_arguments(args: argparse.Namespace, given: set[str]) -> None:
     """Warn of arguments that ask for something and change nothing, as they stand together."""
     idle = {
-        "--do_train": () if args.do_train else ("evaluate_during_training", "teacher_name_or_path", "regularization", "target_remaining"),
+        "--do_train": ()
+        if args.do_train
+        else (
+            "evaluate_during_training",
+            "teacher_name_or_path",
+            "regularization",
+            "target_remaining",
+        ),
         "--do_eval": () if args.do_eval else ("eval_all_checkpoints",),
-        "--teacher_name_or_path": () if args.teacher_name_or_path else ("alpha_ce", "alpha_distil", "temperature"),
-        f"--model_type {MASKED}{args.model_type}": () if is_masked(args.model_type) else PRUNING_ARGUMENTS,
+        "--teacher_name_or_path": ()
+        if args.teacher_name_or_path
+        else ("alpha_ce", "alpha_distil", "temperature"),
+        f"--model_type {MASKED}{args.model_type}": ()
+        if is_masked(args.model_type)
+        else PRUNING_ARGUMENTS,
     }
     for needed, names in idle.items():
         if without_effect := [f"--{name}" for name in names if name in given]:
@@ -212,7 +239,9 @@ def _warn_of_idle_arguments(args: argparse.Namespace, given: set[str]) -> None:
     if args.do_train and is_masked(args.model_type) and method.penalty:
         if not (regularization_mode(args) and (args.final_lambda or args.target_remaining)):
             logger.warning(
-                "%s prunes little without a penalty: add --regularization %s --final_lambda ...", method.title, method.penalty
+                "%s prunes little without a penalty: add --regularization %s --final_lambda ...",
+                method.title,
+                method.penalty,
             )
         if method.threshold and args.initial_threshold > args.final_threshold:
             logger.warning(
@@ -226,16 +255,22 @@ def _check_pruning_arguments(args: argparse.Namespace) -> list[str]:
     if method.is_fraction or args.global_topk:
         for name in ("initial_threshold", "final_threshold"):
             if not 0 <= getattr(args, name) <= 1:
-                problems.append(f"--{name} is a fraction and must lie in [0, 1], got {getattr(args, name)}")
+                problems.append(
+                    f"--{name} is a fraction and must lie in [0, 1], got {getattr(args, name)}"
+                )
     penalty = regularization_mode(args)
     if penalty and not method.scores:
-        problems.append(f"--regularization {penalty} needs scores, and --pruning_method {args.pruning_method} has none")
+        problems.append(
+            f"--regularization {penalty} needs scores, and --pruning_method {args.pruning_method} has none"
+        )
     if args.target_remaining is not None:
         problems += _check_target(args)
     elif penalty and args.do_train and args.final_lambda == 0:
         logger.warning("--regularization %s has no effect with --final_lambda 0", penalty)
     if args.final_lambda and not penalty and args.do_train:
-        problems.append("--final_lambda has no effect without --regularization: add --regularization l1 or l0")
+        problems.append(
+            "--final_lambda has no effect without --regularization: add --regularization l1 or l0"
+        )
     if args.global_topk and not method.ranks_together:
         fitting = [name for name, other in METHODS.items() if other.ranks_together]
         problems.append(f"--global_topk goes with {', '.join(fitting)}, not with {method.name}")
@@ -247,7 +282,9 @@ def _check_pruning_arguments(args: argparse.Namespace) -> list[str]:
 def _check_target(args: argparse.Namespace) -> list[str]:
     problems, method = [], METHODS[args.pruning_method]
     if not 0 < args.target_remaining < 1:
-        problems.append(f"--target_remaining is a fraction and must lie between 0 and 1, got {args.target_remaining}")
+        problems.append(
+            f"--target_remaining is a fraction and must lie between 0 and 1, got {args.target_remaining}"
+        )
     elif method.penalty and method.has_floor and args.target_remaining <= 1.2 * MIN_REMAINING:
         problems.append(
             f"--target_remaining {args.target_remaining:g}: each matrix keeps {MIN_REMAINING:.1%} at least, so ask for more than "
@@ -255,11 +292,17 @@ def _check_target(args: argparse.Namespace) -> list[str]:
         )
     if not method.penalty:
         methods = " and ".join(name for name, other in METHODS.items() if other.penalty)
-        problems.append(f"--target_remaining goes with {methods}; --final_threshold sets what {method.name} leaves")
+        problems.append(
+            f"--target_remaining goes with {methods}; --final_threshold sets what {method.name} leaves"
+        )
     elif regularization_mode(args) != method.penalty:
-        problems.append(f"--target_remaining steers the penalty: add --regularization {method.penalty}")
+        problems.append(
+            f"--target_remaining steers the penalty: add --regularization {method.penalty}"
+        )
     elif method.threshold and not 0 < args.final_threshold < 1:
-        problems.append(f"--target_remaining needs a --final_threshold between 0 and 1, got {args.final_threshold}")
+        problems.append(
+            f"--target_remaining needs a --final_threshold between 0 and 1, got {args.final_threshold}"
+        )
     return problems
 
 
@@ -281,7 +324,9 @@ def check_plateaus(args: argparse.Namespace, total_step: int) -> list[str]:
     """The problem, if any, that the plateaus of the threshold have with `total_step` updates."""
     if args.initial_threshold == args.final_threshold and args.target_remaining is None:
         return []  # a constant threshold needs no room to move
-    problem = plateaus_overlap(total_step, args.warmup_steps, args.initial_warmup, args.final_warmup)
+    problem = plateaus_overlap(
+        total_step, args.warmup_steps, args.initial_warmup, args.final_warmup
+    )
     return [problem] if problem else []
 
 
@@ -313,7 +358,10 @@ def training_settings(args: argparse.Namespace, total_step: int) -> Settings:
 
 def mask_settings(args: argparse.Namespace, given: set[str]) -> dict:
     """What the arguments say about the masks of a model: all of it in training, else what stands on the command line."""
-    settings = {name: getattr(args, name) for name in ("pruning_method", "mask_init", "mask_scale", "global_topk")}
+    settings = {
+        name: getattr(args, name)
+        for name in ("pruning_method", "mask_init", "mask_scale", "global_topk")
+    }
     if args.do_train:
         return settings | {"threshold": None}  # known once it is trained
     settings = {name: value for name, value in settings.items() if name in given}

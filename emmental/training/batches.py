@@ -34,7 +34,9 @@ class BatchPlan:
 
     def total_updates(self, epochs: float) -> int:
         """Updates of so many epochs, which may be fractional."""
-        return math.ceil(round(self.updates_per_epoch * epochs, 6))  # 100 * 1.1 is 110.00000000000001
+        return math.ceil(
+            round(self.updates_per_epoch * epochs, 6)
+        )  # 100 * 1.1 is 110.00000000000001
 
     def update(self, step: int) -> list[np.ndarray]:
         """The batches, arrays of example indices, of the update after `step` completed ones."""
@@ -45,7 +47,9 @@ class BatchPlan:
         generator = np.random.default_rng([self.seed, epoch])
         order = generator.permutation(len(self.lengths))
         pools = np.split(order, range(POOL * self.batch_size, len(order), POOL * self.batch_size))
-        order = np.concatenate([pool[np.argsort(self.lengths[pool], kind="stable")] for pool in pools])
+        order = np.concatenate(
+            [pool[np.argsort(self.lengths[pool], kind="stable")] for pool in pools]
+        )
         batches = np.split(order, range(self.batch_size, len(order), self.batch_size))
         for batch in batches:
             batch.flags.writeable = False  # they are cached
@@ -87,7 +91,9 @@ class UpdateBatches:
         return itertools.islice(self.loader, len(shares)), shares
 
 
-def evaluation_batches(lengths: np.ndarray, batch_size: int, rank: int, world_size: int) -> list[list[int]]:
+def evaluation_batches(
+    lengths: np.ndarray, batch_size: int, rank: int, world_size: int
+) -> list[list[int]]:
     """A rank's share of an evaluation: each example once, longest first, similar lengths together."""
     order = np.argsort(-np.asarray(lengths), kind="stable")
     batches = np.split(order, range(batch_size, len(order), batch_size)) if len(order) else []

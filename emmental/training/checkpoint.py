@@ -82,7 +82,9 @@ class TrainingState:
 
             def fill(place: Path) -> None:
                 self.save_model(place, arguments)
-                with (place / STATE_FILE).open("wb") as file:  # given a path, torch hides what the system says of it
+                with (place / STATE_FILE).open(
+                    "wb"
+                ) as file:  # given a path, torch hides what the system says of it
                     torch.save(state, file)
                 write_json(place / MANIFEST_FILE, _manifest(place))
 
@@ -108,7 +110,9 @@ class TrainingState:
             if name not in FREE_ARGUMENTS and saved_args.get(name) != value
         ]
         if differing:
-            raise UserError(f"cannot continue {folder} exactly, the arguments differ: {'; '.join(differing)}")
+            raise UserError(
+                f"cannot continue {folder} exactly, the arguments differ: {'; '.join(differing)}"
+            )
         try:
             saved = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
             data, labels, processes = saved["data"], saved["labels"], len(saved["random_states"])
@@ -118,16 +122,24 @@ class TrainingState:
                 self.steering.integral = float(saved["steering"])
             settings = [dict(group) for group in self.optimizer.param_groups]
             self.optimizer.load_state_dict(saved["optimizer"])
-            for group, own in zip(self.optimizer.param_groups, settings, strict=True):  # they come from the arguments
-                group |= {name: value for name, value in own.items() if name not in ("params", "updates")}
+            for group, own in zip(
+                self.optimizer.param_groups, settings, strict=True
+            ):  # they come from the arguments
+                group |= {
+                    name: value for name, value in own.items() if name not in ("params", "updates")
+                }
             for parameter, moments in self.optimizer.state.items():
                 for tensor in moments.values():
                     if tensor.shape not in (parameter.shape, ()):
                         raise ValueError("moments of other weights")
             self.scaler.load_state_dict(saved["scaler"])
             self.mask_generator.set_state(saved["mask_generator"])
-            _set_random_state(saved["random_states"][self.world.rank % processes], self.world.device)
-        except Exception as error:  # a broken archive, or one that holds something else, raises whatever it likes
+            _set_random_state(
+                saved["random_states"][self.world.rank % processes], self.world.device
+            )
+        except (
+            Exception
+        ) as error:  # a broken archive, or one that holds something else, raises whatever it likes
             raise UserError(
                 f"{folder / STATE_FILE} is damaged, or was not written by these scripts: continue from another checkpoint"
             ) from error
@@ -183,7 +195,9 @@ def _read_json(folder: Path, name: str) -> dict:
 
 def _manifest(folder: Path) -> dict[str, dict]:
     files = sorted(path for path in folder.iterdir() if path.name != MANIFEST_FILE)
-    return {path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in files}
+    return {
+        path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in files
+    }
 
 
 def damage_of(folder: Path) -> str | None:
@@ -231,15 +245,21 @@ def find_resume_folder(asked: str | None, output_dir: Path, overwrite: bool) -> 
         checkpoints = find_checkpoints(output_dir)
         if not checkpoints:
             if (output_dir / "config.json").exists() and not overwrite:
-                raise UserError(f"--output_dir {output_dir} holds a finished model and no checkpoint to resume from")
-            logger.warning("%s holds no checkpoint yet: training starts from the beginning", output_dir)
+                raise UserError(
+                    f"--output_dir {output_dir} holds a finished model and no checkpoint to resume from"
+                )
+            logger.warning(
+                "%s holds no checkpoint yet: training starts from the beginning", output_dir
+            )
             return None
         for folder in reversed(checkpoints):
             problem = damage_of(folder)
             if not problem:
                 return folder
             logger.warning("%s is broken and skipped: %s", folder, problem)
-        raise UserError(f"no checkpoint in {output_dir} is whole (see above): remove them to start from the beginning")
+        raise UserError(
+            f"no checkpoint in {output_dir} is whole (see above): remove them to start from the beginning"
+        )
     folder = Path(asked)
     if not (folder / STATE_FILE).is_file():
         raise UserError(
@@ -247,7 +267,9 @@ def find_resume_folder(asked: str | None, output_dir: Path, overwrite: bool) -> 
             "give a checkpoint-<step> folder, or 'latest'"
         )
     if problem := damage_of(folder):
-        raise UserError(f"--resume_from_checkpoint {folder} is broken: {problem}; 'latest' takes the newest whole one")
+        raise UserError(
+            f"--resume_from_checkpoint {folder} is broken: {problem}; 'latest' takes the newest whole one"
+        )
     return folder
 
 
@@ -256,10 +278,14 @@ def remove_old_checkpoints(output_dir: Path, limit: int | None) -> None:
     if limit is None:
         return
     checkpoints = find_checkpoints(output_dir)
-    if len(checkpoints) <= limit or all(damage_of(folder) for folder in reversed(checkpoints[-limit:])):
+    if len(checkpoints) <= limit or all(
+        damage_of(folder) for folder in reversed(checkpoints[-limit:])
+    ):
         return
     for folder in checkpoints[:-limit]:
-        gone = folder.with_name(f".{folder.name}-old")  # a name that `remove_leftovers` knows, should this be killed
+        gone = folder.with_name(
+            f".{folder.name}-old"
+        )  # a name that `remove_leftovers` knows, should this be killed
         folder.rename(gone)
         shutil.rmtree(gone)
 

@@ -84,9 +84,14 @@ def join_world(no_cuda: bool, local_rank: int, fp16: bool) -> World:
     size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", max(local_rank, 0)))
     if use_cuda:
-        processes, gpus = max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), local_rank + 1), torch.cuda.device_count()
+        processes, gpus = (
+            max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), local_rank + 1),
+            torch.cuda.device_count(),
+        )
         if processes > gpus:
-            raise UserError(f"{processes} processes on this node, which has {gpus} GPUs: start no more than one for each")
+            raise UserError(
+                f"{processes} processes on this node, which has {gpus} GPUs: start no more than one for each"
+            )
         torch.cuda.set_device(local_rank)
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if not use_cuda:
@@ -103,7 +108,11 @@ def keep_freed_memory() -> None:
     a CPU allocates all gradients anew at each step. One heap serves all threads, as each would keep its own.
     Other libraries are left as they are.
     """
-    arena_max, mmap_max, trim_threshold = -8, -4, -1  # the names that <malloc.h> gives these numbers
+    arena_max, mmap_max, trim_threshold = (
+        -8,
+        -4,
+        -1,
+    )  # the names that <malloc.h> gives these numbers
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt:
         mallopt(arena_max, 1)

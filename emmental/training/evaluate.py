@@ -56,17 +56,24 @@ class Predictor:
                             generator=torch.Generator())  # fmt: skip
         results = []
         numbered = zip(batches, loader, strict=True)
-        bar = progress_bar(self.world, iterable=numbered, total=len(batches), desc="evaluating", unit="batch")
+        bar = progress_bar(
+            self.world, iterable=numbered, total=len(batches), desc="evaluating", unit="batch"
+        )
         with bar, masked(model):
             for indices, batch in bar:
                 batch = {name: tensor.to(self.world.device) for name, tensor in batch.items()}
                 outputs = forward(self.task, model, batch, self.precision, self.world.device)
                 logits = [tensor.float().cpu().numpy() for tensor in outputs]
-                results += [(index, tuple(part[row] for part in logits)) for row, index in enumerate(indices)]
+                results += [
+                    (index, tuple(part[row] for part in logits))
+                    for row, index in enumerate(indices)
+                ]
         gathered = self.world.gather(results)
         if not self.world.is_main:
             return None
-        ordered = [logits for _, logits in sorted(itertools.chain(*gathered), key=lambda item: item[0])]
+        ordered = [
+            logits for _, logits in sorted(itertools.chain(*gathered), key=lambda item: item[0])
+        ]
         if not all(np.isfinite(part).all() for logits in ordered for part in logits):
             raise UserError("the outputs of the model are not finite: its training had diverged")
         return ordered

@@ -48,7 +48,9 @@ class StopSignals:
                 raise KeyboardInterrupt
             return
         self.number, self.noted = number, time.monotonic()
-        logger.warning("%s: stopping after this update, with a checkpoint", signal.Signals(number).name)
+        logger.warning(
+            "%s: stopping after this update, with a checkpoint", signal.Signals(number).name
+        )
 
     @staticmethod
     def interruption(number: int, step: int, total: int) -> Interrupted:
@@ -83,7 +85,11 @@ class GradientGuard:
             for name, value in part.items()
             if name != "loss" and not math.isfinite(value)
         ]
-        what = f"{', '.join(found)}" if found else "the gradient is not finite, though every part of the loss is"
+        what = (
+            f"{', '.join(found)}"
+            if found
+            else "the gradient is not finite, though every part of the loss is"
+        )
         series = f" for {PATIENCE_FP16 + 1} updates in a row" if self.scaled else ""
         return (
             f"update {step + 1}{series}: {what}: training stops; lower the learning rates or do without --fp16, and "
@@ -105,8 +111,15 @@ def check_ranks(model: nn.Module, masks: Masks | None, step: int, world: World) 
     """Raises TrainingError when cut-off, masks, scores or weights are not the same on every rank, bit for bit."""
     tensors = dict(model.named_parameters())
     tensors |= {f"{name}.mask": mask for name, mask in masks.by_layer.items()} if masks else {}
-    own = {name: hashlib.sha256(tensor.detach().cpu().numpy()).hexdigest() for name, tensor in tensors.items()}
+    own = {
+        name: hashlib.sha256(tensor.detach().cpu().numpy()).hexdigest()
+        for name, tensor in tensors.items()
+    }
     ranks = world.gather(own | {"global cut-off": masks and masks.cutoff})
     for name in ranks[0]:
-        if other := next((rank for rank, values in enumerate(ranks) if values[name] != ranks[0][name]), None):
-            raise TrainingError(f"--check_ranks: after update {step}, {name} of rank {other} is not that of rank 0")
+        if other := next(
+            (rank for rank, values in enumerate(ranks) if values[name] != ranks[0][name]), None
+        ):
+            raise TrainingError(
+                f"--check_ranks: after update {step}, {name} of rank {other} is not that of rank 0"
+            )

@@ -47,7 +47,9 @@ def build_optimizer(
         "weights": {"params": [], "lr": learning_rate, "weight_decay": weight_decay},
         "no_decay": {"params": [], "lr": learning_rate, "weight_decay": 0.0},
     }
-    observed = {id(layer.mask_scores) for layer in masked_layers(model).values() if layer.method.observe}
+    observed = {
+        id(layer.mask_scores) for layer in masked_layers(model).values() if layer.method.observe
+    }
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or id(parameter) in observed:
             continue
@@ -56,7 +58,11 @@ def build_optimizer(
         else:
             kind = "weights" if parameter.dim() >= 2 else "no_decay"
         groups[kind]["params"].append(parameter)
-    named = [{"name": name, "peak_lr": group["lr"], **group} for name, group in groups.items() if group["params"]]
+    named = [
+        {"name": name, "peak_lr": group["lr"], **group}
+        for name, group in groups.items()
+        if group["params"]
+    ]
     return AdamW(named, lr=learning_rate, eps=adam_epsilon, weight_decay=weight_decay)
 
 

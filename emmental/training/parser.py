@@ -14,7 +14,9 @@ def choice(*options: str, aliases: dict[str, str] | None = None) -> Callable[[st
     def parse(text: str) -> str:
         value = (aliases or {}).get(text, text)
         if value not in options:
-            nearest = difflib.get_close_matches(text.lower(), [o.lower() for o in options], n=1, cutoff=0.4)
+            nearest = difflib.get_close_matches(
+                text.lower(), [o.lower() for o in options], n=1, cutoff=0.4
+            )
             hint = next((f"; did you mean {o!r}?" for o in options if [o.lower()] == nearest), "")
             raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(options)}{hint}")
         return value
@@ -65,12 +67,17 @@ class Parser(argparse.ArgumentParser):
         _, _, described = super().format_help().partition("\n\n")
         return f"{self.format_usage()}\n{described}"
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+    def parse_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ):
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
             nearest = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
-            self.error(f"unknown argument {unknown[0]}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+            self.error(
+                f"unknown argument {unknown[0]}"
+                + (f"; did you mean {nearest[0]}?" if nearest else "")
+            )
         return parsed
 
     def given(self, args: Sequence[str] | None = None) -> set[str]:
@@ -84,7 +91,11 @@ class Parser(argparse.ArgumentParser):
         problems = []
         for action in self._actions:
             value = getattr(args, action.dest, None)
-            if hasattr(action.type, "problem") and value is not None and (problem := action.type.problem(value)):
+            if (
+                hasattr(action.type, "problem")
+                and value is not None
+                and (problem := action.type.problem(value))
+            ):
                 problems.append(f"--{action.dest} {problem}, got {value}")
         return problems
 
@@ -100,7 +111,9 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Shows choices, and defaults but where they say nothing (flags, None)."""
 
     def _get_default_metavar_for_optional(self, action):
-        return getattr(action.type, "metavar", None) or super()._get_default_metavar_for_optional(action)
+        return getattr(action.type, "metavar", None) or super()._get_default_metavar_for_optional(
+            action
+        )
 
     def _get_help_string(self, action):
         if action.default in (None, False, argparse.SUPPRESS) or not action.option_strings:

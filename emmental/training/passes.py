@@ -35,7 +35,11 @@ class Passes:
         self.penalty, self.distillation, self.precision = penalty, distillation, precision
 
     def backward(
-        self, batches: Iterable[dict[str, Tensor]], shares: list[float], penalty_weight: float, scaler
+        self,
+        batches: Iterable[dict[str, Tensor]],
+        shares: list[float],
+        penalty_weight: float,
+        scaler,
     ) -> dict[str, Tensor]:
         """Gradients of one update, left in the parameters; its losses, of this rank's examples, by name.
 
@@ -49,7 +53,10 @@ class Passes:
         sums: dict[str, Tensor] = {}
         for place, (share, batch) in enumerate(zip(shares, batches, strict=True)):
             last = place == len(shares) - 1
-            batch = {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in batch.items()}
+            batch = {
+                name: tensor.to(self.world.device, non_blocking=True)
+                for name, tensor in batch.items()
+            }
             with nullcontext() if last or self.world.size == 1 else self.model.no_sync():
                 parts = self._losses(batch)
                 weight = share * self.world.size  # DistributedDataParallel averages over the ranks
@@ -67,8 +74,13 @@ class Passes:
 
     def _weigh(self, batches: list[dict[str, Tensor]], shares: list[float]) -> list[float]:
         """The part of each batch in the update by the task's own weights; a batch without a share has none."""
-        weights = [self.task.weight(batch) if share else 0.0 for batch, share in zip(batches, shares, strict=True)]
-        total = self.world.sum(torch.tensor(sum(weights), dtype=torch.float64, device=self.world.device)).item()
+        weights = [
+            self.task.weight(batch) if share else 0.0
+            for batch, share in zip(batches, shares, strict=True)
+        ]
+        total = self.world.sum(
+            torch.tensor(sum(weights), dtype=torch.float64, device=self.world.device)
+        ).item()
         return [weight / (total or 1.0) for weight in weights]
 
     def _losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -80,14 +92,22 @@ class Passes:
             teacher_logits = self._logits(self.teacher, batch)
         weights = self.distillation
         distil = self.task.distillation_loss(logits, teacher_logits, batch, weights.temperature)
-        return {"loss": weights.alpha_distil * distil + weights.alpha_ce * task, "loss/task": task, "loss/distil": distil}
+        return {
+            "loss": weights.alpha_distil * distil + weights.alpha_ce * task,
+            "loss/task": task,
+            "loss/distil": distil,
+        }
 
     def _logits(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
         return forward(self.task, model, batch, self.precision, self.world.device)
 
 
 def forward(
-    task: Task, model: nn.Module, batch: dict[str, Tensor], precision: Precision, device: torch.device
+    task: Task,
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    precision: Precision,
+    device: torch.device,
 ) -> tuple[Tensor, ...]:
     """The task's logits of a batch."""
     with precision.autocast(device):
@@ -136,7 +156,9 @@ class Means:
         """The means over all ranks, which start anew."""
         values = {"skipped_updates": self.skipped} if self.skipped else {}
         if self.count:
-            means = self.world.sum(torch.stack(list(self.sums.values())) / (self.count * self.world.size))
+            means = self.world.sum(
+                torch.stack(list(self.sums.values())) / (self.count * self.world.size)
+            )
             values |= dict(zip(self.sums, means.tolist(), strict=True))
         self.sums, self.count, self.skipped = {}, 0, 0
         return values

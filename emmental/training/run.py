@@ -45,7 +45,9 @@ def main(
     set_up_logging()
     parser = make_parser(task, description)
     args, given = parser.parse_args(argv), parser.given(argv)
-    problems = parser.range_problems(args) + check_common_arguments(args, given) + task.check(args, given)
+    problems = (
+        parser.range_problems(args) + check_common_arguments(args, given) + task.check(args, given)
+    )
     if args.sparse_inference and not sparsify:
         problems.append("--sparse_inference: this script has no sparse form of its models")
     if problems:
@@ -58,13 +60,18 @@ def main(
 
 
 def run(
-    task: Task, args: argparse.Namespace, given: set[str], sparsify: Callable[[nn.Module], nn.Module] | None = None
+    task: Task,
+    args: argparse.Namespace,
+    given: set[str],
+    sparsify: Callable[[nn.Module], nn.Module] | None = None,
 ) -> dict[str, float | str]:
     """All that the arguments ask for; returns the evaluation's results."""
     started = time.perf_counter()
     world = join_world(args.no_cuda, args.local_rank, args.fp16)
     output_dir, has_masks = Path(args.output_dir), is_masked(args.model_type)
-    resume_folder = find_resume_folder(args.resume_from_checkpoint, output_dir, args.overwrite_output_dir)
+    resume_folder = find_resume_folder(
+        args.resume_from_checkpoint, output_dir, args.overwrite_output_dir
+    )
     source = str(resume_folder or args.model_name_or_path)
 
     with world.main_first():
@@ -89,7 +96,13 @@ def run(
     log = RunLog(output_dir, world)
     prepare = sparsify if args.sparse_inference else None
     predictor = Predictor(
-        task, world, precision_of(args), args.per_gpu_eval_batch_size, args.num_workers, output_dir, prepare
+        task,
+        world,
+        precision_of(args),
+        args.per_gpu_eval_batch_size,
+        args.num_workers,
+        output_dir,
+        prepare,
     )
     summary, results = {}, {}
     if args.do_train:
@@ -106,7 +119,9 @@ def run(
         results |= mask_report(model)
     if args.do_eval and world.is_main:
         write_results(output_dir, results)
-    print_summary(world, results | summary | {"total_seconds": time.perf_counter() - started}, output_dir)
+    print_summary(
+        world, results | summary | {"total_seconds": time.perf_counter() - started}, output_dir
+    )
     world.barrier()
     return results
 
@@ -122,7 +137,10 @@ def _train(
     predictor: Predictor,
 ) -> dict[str, float]:
     """Train the model in place, and save it to output_dir. Raises UserError when the schedule does not fit the data."""
-    lengths, batch_size = np.asarray(task.train_set["length"]), args.per_gpu_train_batch_size * world.size
+    lengths, batch_size = (
+        np.asarray(task.train_set["length"]),
+        args.per_gpu_train_batch_size * world.size,
+    )
     plan = BatchPlan(lengths, batch_size, args.gradient_accumulation_steps, args.seed)
     total = args.max_steps if args.max_steps > 0 else plan.total_updates(args.num_train_epochs)
     if is_masked(args.model_type) and (problems := check_plateaus(args, total)):
@@ -151,11 +169,19 @@ def _train(
         return train(state, passes, batches, settings, world, log, predictor)
 
 
-def _evaluate_checkpoints(args: argparse.Namespace, task: Task, predictor: Predictor) -> dict[str, float]:
+def _evaluate_checkpoints(
+    args: argparse.Namespace, task: Task, predictor: Predictor
+) -> dict[str, float]:
     """Results of every checkpoint, whose step ends their names."""
     results, has_masks = {}, is_masked(args.model_type)
-    for folder in find_checkpoints(Path(args.output_dir if args.do_train else args.model_name_or_path)):
+    for folder in find_checkpoints(
+        Path(args.output_dir if args.do_train else args.model_name_or_path)
+    ):
         step = int(folder.name.rpartition("-")[2])
-        model = load_model(str(folder), task.head, masked=has_masks, trained=True, labels=task.labels)
-        results |= {f"{name}_{step}": value for name, value in predictor.evaluate(model, step).items()}
+        model = load_model(
+            str(folder), task.head, masked=has_masks, trained=True, labels=task.labels
+        )
+        results |= {
+            f"{name}_{step}": value for name, value in predictor.evaluate(model, step).items()
+        }
     return results

@@ -40,11 +40,15 @@ class RunLog:
         """Begin after `step` updates; what an interrupted run logged later than that is dropped."""
         self.step = step
         if self.world.is_main:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import; the other ranks need none
+            from torch.utils.tensorboard import (
+                SummaryWriter,
+            )  # slow to import; the other ranks need none
 
             threading.excepthook = _quiet_about_curves
             with self._writing():
-                self.writer = SummaryWriter(log_dir=str(self.output_dir), purge_step=step + 1 if step else None)
+                self.writer = SummaryWriter(
+                    log_dir=str(self.output_dir), purge_step=step + 1 if step else None
+                )
 
     def scalars(self, values: dict[str, float], step: int | None = None) -> None:
         """Log values after `step` updates, by default after as many as were logged last."""
@@ -64,11 +68,19 @@ class RunLog:
         step: int,
     ) -> None:
         """Log what the updates up to `step` found: losses, learning rates, threshold, lambda, remaining weights."""
-        values = means | {f"learning_rate/{group['name']}": group["lr"] for group in optimizer.param_groups}
+        values = means | {
+            f"learning_rate/{group['name']}": group["lr"] for group in optimizer.param_groups
+        }
         if masks:
             counts = count(masks)
-            values |= {"threshold": threshold, "lambda": penalty_weight, "remaining/overall": counts.overall}
-            values |= {f"remaining/{name}": counts.remaining[name] / n for name, n in counts.total.items()}
+            values |= {
+                "threshold": threshold,
+                "lambda": penalty_weight,
+                "remaining/overall": counts.overall,
+            }
+            values |= {
+                f"remaining/{name}": counts.remaining[name] / n for name, n in counts.total.items()
+            }
         self.scalars(values, step)
 
     def evaluation(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -81,7 +93,9 @@ class RunLog:
             with self._writing():
                 for name, layer in masked_layers(model).items():
                     if layer.mask_scores is not None:
-                        self.writer.add_histogram(f"scores/{name}", layer.mask_scores.detach().float().cpu(), step)
+                        self.writer.add_histogram(
+                            f"scores/{name}", layer.mask_scores.detach().float().cpu(), step
+                        )
 
     def close(self) -> None:
         if self.writer:
@@ -94,12 +108,16 @@ class RunLog:
         try:
             yield
         except OSError as error:
-            raise TrainingError(f"cannot write TensorBoard's curves into {self.output_dir}: {error.strerror or error}") from error
+            raise TrainingError(
+                f"cannot write TensorBoard's curves into {self.output_dir}: {error.strerror or error}"
+            ) from error
 
 
 def _quiet_about_curves(args) -> None:
     """`threading.excepthook` without the traceback of TensorBoard's thread: `RunLog` tells of its errors."""
-    if not (isinstance(args.exc_value, OSError) and "event_file_writer" in type(args.thread).__module__):
+    if not (
+        isinstance(args.exc_value, OSError) and "event_file_writer" in type(args.thread).__module__
+    ):
         threading.__excepthook__(args)
 
 
@@ -120,13 +138,21 @@ class TrainingBar:
     def __exit__(self, *_) -> None:
         self.bar.close()
 
-    def advance(self, losses: dict[str, Tensor], optimizer: Optimizer, threshold: float, masks: Masks | None) -> None:
+    def advance(
+        self, losses: dict[str, Tensor], optimizer: Optimizer, threshold: float, masks: Masks | None
+    ) -> None:
         """One update more; what it found is shown at every tenth."""
         self.bar.update()
         if not self.bar.disable and (self.bar.n % 10 == 0 or self.bar.n == self.bar.total):
-            shown = {"loss": f"{losses['loss'].item():.3f}", "lr": f"{optimizer.param_groups[-1]['lr']:.1e}"}
+            shown = {
+                "loss": f"{losses['loss'].item():.3f}",
+                "lr": f"{optimizer.param_groups[-1]['lr']:.1e}",
+            }
             if masks:
-                shown |= {"threshold": f"{threshold:.3f}", "remaining": f"{count(masks).overall:.1%}"}
+                shown |= {
+                    "threshold": f"{threshold:.3f}",
+                    "remaining": f"{count(masks).overall:.1%}",
+                }
             self.bar.set_postfix(shown, refresh=False)
 
 
@@ -145,5 +171,9 @@ def print_summary(world: World, figures: dict[str, float | str], output_dir: Pat
     width = max(map(len, figures))
     print()
     for name, value in figures.items():
-        print(f"  {name:<{width}}  {value:.4g}" if isinstance(value, float) else f"  {name:<{width}}  {value}")
+        print(
+            f"  {name:<{width}}  {value:.4g}"
+            if isinstance(value, float)
+            else f"  {name:<{width}}  {value}"
+        )
     print(f"\n  results saved to {output_dir}")

@@ -41,7 +41,9 @@ def begin(
         tokenizer=tokenizer,
         optimizer=build_optimizer(model, **settings.rates),
         scaler=torch.amp.GradScaler(world.device.type, enabled=settings.precision.scales_gradients),
-        mask_generator=torch.Generator(world.device).manual_seed(settings.seed),  # alike on all ranks
+        mask_generator=torch.Generator(world.device).manual_seed(
+            settings.seed
+        ),  # alike on all ranks
         world=world,
         train_set=task.train_set,
         steering=_steering(model, settings),
@@ -64,7 +66,8 @@ def _steering(model: PreTrainedModel, settings: Settings) -> LambdaSteering | No
         start=schedule.initial_warmup * schedule.warmup_steps,
         end=schedule.total_step - schedule.final_warmup * schedule.warmup_steps,
         total_step=schedule.total_step,
-        first_lambda=settings.final_lambda or usual_lambda(settings.target_remaining, method.penalty),
+        first_lambda=settings.final_lambda
+        or usual_lambda(settings.target_remaining, method.penalty),
     )
 
 
@@ -115,7 +118,12 @@ def save(state: TrainingState, settings: Settings, world: World, log: RunLog, se
 
 
 def finish(
-    state: TrainingState, settings: Settings, world: World, log: RunLog, seconds: float, updates: int
+    state: TrainingState,
+    settings: Settings,
+    world: World,
+    log: RunLog,
+    seconds: float,
+    updates: int,
 ) -> dict[str, float]:
     """Save the trained model and the figures of its run, of so many updates. Returns the figures."""
     model = state.model
@@ -130,7 +138,11 @@ def finish(
     figures["seconds_per_update"] = seconds / max(1, updates)
     if world.is_main:
         seconds += state.seconds  # those before the checkpoint that it was continued from
-        whole = {"seconds": seconds, "hardware": describe_hardware(world), "torch": torch.__version__}
+        whole = {
+            "seconds": seconds,
+            "hardware": describe_hardware(world),
+            "torch": torch.__version__,
+        }
         save_final(settings.output_dir, state, settings.arguments, figures | whole)
     return figures
 

@@ -65,7 +65,11 @@ class Task:
     weight = None
 
     def distillation_loss(
-        self, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], batch: dict[str, Tensor], temperature: float
+        self,
+        student: tuple[Tensor, ...],
+        teacher: tuple[Tensor, ...],
+        batch: dict[str, Tensor],
+        temperature: float,
     ) -> Tensor:
         """The loss that follows the teacher's logits, a mean over what `loss` is a mean over."""
         return distillation_loss(student, teacher, temperature)

@@ -61,10 +61,21 @@ class Job:
             str(self.folder / name),
             *flags,
         ]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        limits = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        limits = (
+            (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None
+        )
         return subprocess.Popen(
-            command, env=environment, preexec_fn=limits, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            command,
+            env=environment,
+            preexec_fn=limits,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
 
 
@@ -80,11 +91,15 @@ def differences(one: Path, other: Path) -> list[str]:
         name
         for name in COMPARED
         if (one / name).exists()
-        and not ((other / name).exists() and (one / name).read_bytes() == (other / name).read_bytes())
+        and not (
+            (other / name).exists() and (one / name).read_bytes() == (other / name).read_bytes()
+        )
     ]
     for path in sorted(one.rglob("training_state.pt")):
         name = path.relative_to(one)
-        if not (other / name).exists() or not alike(*(torch.load(run / name, weights_only=True) for run in (one, other))):
+        if not (other / name).exists() or not alike(
+            *(torch.load(run / name, weights_only=True) for run in (one, other))
+        ):
             found.append(str(name))
     return found
 
@@ -108,15 +123,17 @@ def being_written(out: Path) -> bool:
 def being_evaluated(out: Path) -> bool:
     """Whether an evaluation has written a part of its files: predictions come first, their n-best lists after them."""
     files = {path.name for path in out.glob("*predictions_*.json*")}
-    return any(f"nbest_{name}" not in files for name in files if name.startswith("predictions_")) or any(
-        name.startswith(".") for name in files
-    )
+    return any(
+        f"nbest_{name}" not in files for name in files if name.startswith("predictions_")
+    ) or any(name.startswith(".") for name in files)
 
 
 WATCHED = {"writing a checkpoint": being_written, "evaluating": being_evaluated}
 
 
-def kill_at(process: subprocess.Popen, out: Path, moment: str, delay: float, patience: float) -> str | None:
+def kill_at(
+    process: subprocess.Popen, out: Path, moment: str, delay: float, patience: float
+) -> str | None:
     """Kill the run at that moment and say when that was; None if the run ends before.
 
     moment: one of WATCHED, as soon as it is seen; else so many seconds after the training has begun to write.
@@ -127,10 +144,17 @@ def kill_at(process: subprocess.Popen, out: Path, moment: str, delay: float, pat
         now = time.perf_counter()
         if seen is None and {path.name for path in out.glob("events.*")} - known:
             seen = now
-        if moment in WATCHED and seen and WATCHED[moment](out) or (seen and moment not in WATCHED and now >= seen + delay):
+        if (
+            moment in WATCHED
+            and seen
+            and WATCHED[moment](out)
+            or (seen and moment not in WATCHED and now >= seen + delay)
+        ):
             process.kill()
             process.communicate()
-            return next((name for name, sign in WATCHED.items() if sign(out)), "an update or between two")
+            return next(
+                (name for name, sign in WATCHED.items() if sign(out)), "an update or between two"
+            )
         if moment in WATCHED and seen and now > seen + patience:
             return None
         time.sleep(0.0005)
@@ -171,7 +195,9 @@ def kill_until_done(job: Job, kills: int, seed: int) -> dict:
 
 def _rewind(out: Path) -> None:
     """Make a finished run one that was killed early: its first whole checkpoint stays."""
-    checkpoints = sorted(out.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+    checkpoints = sorted(
+        out.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2])
+    )
     for path in [*checkpoints[1:], *(path for path in out.iterdir() if path.is_file())]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -197,7 +223,9 @@ def make_material(folder: Path) -> tuple[Path, Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=25, help="in all (default: 25)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     parser.add_argument("--json", help="file to write the rows to")
@@ -209,9 +237,13 @@ def main() -> None:
             share = args.kills // len(METHODS) + (place < args.kills % len(METHODS))
             folder = Path(name) / method
             folder.mkdir()
-            rows.append(kill_until_done(Job(folder, *material, method), share, args.seed) if share else {})
+            rows.append(
+                kill_until_done(Job(folder, *material, method), share, args.seed) if share else {}
+            )
             print(json.dumps(rows[-1]), flush=True)
-    print(f"\n| method | kills | {' | '.join(WATCHED)} | resumes | bit-equal |\n|{'---|' * (4 + len(WATCHED))}")
+    print(
+        f"\n| method | kills | {' | '.join(WATCHED)} | resumes | bit-equal |\n|{'---|' * (4 + len(WATCHED))}"
+    )
     for row in filter(None, rows):
         counts = " | ".join(str(row["where"].count(name)) for name in WATCHED)
         equal = "yes" if row["equal"] else ", ".join(row["different"])
