@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> None:
             status, received = run_process([sys.executable, *words], out)
         if status:
             why = failure(log, command, status)
-            message = f"{folder}: {why} (log: {log}; the same command continues the run)"
+            message = f"{folder}: {why} (see {log}; run the same paper_tables.py command to go on)"
             raise Interrupted(message, received) if received else TrainingError(message)
         print(f"{label}: done, see {log}", flush=True)
 

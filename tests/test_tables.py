@@ -264,14 +264,16 @@ def test_a_signal_is_for_the_run(stand_in, tmp_path, capsys, number):
     error = refused(capsys, *words, status=128 + number)
     sender.join()
     got = "SIGINT" if number == signal.SIGINT else "SIGTERM"
-    assert f"3D1: stopped by {got} (log: {log}; the same command continues the run)" in error
+    assert (
+        f"3D1: stopped by {got} (see {log}; run the same paper_tables.py command to go on)" in error
+    )
     assert signal.getsignal(number) == before
 
 
 @pytest.mark.parametrize("text, said", [
-    ("print('a.py: error: no data'); exit(2)", "3D1: no data (log: "),
-    ("print('first'); raise KeyError('what')", "KeyError: 'what' (log: "),
-    ("import os; os.kill(os.getpid(), 9)", "3D1: it was killed by SIGKILL (log: "),
+    ("print('a.py: error: no data'); exit(2)", "3D1: no data (see "),
+    ("print('first'); raise KeyError('what')", "KeyError: 'what' (see "),
+    ("import os; os.kill(os.getpid(), 9)", "3D1: it was killed by SIGKILL (see "),
 ])  # fmt: skip
 def test_a_failing_run_says_why(stand_in, capsys, text, said):
     words = stand_in(text)
