@@ -1,100 +1,65 @@
-"""The paper's two kinds of figure with our runs in them, and where kept and pruned weights lie."""
+"""The paper's figures with our runs in them."""
 
-import math
+import itertools
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter
 
 from ..errors import UserError
 from ..export import remaining_weights
 from ..loading import load_masked, load_model
 from ..modules.masks import find_masks, masked_layers
-from .points import METHODS, TASKS, load_points
+from .points import METHODS, paper_line
 from .runs import Run
 
 COLOURS = dict(zip(METHODS, ("tab:blue", "tab:green", "tab:orange", "tab:red"), strict=True))
-KINDS = (
-    "query",
-    "key",
-    "value",
-    "attention.output",
-    "intermediate",
-    "output",
-)  # of a layer's matrices, in its order
-POINTS = 4000  # weights in a scatter, kept and pruned each
+KINDS = "query key value attention.output intermediate output".split()  # in a layer's order
+SAMPLE = 4000  # kept weights in a scatter, and as many pruned ones
 
 
 def metric_figure(task: str, runs: list[Run]) -> Figure:
-    """Metric against remaining weights (percent, logarithmic), by method: the paper as lines, ours as points."""
-    own = [run for run in runs if run.task == task]
-    metric = list(own[0].metrics)[-1 if task == "squad" else 0]
+    """Metric against remaining weights, by method: the paper as lines, ours as points."""
+    runs = [run for run in runs if run.task == task]
+    metric = "f1" if task.startswith("squad") else next(iter(runs[0].metrics))
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    points = load_points(task) if task in TASKS else []
-    for method in METHODS:
-        for distil in (False, True):
-            line = sorted(
-                (point.remaining, point.metrics[metric])
-                for point in points
-                if (point.method, point.distil, point.global_topk) == (method, distil, False)
-            )
-            if line:
-                axes.plot(*zip(*line, strict=True), color=COLOURS[method], linestyle="-" if distil else ":",
-                          label=f"{method}{', distilled' if distil else ''} (paper)")  # fmt: skip
-            ours = [
-                (run.remaining, run.metrics[metric])
-                for run in own
-                if (run.method, run.distil, run.global_topk) == (method, distil, False)
-                and metric in run.metrics
-            ]
-            if ours:
-                axes.scatter(*zip(*ours, strict=True), color=COLOURS[method], marker="o" if distil else "x", zorder=3,
-                             label=f"{method}{', distilled' if distil else ''} (ours)")  # fmt: skip
-    for run in own:
-        if run.is_dense and metric in run.metrics:
-            axes.axhline(run.metrics[metric], color="black", linewidth=0.8, linestyle="--")
-            axes.annotate(
-                "dense (ours)",
-                (0.01, run.metrics[metric]),
-                xycoords=("axes fraction", "data"),
-                va="bottom",
-                fontsize=8,
-            )
-    axes.set(
-        xscale="log",
-        xlabel="remaining weights, % of the encoder",
-        ylabel=f"{metric}, %",
-        title=task,
-    )
-    for axis_formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-        axis_formatter(FormatStrFormatter("%g"))
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=7)
+
+    def draw(points: list[tuple[float, float]], label: str, **style) -> None:
+        if points:
+            axes.plot(*zip(*points, strict=True), color=COLOURS[method], label=label, **style)
+
+    for method, distil in itertools.product(METHODS, (False, True)):
+        name = method + ", distilled" * distil
+        ours = [
+            (run.remaining, run.metrics[metric])
+            for run in runs
+            if (run.method, run.distil) == (method, distil)
+        ]
+        paper = paper_line(task, metric, method, distil)
+        draw(paper, f"{name} (paper)", linestyle="-" if distil else ":")
+        draw(ours, f"{name} (ours)", linestyle="none", marker="o" if distil else "x")
+    for run in runs:
+        if run.method == "dense":
+            axes.axhline(run.metrics[metric], color="black", ls="--", label="dense (ours)")
+    axes.set(xlabel="remaining weights, % of the encoder", ylabel=f"{metric}, %", title=task)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
     return figure
 
 
 def layer_figure(run: Run) -> Figure:
-    """Remaining weights of one run, by layer and kind of matrix."""
-    matrices = remaining_weights(load_masked(str(run.folder))).matrices
+    """Remaining weights by layer and kind of matrix."""
+    percents = [m.percent for m in remaining_weights(load_masked(str(run.folder))).matrices]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    per_layer = len(KINDS)
     for place, kind in enumerate(KINDS):
-        axes.plot(
-            [matrix.percent for matrix in matrices[place::per_layer]],
-            marker="o",
-            markersize=3,
-            label=kind,
-        )
-    axes.set(
-        xlabel="layer",
-        ylabel="remaining weights, %",
-        title=_title(run),
-        xticks=range(len(matrices) // per_layer),
-    )
+        axes.plot(percents[place :: len(KINDS)], marker="o", markersize=3, label=kind)
+    axes.set(xlabel="layer", ylabel="remaining weights, %", title=_title(run))
+    axes.set_xticks(range(len(percents) // len(KINDS)))
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     return figure
@@ -102,77 +67,63 @@ def layer_figure(run: Run) -> Figure:
 
 @torch.no_grad()
 def scatter_figure(run: Run) -> Figure:
-    """Final weight against pre-trained weight of a sample of weights of all matrices, kept and pruned, and how far
-    each moved away from zero.
+    """Final against pre-trained weight, and the move from zero, of kept and of pruned weights.
 
-    Raises UserError when the pre-trained model is not to be had.
+    Raises UserError when the pre-trained model cannot be loaded.
     """
     model = load_masked(str(run.folder))
-    head = type(model).__name__.partition("For")[2]
-    first = load_model(run.model, head, masked=False, cache_dir=run.args.get("cache_dir"))
+    head, pretrained = type(model).__name__.partition("For")[2], run.args["model_name_or_path"]
+    first = load_model(pretrained, head, masked=False, cache_dir=run.args["cache_dir"])
+    layers, masks = masked_layers(model), find_masks(model).by_layer
     generator = torch.Generator().manual_seed(0)
-    layers, masks = masked_layers(model), find_masks(model)
-    share = math.ceil(POINTS / len(layers))
-    parts = {True: [], False: []}
-    for name, layer in layers.items():
-        before = first.get_parameter(f"{name}.weight")
-        if before.shape != layer.weight.shape:
-            raise UserError(
-                f"{run.model} is not what {run.folder} was fine-pruned from: {name} has another shape"
-            )
-        for kept in parts:
-            places = ((masks.by_layer[name] != 0) == kept).flatten().nonzero().flatten()
-            chosen = places[torch.randperm(len(places), generator=generator)[:share]]
-            parts[kept].append(
-                torch.stack([before.flatten()[chosen], layer.weight.flatten()[chosen]])
-            )
     figure = Figure(figsize=(9, 8), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True, sharey="row")
-    for column, (kept, colour) in enumerate(((True, "tab:orange"), (False, "tab:gray"))):
-        before, after = torch.cat(parts[kept], 1)
-        style = {"s": 2, "alpha": 0.4, "color": colour, "linewidths": 0}
-        above, below = panels[:, column]
-        above.scatter(before.numpy(), after.numpy(), **style)
-        above.axline((0, 0), slope=1, color="black", linewidth=0.6, linestyle=":")
-        above.set(title="kept" if kept else "pruned (its weight before the mask)")
-        below.scatter(before.numpy(), (after.abs() - before.abs()).numpy(), **style)
-        below.set(xlabel="pre-trained weight")
-        for axes in (above, below):
+    for kept, title, colour, (above, below) in (
+        (True, "kept", "tab:orange", panels[:, 0]),
+        (False, "pruned (its weight before the mask)", "tab:gray", panels[:, 1]),
+    ):
+        sample = []
+        for name, layer in layers.items():
+            mask = layer.granularity.expand(masks[name], layer.weight.shape)
+            places = ((mask != 0) == kept).nonzero()
+            order = torch.randperm(len(places), generator=generator)
+            rows, columns = places[order[: SAMPLE // len(layers)]].T
+            before = first.get_parameter(f"{name}.weight")
+            sample.append(torch.stack([before[rows, columns], layer.weight[rows, columns]]))
+        before, after = torch.cat(sample, 1).numpy()
+        for axes, values in ((above, after), (below, abs(after) - abs(before))):
+            axes.scatter(before, values, s=2, alpha=0.4, color=colour, linewidths=0)
             axes.axhline(0, color="black", linewidth=0.4)
-    panels[0, 0].set_ylabel("final weight")
-    panels[1, 0].set_ylabel("moved away from zero (below 0: towards it)")
+        above.axline((0, 0), slope=1, color="black", linewidth=0.6, linestyle=":")
+        above.set(title=title)
+        below.set(xlabel="pre-trained weight")
+    panels[0, 0].set(ylabel="final weight")
+    panels[1, 0].set(ylabel="moved away from zero (negative: towards zero)")
     figure.suptitle(_title(run))
     return figure
 
 
 def _title(run: Run) -> str:
-    return f"{run.task}: {run.method}{', distilled' if run.distil else ''}, {run.remaining:.1f}% remaining, seed {run.seed}"
+    method = run.method + ", distilled" * run.distil
+    return f"{run.task}: {method}, {run.remaining:.1f}% remaining, seed {run.args['seed']}"
 
 
-def draw(runs: list[Run], folder: Path) -> list[tuple[Path, str | None]]:
-    """Write all figures as PNG; returns each file, and why it could not be drawn if it could not."""
+def draw(runs: list[Run], folder: Path) -> None:
+    """Save all figures as PNG files, and print their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    outcomes = []
     for task in sorted({run.task for run in runs}):
-        outcomes.append(
-            _save(
-                folder / f"{task.replace(chr(47), chr(45))}-metric.png", metric_figure, task, runs
-            )
-        )
+        _save(metric_figure(task, runs), folder / f"{task}-metric.png")
     for run in runs:
-        if not run.is_dense:
-            name = "-".join(run.folder.parts[-2:])
-            outcomes.append(_save(folder / f"{name}-layers.png", layer_figure, run))
-            outcomes.append(_save(folder / f"{name}-weights.png", scatter_figure, run))
-    return outcomes
+        if run.method == "dense":
+            continue
+        name = "-".join(run.folder.parts[-2:])
+        _save(layer_figure(run), folder / f"{name}-layers.png")
+        try:
+            _save(scatter_figure(run), folder / f"{name}-weights.png")
+        except UserError as error:
+            print(f"not drawn: {name}-weights.png: {error}")
 
 
-def _save(path: Path, make, *args) -> tuple[Path, str | None]:
-    try:
-        figure = make(*args)
-    except UserError as error:
-        return path, str(error)
-    aside = path.with_name(f".{path.name}")
-    figure.savefig(aside, dpi=120, format="png")
-    aside.replace(path)
-    return path, None
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=120)
+    print(path)

@@ -1,7 +1,5 @@
-"""The paper's headline table with our runs in it, and a row for each run: Markdown and CSV."""
+"""The paper's headline table with our runs in it, and a table with a row per run."""
 
-import csv
-import io
 import itertools
 import statistics
 from collections.abc import Iterable
@@ -10,9 +8,8 @@ from .points import METHODS, TASKS, load_points, paper_value
 from .runs import Run
 
 LEVELS = (10, 3)  # percent remaining, of the headline table
-NEAR = 0.25  # a run within this of a level, relative, counts to it
-TITLES = {"l0": "L0"}
-HEADLINE = {  # as printed in the paper; some cells are the authors' interpolations
+NEAR = 0.25  # a run counts for a level up to this relative distance
+HEADLINE = {  # as printed in the paper, with a teacher; the authors interpolated some cells
     ("squad", 10): ("70.2/80.1", "72.4/81.9", "75.6/84.3", "76.6/84.9"),
     ("squad", 3): ("45.5/59.6", "64.3/75.8", "67.5/78.0", "72.7/82.3"),
     ("mnli", 10): ("78.3/79.3", "78.7/79.7", "80.1/80.4", "81.2/81.8"),
@@ -23,126 +20,89 @@ HEADLINE = {  # as printed in the paper; some cells are the authors' interpolati
 
 
 def headline(runs: list[Run]) -> list[list[str]]:
-    """The rows of the headline table: for each task, with and without a teacher, the paper's row and ours below."""
-    rows = [
-        [
-            "task (metrics)",
-            "whose",
-            "dense",
-            "remaining",
-            *(TITLES.get(method, method) for method in METHODS),
-        ]
-    ]
-    tasks = sorted({run.task for run in runs}, key=lambda task: (task not in TASKS, task))
-    for task in tasks:
+    """Rows of the headline table: by task, teacher and level, the paper's results and ours."""
+    titles = [method.replace("l0", "L0") for method in METHODS]
+    rows = [["task (metrics)", "whose", "dense", "remaining", *titles]]
+    for task in sorted({run.task for run in runs}):
         own = [run for run in runs if run.task == task]
-        title = f"{task} ({'/'.join(own[0].metrics)})"
-        dense = [run for run in own if run.is_dense and not run.distil]
-        for distil in (True, False):
-            for level in LEVELS:
-                cells = [
-                    _cell([run for run in own if _belongs(run, method, distil, level)])
-                    for method in METHODS
-                ]
-                if not any(cells):
-                    continue
-                name = f"{title}, {'distilled' if distil else 'without teacher'}"
-                if task in TASKS:
-                    rows.append(
-                        [
-                            name,
-                            "paper",
-                            _paper_dense(task),
-                            f"{level}%",
-                            *_paper_cells(task, distil, level),
-                        ]
-                    )
-                rows.append(
-                    [name, "ours", _cell(dense, remaining=False), f"about {level}%", *cells]
-                )
+        dense = _cell(run for run in own if run.method == "dense" and not run.distil)
+        for distil, level in itertools.product((True, False), LEVELS):
+            near = [r for r in own if r.distil == distil and abs(r.remaining / level - 1) <= NEAR]
+            cells = [_cell(run for run in near if run.method == method) for method in METHODS]
+            if not any(cells):
+                continue
+            teacher = "distilled" if distil else "without teacher"
+            title = f"{task} ({'/'.join(own[0].metrics)}), {teacher}"
+            if task in TASKS:
+                paper_dense = _joined(load_points(task)[0].metrics.values())
+                paper = _paper_cells(task, distil, level)
+                rows.append([title, "paper", paper_dense, f"{level}%", *paper])
+            rows.append([title, "ours", dense, f"about {level}%", *cells])
     return rows
 
 
-def _belongs(run: Run, method: str, distil: bool, level: int) -> bool:
-    return (run.method, run.distil, run.global_topk) == (method, distil, False) and abs(
-        run.remaining / level - 1
-    ) <= NEAR
+def _cell(runs: Iterable[Run]) -> str:
+    """Means over seeds, with the range of the first metric; one entry per group of settings."""
+    parts = []
+    by_settings = sorted(runs, key=lambda run: run.settings)
+    for _, group in itertools.groupby(by_settings, key=lambda run: run.settings):
+        seeds = list(group)
+        names = seeds[0].metrics
+        part = _joined(statistics.mean(run.metrics[name] for run in seeds) for name in names)
+        if len(seeds) > 1:
+            first = [next(iter(run.metrics.values())) for run in seeds]
+            part += f" ({min(first):.1f} to {max(first):.1f}, {len(seeds)} seeds)"
+        if seeds[0].method != "dense":
+            part += f" at {statistics.mean(run.remaining for run in seeds):.1f}%"
+        parts.append(part)
+    return "; ".join(parts)
 
 
-def _cell(runs: list[Run], remaining: bool = True) -> str:
-    """Means over seeds, with the range of the first metric where there are several; other settings stand apart."""
-    groups = itertools.groupby(
-        sorted(runs, key=lambda run: run.settings), key=lambda run: run.settings
-    )
-    return "; ".join(_seeds(list(group), remaining) for _, group in groups)
-
-
-def _seeds(runs: list[Run], remaining: bool) -> str:
-    text = "/".join(
-        f"{statistics.mean(run.metrics[name] for run in runs):.1f}" for name in runs[0].metrics
-    )
-    if len(runs) > 1:
-        first = [next(iter(run.metrics.values())) for run in runs]
-        text += f" ({min(first):.1f} to {max(first):.1f}, {len(runs)} seeds)"
-    return text + (
-        f" at {statistics.mean(run.remaining for run in runs):.1f}%" if remaining else ""
-    )
-
-
-def _paper_dense(task: str) -> str:
-    return "/".join(f"{value:.1f}" for value in load_points(task)[0].metrics.values())
-
-
-def _paper_cells(task: str, distil: bool, level: int) -> Iterable[str]:
+def _paper_cells(task: str, distil: bool, level: int) -> tuple[str, ...]:
     if distil:
         return HEADLINE[task, level]
     metrics = load_points(task)[0].metrics
-    values = (
-        [paper_value(task, name, method, False, level) for name in metrics] for method in METHODS
+    return tuple(
+        _joined(paper_value(task, metric, method, distil, level) for metric in metrics)
+        for method in METHODS
     )
-    return [
-        "/".join("" if value is None else f"{value:.1f}" for value in pair).strip("/")
-        for pair in values
-    ]
+
+
+def _joined(metrics: Iterable[float | None]) -> str:
+    return "/".join(f"{value:.1f}" for value in metrics if value is not None)
 
 
 def run_rows(runs: list[Run]) -> list[dict]:
-    """One row for each run, for CSV; the paper's metrics stand on the line between its two nearest runs."""
+    """A row per run. "paper there" interpolates between the paper's two nearest points."""
     rows = []
-    for run in sorted(
-        runs, key=lambda run: (run.task, run.method, run.distil, -run.remaining, run.seed)
-    ):
+    for run in sorted(runs, key=lambda run: (run.task, run.method, run.distil, -run.remaining)):
+        args, summary, kind = run.args, run.summary, (run.method, run.distil)
+        paper = {name: paper_value(run.task, name, *kind, run.remaining) for name in run.metrics}
         row = {
-            "task": run.task, "method": run.method + ", global" * run.global_topk, "teacher": "yes" if run.distil else "",
-            "seed": run.seed, "remaining %": round(run.remaining, 2), "of the Linears %": round(run.remaining_linear, 2),
-        }  # fmt: skip
-        row["metrics"] = ", ".join(f"{name} {value:.2f}" for name, value in run.metrics.items())
-        paper = {}
-        if run.task in TASKS and not run.is_dense and not run.global_topk:
-            paper = {
-                name: paper_value(run.task, name, run.method, run.distil, run.remaining)
-                for name in run.metrics
-            }
-        row["paper there"] = ", ".join(
-            f"{name} {value:.2f}" for name, value in paper.items() if value is not None
-        )
-        row |= {
-            "updates": run.updates, "batch": run.batch, "hours": round(run.seconds / 3600, 2), "hardware": run.hardware,
-            "model": run.model, "folder": str(run.folder),
-        }  # fmt: skip
+            "task": run.task,
+            "method": run.method,
+            "teacher": "yes" if run.distil else "",
+            "seed": args["seed"],
+            "remaining %": round(run.remaining, 2),
+            "of the Linears %": round(run.remaining_linear, 2),
+            "metrics": _listed(run.metrics),
+            "paper there": _listed(paper),
+            "updates": summary["updates"],
+            "batch": args["per_gpu_train_batch_size"] * args["gradient_accumulation_steps"],
+            "hours": round(summary["seconds"] / 3600, 2),
+            "hardware": summary["hardware"],
+            "model": args["model_name_or_path"],
+            "folder": str(run.folder),
+        }
         rows.append(row)
     return rows
 
 
+def _listed(metrics: dict[str, float | None]) -> str:
+    return ", ".join(f"{name} {value:.2f}" for name, value in metrics.items() if value is not None)
+
+
 def to_markdown(rows: list[list]) -> str:
-    first, *others = [[str(cell) for cell in row] for row in rows]
-    lines = [first, ["---"] * len(first), *others]
-    return "".join("| " + " | ".join(row) + " |\n" for row in lines)
-
-
-def to_csv(rows: list[dict]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    """A Markdown table; the first row is its header."""
+    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "".join("| " + " | ".join(map(str, row)) + " |\n" for row in rows)
