@@ -26,6 +26,7 @@ from emmental.files import write_text
 from emmental.tables.points import GLOBAL, METHODS, TASKS, commands, find_point, load_points
 from emmental.tables.report import headline, run_rows, to_markdown
 from emmental.tables.runs import RESULTS, find_runs
+from emmental.training.checkpoint import SUMMARY_FILE
 from emmental.training.parser import Parser
 from emmental.training.runlog import set_up_logging
 
@@ -119,6 +120,10 @@ def run(args: argparse.Namespace) -> None:
             if log.exists() and command not in log.read_text(errors="replace").splitlines():
                 print(f"    with other flags (see {log}); to run it again, give another --runs_dir")
             continue
+        if (folder / SUMMARY_FILE).exists():  # trained, but not evaluated
+            words = [word for word in words[:-2] if word != "--do_train"]
+            words += ["--model_name_or_path", str(folder)]
+            command = shlex.join(["python", *words])
         print(f"{label}: {command}", flush=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as out:

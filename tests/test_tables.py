@@ -216,7 +216,10 @@ def test_an_interrupted_run_goes_on(runs, settings, monkeypatch):
             shutil.rmtree(own / "checkpoint-10")
             for file in own.iterdir():
                 file.is_file() and file.unlink()
+        trained = own / "training_summary.json"
+        before = trained.stat().st_mtime_ns if trained.exists() else None
         tables(*again)
+        assert before in (None, trained.stat().st_mtime_ns)  # only evaluated
         resumed = load_file(own / "model.safetensors")
         assert all(torch.equal(whole[name], resumed[name]) for name in whole)
         assert (own / "eval_results.json").exists()
