@@ -22,9 +22,7 @@ def keep_largest(values: list[Tensor], counts: list[int], absolute: bool = False
     Among equal entries the first in row-major order are kept, so the choice is deterministic.
     """
     if all(value.device.type == "cpu" for value in values):
-        with ThreadPoolExecutor(
-            torch.get_num_threads()
-        ) as pool:  # NumPy lets go of the interpreter
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # NumPy releases the GIL
             return list(pool.map(select_largest, values, counts, itertools.repeat(absolute)))
     values = [value.detach().abs() if absolute else value.detach() for value in values]
     cutoffs = kth_largest(values, counts)
