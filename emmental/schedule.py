@@ -1,10 +1,10 @@
 """Schedules as pure functions of the number of completed updates.
 
-The threshold follows the cubic of Zhu & Gupta (2017, eq. 1; paper, section 5 and appendix). It stays
-at its initial value for `initial_warmup * warmup_steps` updates, then moves, and stays at its final
-value for the last `final_warmup * warmup_steps` updates, in which the model recovers. Lambda, the
-weight of the penalty, is proportional to the threshold. The learning rate warms up and decays to
-zero, both linearly.
+The threshold follows the cubic of Zhu & Gupta (2017, eq. 1; paper, section 5 and appendix). It has
+its initial value for `initial_warmup * warmup_steps` updates, then moves, and has its final value
+for the last `final_warmup * warmup_steps` updates, in which the model recovers. Lambda, the weight
+of the penalty, is proportional to the threshold. The learning rate warms up and decays to zero,
+both linearly.
 """
 
 import math

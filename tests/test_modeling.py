@@ -16,7 +16,7 @@ from torch import nn
 import emmental
 from emmental import MaskedBertConfig, MaskedBertForQuestionAnswering, MaskedBertModel
 from emmental.errors import UserError
-from emmental.loading import load_masked, load_model
+from emmental.loading import load_masked, load_model, load_teacher
 from emmental.modules import find_masks, masked, masked_layers
 
 NO_DROPOUT = {
@@ -468,6 +468,26 @@ def test_load_model_of_another_head(tiny_bert):
     assert model.classifier.weight.shape == (3, 32)
     with pytest.raises(UserError, match="pooler"):
         load_model(str(tiny_bert), "SequenceClassification", masked=False, trained=True)
+
+
+def test_the_labels_of_a_teacher_take_the_order_of_the_student(
+    tiny_config, tmp_path, tiny_tokenizer
+):
+    names = ["no", "maybe", "yes"]
+    config = transformers.BertConfig(**tiny_config, id2label=dict(enumerate(names)))
+    student = transformers.BertForSequenceClassification(config)
+    config = transformers.BertConfig(**tiny_config, id2label={0: "Yes", 1: "No", 2: "Maybe"})
+    stored = transformers.BertForSequenceClassification(config).eval()
+    stored.save_pretrained(tmp_path)
+    teacher = load_teacher(
+        str(tmp_path),
+        "SequenceClassification",
+        masked=False,
+        student=student,
+        tokenizer=tiny_tokenizer,
+    )
+    assert list(teacher.config.id2label.values()) == names
+    torch.testing.assert_close(teacher(**INPUTS).logits, stored(**INPUTS).logits[:, [1, 2, 0]])
 
 
 def drop_key(key):
