@@ -90,8 +90,8 @@ def load_model(
     family, was_masked = values["model_type"].removeprefix(MASKED), is_masked(values["model_type"])
     if was_masked and not masked:
         raise UserError(
-            f"{name_or_path} is a masked checkpoint: use model type {MASKED}{family}, or convert it "
-            "with bertarize.py first"
+            f"{name_or_path} is a masked checkpoint: use model type {MASKED}{family}, or convert "
+            "it with bertarize.py first"
         )
     if trained and masked and not was_masked:
         raise UserError(
@@ -105,94 +105,93 @@ def load_model(
         if was_masked and None not in (value, recorded) and value != recorded:
             message = "%s %s contradicts %s of the checkpoint; %s is used"
             logger.warning(message, name, value, recorded, value)
-    values = {name: value for name, value in values.items() if name not in NOT_INHERITED}
-    if labels is not None:
-        values = {name: value for name, value in values.items() if name not in OF_LABELS}
+    del values["model_type"]  # the class of the configuration has its own
+    values |= overrides | ({} if labels is None else _label_settings(labels))
     try:
-        config_class = CONFIG_MAPPING[MASKED + family if masked else family]
+        config = CONFIG_MAPPING[MASKED + family if masked else family].from_dict(values)
         model, info = getattr(transformers, f"AutoModelFor{head}").from_pretrained(
             name_or_path,
-            config=config_class.from_dict(values | _label_settings(labels) | overrides),
+            config=config,
             cache_dir=cache_dir,
             dtype=torch.float32,
             trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # `_check_weights` says which
+            ignore_mismatched_sizes=True,  # `_check_weights` reports them
         )
     except Exception as error:  # of three libraries, for a broken file
-        raise UserError(
-            f"cannot load the checkpoint {name_or_path}: {first_line(error)}"
-        ) from error
-    _check_weights(name_or_path, model, info, trained)
+        problem = first_line(error)
+        raise UserError(f"cannot load the checkpoint {name_or_path}: {problem}") from error
+    fresh = _check_weights(name_or_path, model, info, trained)
     if masked:
         _check_masks(name_or_path, model, trained)
     if isinstance(labels, Sequence) and labels:
-        _align_labels(name_or_path, model, info, labels, trained, cache_dir)
+        own = checkpoint_labels(name_or_path, cache_dir)
+        _align_labels(name_or_path, model, fresh, own, labels, trained)
     return model.eval()
 
 
-NOT_INHERITED = ("model_type", "architectures", "transformers_version", "dtype", "torch_dtype")
-OF_LABELS = ("id2label", "label2id", "num_labels", "problem_type")
+def _label_settings(labels: int | Sequence[str]) -> dict:
+    names = [f"LABEL_{n}" for n in range(labels)] if isinstance(labels, int) else list(labels)
+    problem_type = None if names else "regression"
+    columns = dict(enumerate(names or ["LABEL_0"]))
+    return {
+        "num_labels": len(columns),
+        "id2label": columns,
+        "label2id": {name: column for column, name in columns.items()},
+        "problem_type": problem_type,
+    }
 
 
-def _label_settings(labels: int | Sequence[str] | None) -> dict:
-    if labels is None:
-        return {}
-    if isinstance(labels, int):
-        return {"num_labels": labels}
-    if not labels:
-        return {"num_labels": 1, "problem_type": "regression"}
-    columns = dict(enumerate(labels))
-    return {"id2label": columns, "label2id": {name: column for column, name in columns.items()}}
-
-
-def _check_weights(name_or_path: str, model: PreTrainedModel, info: dict, trained: bool) -> None:
-    """Raises UserError for weights that have another shape or are missing; a new head may be."""
+def _check_weights(source: str, model: PreTrainedModel, info: dict, trained: bool) -> set[str]:
+    """The weights that start fresh. Raises UserError for any but scores and a head, if untrained."""
     shapes = {key: (theirs, ours) for key, theirs, ours in info["mismatched_keys"]}
-    base, family = model.base_model_prefix, family_of(model.config)
-    body = (f"{base}.{family.encoder}.", f"{base}.{family.embeddings}.")
-    for key in sorted({*info["missing_keys"], *shapes}):
+    fresh = {*info["missing_keys"], *shapes}
+    base, family = f"{model.base_model_prefix}.", family_of(model.config)
+    for key in sorted(fresh):
+        theirs, ours = shapes.get(key, (None, None))
         are_scores = key.endswith(".mask_scores")
-        if key.startswith(body) and (key in shapes or not are_scores):
-            problem = f"has another shape ({shapes[key][0]})" if key in shapes else "is missing"
-            raise UserError(f"{name_or_path} does not fit its configuration: {key} {problem}")
-        if trained and are_scores:
+        if key.startswith((f"{base}{family.encoder}.", f"{base}{family.embeddings}.")):
+            if theirs or not are_scores:
+                problem = f"has another shape ({theirs})" if theirs else "is missing"
+                raise UserError(f"{source} does not fit its configuration: {key} {problem}")
+        if not trained:
+            continue
+        if are_scores:
             raise UserError(
-                f"{name_or_path} holds no scores for pruning_method {model.config.pruning_method} "
+                f"{source} holds no scores for pruning_method {model.config.pruning_method} "
                 f"({key} is missing): give the method that it was trained with"
             )
-        if trained and key in shapes and not key.startswith(f"{base}."):
-            theirs, ours = shapes[key]
+        if theirs and not key.startswith(base):
             raise UserError(
-                f"the head of {name_or_path} has {theirs[0]} outputs, and {ours[0]} are needed: is "
-                "it of another task?"
+                f"the head of {source} has {theirs[0]} outputs, and {ours[0]} are needed: is it "
+                "of another task?"
             )
-        if trained:
-            raise UserError(
-                f"{name_or_path} has no trained {type(model).__name__} head ({key} is missing): "
-                "fine-tune it first with --do_train"
-            )
+        raise UserError(
+            f"{source} has no trained {type(model).__name__} head ({key} is missing): fine-tune "
+            "it first with --do_train"
+        )
+    return fresh
 
 
-def _check_masks(name_or_path: str, model: PreTrainedModel, trained: bool) -> None:
+def _check_masks(source: str, model: PreTrainedModel, trained: bool) -> None:
     """Raises UserError for a masked model without layers or, if trained, without usable masks."""
     layers, config = masked_layers(model).values(), model.config
     if not layers:
-        raise UserError(f"{name_or_path} has no layers: correct num_hidden_layers of config.json")
+        raise UserError(f"{source} has no layers: correct num_hidden_layers of its config.json")
     if not trained:
         return
     if config.threshold is None and METHODS[config.pruning_method].threshold:
         raise UserError(
-            f"{name_or_path} does not record the threshold that it was trained at: give --threshold "
+            f"{source} does not record the threshold that it was trained at: give --threshold "
             "(counts_parameters.py, bertarize.py) or --final_threshold (training scripts); "
             "bertarize a teacher first"
         )
     if not all(x.mask_scores.isfinite().all() for x in layers if x.mask_scores is not None):
-        raise UserError(f"{name_or_path} holds scores that are not finite: its training diverged")
+        raise UserError(f"{source} holds scores that are not finite: its training diverged")
     try:
         find_masks(model)
     except ValueError as error:
-        raise UserError(f"{name_or_path}: {error}") from error
+        raise UserError(f"{source}: {error}") from error
 
 
 def checkpoint_labels(name_or_path: str, cache_dir: str | None = None) -> tuple[str, ...]:
@@ -200,12 +199,11 @@ def checkpoint_labels(name_or_path: str, cache_dir: str | None = None) -> tuple[
     config = read_config(name_or_path, cache_dir)
     known = {name: config[name] for name in ("id2label", "num_labels") if config.get(name)}
     try:
-        names = PreTrainedConfig(**known).id2label
+        return tuple(str(name) for name in PreTrainedConfig(**known).id2label.values())
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(
             f"{name_or_path}/config.json: its id2label must name the outputs 0, 1, ...; correct it"
         ) from error
-    return tuple(str(names[column]) for column in sorted(names))
 
 
 def _are_anonymous(labels: Sequence[str]) -> bool:
@@ -214,37 +212,34 @@ def _are_anonymous(labels: Sequence[str]) -> bool:
 
 @torch.no_grad()
 def _align_labels(
-    name_or_path: str,
+    source: str,
     model: PreTrainedModel,
-    info: dict,
+    fresh: set[str],
+    own: Sequence[str],
     wanted: Sequence[str],
     trained: bool,
-    cache_dir: str | None,
 ) -> None:
     """Put the outputs of a trained head in the order of the `wanted` labels."""
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    name, head = list(linears.items())[-1]  # its rows are the outputs
-    if f"{name}.weight" in {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}:
+    linears = [item for item in model.named_modules() if isinstance(item[1], nn.Linear)]
+    name, head = linears[-1]  # its rows are the outputs
+    if f"{name}.weight" in fresh:
         return
-    own = checkpoint_labels(name_or_path, cache_dir)
-    for fold in (str, str.casefold):
-        places = {fold(label): place for place, label in enumerate(own)}
-        if len(places) == len(own) and sorted(places) == sorted(map(fold, wanted)):
-            order = [places[fold(label)] for label in wanted]
-            head.weight.copy_(head.weight[order].clone())
-            head.bias.copy_(head.bias[order].clone())
-            return
+    places = {label.casefold(): place for place, label in enumerate(own)}
+    order = [places.get(label.casefold()) for label in wanted]
     names = ", ".join(own)
-    if _are_anonymous(own):
+    if set(order) == set(range(len(own))):
+        head.weight.copy_(head.weight[order].clone())
+        head.bias.copy_(head.bias[order].clone())
+    elif _are_anonymous(own):
         message = "the labels of %s have no names; they are read as %s"
-        logger.warning(message, name_or_path, ", ".join(wanted))
+        logger.warning(message, source, ", ".join(wanted))
     elif trained:
         raise UserError(
-            f"{name_or_path} has the labels {names}, but those of the task are "
-            f"{', '.join(wanted)}: give a model of this task"
+            f"{source} has the labels {names}, but those of the task are {', '.join(wanted)}: "
+            "give a model of this task"
         )
     else:
-        logger.warning("the head of %s has other labels (%s): it starts fresh", name_or_path, names)
+        logger.warning("the head of %s has other labels (%s): it starts fresh", source, names)
         nn.init.normal_(head.weight, std=0.02)
         nn.init.zeros_(head.bias)
 
@@ -310,8 +305,8 @@ def load_student(
     config, highest = model.config, max(tokenizer.get_vocab().values())
     if highest >= config.vocab_size:
         raise UserError(
-            f"the tokenizer at {tokenizer_name} does not fit the model: it has ids up to {highest}, "
-            f"the model's vocabulary has {config.vocab_size} entries"
+            f"the tokenizer at {tokenizer_name} does not fit the model: it has ids up to "
+            f"{highest}, the model's vocabulary has {config.vocab_size} entries"
         )
     special = ("cls_token", "sep_token", "pad_token")
     lacking = [name for name in special if getattr(tokenizer, f"{name}_id") is None]
@@ -346,13 +341,9 @@ def load_teacher(
     Raises UserError when its vocabulary, labels or sizes do not fit the student.
     """
     labels = [str(name) for name in student.config.id2label.values()]
+    labels = None if _are_anonymous(labels) else labels
     teacher = load_model(
-        name_or_path,
-        head,
-        masked=masked,
-        trained=True,
-        cache_dir=cache_dir,
-        labels=None if _are_anonymous(labels) else labels,
+        name_or_path, head, masked=masked, trained=True, labels=labels, cache_dir=cache_dir
     )
     misfit = f"the teacher {name_or_path} does not fit the student: "
     for name in ("vocab_size", "num_labels", "max_position_embeddings", "type_vocab_size"):

@@ -35,12 +35,12 @@ class LambdaSteering:
     HEAD_START, ARRIVAL = 1.0, 0.95  # in log-odds; as a fraction of the run
 
     def reference(self, step: int) -> float:
-        """The score above which the target fraction of the weights should be after `step` updates."""
+        """The score that a fraction `target` of the weights should exceed after `step` updates."""
         left = 1 - _clamp((step - self.start) / max(1.0, self.end - self.start), 0.0, 1.0)
         return self.last_cut + (self.first_cut - self.last_cut) * left**3
 
     def steer(self, step: int, fraction: float) -> float:
-        """final_lambda after `step` updates, when `fraction` of the weights is above the reference."""
+        """final_lambda after `step` updates, with `fraction` of the weights above the reference."""
         self.last_lambda = self.first_lambda
         if step <= self.start:
             return self.last_lambda
@@ -57,7 +57,7 @@ class LambdaSteering:
 
 
 def usual_lambda(target: float, penalty: str) -> float:
-    """final_lambda that leaves about `target`: a fit to the paper's SQuAD runs without a teacher."""
+    """final_lambda that leaves about `target`, fitted to the paper's SQuAD runs without teacher."""
     odds = (1 - target) / target
     return 140 * odds**0.65 if penalty == "l1" else 15 * odds**1.1
 

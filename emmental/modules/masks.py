@@ -72,6 +72,7 @@ def find_masks(
     generator: torch.Generator | None = None,
     *,
     sampled: bool = False,
+    above: float | None = None,
 ) -> Masks:
     """Find the masks of all layers; with `config.global_topk`, rank all matrices together.
 
@@ -80,49 +81,37 @@ def find_masks(
     cutoff: of an earlier call, with `global_topk`: keep the scores above it, without a selection.
     sampled, generator: whether masks are random (l0 in training), and their source of noise. Seed
         it alike on all ranks.
+    above: if given, keep the weights with higher scores instead.
     Raises ValueError for a model without masked layers, a threshold that is unknown or out of
     range, and a method that cannot rank all matrices together.
     """
     layers, config = masked_layers(model), _config(model)
-    method, sources = _sources(layers)
-    if threshold is None:
-        threshold = getattr(config, "threshold", None)
-    if threshold is None and method.threshold:
-        raise ValueError("the threshold is unknown: pass threshold=..., or set config.threshold")
-    threshold = 1.0 if threshold is None else float(threshold)
-    if not getattr(config, "global_topk", False):
-        found = method.masks(list(sources.values()), threshold, sampled, generator)
-        return _make_masks(layers, sources, found, None, threshold)
-    if not method.ranks_together:
-        raise ValueError(f"global_topk cannot rank all matrices together for {method.name}")
-    sizes = Counter()
-    for layer in layers.values():
-        sizes[layer.owner] += layer.weights_per_score
-    values = [value.abs() if method.absolute else value for value in sources.values()]
-    ranked = keep_largest_together(values, list(sizes.values()), check_fraction(threshold), cutoff)
-    return _make_masks(layers, sources, *ranked, threshold)
-
-
-@torch.no_grad()
-def masks_above(model: nn.Module, score: float) -> Masks:
-    """The masks if all weights with scores up to `score` were pruned."""
-    layers = masked_layers(model)
-    method, sources = _sources(layers)
-    return _make_masks(layers, sources, method.masks_above(list(sources.values()), score))
-
-
-def _sources(layers: dict[str, MaskedLinear]):
-    """The method, and the scores (or weights) by owner: layers may share their scores."""
     if not layers:
         raise ValueError("the model has no masked layers")
-    return next(iter(layers.values())).method, {x.owner: x.source for x in layers.values()}
-
-
-def _make_masks(layers, sources, found, cutoff=None, threshold=None) -> Masks:
+    method = next(iter(layers.values())).method
+    sources = {layer.owner: layer.source for layer in layers.values()}  # layers may share scores
+    values = list(sources.values())
+    if threshold is None:
+        threshold = getattr(config, "threshold", None)
+    if above is not None:
+        found = method.masks_above(values, above)
+    elif threshold is None and method.threshold:
+        raise ValueError("the threshold is unknown: pass threshold=..., or set config.threshold")
+    elif not getattr(config, "global_topk", False):
+        found = method.masks(values, threshold, sampled, generator)
+    elif not method.ranks_together:
+        raise ValueError(f"global_topk cannot rank all matrices together for {method.name}")
+    else:
+        sizes = Counter()
+        for layer in layers.values():
+            sizes[layer.owner] += layer.weights_per_score
+        values = [value.abs() for value in values] if method.absolute else values
+        fraction = check_fraction(threshold)
+        found, cutoff = keep_largest_together(values, list(sizes.values()), fraction, cutoff)
     by_owner = dict(zip(sources, found, strict=True))
     by_layer = {name: by_owner[layer.owner] for name, layer in layers.items()}
     sizes = {name: layer.weights_per_score for name, layer in layers.items()}
-    return Masks(by_layer, sizes, cutoff, threshold)
+    return Masks(by_layer, sizes, cutoff, 1.0 if threshold is None else float(threshold))
 
 
 def _config(model: nn.Module):
