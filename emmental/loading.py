@@ -1,8 +1,7 @@
 """Load a checkpoint, and refuse in one line what does not fit.
 
-transformers starts what a checkpoint lacks from random values, and ignores what it does not know. A
-researcher who does not notice that a head or scores were random loses a day. So everything that is
-missing is checked here.
+transformers starts from random values what a checkpoint lacks. A researcher who does not notice that
+a head or scores were random loses a day. So everything that is missing is checked here.
 """
 
 import logging
@@ -29,42 +28,41 @@ from .modules.methods import METHODS
 logger = logging.getLogger(__name__)
 
 
-def read_config(name_or_path: str, cache_dir: str | None = None) -> dict:
+def read_config(source: str, cache_dir: str | None = None) -> dict:
     """The `config.json` of a checkpoint of a known family, plain or masked. Raises UserError."""
     try:
-        config = dict(PreTrainedConfig.get_config_dict(name_or_path, cache_dir=cache_dir)[0])
+        config = dict(PreTrainedConfig.get_config_dict(source, cache_dir=cache_dir)[0])
         if not config:
             raise ValueError("there is no config.json")
     except Exception as error:  # of the hub, of JSON, of transformers
         raise UserError(
-            f"no checkpoint found at {name_or_path!r}: it must be a folder with a config.json, or "
-            f"the name of a model on the hub ({first_line(error)})"
+            f"no checkpoint found at {source!r}: give a folder with a config.json, or the name "
+            f"of a model on the hub ({first_line(error)})"
         ) from error
     if "hidden_size" in config:
         config.setdefault("model_type", "bert")  # the first BERT checkpoints do not say it
     model_type = str(config.get("model_type"))
     if model_type.removeprefix(MASKED) not in FAMILIES:
         raise UserError(
-            f"{name_or_path} is a checkpoint of type {model_type!r}; these scripts take "
-            f"{', '.join(FAMILIES)}"
+            f"{source} is of type {model_type!r}; these scripts take {', '.join(FAMILIES)}"
         )
     return config
 
 
-def head_of(name_or_path: str, config: dict) -> str:
+def head_of(source: str, config: dict) -> str:
     """Which of `HEADS` a checkpoint was saved with. Raises UserError if it does not say."""
     names = [str(name) for name in config.get("architectures") or ()]
     for head in HEADS:
         if any(name.endswith(f"For{head}") for name in names):
             return head
     raise UserError(
-        f"{name_or_path} has no fine-tuned head: the `architectures` of its config.json must end "
-        f"with For{', For'.join(HEADS)}"
+        f"{source} has no fine-tuned head: `architectures` in its config.json must end with "
+        f"For{', For'.join(HEADS)}"
     )
 
 
 def load_model(
-    name_or_path: str,
+    source: str,
     head: str,
     *,
     masked: bool,
@@ -81,36 +79,31 @@ def load_model(
     labels: the outputs of the head, by default the configuration's: their number or their names. No
         names mean a regression. The outputs of a trained head are put in the order of the names. A
         head with other names is refused if `trained`, and otherwise starts fresh.
-    overrides: replace values of the configuration; a contradiction to a masked checkpoint is
-        logged.
-    Raises UserError for a checkpoint that is missing, broken, of another architecture, or masked
-    where a plain model is asked for, and the other way round.
+    overrides: values in place of the configuration's. A masked checkpoint's are logged.
+    Raises UserError for a checkpoint that is missing or broken, or does not fit what is asked for.
     """
-    values = read_config(name_or_path, cache_dir)
+    values = read_config(source, cache_dir)
     family, was_masked = values["model_type"].removeprefix(MASKED), is_masked(values["model_type"])
     if was_masked and not masked:
         raise UserError(
-            f"{name_or_path} is a masked checkpoint: use model type {MASKED}{family}, or convert "
-            "it with bertarize.py first"
+            f"{source} is a masked checkpoint: use model type {MASKED}{family}, or bertarize it"
         )
     if trained and masked and not was_masked:
         raise UserError(
-            f"{name_or_path} is a plain model without masks: use model type {family}, or give a "
-            "fine-pruned checkpoint"
+            f"{source} is a plain model without masks: use model type {family}, or fine-prune it"
         )
     if config_name:
         values = read_config(config_name, cache_dir)
     for name, value in overrides.items():
-        recorded = values.get(name)
-        if was_masked and None not in (value, recorded) and value != recorded:
-            message = "%s %s contradicts %s of the checkpoint; %s is used"
-            logger.warning(message, name, value, recorded, value)
+        old = values.get(name)
+        if was_masked and None not in (value, old) and value != old:
+            logger.warning("%s %s contradicts %s of the checkpoint, and is used", name, value, old)
     del values["model_type"]  # the class of the configuration has its own
     values |= overrides | ({} if labels is None else _label_settings(labels))
     try:
         config = CONFIG_MAPPING[MASKED + family if masked else family].from_dict(values)
         model, info = getattr(transformers, f"AutoModelFor{head}").from_pretrained(
-            name_or_path,
+            source,
             config=config,
             cache_dir=cache_dir,
             dtype=torch.float32,
@@ -119,14 +112,13 @@ def load_model(
             ignore_mismatched_sizes=True,  # `_check_weights` reports them
         )
     except Exception as error:  # of three libraries, for a broken file
-        problem = first_line(error)
-        raise UserError(f"cannot load the checkpoint {name_or_path}: {problem}") from error
-    fresh = _check_weights(name_or_path, model, info, trained)
+        raise UserError(f"cannot load the checkpoint {source}: {first_line(error)}") from error
+    fresh = _check_weights(source, model, info, trained)
     if masked:
-        _check_masks(name_or_path, model, trained)
+        _check_masks(source, model, trained)
     if isinstance(labels, Sequence) and labels:
-        own = checkpoint_labels(name_or_path, cache_dir)
-        _align_labels(name_or_path, model, fresh, own, labels, trained)
+        own = checkpoint_labels(source, cache_dir)
+        _align_labels(source, model, fresh, own, labels, trained)
     return model.eval()
 
 
@@ -143,7 +135,7 @@ def _label_settings(labels: int | Sequence[str]) -> dict:
 
 
 def _check_weights(source: str, model: PreTrainedModel, info: dict, trained: bool) -> set[str]:
-    """The weights that start fresh. Raises UserError for any but scores and a head, if untrained."""
+    """The weights that start fresh. Raises UserError if they may not: only scores and head may."""
     shapes = {key: (theirs, ours) for key, theirs, ours in info["mismatched_keys"]}
     fresh = {*info["missing_keys"], *shapes}
     base, family = f"{model.base_model_prefix}.", family_of(model.config)
@@ -194,15 +186,16 @@ def _check_masks(source: str, model: PreTrainedModel, trained: bool) -> None:
         raise UserError(f"{source}: {error}") from error
 
 
-def checkpoint_labels(name_or_path: str, cache_dir: str | None = None) -> tuple[str, ...]:
+def checkpoint_labels(source: str, cache_dir: str | None = None) -> tuple[str, ...]:
     """Names of the outputs of a checkpoint's head, by default LABEL_0, ... Raises UserError."""
-    config = read_config(name_or_path, cache_dir)
+    config = read_config(source, cache_dir)
     known = {name: config[name] for name in ("id2label", "num_labels") if config.get(name)}
     try:
-        return tuple(str(name) for name in PreTrainedConfig(**known).id2label.values())
+        names = PreTrainedConfig(**known).id2label
+        return tuple(str(names[column]) for column in sorted(names))
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(
-            f"{name_or_path}/config.json: its id2label must name the outputs 0, 1, ...; correct it"
+            f"{source}/config.json: its id2label must name the outputs 0, 1, ..."
         ) from error
 
 
@@ -264,7 +257,7 @@ def load_masked(
 
 
 def load_tokenizer(
-    name_or_path: str, do_lower_case: bool = False, cache_dir: str | None = None
+    source: str, do_lower_case: bool = False, cache_dir: str | None = None
 ) -> PreTrainedTokenizerFast:
     """The tokenizer of a checkpoint; `do_lower_case` can only switch lower-casing on.
 
@@ -273,20 +266,20 @@ def load_tokenizer(
     options = {"do_lower_case": True} if do_lower_case else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            name_or_path, cache_dir=cache_dir, use_fast=True, trust_remote_code=False, **options
+            source, cache_dir=cache_dir, use_fast=True, trust_remote_code=False, **options
         )
         if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers made it up
             raise ValueError("there is no vocabulary")
     except Exception as error:  # a missing vocabulary has many errors
         raise UserError(
-            f"no tokenizer found at {name_or_path!r}: give one with --tokenizer_name "
+            f"no tokenizer found at {source!r}: give one with --tokenizer_name "
             f"({first_line(error)})"
         ) from error
     return tokenizer
 
 
 def load_student(
-    name_or_path: str,
+    source: str,
     head: str,
     *,
     tokenizer_name: str | None,
@@ -299,8 +292,8 @@ def load_student(
 
     Raises UserError when the model, the tokenizer and `max_seq_length` (tokens) do not fit.
     """
-    model = load_model(name_or_path, head, cache_dir=cache_dir, **options)
-    tokenizer_name = tokenizer_name or name_or_path
+    model = load_model(source, head, cache_dir=cache_dir, **options)
+    tokenizer_name = tokenizer_name or source
     tokenizer = load_tokenizer(tokenizer_name, do_lower_case, cache_dir)
     config, highest = model.config, max(tokenizer.get_vocab().values())
     if highest >= config.vocab_size:
@@ -317,7 +310,7 @@ def load_student(
         )
     if getattr(config, "type_vocab_size", 2) < 2:
         raise UserError(
-            f"{name_or_path} has one token type, and these scripts use two to tell two texts apart"
+            f"{source} has one token type, and these scripts use two to tell two texts apart"
         )
     if max_seq_length > config.max_position_embeddings:
         raise UserError(
@@ -328,7 +321,7 @@ def load_student(
 
 
 def load_teacher(
-    name_or_path: str,
+    source: str,
     head: str,
     *,
     masked: bool,
@@ -343,18 +336,18 @@ def load_teacher(
     labels = [str(name) for name in student.config.id2label.values()]
     labels = None if _are_anonymous(labels) else labels
     teacher = load_model(
-        name_or_path, head, masked=masked, trained=True, labels=labels, cache_dir=cache_dir
+        source, head, masked=masked, trained=True, labels=labels, cache_dir=cache_dir
     )
-    misfit = f"the teacher {name_or_path} does not fit the student: "
+    misfit = f"the teacher {source} does not fit the student: "
     for name in ("vocab_size", "num_labels", "max_position_embeddings", "type_vocab_size"):
         ours, theirs = (getattr(m.config, name, 0) for m in (student, teacher))
         if theirs < ours or (theirs > ours and name in ("vocab_size", "num_labels")):
             raise UserError(f"{misfit}{name} {theirs} against {ours}")
     try:
-        vocabulary = load_tokenizer(name_or_path, cache_dir=cache_dir).get_vocab()
+        vocabulary = load_tokenizer(source, cache_dir=cache_dir).get_vocab()
     except UserError:
         message = "the teacher %s has no tokenizer: its vocabulary cannot be compared"
-        logger.warning(message, name_or_path)
+        logger.warning(message, source)
     else:
         if vocabulary != tokenizer.get_vocab():
             raise UserError(f"{misfit}their vocabularies differ")

@@ -30,7 +30,7 @@ def make_layer(method, scale=2.0, bias=True, **kwargs):
 
 
 def top(values, count):
-    """Float mask of the first `count` entries of a stable descending sort, over a list of matrices."""
+    """Float masks of the first `count` entries of a stable descending sort over all matrices."""
     flat = torch.cat([v.detach().reshape(-1) for v in values]).tolist()
     kept = set(sorted(range(len(flat)), key=lambda i: -flat[i])[:count])
     mask = torch.tensor([float(i in kept) for i in range(len(flat))])

@@ -351,9 +351,16 @@ def test_the_trainer_of_transformers(tmp_path):
     model = make("topK", MaskedBertForQuestionAnswering, threshold=0.3)
     before = find_masks(model).by_layer
     arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path), per_device_train_batch_size=4, max_steps=4, learning_rate=0.05, report_to=[],
-        save_strategy="no", use_cpu=True, disable_tqdm=True, logging_strategy="no",
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=4,
+        max_steps=4,
+        learning_rate=0.05,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
     transformers.Trainer(model=model, args=arguments, train_dataset=Pairs()).train()
     after = find_masks(model).by_layer
     changed = [name for name in before if not torch.equal(before[name], after[name])]
@@ -455,18 +462,22 @@ def test_blocks_of_weights(method, granularities):
 
 @pytest.mark.parametrize("method", ["topK", "sigmoied_threshold", "l0"])
 def test_one_score_for_a_row_and_a_column(method, granularities):
-    """The scores of neurons: a row of one matrix and a column of the next, and how they are counted and ranked."""
+    """One score for a neuron: a row of one matrix and a column of the next."""
     torch.manual_seed(3)
     model = nn.Sequential(
-        MaskedLinear(4, 10, True, "uniform", 2.0, method, "rows"), MaskedLinear(10, 3, True, "uniform", 2.0, method, "columns"),
+        MaskedLinear(4, 10, True, "uniform", 2.0, method, "rows"),
+        MaskedLinear(10, 3, True, "uniform", 2.0, method, "columns"),
         MaskedLinear(3, 3, True, "uniform", 2.0, method),
-    )  # fmt: skip
+    )
     model[1].mask_scores = model[0].mask_scores
     found = find_masks(model.eval(), 0.5)
     mask = found.by_layer["0"].float()
     assert found.by_layer["1"] is found.by_layer["0"] and found.sizes == {"0": 4, "1": 3, "2": 1}
-    assert count(found).remaining == {"0": 4 * int(mask.count_nonzero()), "1": 3 * int(mask.count_nonzero()),
-                                      "2": int(found.by_layer["2"].count_nonzero())}  # fmt: skip
+    assert count(found).remaining == {
+        "0": 4 * int(mask.count_nonzero()),
+        "1": 3 * int(mask.count_nonzero()),
+        "2": int(found.by_layer["2"].count_nonzero()),
+    }
     x = torch.randn(5, 4)
     with masked(model, 0.5):
         out = model[1](model[0](x))

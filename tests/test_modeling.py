@@ -318,10 +318,18 @@ def write_2020_checkpoint(folder, tiny_config, method="topK", drop=(), **config)
     )
     values = {
         "architectures": ["MaskedBertForQuestionAnswering"],
-        "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu", "hidden_dropout_prob": 0.1,
-        "initializer_range": 0.02, "layer_norm_eps": 1e-12, "mask_init": "constant", "mask_scale": 0.0,
-        "model_type": "masked_bert", "pad_token_id": 0, "pruning_method": method, "type_vocab_size": 2,
-    }  # fmt: skip
+        "attention_probs_dropout_prob": 0.1,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.1,
+        "initializer_range": 0.02,
+        "layer_norm_eps": 1e-12,
+        "mask_init": "constant",
+        "mask_scale": 0.0,
+        "model_type": "masked_bert",
+        "pad_token_id": 0,
+        "pruning_method": method,
+        "type_vocab_size": 2,
+    }
     (folder / "config.json").write_text(json.dumps(values | tiny_config | config))
     return state
 
@@ -662,7 +670,7 @@ def test_a_head_builds_one_encoder(tiny_config, suffix, monkeypatch):
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_what_a_checkpoint_lacks_is_initialised_and_nothing_else(tiny_bert, tmp_path, suffix):
-    """transformers asks the class of the inner model: a stock one there leaves scores as they lay in memory."""
+    """transformers uses the inner model's class; a stock class would not initialize the scores."""
     cls = getattr(emmental, f"MaskedBert{suffix}")
     plain = load_file(tiny_bert / "model.safetensors")
     for seed in range(3):
