@@ -104,7 +104,8 @@ PICKLED = {
     "pickle": lambda payload, path: path.write_bytes(pickle.dumps([payload, bytes(10**6)])),
 }
 PLACES = [
-    *"pytorch_model.bin model.safetensors training_state.pt training_args.bin optimizer.pt scheduler.pt".split(),
+    *"pytorch_model.bin model.safetensors training_state.pt training_args.bin".split(),
+    *"optimizer.pt scheduler.pt".split(),
     *"rng_state.pth tokenizer.json vocab.txt training_args.json config.json files.json".split(),
 ]
 
