@@ -1,7 +1,7 @@
 """Load a checkpoint, and refuse in one line what does not fit.
 
-transformers starts from random values what a checkpoint lacks. A researcher who does not notice that
-a head or scores were random loses a day. So everything that is missing is checked here.
+transformers starts from random values what a checkpoint lacks. A researcher who does not notice
+that a head or scores were random loses a day. So everything that is missing is checked here.
 """
 
 import logging
