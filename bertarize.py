@@ -1,10 +1,10 @@
-"""Prune once for all: bake the masks of a fine-pruned checkpoint into a plain BERT.
+"""Turn a fine-pruned checkpoint into a plain BERT with the same outputs.
 
     python bertarize.py --model_name_or_path OUT
 
-writes the folder bertarized_OUT beside OUT, which `BertForQuestionAnswering.from_pretrained` and the Auto
-classes load as any BERT. Method and threshold are read from the checkpoint's
-config.json; checkpoints of the 2020 code want --threshold.
+writes the folder bertarized_OUT beside OUT. `BertForQuestionAnswering.from_pretrained` and the Auto
+classes load it as any BERT. The checkpoint's config.json says which method and threshold it was
+trained with; checkpoints of the 2020 code need --threshold.
 """
 
 from pathlib import Path
@@ -14,59 +14,38 @@ import transformers
 from emmental.errors import UserError, one_line_errors
 from emmental.export import bertarized_config, bertarized_state_dict, remaining_weights
 from emmental.files import write_folder
-from emmental.loading import load_masked, load_tokenizer, require_folder
-from emmental.training.args import Parser, pruning_method
+from emmental.loading import load_masked, load_tokenizer
+from emmental.training.args import Parser, add_mask_flags, given_masks
 from emmental.training.runlog import set_up_logging
 
-# What an earlier bertarized folder may hold; a target with anything else in it is not ours to replace.
-MODEL_FILES = {
-    "config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "vocab.txt", "added_tokens.json",
-}  # fmt: skip
+# The files of a bertarized folder. A target folder with any other file is not overwritten.
+MODEL_FILES = set(
+    """config.json model.safetensors pytorch_model.bin tokenizer.json vocab.txt
+    tokenizer_config.json special_tokens_map.json added_tokens.json""".split()
+)
 
 
 def get_parser() -> Parser:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--model_name_or_path", required=True, help="folder of the fine-pruned (masked) checkpoint")
-    add(
-        "--target_model_path",
-        help="folder to write (default: bertarized_<name> beside the checkpoint)",
-    )
-    add(
-        "--pruning_method",
-        type=pruning_method,
-        help="method, when not the one recorded in config.json",
-    )
-    add(
-        "--threshold",
-        type=float,
-        help="threshold, when not the one recorded: a fraction in [0, 1] (for `threshold`, a cut on the scores)",
-    )
-    add(
-        "--global_topk",
-        action="store_true",
-        default=None,
-        help="all matrices were ranked together, and the checkpoint does not record it",
-    )
+    add("--target_model_path", help="folder to write (default: bertarized_<name> beside it)")
+    add_mask_flags(add)
     return parser
 
 
 def target_folder(source: Path, asked: str | None) -> Path:
-    """Where the plain model goes. Raises UserError for a folder that holds other things."""
-    target = (
-        Path(asked) if asked else source.resolve().parent / f"bertarized_{source.resolve().name}"
-    )
+    """The folder of the plain model. Raises UserError for one that holds anything else."""
+    target = Path(asked or source.resolve().with_name(f"bertarized_{source.resolve().name}"))
     if target.resolve() == source.resolve():
         raise UserError("--target_model_path is the checkpoint itself: choose another folder")
-    if target.exists() and not target.is_dir():
-        raise UserError(f"--target_model_path {target} is a file")
-    others = (
-        sorted({file.name for file in target.iterdir()} - MODEL_FILES) if target.is_dir() else []
-    )
+    if target.is_file():
+        raise UserError(f"--target_model_path {target} is a file: choose a folder")
+    others = {file.name for file in target.glob("*")} - MODEL_FILES
     if others:
         raise UserError(
-            f"--target_model_path {target} holds other files ({', '.join(others[:3])}): choose another folder"
+            f"--target_model_path {target} holds other files ({', '.join(sorted(others)[:3])}): "
+            "choose another folder"
         )
     return target
 
@@ -75,13 +54,13 @@ def main(argv: list[str] | None = None) -> Path:
     args = get_parser().parse_args(argv)
     set_up_logging()
     with one_line_errors():
-        source = require_folder(args.model_name_or_path, "--model_name_or_path")
+        source = Path(args.model_name_or_path)
         target = target_folder(source, args.target_model_path)
-        masked = load_masked(str(source), args.pruning_method, args.threshold, args.global_topk)
+        masked = load_masked(str(source), **given_masks(args))
         try:
             tokenizer = load_tokenizer(str(source))
         except UserError:
-            print(f"{source} holds no tokenizer: none is written")
+            print(f"{source} has no tokenizer: none is written")
             tokenizer = None
 
         plain_class = getattr(transformers, type(masked).__name__.removeprefix("Masked"))
@@ -94,10 +73,8 @@ def main(argv: list[str] | None = None) -> Path:
                 tokenizer.save_pretrained(folder)
 
         write_folder(target, fill)
-        counts = remaining_weights(masked)
-        print(
-            f"{plain_class.__name__} with {counts.linear_percent:.2f} % of its encoder's weights, written to {target}"
-        )
+        percent = remaining_weights(masked).linear_percent
+        print(f"{plain_class.__name__} with {percent:.2f} % of its encoder's weights: {target}")
     return target
 
 

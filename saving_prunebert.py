@@ -20,7 +20,7 @@ from emmental.errors import UserError, one_line_errors
 from emmental.families import is_masked
 from emmental.files import write_json
 from emmental.loading import read_config
-from emmental.training.args import Parser, pruning_method
+from emmental.training.args import Parser, add_mask_flags, given_masks
 from emmental.training.runlog import set_up_logging
 
 MB = 1e6
@@ -55,7 +55,7 @@ def get_parser() -> Parser:
         help="precision of the matrices (bias and LayerNorm: 16 at least)",
     )
     add("--base_model", **base)
-    _add_mask_flags(add)
+    add_mask_flags(add)
     add = verb("unpack", "write a normal model folder", file, ("folder", "folder to write"))
     add("--base_model", **base)
     add = verb("info", "what each matrix takes, and the whole", file)
@@ -69,27 +69,8 @@ def get_parser() -> Parser:
     add("--predict_file", help="SQuAD file to evaluate both on")
     add("--max_seq_length", type=int, help="as given in training, when not the default")
     add("--version_2_with_negative", action="store_true", help="SQuAD v2.0")
-    _add_mask_flags(add)
+    add_mask_flags(add)
     return parser
-
-
-def _add_mask_flags(add) -> None:
-    add(
-        "--pruning_method",
-        type=pruning_method,
-        help="method, when not the one recorded in config.json",
-    )
-    add("--threshold", type=float, help="threshold, when not the one recorded")
-    add(
-        "--global_topk",
-        action="store_true",
-        default=None,
-        help="all matrices were ranked together, and it is not recorded",
-    )
-
-
-def mask_flags(args) -> dict:
-    return {name: getattr(args, name) for name in ("pruning_method", "threshold", "global_topk")}
 
 
 def print_info(packed: storage.Packed, report: dict) -> None:
@@ -161,7 +142,7 @@ def evaluate(model: str, args) -> dict:
 
 def verify(args) -> int:
     """Compare, print, and return the exit status: 0 when all is as it must be."""
-    problems = storage.compare(args.file, args.checkpoint, args.base_model, **mask_flags(args))
+    problems = storage.compare(args.file, args.checkpoint, args.base_model, **given_masks(args))
     for problem in problems:
         print(problem)
     if not problems:
@@ -184,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     with one_line_errors():
         if args.verb == "pack":
             packed = storage.pack(
-                args.checkpoint, args.file, args.bits, args.base_model, **mask_flags(args)
+                args.checkpoint, args.file, args.bits, args.base_model, **given_masks(args)
             )
             size = packed.path.stat().st_size
             print(f"{args.file}: {size / MB:.2f} MB, {args.bits} bits")

@@ -4,12 +4,12 @@ from transformers import BertConfig
 
 
 class MaskedBertConfig(BertConfig):
-    """A `BertConfig` that also says how the encoder's linear layers are masked.
+    """A `BertConfig` with the settings of the masks.
 
     pruning_method: topK, threshold, sigmoied_threshold, magnitude or l0.
-    mask_init, mask_scale: initialisation of the scores, see `MaskedLinear`.
-    threshold: the threshold that the model was last trained at, None while it is unknown (as in
-        checkpoints of the 2020 code): a fraction in [0, 1], but for `threshold` a cut on the scores.
+    mask_init, mask_scale: the initial scores, see `MaskedLinear`.
+    threshold: the last threshold that was used: a fraction in [0, 1], for the method `threshold` a
+        cut on the scores. None if unknown, as in checkpoints of the 2020 code.
     global_topk: whether all matrices are ranked together.
     """
 

@@ -1,24 +1,25 @@
-"""What ends a run, and how: one line on stderr and an exit status, in place of a traceback."""
+"""Errors that end a script with one line on stderr and an exit status, instead of a traceback."""
 
 import os
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class UserError(Exception):
-    """What was asked for cannot be done; the message says what, where and how to fix it."""
+    """A request that cannot be met. The message says what is wrong, where, and how to fix it."""
 
     status = 2
 
 
 class TrainingError(UserError):
-    """Training cannot go on; the last checkpoint is good."""
+    """Training cannot go on. The last checkpoint is good."""
 
     status = 1
 
 
 class Interrupted(UserError):
-    """A signal ended the training, which has written a checkpoint."""
+    """A signal stopped the training, which has written a checkpoint."""
 
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
@@ -26,20 +27,19 @@ class Interrupted(UserError):
 
 
 def first_line(error: BaseException) -> str:
-    """The message of an exception in one line."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]
+    """The first line of an exception's message, or its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def fail(problems: list[str], status: int = 2):
-    """Print each problem on a line of its own and exit.
+    """Print each problem on its own line and exit.
 
-    What is wrong with the input (status 2), and an interruption (above 128), every process finds alike: the first of
-    a node speaks for all. Any other failure is a process's own to tell.
+    All processes find wrong input (status 2) and interruptions (above 128), so the first process of
+    each node prints them. Every process prints its other failures.
     """
-    rank = int(os.environ.get("RANK", 0))
-    if (status != 2 and status <= 128) or int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        name = (os.path.basename(sys.argv[0]) or "error") + (f" (rank {rank})" if rank else "")
+    rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    if local_rank == 0 or (status != 2 and status <= 128):
+        name = (Path(sys.argv[0]).name or "error") + (f" (rank {rank})" if rank else "")
         for problem in problems:
             print(f"{name}: error: {problem}", file=sys.stderr, flush=True)
     raise SystemExit(status)
@@ -47,41 +47,27 @@ def fail(problems: list[str], status: int = 2):
 
 @contextmanager
 def one_line_errors():
-    """Turn the expected errors of a script into one line and an exit status, instead of a traceback."""
+    """End the script with one line, not a traceback, when an expected error leaves the block."""
+    resume = "resume with --resume_from_checkpoint latest"
     try:
         yield
     except UserError as error:
         fail([str(error)], error.status)
     except OSError as error:
-        fail(
-            [f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")],
-            status=1,
-        )
-    except MemoryError as error:
-        fail(
-            [
-                f"out of memory ({error or 'no size given'}): take smaller batches, or a machine with more"
-            ],
-            1,
-        )
+        file = f": {error.filename}" if error.filename else ""
+        fail([f"{error.strerror or error}{file}"], 1)
+    except MemoryError:
+        fail(["out of memory: use smaller batches"], 1)
     except RuntimeError as error:
-        if not lost_connection(error):
+        if not _lost_connection(error):
             raise
-        fail(
-            [
-                "another process died; see its error above; resume with --resume_from_checkpoint latest"
-            ],
-            1,
-        )
+        fail([f"another process died; see its error above; {resume}"], 1)
     except KeyboardInterrupt:
-        fail(
-            ["interrupted; a run with checkpoints continues with --resume_from_checkpoint latest"],
-            status=130,
-        )
+        fail([f"interrupted; if there is a checkpoint, {resume}"], 130)
 
 
-def lost_connection(error: RuntimeError) -> bool:
-    """Whether an exchange between processes failed: nccl has a type for that, gloo a plain RuntimeError."""
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1  # they may have parted by now
+def _lost_connection(error: RuntimeError) -> bool:
+    """Whether another process no longer answers. Gloo has no exception type of its own for this."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     kinds = {kind.__name__ for kind in type(error).__mro__}
     return "DistError" in kinds or (several and "gloo" in str(error).lower())

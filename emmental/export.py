@@ -1,4 +1,4 @@
-"""From masks to figures and to a plain model: remaining-weight report and bertarized state dict."""
+"""Count the remaining weights of a masked model, and turn it into a plain model."""
 
 from dataclasses import asdict, dataclass
 
@@ -8,108 +8,101 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from .configuration_bert_masked import MASK_FIELDS
 from .families import MASKED, encoder_of
-from .modules.masked_nn import apply_mask
 from .modules.masks import Masks, count, find_masks, masked_layers
+from .modules.numeric import apply_mask
 from .modules.topk import floor_count
 
 
 @dataclass
 class MatrixCount:
-    """Remaining weights of one matrix; `floored` when only the floor of 0.5% keeps it from vanishing."""
+    """Remaining weights of a matrix. floored: only the floor of 0.5% kept it from vanishing."""
 
     name: str
     remaining: int
     total: int
     floored: bool
-
-    @property
-    def percent(self) -> float:
-        return 100 * self.remaining / self.total
+    percent: float
 
 
 @dataclass
 class RemainingWeights:
     """Remaining weights of a masked model.
 
-    matrices: a row per masked matrix. encoder_others: parameters of the encoder that are never masked
-    (bias, LayerNorm).
+    settings: its pruning_method, threshold and global_topk. matrices: its masked matrices.
+    encoder_others: the number of parameters of the encoder without a mask (bias, LayerNorm).
     """
 
+    settings: dict[str, float | str | bool]
     matrices: list[MatrixCount]
     encoder_others: int
 
     @property
+    def remaining(self) -> int:
+        return sum(m.remaining for m in self.matrices)
+
+    @property
+    def total(self) -> int:
+        return sum(m.total for m in self.matrices)
+
+    @property
     def linear_percent(self) -> float:
-        """Remaining percentage of the masked Linear weights alone."""
-        return 100 * sum(m.remaining for m in self.matrices) / sum(m.total for m in self.matrices)
+        """Of the masked weights alone."""
+        return 100 * self.remaining / self.total
 
     @property
     def published_percent(self) -> float:
-        """The paper's convention: bias and LayerNorm of the encoder count, as remaining (10.1 for a topK of 0.1)."""
-        remaining = sum(m.remaining for m in self.matrices) + self.encoder_others
-        return 100 * remaining / (sum(m.total for m in self.matrices) + self.encoder_others)
+        """The paper's convention: bias and LayerNorm count as remaining (10.1 for topK at 0.1)."""
+        return 100 * (self.remaining + self.encoder_others) / (self.total + self.encoder_others)
 
     def as_dict(self) -> dict:
-        return {
+        return self.settings | {
             "remaining_percent_published": self.published_percent,
             "remaining_percent_linear": self.linear_percent,
-            "remaining": sum(m.remaining for m in self.matrices),
-            "total": sum(m.total for m in self.matrices),
+            "remaining": self.remaining,
+            "total": self.total,
             "encoder_bias_and_layernorm": self.encoder_others,
-            "matrices": [asdict(m) | {"percent": m.percent} for m in self.matrices],
+            "matrices": [asdict(m) for m in self.matrices],
         }
 
 
-@torch.no_grad()
 def remaining_weights(model: nn.Module, masks: Masks | None = None) -> RemainingWeights:
-    """Count the weights that the masks keep (for l0: whose gate is not closed).
+    """Count the weights that the masks keep (for l0: with M > 0).
 
-    masks: by default those of evaluation at `config.threshold`. Raises ValueError when the model has no masked layers,
-    or no threshold.
+    masks: by default those of evaluation at `config.threshold`. Raises ValueError for a model
+    without masked layers or threshold.
     """
     masks = masks or find_masks(model)
-    counts, layers = count(masks), masked_layers(model)
-
-    def floored(name: str) -> bool:
-        scores, weights = masks.by_layer[name].numel(), masks.sizes[name]
-        has_floor = model.config.global_topk or layers[name].method.has_floor
-        return has_floor and counts.remaining[name] == floor_count(scores) * weights
-
-    matrices = [
-        MatrixCount(name, counts.remaining[name], counts.total[name], floored(name))
-        for name in layers
-    ]
+    counts, matrices = count(masks), []
+    for name, layer in masked_layers(model).items():
+        kept, total = counts.remaining[name], counts.total[name]
+        floor = floor_count(masks.by_layer[name].numel()) * masks.sizes[name]
+        floored = kept == floor and (model.config.global_topk or layer.method.has_floor)
+        matrices.append(MatrixCount(name, kept, total, floored, 100 * kept / total))
     parameters = encoder_of(model).named_parameters()
-    encoder = sum(
-        parameter.numel() for name, parameter in parameters if not name.endswith(".mask_scores")
-    )
-    return RemainingWeights(matrices, encoder - sum(m.total for m in matrices))
+    encoder = sum(p.numel() for name, p in parameters if not name.endswith(".mask_scores"))
+    settings = {x: getattr(model.config, x) for x in ("pruning_method", "threshold", "global_topk")}
+    return RemainingWeights(settings, matrices, encoder - sum(m.total for m in matrices))
 
 
 def mask_report(model: nn.Module) -> dict[str, float | str | bool]:
-    """What an evaluation says of a masked model's masks: figures and settings."""
+    """What the results of an evaluation say about the masks."""
     counts = remaining_weights(model)
-    settings = {
-        name: getattr(model.config, name) for name in ("pruning_method", "threshold", "global_topk")
-    }
     percents = {
         "remaining_percent": counts.published_percent,
         "remaining_percent_linear": counts.linear_percent,
     }
-    return percents | settings
+    return percents | counts.settings
 
 
 @torch.no_grad()
 def bertarized_state_dict(model: nn.Module, masks: Masks | None = None) -> dict[str, Tensor]:
-    """State dict of the plain model: each masked weight is W * M, and the scores are gone.
+    """State dict of the plain model: W * M in place of W, and no scores.
 
-    masks: by default those of evaluation at `config.threshold` (for l0 they are fractional, and are baked so). Raises
-    ValueError when the model has no masked layers, or no threshold.
+    masks: by default those of evaluation at `config.threshold` (for l0 they are fractional). Raises
+    ValueError for a model without masked layers or threshold.
     """
     masks = masks or find_masks(model)
-    state = {
-        key: value for key, value in model.state_dict().items() if not key.endswith(".mask_scores")
-    }
+    state = {k: v for k, v in model.state_dict().items() if not k.endswith(".mask_scores")}
     for name, layer in masked_layers(model).items():
         mask = layer.granularity.expand(masks.by_layer[name], layer.weight.shape)
         state[f"{name}.weight"] = apply_mask(layer.weight, mask)
@@ -117,8 +110,7 @@ def bertarized_state_dict(model: nn.Module, masks: Masks | None = None) -> dict[
 
 
 def bertarized_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration of the plain model: nothing of the masks is in it."""
-    values = config.to_dict()
-    for field in (*MASK_FIELDS, "model_type", "architectures", "transformers_version"):
-        values.pop(field, None)
+    """Configuration of the plain model."""
+    masked_only = (*MASK_FIELDS, "model_type", "architectures", "transformers_version")
+    values = {name: value for name, value in config.to_dict().items() if name not in masked_only}
     return CONFIG_MAPPING[config.model_type.removeprefix(MASKED)].from_dict(values)

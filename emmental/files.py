@@ -1,6 +1,7 @@
-"""Files that are whole or absent: written aside, synced to the disk, renamed.
+"""Files that are whole or absent: written to a folder aside, synced to the disk, then renamed.
 
-Every function raises TrainingError, with the reason in one line, for what cannot be written; nothing of it is left.
+The functions raise TrainingError, with the reason in one line, when they cannot write, and then
+leave nothing behind.
 """
 
 import hashlib
@@ -8,41 +9,30 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from .errors import TrainingError, UserError, first_line
 
 
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """Make the folder `target` through `fill(folder)`, replacing an old one."""
-    with _aside(target, target.parent, f".{target.name}-") as place:
-        fill(place / "new")
-        _finish(place / "new")
-        if target.exists():
-            target.rename(place / "old")
-        (place / "new").rename(target)
-        _sync_folder(target.parent)
+    """Write the folder `target` with `fill(folder)`, in place of an old one."""
+
+    def fill_parent(parent: Path) -> None:
+        (parent / target.name).mkdir()
+        fill(parent / target.name)
+
+    _write(target, target.parent, fill_parent)
 
 
 def write_into(target: Path, fill: Callable[[Path], None]) -> None:
-    """Put the files that `fill(folder)` makes into the folder `target`, each whole."""
-    with _aside(target, target, ".writing-") as place:
-        fill(place / "new")
-        _finish(place / "new")
-        for file in sorted((place / "new").iterdir()):
-            os.replace(file, target / file.name)
-        _sync_folder(target)
+    """Add the files that `fill(folder)` writes to the folder `target`, in place of old ones."""
+    _write(target, target, fill)
 
 
 def write_file(target: Path, fill: Callable[[Path], None]) -> None:
-    """Make the file `target` through `fill(path)`, replacing an old one."""
-    with _aside(target, target.parent, f".{target.name}-") as place:
-        fill(place / "new" / target.name)
-        _finish(place / "new")
-        os.replace(place / "new" / target.name, target)
-        _sync_folder(target.parent)
+    """Write the file `target` with `fill(path)`, in place of an old one."""
+    _write(target, target.parent, lambda parent: fill(parent / target.name))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -61,53 +51,47 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextmanager
-def _aside(target: Path, parent: Path, prefix: str) -> Iterator[Path]:
-    """A temporary folder below `parent` with an empty folder `new` in it, gone afterwards."""
-    place = None
+def _write(target: Path, parent: Path, fill: Callable[[Path], None]) -> None:
+    """Move what `fill(folder)` writes to a folder aside into `parent`. Errors name `target`."""
+    aside = None
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        place = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-        (place / "new").mkdir()
-        yield place
-    except Exception as error:  # a full disk is an OSError here, a RuntimeError of torch or an error of safetensors there
-        if isinstance(error, UserError) and not isinstance(
-            error, TrainingError
-        ):  # what was to be written is wrong
+        aside = Path(tempfile.mkdtemp(prefix=".writing-", dir=parent))
+        new = aside / "new"
+        new.mkdir()
+        fill(new)
+        for path in new.rglob("*"):
+            if path.is_file():  # some libraries write files that only their owner can read
+                path.chmod(new.stat().st_mode & 0o666)
+            _sync(path)
+        for path in sorted(new.iterdir()):
+            if path.is_dir() and (parent / path.name).exists():
+                (parent / path.name).rename(aside / "old")
+            path.replace(parent / path.name)
+        _sync(parent)
+    except Exception as error:  # torch and safetensors have their own errors for a full disk
+        if type(error) is UserError:
             raise
         raise TrainingError(f"cannot write {target}: {_reason(error)}") from error
     finally:
-        if place:
-            shutil.rmtree(place, ignore_errors=True)
+        if aside:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
-def _finish(folder: Path) -> None:
-    """Give the files the permissions that the umask allows, and have them and their names on the disk."""
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
-    for path in folder.iterdir():
-        path.chmod(0o666 & ~mask)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    _sync_folder(folder)
+def _sync(path: Path) -> None:
+    """Have a file's content, or a folder's list of files, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _reason(error: Exception) -> str:
-    """An error in a line, without the names of files that are written aside."""
-    if isinstance(error, TrainingError) and error.__cause__:
-        error = error.__cause__
-    chain = [error]
-    while chain[-1].__context__:  # torch raises an error of its own over what the system said
-        chain.append(chain[-1].__context__)
-    error = next((link for link in chain if isinstance(link, OSError)), error)
-    return getattr(error, "strerror", None) or first_line(error)
+def _reason(error: BaseException) -> str:
+    """What the system said, below the errors that libraries raise over it; else the error."""
+    link = error
+    while link:
+        if isinstance(link, OSError) and link.strerror:
+            return link.strerror
+        link = link.__context__
+    return first_line(error)

@@ -1,4 +1,4 @@
-"""Losses that fine-pruning adds to a task's own: penalties on the scores, and distillation."""
+"""What fine-pruning adds to the loss of a task: penalties on the scores, and distillation."""
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +13,16 @@ PENALTIES = {
 
 
 def regularization(model: nn.Module, mode: str) -> Tensor:
-    """Penalty that pushes scores down, a scalar in [0, 1], averaged over the masked matrices.
+    """The penalty that pushes scores down, averaged over the matrices: a scalar in [0, 1].
 
-    `l1`: the mean of sigmoid(S), which decides what soft movement keeps (paper, section 4.2).
-    `l0`: the mean of sigmoid(S - b log(-l/r)), the probability that a hard concrete gate is open
-    (Louizos et al. 2018, eq. 12). Raises ValueError for another mode, or a model without scores.
+    `l1`: mean of sigmoid(S), which decides what soft movement pruning keeps (paper, section 4.2).
+    `l0`: mean of sigmoid(S - b log(-l/r)), the probability that a hard concrete gate is open
+    (Louizos et al. 2018, eq. 12). Raises ValueError for another mode or a model without scores.
     """
     if mode not in PENALTIES:
         raise ValueError(f"unknown regularization {mode!r}: choose one of {', '.join(PENALTIES)}")
-    scores = [
-        layer.mask_scores
-        for layer in masked_layers(model).values()
-        if layer.mask_scores is not None
-    ]
-    if not scores:
+    scores = [layer.mask_scores for layer in masked_layers(model).values()]
+    if not scores or scores[0] is None:
         raise ValueError(f"regularization {mode} needs scores, and this model has none")
     return torch.stack([PENALTIES[mode].penalty_of(s) for s in scores]).mean()
 
@@ -34,35 +30,27 @@ def regularization(model: nn.Module, mode: str) -> Tensor:
 def distillation_loss(
     student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], temperature: float
 ) -> Tensor:
-    """T^2 * KL(teacher/T || student/T), the mean over the batch, averaged over the tuple (Hinton et al. 2015).
+    """T^2 * KL(teacher/T || student/T), averaged over the batch and the tuple (Hinton et al. 2015).
 
-    Both are tuples of logits (batch, classes); SQuAD passes (start, end). Raises ValueError when they
-    do not fit together.
+    Both are tuples of logits (batch, classes); SQuAD passes (start, end). Raises ValueError when
+    their shapes differ.
     """
-    _check_pairs(student, teacher)
-    losses = [
-        F.kl_div(
-            F.log_softmax(s.float() / temperature, dim=-1),
-            F.log_softmax(t.float() / temperature, dim=-1),
-            reduction="batchmean",
-            log_target=True,
-        )
-        for s, t in zip(student, teacher, strict=True)
-    ]
+    losses = []
+    for s, t in _pairs(student, teacher):
+        log_q, log_p = (F.log_softmax(logits / temperature, dim=-1) for logits in (s, t))
+        losses.append(F.kl_div(log_q, log_p, reduction="batchmean", log_target=True))
     return temperature**2 * torch.stack(losses).mean()
 
 
 def regression_distillation_loss(
     student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]
 ) -> Tensor:
-    """Mean squared error between the logits, averaged over the tuple: distillation of a regression."""
-    _check_pairs(student, teacher)
-    return torch.stack(
-        [F.mse_loss(s.float(), t.float()) for s, t in zip(student, teacher, strict=True)]
-    ).mean()
+    """Mean squared error between logits, averaged over the tuple: distillation of a regression."""
+    return torch.stack([F.mse_loss(s, t) for s, t in _pairs(student, teacher)]).mean()
 
 
-def _check_pairs(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]) -> None:
+def _pairs(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]) -> list[tuple[Tensor, Tensor]]:
     ours, theirs = [tuple(s.shape) for s in student], [tuple(t.shape) for t in teacher]
     if not student or ours != theirs:
         raise ValueError(f"student and teacher logits do not match: {ours} and {theirs}")
+    return [(s.float(), t.float()) for s, t in zip(student, teacher, strict=True)]

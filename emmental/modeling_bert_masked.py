@@ -1,39 +1,25 @@
-"""BERT with masked linear layers: the stock classes of transformers, with the encoder's Linears swapped.
+"""BERT with masked linear layers: transformers' classes with the encoder's `nn.Linear` replaced.
 
-Only the six `nn.Linear` of each encoder layer are masked (query, key, value, attention output, intermediate, output);
-pooler and heads stay dense, and the embeddings are frozen at their pre-trained values. State-dict keys are those of
-the stock classes plus `<linear>.mask_scores`, so a plain BERT checkpoint loads with fresh scores, and a checkpoint of
-the 2020 code loads with its own.
+The six `nn.Linear` of each encoder layer are masked: query, key, value, attention output,
+intermediate and output. Pooler and heads stay dense. The embeddings are frozen at their pre-trained
+values. The state dict has the keys of the stock class plus `<linear>.mask_scores`: a plain BERT
+checkpoint loads with fresh scores, a checkpoint of the 2020 code with its own.
 
-    model = MaskedBertForQuestionAnswering.from_pretrained("bert-base-uncased", pruning_method="topK")
+    model = MaskedBertForQuestionAnswering.from_pretrained("bert-base-uncased")
     model(input_ids=..., attention_mask=..., token_type_ids=..., threshold=0.15)
 
-`forward` takes all that the stock model takes, and `threshold` (default: the configuration's). Every forward finds
-its own masks; a block of `emmental.modules.masked` finds them once for many.
+`forward` takes the arguments of the stock model and `threshold` (default: the configuration's).
+Every forward finds its own masks; in a block of `emmental.modules.masked` they are found once.
 """
 
 import transformers
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForMultipleChoice,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-    BertForMultipleChoice,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    BertModel,
-)
 
 from .configuration_bert_masked import MaskedBertConfig
 from .families import MaskedHead, MaskedModel
 
 
-class MaskedBertModel(MaskedModel, BertModel):
-    """`BertModel` with masked encoder layers."""
+class MaskedBertModel(MaskedModel, transformers.BertModel):
+    """`BertModel` with a masked encoder."""
 
     config_class = MaskedBertConfig
 
@@ -43,30 +29,33 @@ class _MaskedBertHead(MaskedHead):
     masked_base = MaskedBertModel
 
 
-class MaskedBertForQuestionAnswering(_MaskedBertHead, BertForQuestionAnswering):
+class MaskedBertForQuestionAnswering(_MaskedBertHead, transformers.BertForQuestionAnswering):
     """`BertForQuestionAnswering` over a `MaskedBertModel`."""
 
-    _keys_to_ignore_on_load_unexpected = [r"^bert\.pooler\."]  # the 2020 class had one, unused
+    _keys_to_ignore_on_load_unexpected = [r"^bert\.pooler\."]  # of the 2020 code, unused
 
 
-class MaskedBertForSequenceClassification(_MaskedBertHead, BertForSequenceClassification):
+class MaskedBertForSequenceClassification(
+    _MaskedBertHead, transformers.BertForSequenceClassification
+):
     """`BertForSequenceClassification` over a `MaskedBertModel`."""
 
 
-class MaskedBertForTokenClassification(_MaskedBertHead, BertForTokenClassification):
+class MaskedBertForTokenClassification(_MaskedBertHead, transformers.BertForTokenClassification):
     """`BertForTokenClassification` over a `MaskedBertModel`."""
 
     _keys_to_ignore_on_load_unexpected = [r"^bert\.pooler\."]
 
 
-class MaskedBertForMultipleChoice(_MaskedBertHead, BertForMultipleChoice):
+class MaskedBertForMultipleChoice(_MaskedBertHead, transformers.BertForMultipleChoice):
     """`BertForMultipleChoice` over a `MaskedBertModel`."""
 
 
-AutoConfig.register("masked_bert", MaskedBertConfig)
-AutoTokenizer.register(MaskedBertConfig, fast_tokenizer_class=transformers.BertTokenizerFast)
-AutoModel.register(MaskedBertConfig, MaskedBertModel)
-AutoModelForQuestionAnswering.register(MaskedBertConfig, MaskedBertForQuestionAnswering)
-AutoModelForSequenceClassification.register(MaskedBertConfig, MaskedBertForSequenceClassification)
-AutoModelForTokenClassification.register(MaskedBertConfig, MaskedBertForTokenClassification)
-AutoModelForMultipleChoice.register(MaskedBertConfig, MaskedBertForMultipleChoice)
+transformers.AutoConfig.register("masked_bert", MaskedBertConfig)
+transformers.AutoTokenizer.register(
+    MaskedBertConfig, fast_tokenizer_class=transformers.BertTokenizerFast
+)
+transformers.AutoModel.register(MaskedBertConfig, MaskedBertModel)
+for head in _MaskedBertHead.__subclasses__():
+    auto_class = getattr(transformers, head.__name__.replace("MaskedBert", "AutoModel"))
+    auto_class.register(MaskedBertConfig, head)

@@ -1,4 +1,4 @@
-"""Lambda steered so that a run ends at an asked density: `--target_remaining`. It has a memory, so it is no schedule."""
+"""Steer lambda so that a run ends with the fraction of weights of `--target_remaining`."""
 
 import math
 from dataclasses import dataclass
@@ -6,62 +6,66 @@ from dataclasses import dataclass
 
 @dataclass
 class LambdaSteering:
-    """Steers lambda so that a fraction `target` of the weights, in (0, 1), ends above the cut `last_cut`.
+    """A PI controller of log(lambda): a fraction `target`, in (0, 1), of the weights shall remain.
 
-    The score that is to lie on the cut in the end starts at `first_cut`, where all scores start, and is led along the
-    cubic of the threshold to `last_cut`: the reference. The fraction of weights above the reference is compared with
-    the target, in log-odds; the error moves log(lambda), in proportion and through its integral over time (a PI
-    controller). Time counts in units of the threshold's move, so that the gains suit runs of any length. The published
-    ramp lambda = ... * threshold / final_threshold stays on top of it.
+    At the end, the weights with scores above `last_cut` remain. `reference` moves from `first_cut`,
+    where all scores start, to `last_cut` along the threshold's cubic. The error is the fraction of
+    weights above the reference, minus the target, in log-odds. Its integral runs over the time in
+    which the threshold moves (`start` to `end`, in updates), so the gains suit runs of any length.
+    The schedule of lambda (see `schedule_threshold`) multiplies the result.
 
-    A score below the cut hardly comes back, however small lambda gets. So the target is approached from above: it
-    starts a unit of log-odds higher, and arrives when the learning rate has almost decayed.
+    A score below the cut hardly returns, however small lambda becomes. The controller therefore
+    approaches the target from above: it begins `HEAD_START` too high in log-odds, and arrives when
+    the learning rate has almost decayed.
     """
 
     target: float
     first_cut: float
     last_cut: float
-    start: float  # of the threshold's move, in updates
+    start: float
     end: float
     total_step: int
     first_lambda: float
     integral: float = 0.0
-    last_lambda: float = 0.0  # that `steer` returned
+    last_lambda: float = 0.0
 
     PROPORTIONAL, INTEGRAL = 8.0, 60.0
     LARGEST_ERROR = 1.0
-    RANGE = 100.0  # lambda stays within this factor of the first
-    HEAD_START, ARRIVAL = 1.0, 0.95  # in log-odds; as a part of the run
+    RANGE = 100.0  # the largest factor between lambda and first_lambda
+    HEAD_START, ARRIVAL = 1.0, 0.95  # in log-odds; as a fraction of the run
 
     def reference(self, step: int) -> float:
-        """The score that the asked fraction of the weights should be above after `step` updates."""
-        left = 1 - min(1.0, max(0.0, (step - self.start) / max(1.0, self.end - self.start)))
+        """The score that a fraction `target` of the weights should exceed after `step` updates."""
+        left = 1 - _clamp((step - self.start) / max(1.0, self.end - self.start), 0.0, 1.0)
         return self.last_cut + (self.first_cut - self.last_cut) * left**3
 
     def steer(self, step: int, fraction: float) -> float:
-        """final_lambda for the update after `step` completed ones; `fraction` of the weights are above the reference."""
+        """final_lambda after `step` updates, with `fraction` of the weights above the reference."""
         self.last_lambda = self.first_lambda
         if step <= self.start:
             return self.last_lambda
-        left = max(
-            0.0, 1 - (step - self.start) / max(1.0, self.ARRIVAL * self.total_step - self.start)
-        )
+        arrival = max(1.0, self.ARRIVAL * self.total_step - self.start)
+        left = max(0.0, 1 - (step - self.start) / arrival)
         error = _log_odds(fraction) - (_log_odds(self.target) + self.HEAD_START * left**2)
-        error = min(self.LARGEST_ERROR, max(-self.LARGEST_ERROR, error))
+        error = _clamp(error, -self.LARGEST_ERROR, self.LARGEST_ERROR)
         bound = math.log(self.RANGE)
         self.integral += self.INTEGRAL * error / max(1.0, self.end - self.start)
-        self.integral = min(bound, max(-bound, self.integral))
+        self.integral = _clamp(self.integral, -bound, bound)
         change = self.integral + self.PROPORTIONAL * error
-        self.last_lambda *= math.exp(min(bound, max(-bound, change)))
+        self.last_lambda *= math.exp(_clamp(change, -bound, bound))
         return self.last_lambda
 
 
 def usual_lambda(target: float, penalty: str) -> float:
-    """final_lambda that leaves about a fraction `target`: a fit to the paper's SQuAD runs without a teacher."""
+    """final_lambda that leaves about `target`, fitted to the paper's SQuAD runs without teacher."""
     odds = (1 - target) / target
     return 140 * odds**0.65 if penalty == "l1" else 15 * odds**1.1
 
 
+def _clamp(value: float, low: float, high: float) -> float:
+    return min(high, max(low, value))
+
+
 def _log_odds(fraction: float) -> float:
-    fraction = min(1 - 1e-9, max(1e-9, fraction))
+    fraction = _clamp(fraction, 1e-9, 1 - 1e-9)
     return math.log(fraction / (1 - fraction))

@@ -336,7 +336,7 @@ def test_counting_and_bertarizing_refuse_what_is_not_masked(
     def said(*flags):
         return refused(*flags, script=script, bare=True)
 
-    assert "is no folder" in said(flag, tmp_path / "absent")
+    assert "is not a folder" in said(flag, tmp_path / "absent")
     assert "is a plain model" in said(flag, tiny_bert)
     model = MaskedBertForQuestionAnswering(MaskedBertConfig(**tiny_config))
     model.save_pretrained(tmp_path / "old")

@@ -30,7 +30,7 @@ def make_scores(kind, dtype=torch.float32):
 
 
 def sorted_mask(values, count):
-    """The first `count` in a stable descending sort of the row-major entries, as nested 0/1 lists."""
+    """Ones on the first `count` entries of a stable descending sort of the row-major entries."""
     flat = values.reshape(-1).tolist()
     kept = set(sorted(range(len(flat)), key=lambda i: -flat[i])[:count])
     return torch.tensor([float(i in kept) for i in range(len(flat))]).reshape(values.shape)
@@ -125,9 +125,20 @@ def large_scores(kind):
 @pytest.mark.parametrize("absolute", [False, True])
 @pytest.mark.parametrize(
     "kind",
-    ["distinct", "small integers", "constant", "two values", "sorted", "reversed", "misleading", "heavy tails",
-     "infinite", "transposed", "half"],
-)  # fmt: skip
+    [
+        "distinct",
+        "small integers",
+        "constant",
+        "two values",
+        "sorted",
+        "reversed",
+        "misleading",
+        "heavy tails",
+        "infinite",
+        "transposed",
+        "half",
+    ],
+)
 def test_selection_from_a_sample_is_a_stable_sort(kind, absolute):
     scores = large_scores(kind)
     scores = scores.abs() if absolute else scores

@@ -51,11 +51,22 @@ def sensitivity(monkeypatch):
 
 def flags(tmp_path, tiny_bert, squad_dir, name, *more):
     return [
-        "--model_type", "masked_bert", "--model_name_or_path", str(tiny_bert), "--data_dir", str(squad_dir),
-        "--output_dir", str(tmp_path / name), "--cache_dir", str(tmp_path / "cache"), "--pruning_method", "sensitivity",
-        "--do_train", "--do_lower_case", "--max_seq_length", "48", "--max_query_length", "16", "--doc_stride", "16",
-        "--final_threshold", "0.3", "--max_steps", "8", "--warmup_steps", "1", "--learning_rate", "1e-3", "--no_cuda", *more,
-    ]  # fmt: skip
+        "--model_type",
+        "masked_bert",
+        "--model_name_or_path",
+        str(tiny_bert),
+        "--data_dir",
+        str(squad_dir),
+        "--output_dir",
+        str(tmp_path / name),
+        "--cache_dir",
+        str(tmp_path / "cache"),
+        *"--pruning_method sensitivity --do_train --do_lower_case".split(),
+        *"--max_seq_length 48 --max_query_length 16 --doc_stride 16".split(),
+        *"--final_threshold 0.3 --max_steps 8 --warmup_steps 1 --learning_rate 1e-3".split(),
+        *"--no_cuda".split(),
+        *more,
+    ]
 
 
 def scores_of(folder):
@@ -70,14 +81,37 @@ def test_observed_scores_are_running_means_of_the_whole_updates_gradient(
     sensitivity, tmp_path, tiny_bert, squad_dir, tiny_tokenizer
 ):
     for name, *batch in ("whole", "24"), ("parts", "5", "--gradient_accumulation_steps", "5"):
-        masked_run_squad.main(flags(tmp_path, tiny_bert, squad_dir, name, "--max_steps", "1", "--warmup_steps", "0",
-                                    "--initial_threshold", "1", "--final_threshold", "1", "--max_grad_norm", "1e-3",
-                                    "--per_gpu_train_batch_size", *batch))  # fmt: skip
+        masked_run_squad.main(
+            flags(
+                tmp_path,
+                tiny_bert,
+                squad_dir,
+                name,
+                "--max_steps",
+                "1",
+                "--warmup_steps",
+                "0",
+                "--initial_threshold",
+                "1",
+                "--final_threshold",
+                "1",
+                "--max_grad_norm",
+                "1e-3",
+                "--per_gpu_train_batch_size",
+                *batch,
+            )
+        )
     examples = squad.read_examples(
         squad_dir / "train-v1.1.json", False, cache_dir=str(tmp_path / "other")
     )
-    features = squad.build_features(examples, tiny_tokenizer, max_seq_length=48, doc_stride=16, max_query_length=16,
-                                    training=True)  # fmt: skip
+    features = squad.build_features(
+        examples,
+        tiny_tokenizer,
+        max_seq_length=48,
+        doc_stride=16,
+        max_query_length=16,
+        training=True,
+    )
     plain = transformers.BertForQuestionAnswering.from_pretrained(tiny_bert).eval()
     batch = squad.collate(list(features), 0)
     assert len(features) == 24
@@ -151,19 +185,16 @@ def test_observed_scores_are_equal_on_two_ranks(sensitivity, tmp_path, tiny_bert
     masked_run_squad.main(
         flags(tmp_path, tiny_bert, squad_dir, "one", "--per_gpu_train_batch_size", "10")
     )
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
+    launcher = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2".split()]
     two = flags(
         tmp_path, tiny_bert, squad_dir, "two", "--per_gpu_train_batch_size", "5", "--check_ranks"
     )
-    done = subprocess.run([*launcher, str(tmp_path / "script.py"), *two], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    done = subprocess.run(
+        [*launcher, str(tmp_path / "script.py"), *two],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     one, two = (scores_of(tmp_path / name) for name in ("one", "two"))
     for name, scores in one.items():
@@ -218,8 +249,18 @@ def distilbert(monkeypatch, tmp_path, tiny_tokenizer):
         families.FAMILIES, "distilbert", Family(encoder="transformer", layers="transformer.layer")
     )
     torch.manual_seed(0)
-    config = DistilBertConfig(vocab_size=120, dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=64,
-                              dropout=0.0, attention_dropout=0.0, qa_dropout=0.0, initializer_range=0.2)  # fmt: skip
+    config = DistilBertConfig(
+        vocab_size=120,
+        dim=32,
+        n_layers=2,
+        n_heads=4,
+        hidden_dim=64,
+        max_position_embeddings=64,
+        dropout=0.0,
+        attention_dropout=0.0,
+        qa_dropout=0.0,
+        initializer_range=0.2,
+    )
     DistilBertForQuestionAnswering(config).save_pretrained(tmp_path / "distilbert")
     DistilBertTokenizerFast(vocab=tiny_tokenizer.get_vocab()).save_pretrained(
         tmp_path / "distilbert"
@@ -229,27 +270,58 @@ def distilbert(monkeypatch, tmp_path, tiny_tokenizer):
 
 def test_a_row_for_another_family(distilbert, tmp_path, squad_dir, capsys):
     run = [
-        "--model_name_or_path", str(distilbert), "--data_dir", str(squad_dir), "--cache_dir", str(tmp_path / "cache"),
-        "--do_lower_case", "--max_seq_length", "48", "--max_query_length", "16", "--doc_stride", "16", "--no_cuda",
-    ]  # fmt: skip
+        "--model_name_or_path",
+        str(distilbert),
+        "--data_dir",
+        str(squad_dir),
+        "--cache_dir",
+        str(tmp_path / "cache"),
+        *"--do_lower_case --max_seq_length 48 --max_query_length 16 --doc_stride 16".split(),
+        *"--no_cuda".split(),
+    ]
     dense = masked_run_squad.main(
         [*run, "--model_type", "distilbert", "--output_dir", str(tmp_path / "dense"), "--do_eval"]
     )
     train = ["--do_train", "--do_eval", "--max_steps", "2", "--learning_rate", "1e-3"]
     for name, threshold in ("full", "1"), ("out", "0.3"):
-        results = masked_run_squad.main([
-            *run, *train, "--model_type", "masked_distilbert", "--output_dir", str(tmp_path / name), "--weight_decay", "0.1",
-            "--initial_threshold", threshold, "--final_threshold", threshold,
-            "--teacher_type", "distilbert", "--teacher_name_or_path", str(distilbert),
-        ])  # fmt: skip
+        results = masked_run_squad.main(
+            [
+                *run,
+                *train,
+                "--model_type",
+                "masked_distilbert",
+                "--output_dir",
+                str(tmp_path / name),
+                "--weight_decay",
+                "0.1",
+                "--initial_threshold",
+                threshold,
+                "--final_threshold",
+                threshold,
+                "--teacher_type",
+                "distilbert",
+                "--teacher_name_or_path",
+                str(distilbert),
+            ]
+        )
     assert 0 <= dense["f1"] <= 100 and results["remaining_percent_linear"] == pytest.approx(
         30, abs=0.1
     )
     before, after = (
         load_file(folder / "model.safetensors") for folder in (distilbert, tmp_path / "out")
     )
-    linears = {f"distilbert.transformer.layer.{n}.{part}" for n in (0, 1) for part in (
-        "attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin", "ffn.lin1", "ffn.lin2")}  # fmt: skip
+    linears = {
+        f"distilbert.transformer.layer.{n}.{part}"
+        for n in (0, 1)
+        for part in (
+            "attention.q_lin",
+            "attention.k_lin",
+            "attention.v_lin",
+            "attention.out_lin",
+            "ffn.lin1",
+            "ffn.lin2",
+        )
+    }
     assert after.keys() - before.keys() == {f"{name}.mask_scores" for name in linears}
     for name, value in before.items():
         assert torch.equal(after[name], value) == (".embeddings." in name), (

@@ -1,9 +1,9 @@
 """What short runs end with, bit for bit: a change of the code's shape must change none of it.
 
-`golden.json` holds, for each run, its metrics and, for each tensor of the final model, a hash, its norm and its
-sum. On the processor and torch that recorded them the hashes must be equal; elsewhere, where sums are rounded in
-another order, the norms, sums and metrics must agree within a tolerance. Record them anew, after a change that is
-meant to change them, with
+`golden.json` holds the metrics of each run, and hash, norm and sum of each tensor of the final
+model. On the processor and torch that recorded them, the hashes must be equal. Elsewhere, rounding
+differs, and the norms, sums and metrics must agree within a tolerance. After a change that is meant
+to change them, record them again with
 
     RECORD_GOLDEN=1 python -m pytest tests/test_golden.py -k record
 """
@@ -32,47 +32,83 @@ HERE = {
 }
 
 COMMON = [
-    "--model_type", "masked_bert", "--do_lower_case", "--do_train", "--do_eval", "--max_steps", "10", "--warmup_steps", "2",
-    "--save_steps", "0", "--logging_steps", "4", "--no_cuda", "--learning_rate", "1e-3", "--mask_scores_learning_rate", "3e-2",
-    "--weight_decay", "0.01", "--mask_init", "uniform", "--mask_scale", "0.1", "--max_seq_length", "48",
-]  # fmt: skip
+    *"--model_type masked_bert --do_lower_case --do_train --do_eval".split(),
+    *"--max_steps 10 --warmup_steps 2 --save_steps 0 --logging_steps 4".split(),
+    *"--no_cuda --learning_rate 1e-3 --mask_scores_learning_rate 3e-2".split(),
+    *"--weight_decay 0.01 --mask_init uniform --mask_scale 0.1".split(),
+    *"--max_seq_length 48".split(),
+]
 SQUAD = ["--max_query_length", "16", "--doc_stride", "16"]
 TOPK = ["--pruning_method", "topK", "--final_threshold", "0.2"]
-SOFT = ["--pruning_method", "sigmoied_threshold", "--initial_threshold", "0", "--final_threshold", "0.45",
-        "--regularization", "l1", "--target_remaining", "0.4", "--mask_scores_learning_rate", "0.1"]  # fmt: skip
-L0 = ["--pruning_method", "l0", "--initial_threshold", "1", "--final_threshold", "1", "--mask_init", "constant",
-      "--mask_scale", "-0.5", "--regularization", "l0", "--mask_scores_learning_rate", "0.5"]  # fmt: skip
+SOFT = [
+    *"--pruning_method sigmoied_threshold --initial_threshold 0".split(),
+    *"--final_threshold 0.45 --regularization l1 --target_remaining 0.4".split(),
+    *"--mask_scores_learning_rate 0.1".split(),
+]
+L0 = [
+    *"--pruning_method l0 --initial_threshold 1 --final_threshold 1".split(),
+    *"--mask_init constant --mask_scale -0.5 --regularization l0".split(),
+    *"--mask_scores_learning_rate 0.5".split(),
+]
 GLOBAL = ["--global_topk", "--global_topk_frequency_compute", "3"]
-# Batches of 3, 5 and 6 examples: their parts are no powers of two, so that a wrong weight shows in the rounding.
+# Batches of 3, 5 and 6: not powers of two, so that a wrong weight shows in the rounding.
 SQUAD_RUNS = {
-    "movement": [*TOPK, "--per_gpu_train_batch_size", "3", "--gradient_accumulation_steps", "2", "distilled"],
+    "movement": [
+        *TOPK,
+        *"--per_gpu_train_batch_size 3 --gradient_accumulation_steps 2 distilled".split(),
+    ],
     "movement, global": [*TOPK, *GLOBAL, "--per_gpu_train_batch_size", "5"],
     "movement, bf16": [*TOPK, "--per_gpu_train_batch_size", "5", "--bf16", "distilled"],
-    "threshold": ["--pruning_method", "threshold", "--initial_threshold", "-0.2", "--final_threshold", "0.05",
-                  "--per_gpu_train_batch_size", "6"],
-    "threshold, global": ["--pruning_method", "threshold", "--final_threshold", "0.2", *GLOBAL, "--regularization", "l1",
-                          "--final_lambda", "3", "--per_gpu_train_batch_size", "5"],
-    "soft movement, steered": [*SOFT, "--per_gpu_train_batch_size", "5", "--gradient_accumulation_steps", "3", "distilled"],
-    "magnitude": ["--pruning_method", "magnitude", "--final_threshold", "0.2", "--per_gpu_train_batch_size", "3",
-                  "--gradient_accumulation_steps", "3"],
-    "magnitude, global": ["--pruning_method", "magnitude", "--final_threshold", "0.2", *GLOBAL, "--per_gpu_train_batch_size", "5"],
-    "l0": [*L0, "--final_lambda", "20", "--per_gpu_train_batch_size", "3", "--gradient_accumulation_steps", "2"],
-    "l0, steered": [*L0, "--target_remaining", "0.5", "--per_gpu_train_batch_size", "6", "distilled"],
-    "dense": ["--model_type", "bert", "--per_gpu_train_batch_size", "5", "--gradient_accumulation_steps", "2"],
-}  # fmt: skip
+    "threshold": [
+        *"--pruning_method threshold --initial_threshold -0.2".split(),
+        *"--final_threshold 0.05 --per_gpu_train_batch_size 6".split(),
+    ],
+    "threshold, global": [
+        *"--pruning_method threshold --final_threshold 0.2".split(),
+        *GLOBAL,
+        *"--regularization l1 --final_lambda 3 --per_gpu_train_batch_size 5".split(),
+    ],
+    "soft movement, steered": [
+        *SOFT,
+        *"--per_gpu_train_batch_size 5 --gradient_accumulation_steps 3 distilled".split(),
+    ],
+    "magnitude": [
+        *"--pruning_method magnitude --final_threshold 0.2".split(),
+        *"--per_gpu_train_batch_size 3 --gradient_accumulation_steps 3".split(),
+    ],
+    "magnitude, global": [
+        *"--pruning_method magnitude --final_threshold 0.2".split(),
+        *GLOBAL,
+        "--per_gpu_train_batch_size",
+        "5",
+    ],
+    "l0": [
+        *L0,
+        *"--final_lambda 20 --per_gpu_train_batch_size 3".split(),
+        *"--gradient_accumulation_steps 2".split(),
+    ],
+    "l0, steered": [*L0, *"--target_remaining 0.5 --per_gpu_train_batch_size 6 distilled".split()],
+    "dense": [
+        *"--model_type bert --per_gpu_train_batch_size 5".split(),
+        *"--gradient_accumulation_steps 2".split(),
+    ],
+}
 GLUE_RUNS = {
-    "sst-2": [*TOPK, "--task_name", "sst-2", "--per_gpu_train_batch_size", "5", "--gradient_accumulation_steps", "2", "distilled"],
-    "regression": [*SOFT, "--task_name", "custom", "--regression", "--text_pair_column", "second", "--per_gpu_train_batch_size", "3",
-                   "distilled"],
-}  # fmt: skip
+    "sst-2": [
+        *TOPK,
+        *"--task_name sst-2 --per_gpu_train_batch_size 5".split(),
+        *"--gradient_accumulation_steps 2 distilled".split(),
+    ],
+    "regression": [
+        *SOFT,
+        *"--task_name custom --regression --text_pair_column second".split(),
+        *"--per_gpu_train_batch_size 3 distilled".split(),
+    ],
+}
 TWO_RANKS = {
     "movement, two ranks": [
         *TOPK,
-        "--per_gpu_train_batch_size",
-        "3",
-        "--gradient_accumulation_steps",
-        "2",
-        "distilled",
+        *"--per_gpu_train_batch_size 3 --gradient_accumulation_steps 2 distilled".split(),
     ],
     "l0, two ranks": [*L0, "--final_lambda", "20", "--per_gpu_train_batch_size", "5"],
 }
@@ -80,10 +116,16 @@ TWO_RANKS = {
 
 @pytest.fixture(scope="session")
 def places(tmp_path_factory, tiny_config, tiny_tokenizer, squad_dir):
-    """Folders of a model with dropout, of teachers, and of data; and one for what the runs leave."""
+    """A folder with models, teachers and data, for the outputs of the runs too."""
     folder = tmp_path_factory.mktemp("golden")
-    heads = {"squad": (BertForQuestionAnswering, {}), "sst-2": (BertForSequenceClassification, {"num_labels": 2}),
-             "regression": (BertForSequenceClassification, {"num_labels": 1, "problem_type": "regression"})}  # fmt: skip
+    heads = {
+        "squad": (BertForQuestionAnswering, {}),
+        "sst-2": (BertForSequenceClassification, {"num_labels": 2}),
+        "regression": (
+            BertForSequenceClassification,
+            {"num_labels": 1, "problem_type": "regression"},
+        ),
+    }
     for seed, (name, (head, labels)) in enumerate(heads.items()):
         for role in "model", "teacher":
             torch.manual_seed(2 * seed + (role == "teacher"))
@@ -169,16 +211,14 @@ def run_alone(places, task, name, flags):
 
 def run_two_ranks(places, name, flags):
     flags, output = command(places, "squad", name, flags)
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
-    done = subprocess.run([*launcher, "masked_run_squad.py", *flags], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    launcher = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2".split()]
+    done = subprocess.run(
+        [*launcher, "masked_run_squad.py", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     return fingerprint(output)
 

@@ -1,4 +1,4 @@
-"""Files that somebody made to do harm, or that a disk has spoilt: success or one line, and nothing in them is executed."""
+"""Malicious or damaged files: a script works or ends in one line, and never executes their code."""
 
 import json
 import os
@@ -21,27 +21,31 @@ from emmental import MaskedBertConfig, MaskedBertForQuestionAnswering
 from emmental.storage import open_packed, pack
 
 TRAIN = [
-    "--do_train",
-    "--final_threshold",
-    "0.3",
-    "--max_steps",
-    "4",
-    "--warmup_steps",
-    "1",
-    "--save_steps",
-    "2",
-    "--logging_steps",
-    "2",
+    *"--do_train --final_threshold 0.3 --max_steps 4 --warmup_steps 1".split(),
+    *"--save_steps 2 --logging_steps 2".split(),
 ]
 
 
 @pytest.fixture
 def run(tmp_path, tiny_bert, squad_dir):
     def run_squad(*flags, model=tiny_bert):
-        masked_run_squad.main([
-            "--model_type", "masked_bert", "--model_name_or_path", str(model), "--data_dir", str(squad_dir), "--do_lower_case",
-            "--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache"), *SHORT, *map(str, flags),
-        ])  # fmt: skip
+        masked_run_squad.main(
+            [
+                "--model_type",
+                "masked_bert",
+                "--model_name_or_path",
+                str(model),
+                "--data_dir",
+                str(squad_dir),
+                "--do_lower_case",
+                "--output_dir",
+                str(tmp_path / "out"),
+                "--cache_dir",
+                str(tmp_path / "cache"),
+                *SHORT,
+                *map(str, flags),
+            ]
+        )
         return tmp_path / "out"
 
     return run_squad
@@ -72,7 +76,7 @@ def model(tmp_path, tiny_config, tiny_tokenizer):
     return tmp_path / "model"
 
 
-# ------------------------------------------------------------------------------------------- pickles
+# --- pickles ---
 
 
 class Payload:
@@ -100,9 +104,10 @@ PICKLED = {
     "pickle": lambda payload, path: path.write_bytes(pickle.dumps([payload, bytes(10**6)])),
 }
 PLACES = [
-    "pytorch_model.bin", "model.safetensors", "training_state.pt", "training_args.bin", "optimizer.pt", "scheduler.pt",
-    "rng_state.pth", "tokenizer.json", "vocab.txt", "training_args.json", "config.json", "files.json",
-]  # fmt: skip
+    *"pytorch_model.bin model.safetensors training_state.pt training_args.bin".split(),
+    *"optimizer.pt scheduler.pt".split(),
+    *"rng_state.pth tokenizer.json vocab.txt training_args.json config.json files.json".split(),
+]
 
 
 @pytest.mark.parametrize("form", PICKLED)
@@ -134,7 +139,7 @@ def test_a_pickle_in_a_checkpoint_is_never_executed(run, tmp_path, capsys, form,
 
 
 def test_code_of_a_tokenizer_is_never_fetched(run, model, tmp_path, monkeypatch):
-    """transformers asks at the keyboard whether to run code that a checkpoint brings, and waits for an answer."""
+    """transformers would ask at the keyboard whether to run the code of a checkpoint."""
     settings = {
         "tokenizer_class": "Evil",
         "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
@@ -149,7 +154,7 @@ def test_code_of_a_tokenizer_is_never_fetched(run, model, tmp_path, monkeypatch)
     assert not (tmp_path / "owned").exists()
 
 
-# ------------------------------------------------------------------------------ weights and settings
+# --- weights and settings ---
 
 
 def lie(change):
@@ -186,19 +191,33 @@ def shape_of(tensor, *shape):
 NEST = 200_000
 WORDS = "bert.embeddings.word_embeddings.weight"
 DAMAGES = {
-    "safetensors: header longer than the file": lambda f: (f / "model.safetensors").write_bytes(struct.pack("<Q", 2**62) + bytes(2**20)),
+    "safetensors: header longer than the file": lambda f: (f / "model.safetensors").write_bytes(
+        struct.pack("<Q", 2**62) + bytes(2**20)
+    ),
     "safetensors: shape beyond its data": (shape_of(WORDS, 10**9, 32)),
     "safetensors: shape that overflows": (shape_of(WORDS, 2**62, 2**62)),
     "safetensors: negative shape": (shape_of(WORDS, -120, 32)),
     "safetensors: shapes of another model": lambda f: save_file(
-        load_file(f / "model.safetensors") | {WORDS: torch.zeros(7, 5)}, f / "model.safetensors", {"format": "pt"}
+        load_file(f / "model.safetensors") | {WORDS: torch.zeros(7, 5)},
+        f / "model.safetensors",
+        {"format": "pt"},
     ),
     "safetensors: offsets outside": lie(lambda h: h[WORDS].update(data_offsets=[0, 2**60])),
-    "safetensors: overlapping": lie(lambda h: h[WORDS].update(data_offsets=h["qa_outputs.bias"]["data_offsets"])),
+    "safetensors: overlapping": lie(
+        lambda h: h[WORDS].update(data_offsets=h["qa_outputs.bias"]["data_offsets"])
+    ),
     "safetensors: unknown type": lie(lambda h: h[WORDS].update(dtype="F1024")),
-    "safetensors: header nested deep": lambda f: (f / "model.safetensors").write_bytes(struct.pack("<Q", NEST) + b"[" * NEST + bytes(2**20)),
-    "index: no index": lambda f: [text("model.safetensors.index.json", "[" * NEST)(f), (f / "model.safetensors").unlink()],
-    "torch: no archive at all": lambda f: [(f / "model.safetensors").unlink(), (f / "pytorch_model.bin").write_bytes(b"PK\3\4" + bytes(2**20))],
+    "safetensors: header nested deep": lambda f: (f / "model.safetensors").write_bytes(
+        struct.pack("<Q", NEST) + b"[" * NEST + bytes(2**20)
+    ),
+    "index: no index": lambda f: [
+        text("model.safetensors.index.json", "[" * NEST)(f),
+        (f / "model.safetensors").unlink(),
+    ],
+    "torch: no archive at all": lambda f: [
+        (f / "model.safetensors").unlink(),
+        (f / "pytorch_model.bin").write_bytes(b"PK\3\4" + bytes(2**20)),
+    ],
     "config: nested deep": text("config.json", "[" * NEST),
     "config: a list": text("config.json", "[1]"),
     "config: not UTF-8": lambda f: (f / "config.json").write_bytes(b'{"model_type": "\xff"}'),
@@ -211,7 +230,9 @@ DAMAGES = {
     "config: unknown method": settings(pruning_method="topKK"),
     "config: threshold of text": settings(threshold="much"),
     "config: threshold above all": settings(threshold=3),
-    "config: quantised by something": settings(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
+    "config: quantised by something": settings(
+        quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}
+    ),
     "config: architectures of text": settings(architectures="BertForQuestionAnswering"),
     "config: labels of text": settings(num_labels="x", id2label=None),
     "config: architectures of numbers": settings(architectures=[1]),
@@ -219,7 +240,7 @@ DAMAGES = {
     "tokenizer: nested deep": text("tokenizer.json", "[" * NEST),
     "tokenizer: empty": text("tokenizer.json", ""),
     "tokenizer: settings of a list": text("tokenizer_config.json", "[]"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -299,7 +320,7 @@ def test_names_in_the_list_of_files_stay_in_the_folder(run, refused, tmp_path):
     assert "pipe is missing" in refused(run, *TRAIN, "--resume_from_checkpoint", folder)
 
 
-# -------------------------------------------------------------------------------------- packed files
+# --- packed files ---
 
 
 def change_tensor(**changes):
@@ -334,7 +355,7 @@ def test_packed_files_that_lie_are_refused(model, refused, tmp_path, change):
     assert not (tmp_path.parent / "evil.json").exists()
 
 
-# ---------------------------------------------------------------------------------------------- data
+# --- data ---
 
 
 def squad_file(context="ada lives in oslo .", question="where does ada live ?", **qa):
@@ -347,21 +368,38 @@ def answer(text, start):
 
 
 SQUAD = {  # name: (a document or raw bytes, what the line says; None: it works)
-    "a title of a megabyte, and an error": (lambda: {"data": [{"title": "t" * 10**6, "paragraphs": 3}]}, '"paragraphs" must be a list'),
-    "an id of a megabyte, twice": (lambda: {"data": squad_file(id="i" * 10**6)["data"] * 2}, "already belongs to"),
+    "a title of a megabyte, and an error": (
+        lambda: {"data": [{"title": "t" * 10**6, "paragraphs": 3}]},
+        '"paragraphs" must be a list',
+    ),
+    "an id of a megabyte, twice": (
+        lambda: {"data": squad_file(id="i" * 10**6)["data"] * 2},
+        "already belongs to",
+    ),
     "nested deep": (lambda: b'{"data": ' + b"[" * NEST, "not JSON"),
     "nested deep, elsewhere": (lambda: b'{"x": ' + b'{"a":' * NEST, "not JSON"),
-    "nested deep, and whole": (lambda: b'{"data": [{"paragraphs": ' + b"[" * NEST + b"]" * NEST + b"}]}", "not JSON"),
+    "nested deep, and whole": (
+        lambda: b'{"data": [{"paragraphs": ' + b"[" * NEST + b"]" * NEST + b"}]}",
+        "not JSON",
+    ),
     "nothing but blanks": (lambda: b" \n" * 10**6, "is empty"),
-    "something after the end": (lambda: json.dumps(squad_file()).encode() + b" {}", "is not JSON in UTF-8"),
+    "something after the end": (
+        lambda: json.dumps(squad_file()).encode() + b" {}",
+        "is not JSON in UTF-8",
+    ),
     "cut off": (lambda: json.dumps(squad_file()).encode()[:-9], "not JSON"),
     "UTF-16": (lambda: json.dumps(squad_file()).encode("utf-16"), "not JSON in UTF-8"),
     "Latin-1": (lambda: b'{"data": "\xe9"}', "not JSON in UTF-8"),
     "NULs": (lambda: b"\0" * 1000, "not JSON"),
     "half a surrogate pair": (lambda: squad_file(context="ada \ud83d"), "half a surrogate pair"),
     "numbers for text": (lambda: squad_file(question=12), "must be a string"),
-    "a start of 1e400": (lambda: b'{"data": [{"paragraphs": [{"context": "a", "qas": [{"id": "a", "question": "b", "answers": '
-                                 b'[{"text": "a", "answer_start": 1e400}]}]}]}]}', "must be a whole number"),
+    "a start of 1e400": (
+        lambda: (
+            b'{"data": [{"paragraphs": [{"context": "a", "qas": [{"id": "a", "question": "b", '
+            b'"answers": [{"text": "a", "answer_start": 1e400}]}]}]}]}'
+        ),
+        "must be a whole number",
+    ),
     "a start beyond 64 bits": (lambda: squad_file(**answer("oslo", 2**70)), "must be an index"),
     "a negative start": (lambda: squad_file(**answer("oslo", -1)), "must be an index"),
     "NaN": (lambda: b'{"data": NaN}', "must be a list"),
@@ -371,14 +409,29 @@ SQUAD = {  # name: (a document or raw bytes, what the line says; None: it works)
     "an empty question": (lambda: squad_file(question=""), None),
     "a byte order mark": (lambda: b"\xef\xbb\xbf" + json.dumps(squad_file()).encode(), None),
     "beyond the BMP": (lambda: squad_file("\U0001f600 oslo \U0001d4d0", **answer("oslo", 2)), None),
-    "from right to left": (lambda: squad_file("\u202e\u05e9\u05dc\u05d5\u05dd oslo \u202c", **answer("oslo", 6)), None),
-    "zero-width characters": (lambda: squad_file("ada\u200b \u200d\ufeff oslo", **answer("oslo", 8)), None),
-    "nothing but zero-width characters": (lambda: squad_file("\u200b\u200d", **answer("\u200d", 1)), None),
+    "from right to left": (
+        lambda: squad_file("\u202e\u05e9\u05dc\u05d5\u05dd oslo \u202c", **answer("oslo", 6)),
+        None,
+    ),
+    "zero-width characters": (
+        lambda: squad_file("ada\u200b \u200d\ufeff oslo", **answer("oslo", 8)),
+        None,
+    ),
+    "nothing but zero-width characters": (
+        lambda: squad_file("\u200b\u200d", **answer("\u200d", 1)),
+        None,
+    ),
     "combining marks": (lambda: squad_file("o\u0301\u0302slo oslo", **answer("oslo", 7)), None),
     "NULs in a text": (lambda: squad_file("ada \0 oslo \0", **answer("oslo", 6)), None),
-    "lone carriage returns in a text": (lambda: squad_file("ada\rin\roslo", **answer("oslo", 7)), None),
-    "a word of a megabyte": (lambda: squad_file("x" * 10**6 + " oslo", **answer("oslo", 10**6 + 1)), None),
-}  # fmt: skip
+    "lone carriage returns in a text": (
+        lambda: squad_file("ada\rin\roslo", **answer("oslo", 7)),
+        None,
+    ),
+    "a word of a megabyte": (
+        lambda: squad_file("x" * 10**6 + " oslo", **answer("oslo", 10**6 + 1)),
+        None,
+    ),
+}
 
 
 @pytest.mark.parametrize("case", SQUAD)
@@ -413,7 +466,10 @@ ROWS = "".join(
 TSV = {  # name: (bytes of train.tsv, what the line says; None: it works)
     "NULs": (b"sentence\tlabel\nada\0 lives\t0\nben\t1\n", None),
     "nothing but NULs": (b"\0" * 4096, "no column sentence"),
-    "lone carriage returns as line ends": (("sentence\tlabel\n" + ROWS).replace("\n", "\r").encode(), "no column label"),
+    "lone carriage returns as line ends": (
+        ("sentence\tlabel\n" + ROWS).replace("\n", "\r").encode(),
+        "no column label",
+    ),
     "lone carriage returns in a text": (b"sentence\tlabel\nada\rlives\t0\nben\t1\n", None),
     "a carriage return more": (b"sentence\tlabel\nada\r\t0\r\nben\t1\r\n", None),
     "UTF-16": (("sentence\tlabel\n" + ROWS).encode("utf-16"), "is not UTF-8"),
@@ -421,12 +477,21 @@ TSV = {  # name: (bytes of train.tsv, what the line says; None: it works)
     "a byte order mark": (b"\xef\xbb\xbf" + ("sentence\tlabel\n" + ROWS).encode(), None),
     "a label of a megabyte": (b"sentence\tlabel\na\t" + b"9" * 10**6 + b"\n", "is not one of"),
     "a million columns": (b"sentence\tlabel" + b"\tx" * 10**6 + b"\n", "holds no examples"),
-    "separators of other alphabets": ("sentence\tlabel\nada\u2028lives\x0bin\x1coslo\t0\nben\t1\n".encode(), None),
+    "separators of other alphabets": (
+        "sentence\tlabel\nada\u2028lives\x0bin\x1coslo\t0\nben\t1\n".encode(),
+        None,
+    ),
     "too few fields": (b"sentence\tlabel\nada\n", "train.tsv:2: has 1 fields"),
     "nothing": (b"", "is empty"),
-    "half a character at the end": (b"sentence\tlabel\nada\t0\nben\xe2\x82", "train.tsv:3: is not UTF-8"),
-    "beyond the BMP, right to left, zero-width": ("sentence\tlabel\n\U0001f600 \u202e\u05e9\u200b\t0\nben\t1\n".encode(), None),
-}  # fmt: skip
+    "half a character at the end": (
+        b"sentence\tlabel\nada\t0\nben\xe2\x82",
+        "train.tsv:3: is not UTF-8",
+    ),
+    "beyond the BMP, right to left, zero-width": (
+        "sentence\tlabel\n\U0001f600 \u202e\u05e9\u200b\t0\nben\t1\n".encode(),
+        None,
+    ),
+}
 
 
 @pytest.mark.parametrize("case", TSV)
@@ -434,10 +499,22 @@ def test_hostile_tsv_files(refused, tmp_path, tiny_bert, case):
     content, said = TSV[case]
     (tmp_path / "train.tsv").write_bytes(content)
     flags = [
-        "--model_type", "masked_bert", "--model_name_or_path", str(tiny_bert), "--data_dir", str(tmp_path), "--task_name", "sst-2",
-        "--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache"), "--max_seq_length", "48",
+        "--model_type",
+        "masked_bert",
+        "--model_name_or_path",
+        str(tiny_bert),
+        "--data_dir",
+        str(tmp_path),
+        "--task_name",
+        "sst-2",
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--cache_dir",
+        str(tmp_path / "cache"),
+        "--max_seq_length",
+        "48",
         *TRAIN,
-    ]  # fmt: skip
+    ]
     if said is None:
         masked_run_glue.main(flags)
         assert (tmp_path / "out" / "model.safetensors").exists()

@@ -23,7 +23,7 @@ STATEMENTS = {
     path.stem for kind in ("configuration", "modeling") for path in PACKAGE.glob(f"{kind}_*.py")
 }  # a pair a family
 MODELS = {"families"} | STATEMENTS
-ALLOWED = {  # part: (parts of emmental, libraries beyond the standard one that it may import; None: any)
+ALLOWED = {  # part: (parts of emmental it may import, third-party libraries; None: any)
     **{leaf: (LEAVES, set()) for leaf in LEAVES},
     "modules": ({"modules"}, {"torch", "numpy"}),
     "schedule": (set(), set()),

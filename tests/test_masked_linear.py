@@ -30,7 +30,7 @@ def make_layer(method, scale=2.0, bias=True, **kwargs):
 
 
 def top(values, count):
-    """Float mask of the first `count` entries of a stable descending sort, over a list of matrices."""
+    """Float masks of the first `count` entries of a stable descending sort over all matrices."""
     flat = torch.cat([v.detach().reshape(-1) for v in values]).tolist()
     kept = set(sorted(range(len(flat)), key=lambda i: -flat[i])[:count])
     mask = torch.tensor([float(i in kept) for i in range(len(flat))])
@@ -114,7 +114,7 @@ def test_l0_is_autograd_of_the_formula(training):
         0 < (mask == 0).sum() < 63 and 0 < (mask == 1).sum() < 63
     )  # both ends of the clamp are met
     with masked(layer, 1.0, generator=torch.Generator().manual_seed(6)):
-        torch.testing.assert_close(layer.mask, mask.detach())
+        torch.testing.assert_close(layer.in_force.mask, mask.detach())
         out = layer(x)
         torch.testing.assert_close(out, plain)
         out.backward(seed)
@@ -210,7 +210,7 @@ def test_nothing_of_the_size_of_the_weights_is_kept_for_the_backward(method):
     keep = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
     with masked(layer, V), keep:
         layer(torch.randn(4, 9, requires_grad=True))
-        own = {layer.weight.data_ptr(), layer.mask.data_ptr()}
+        own = {layer.weight.data_ptr(), layer.in_force.mask.data_ptr()}
     assert own == {t.data_ptr() for t in kept if t.numel() == layer.weight.numel()}
 
 

@@ -313,10 +313,7 @@ def test_labels_without_names_are_read_in_the_order_of_the_task_and_said_so(run,
         str(out),
         output="student",
     )
-    assert any(
-        "labels of the teacher" in message and "have no names" in message
-        for message in caplog.messages
-    )
+    assert any("have no names" in message for message in caplog.messages)
 
 
 @pytest.mark.parametrize("name", ["mnli", "sts-b"])
@@ -546,22 +543,11 @@ def test_a_model_or_teacher_with_other_labels_is_refused(run, refused, glue_dir)
         in refused("sst-2", "--do_eval", model_type="bert", model=rte)
     )
     flags = ["--teacher_type", "bert", "--teacher_name_or_path"]
-    assert (
-        "its labels are entailment, not_entailment, in this order, against negative, positive"
-        in refused("sst-2", *TOPK, *TRAIN, *flags, str(rte))
-    )
-    config = json.loads((rte / "config.json").read_text())
-    names = ["not_entailment", "entailment"]
-    config |= {
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: i for i, name in enumerate(names)},
-    }
-    (rte / "config.json").write_text(json.dumps(config))
-    assert "its labels are not_entailment, entailment, in this order" in refused(
-        "rte", *TOPK, *TRAIN, *flags, str(rte)
+    assert "has the labels entailment, not_entailment, but those of the task are" in refused(
+        "sst-2", *TOPK, *TRAIN, *flags, str(rte)
     )
     mnli = run("mnli", "--do_train", "--max_steps", "2", model_type="bert", output="mnli")
-    assert "num_labels 3 against 2" in refused("rte", *TOPK, *TRAIN, *flags, str(mnli))
+    assert "has 3 outputs, and 2 are needed" in refused("rte", *TOPK, *TRAIN, *flags, str(mnli))
 
 
 def test_a_head_of_another_task_is_trained_anew(run, caplog):
@@ -580,7 +566,7 @@ def test_a_head_of_another_task_is_trained_anew(run, caplog):
         output="sst",
     )
     assert any(
-        "has other labels (entailment, not_entailment): it is trained anew" in m
+        "has other labels (entailment, not_entailment): it starts fresh" in m
         for m in caplog.messages
     )
     before, after = (weights(folder)["classifier.weight"] for folder in (out, sst))

@@ -16,7 +16,7 @@ from torch import nn
 import emmental
 from emmental import MaskedBertConfig, MaskedBertForQuestionAnswering, MaskedBertModel
 from emmental.errors import UserError
-from emmental.loading import load_masked, load_model
+from emmental.loading import load_masked, load_model, load_teacher
 from emmental.modules import find_masks, masked, masked_layers
 
 NO_DROPOUT = {
@@ -318,10 +318,18 @@ def write_2020_checkpoint(folder, tiny_config, method="topK", drop=(), **config)
     )
     values = {
         "architectures": ["MaskedBertForQuestionAnswering"],
-        "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu", "hidden_dropout_prob": 0.1,
-        "initializer_range": 0.02, "layer_norm_eps": 1e-12, "mask_init": "constant", "mask_scale": 0.0,
-        "model_type": "masked_bert", "pad_token_id": 0, "pruning_method": method, "type_vocab_size": 2,
-    }  # fmt: skip
+        "attention_probs_dropout_prob": 0.1,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.1,
+        "initializer_range": 0.02,
+        "layer_norm_eps": 1e-12,
+        "mask_init": "constant",
+        "mask_scale": 0.0,
+        "model_type": "masked_bert",
+        "pad_token_id": 0,
+        "pruning_method": method,
+        "type_vocab_size": 2,
+    }
     (folder / "config.json").write_text(json.dumps(values | tiny_config | config))
     return state
 
@@ -468,6 +476,26 @@ def test_load_model_of_another_head(tiny_bert):
     assert model.classifier.weight.shape == (3, 32)
     with pytest.raises(UserError, match="pooler"):
         load_model(str(tiny_bert), "SequenceClassification", masked=False, trained=True)
+
+
+def test_the_labels_of_a_teacher_take_the_order_of_the_student(
+    tiny_config, tmp_path, tiny_tokenizer
+):
+    names = ["no", "maybe", "yes"]
+    config = transformers.BertConfig(**tiny_config, id2label=dict(enumerate(names)))
+    student = transformers.BertForSequenceClassification(config)
+    config = transformers.BertConfig(**tiny_config, id2label={0: "Yes", 1: "No", 2: "Maybe"})
+    stored = transformers.BertForSequenceClassification(config).eval()
+    stored.save_pretrained(tmp_path)
+    teacher = load_teacher(
+        str(tmp_path),
+        "SequenceClassification",
+        masked=False,
+        student=student,
+        tokenizer=tiny_tokenizer,
+    )
+    assert list(teacher.config.id2label.values()) == names
+    torch.testing.assert_close(teacher(**INPUTS).logits, stored(**INPUTS).logits[:, [1, 2, 0]])
 
 
 def drop_key(key):
@@ -642,7 +670,7 @@ def test_a_head_builds_one_encoder(tiny_config, suffix, monkeypatch):
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_what_a_checkpoint_lacks_is_initialised_and_nothing_else(tiny_bert, tmp_path, suffix):
-    """transformers asks the class of the inner model: a stock one there leaves scores as they lay in memory."""
+    """transformers uses the inner model's class; a stock class would not initialize the scores."""
     cls = getattr(emmental, f"MaskedBert{suffix}")
     plain = load_file(tiny_bert / "model.safetensors")
     for seed in range(3):

@@ -104,7 +104,7 @@ def test_learning_rate_warms_up_and_decays(T, w):
 
 
 class Scores:
-    """Scores under Adam: noise, a penalty that pushes them down, and a pull of their own that a pruned one hardly feels."""
+    """Scores under Adam: noise, a penalty that pushes them down, and a pull, weak once pruned."""
 
     def __init__(self, size=4000):
         self.rng = np.random.default_rng(0)
@@ -163,8 +163,15 @@ def test_steering_rests_until_the_threshold_moves_and_stays_in_bounds():
     assert LambdaSteering(0.1, 0.0, -2.0, 0, 0, 1, 5.0).steer(1, 0.1) == pytest.approx(5.0)
 
 
-@pytest.mark.parametrize("penalty, remaining, published", [
-    ("l1", 0.139, 500), ("l1", 0.040, 1100), ("l1", 0.0256, 1400), ("l0", 0.148, 100), ("l0", 0.061, 300),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "penalty, remaining, published",
+    [
+        ("l1", 0.139, 500),
+        ("l1", 0.040, 1100),
+        ("l1", 0.0256, 1400),
+        ("l0", 0.148, 100),
+        ("l0", 0.061, 300),
+    ],
+)
 def test_where_steering_begins_is_near_the_paper(penalty, remaining, published):
     assert usual_lambda(remaining, penalty) == pytest.approx(published, rel=0.15)

@@ -1,18 +1,16 @@
-"""The published functions from scores (or weights) to masks, over `methods`."""
+"""The published functions from scores (or weights) to a mask of the same shape and dtype."""
 
 import torch
 from torch import Tensor
 
-from .granularity import Weight
 from .methods import METHODS, find_method
 
 
 class TopKBinarizer(torch.autograd.Function):
-    """Mask of movement pruning: ones on the `int(threshold * n)` largest scores (paper, eq. 2).
+    """Movement pruning: `TopKBinarizer.apply(scores, threshold)` (paper, eq. 2).
 
-    `TopKBinarizer.apply(scores, threshold)` returns a mask of the shape and dtype of `scores` with exactly that many
-    ones, also when scores tie. Its gradient goes straight through to `scores`. Raises ValueError for a threshold
-    outside [0, 1].
+    Ones on exactly `int(threshold * n)` largest scores, also when scores tie. The gradient goes
+    straight through to the scores. Raises ValueError for a threshold outside [0, 1].
     """
 
     @staticmethod
@@ -25,11 +23,11 @@ class TopKBinarizer(torch.autograd.Function):
 
 
 class ThresholdBinarizer(torch.autograd.Function):
-    """Mask of soft movement pruning: ones where `scores > threshold` (paper, section 4.2).
+    """Soft movement pruning: `ThresholdBinarizer.apply(scores, threshold, sigmoid)` (section 4.2).
 
-    `ThresholdBinarizer.apply(scores, threshold, sigmoid)` compares sigmoid(scores) instead when `sigmoid` is true. At
-    least `int(0.005 * n) + 1` ones remain. The gradient goes straight through, without the derivative of the sigmoid.
-    Raises ValueError for `sigmoid` with a threshold outside [0, 1].
+    Ones where scores, or with `sigmoid` their sigmoids, are above the threshold, and at least
+    `int(0.005 * n) + 1` ones. The gradient goes straight through to the scores, without the
+    sigmoid's derivative. Raises ValueError for `sigmoid` with a threshold outside [0, 1].
     """
 
     @staticmethod
@@ -43,10 +41,10 @@ class ThresholdBinarizer(torch.autograd.Function):
 
 
 class MagnitudeBinarizer:
-    """Mask of magnitude pruning: ones on the `int(threshold * n)` largest absolute weights.
+    """Magnitude pruning: `MagnitudeBinarizer.apply(weight, threshold)`.
 
-    `MagnitudeBinarizer.apply(weight, threshold)` returns a mask of the shape and dtype of `weight`, through which no
-    gradient flows. Raises ValueError for a threshold outside [0, 1].
+    Ones on the `int(threshold * n)` largest absolute weights. No gradient flows through the mask.
+    Raises ValueError for a threshold outside [0, 1].
     """
 
     @staticmethod
@@ -64,10 +62,8 @@ def compute_mask(
 ) -> Tensor:
     """The mask of one matrix with a score per weight: boolean, or float in [0, 1] for l0.
 
-    `threshold` is a fraction in [0, 1] (the remaining weights for topK and magnitude, a cut on
-    sigmoid(S) for sigmoied_threshold), a cut on S for threshold, and unused by l0. Raises ValueError
-    for an unknown method or a fraction outside [0, 1].
+    threshold: a fraction in [0, 1], for the method `threshold` a cut on the scores; unused by l0.
+    Raises ValueError for an unknown method or a fraction outside [0, 1].
     """
     method = find_method(pruning_method)
-    source = mask_scores if method.scores else Weight().rank(weight)
-    return method.masks([source], threshold, training)[0]
+    return method.masks([mask_scores if method.scores else weight], threshold, training)[0]

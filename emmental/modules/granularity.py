@@ -1,4 +1,4 @@
-"""What one score stands for. The paper's granularity is the weight; blocks, rows or heads are others."""
+"""What one score stands for: in the paper, one weight."""
 
 from torch import Size, Tensor
 
@@ -6,19 +6,18 @@ from torch import Size, Tensor
 class Weight:
     """One score per weight, as in the paper.
 
-    Another granularity is a class with the same methods. Scores, masks and their gradients then have
-    the shape of `shape`; only `expand` and `reduce` know how they lie over the weights. Every score
+    Another granularity, such as blocks, rows or heads, is a class with the same methods. All scores
     of a matrix must stand for the same number of weights.
     """
 
     name = "weight"
 
     def shape(self, weight_shape: Size) -> Size:
-        """Shape of the scores of a matrix of this shape. Raises ValueError where they do not fit it."""
+        """The shape of the scores. Raises ValueError when they do not fit this matrix."""
         return weight_shape
 
     def expand(self, mask: Tensor, weight_shape: Size) -> Tensor:
-        """A mask (or scores) in the shape of the weights."""
+        """A mask in the shape of the weights."""
         return mask
 
     def reduce(self, gradient: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Masked linear layers: y = (W * M) x + b, with the mask M from scores S or from W itself.
+"""Masked linear layers: y = (W * M) x + b, with a mask M from scores S or from W itself.
 
-`layer(x, threshold=v)` computes its mask on the spot, as in the published interface. Training and
-evaluation find the masks of all layers in one place, `masks.py`, and put them in force for a block:
-a layer's forward is then a product, on which `torch.compile` has nothing to specialise.
+`layer(x, threshold=v)` finds its own mask, as in the published interface. In training and
+evaluation, `masks.py` finds the masks of all layers at once; a forward is then only a product,
+which `torch.compile` compiles once for all thresholds.
 """
 
 import math
@@ -24,8 +24,10 @@ MASK_INITS = ("constant", "uniform", "kaiming")
 
 @dataclass
 class MaskInForce:
-    """The mask of a layer while a block, or one forward, lasts. sampled: whether it is a sample.
-    lasting: whether it serves many forwards, so that W * M is kept while nothing is trained.
+    """The mask that a layer uses inside a `masked` block, or for one forward.
+
+    sampled: whether it is a random sample (l0 in training).
+    lasting: whether it serves many forwards. In evaluation the layer then keeps `masked_weight`.
     """
 
     mask: Tensor
@@ -36,13 +38,14 @@ class MaskInForce:
 
 
 class MaskedLinear(nn.Linear):
-    """An `nn.Linear` with a mask over its weights, from `mask_scores` (None for magnitude pruning).
+    """An `nn.Linear` with a mask over its weights.
 
-    The scores have the shape of `weight`, or the granularity's, and start `constant` at `mask_scale`,
-    `uniform` in +-`mask_scale`, or `kaiming`. Raises ValueError for an unknown name.
+    The parameter `mask_scores` (None for magnitude pruning) has the shape of `weight`, or that of
+    the granularity. It starts `constant` at `mask_scale`, `uniform` in +-`mask_scale`, or
+    `kaiming`. Raises ValueError for an unknown name.
 
-    `layer(x, threshold=v)` computes its mask for the threshold v. `layer(x)` uses the mask of the
-    `masked` block that it is called in, and raises RuntimeError outside of one.
+    `layer(x, threshold=v)` finds its mask for the threshold v. `layer(x)` uses the mask of the
+    `masked` block around the call, and raises RuntimeError outside a block.
     """
 
     def __init__(
@@ -63,39 +66,40 @@ class MaskedLinear(nn.Linear):
         self.method, self.pruning_method = find_method(pruning_method), pruning_method
         self.granularity = GRANULARITIES[granularity]
         self.mask_init, self.mask_scale, self.mask_scores = mask_init, mask_scale, None
+        self.in_force: MaskInForce | None = None
         if self.method.scores:
-            # Scores stay float32 in a half-precision model: their updates would vanish there.
+            # Also in a half-precision model: updates of scores are too small for its precision.
             dtype = torch.promote_types(self.weight.dtype, torch.float32)
             shape = self.granularity.shape(self.weight.shape)
             self.mask_scores = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
-        self.in_force: MaskInForce | None = None
-        self.reset_scores()
+            self.reset_scores()
 
     def reset_scores(self) -> None:
-        """Initialise the scores as `mask_init` and `mask_scale` say."""
-        scores, scale = self.mask_scores, self.mask_scale
-        if scores is not None and self.mask_init == "constant":
-            nn.init.constant_(scores, scale)
-        elif scores is not None and self.mask_init == "uniform":
-            nn.init.uniform_(scores, -scale, scale)
-        elif scores is not None:
-            nn.init.kaiming_uniform_(scores, a=math.sqrt(5))
+        """Initialize the scores according to `mask_init` and `mask_scale`."""
+        if self.mask_scores is None:
+            return
+        if self.mask_init == "constant":
+            nn.init.constant_(self.mask_scores, self.mask_scale)
+        elif self.mask_init == "uniform":
+            nn.init.uniform_(self.mask_scores, -self.mask_scale, self.mask_scale)
+        else:
+            nn.init.kaiming_uniform_(self.mask_scores, a=math.sqrt(5))
 
     @property
     def source(self) -> Tensor:
-        """What the mask follows from: the scores, or norms of the weights."""
+        """What the mask follows from: the scores, or the weights that magnitude pruning ranks."""
         scores = self.mask_scores
         return self.granularity.rank(self.weight.detach()) if scores is None else scores
 
     @property
     def owner(self) -> int:
-        """The identity of the scores, which layers may share."""
+        """The identity of the scores: layers that share their scores have the same owner."""
         return id(self if self.mask_scores is None else self.mask_scores)
 
     @property
-    def mask(self) -> Tensor | None:
-        """The mask in force, in the shape of the scores; None outside a `masked` block."""
-        return self.in_force.mask if self.in_force else None
+    def weights_per_score(self) -> int:
+        """How many weights one score stands for."""
+        return self.weight.numel() // self.granularity.shape(self.weight.shape).numel()
 
     def forward(self, input: Tensor, threshold: float | None = None) -> Tensor:
         current = self.in_force
@@ -103,43 +107,35 @@ class MaskedLinear(nn.Linear):
             mask = self.method.masks([self.source], threshold, self.training)[0]
             current = MaskInForce(mask, threshold, self.training, lasting=False)
         elif current is None:
-            raise RuntimeError(
-                "no mask: use `with masked(model, threshold): ...`, or threshold=..."
-            )
+            raise RuntimeError("no mask: use `with masked(model, threshold):`, or threshold=...")
         if current.lasting and not (self.training or torch.is_grad_enabled()):
-            weight = current.masked_weight if type(self.weight) is nn.Parameter else None
+            own = type(self.weight) is nn.Parameter  # torch.func.functional_call passes a tensor
+            weight = current.masked_weight if own else None
             if weight is None:
-                expanded = self.granularity.expand(current.mask, self.weight.shape)
-                weight = apply_mask(self.weight.detach(), expanded)
-            if type(self.weight) is nn.Parameter and not torch.compiler.is_exporting():
+                mask = self.granularity.expand(current.mask, self.weight.shape)
+                weight = apply_mask(self.weight.detach(), mask)
+            if own and not torch.compiler.is_exporting():
                 current.masked_weight = weight
             return F.linear(input, weight, self.bias)
-        if torch.is_autocast_enabled(input.device.type):  # the product casts the rest
+        if torch.is_autocast_enabled(input.device.type):  # MaskedProduct casts W and b
             input = input.to(torch.get_autocast_dtype(input.device.type))
-        return MaskedProduct.apply(
-            input, self.weight, self.mask_scores, current.mask, self.bias,
-            self.method, self.granularity, current.sampled,
-        )  # fmt: skip
+        tensors = input, self.weight, self.mask_scores, current.mask, self.bias
+        return MaskedProduct.apply(*tensors, self.method, self.granularity, current.sampled)
 
-    def train(self, mode: bool = True) -> "MaskedLinear":
-        self._forget()
-        return super().train(mode)
-
-    def _apply(self, *args, **kwargs):
-        self._forget()
-        return super()._apply(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args, **kwargs):
-        self._forget()
-        return super()._load_from_state_dict(*args, **kwargs)
-
-    def _forget(self) -> None:
-        """Drop W * M where the weights change."""
+    def _forget_masked_weight(self) -> None:
         if self.in_force:
             self.in_force.masked_weight = None
 
+    def train(self, mode: bool = True) -> "MaskedLinear":
+        self._forget_masked_weight()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._forget_masked_weight()
+        return super()._load_from_state_dict(*args, **kwargs)
+
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"in_force": None}  # a copy is in no block
+        return self.__dict__ | {"in_force": None}  # a copy is outside the block
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, pruning_method={self.pruning_method}"
@@ -148,10 +144,10 @@ class MaskedLinear(nn.Linear):
 def swap_linears(
     module: nn.Module, where: Callable[[str], bool] = lambda name: True, **options
 ) -> None:
-    """Replace, in place, every `nn.Linear` below `module` whose dotted name passes `where`.
+    """Replace every `nn.Linear` of `module` whose dotted name passes `where` by a `MaskedLinear`.
 
-    The masked layers share weights and biases with those they replace: state-dict keys stay, and
-    `<linear>.mask_scores` joins them. `options` are those of `MaskedLinear`.
+    The new layers share weights and biases with the old ones. The state dict keeps its keys and
+    gains `<linear>.mask_scores`. `options` are those of `MaskedLinear`.
     """
     for name, old in list(module.named_modules()):
         if type(old) is nn.Linear and where(name):

@@ -1,11 +1,13 @@
-"""The pruning methods, one class each: which mask M follows from the scores S, and what goes back.
+"""The pruning methods, one class each: which mask M follows from the scores S, and S's gradient.
 
-A masked layer computes y = (W * M) x + b. Masks are not differentiable; for all methods but `l0`
-the gradient goes "straight through" to the scores, as if the mask were the scores themselves:
-dL/dS = dL/dM = dL/d(W * M) * W. A score so falls when its weight moves towards zero (paper,
-section 4).
+A masked layer computes y = (W * M) x + b. A mask has no derivative. All methods but `l0` therefore
+use the straight-through estimator, which takes the mask for the scores (paper, section 4):
 
-To add a method, add a class, and an object of it to `METHODS`: the rest asks the object.
+    dL/dS = dL/dM = dL/d(W * M) * W
+
+So a score falls when training moves its weight towards zero, and rises when it moves it away.
+
+To add a method, write a class and add an object of it to `METHODS`.
 """
 
 import math
@@ -19,17 +21,18 @@ from .topk import keep_above, keep_largest
 
 
 class Method:
-    """What a pruning method is asked for; the subclasses say how it answers.
+    """What every pruning method defines.
 
-    name: how `--pruning_method` spells it. title: the paper's name for it.
-    scores: "learned" by the optimiser, "observed" by `observe`, or None: norms of the weights.
-    threshold: the fraction that "remains", a cut on "sigmoid" of the scores (both in [0, 1]), a
-        cut on the "score" itself, or None where there is no threshold.
-    penalty: the name of the penalty that makes it sparse; None where the threshold alone does.
-    absolute, ranks_together, has_floor: whether it ranks absolute values; whether `global_topk` can
-        rank all matrices together; whether a matrix always keeps 0.5% of its weights.
-    observe: None, or a method `observe(layer, grad)` that updates a layer's scores in place, once
-        per update, from dL/dS of the straight-through estimator, the same on every rank.
+    name, title: its spelling for `--pruning_method`; its name in reports.
+    scores: "learned" by the optimizer, "observed" by `observe`, or None: it ranks the weights.
+    threshold: the fraction that "remains", a cut on the "sigmoid" of the scores (both in [0, 1]),
+        a cut on the "score" itself, or None.
+    penalty: the name of the penalty that makes the model sparse, or None.
+    absolute: whether it ranks absolute values.
+    ranks_together: whether `global_topk` can rank all matrices together.
+    has_floor: whether every matrix keeps at least 0.5% of its weights.
+    observe: None, or a method `observe(layer, grad)` that updates `layer.mask_scores` in place,
+        once per update, from the straight-through dL/dS. It must do the same on every rank.
     """
 
     name: str
@@ -44,14 +47,16 @@ class Method:
 
     @property
     def is_fraction(self) -> bool:
-        """Whether thresholds must lie in [0, 1]."""
+        """Whether the threshold must lie in [0, 1]."""
         return self.threshold in ("remains", "sigmoid")
 
-    def masks(self, sources: list[Tensor], threshold: float, sampled=False, generator=None):
-        """Masks of these scores (or norms), of their shapes: boolean, or floats in [0, 1].
+    def masks(
+        self, sources: list[Tensor], threshold: float, sampled=False, generator=None
+    ) -> list[Tensor]:
+        """One mask for each matrix of scores (or weights), of its shape: booleans, or in [0, 1].
 
-        sampled: in training, where masks may be random, with noise from `generator`. Raises
-        ValueError for a threshold out of its range.
+        sampled: in training, when a mask may be random, with noise from `generator`.
+        Raises ValueError for a fraction outside [0, 1].
         """
         raise NotImplementedError
 
@@ -60,15 +65,15 @@ class Method:
         return keep_above(sources, score)
 
     def scores_gradient(self, mask: Tensor, grad: Tensor, sampled: bool) -> Tensor:
-        """dL/dS from dL/dM: straight through. `grad` may be overwritten."""
+        """dL/dS from `grad` = dL/dM, which may be overwritten. By default straight through."""
         return grad
 
     def penalty_of(self, scores: Tensor) -> Tensor:
-        """The penalty on one matrix of scores, a scalar in [0, 1]."""
+        """The penalty of one matrix, a scalar in [0, 1]."""
         raise NotImplementedError
 
     def closing_score(self, threshold: float) -> float:
-        """The score at which a weight is pruned at this threshold, for methods with a penalty."""
+        """The score below which a weight is pruned, for methods with a penalty."""
         raise NotImplementedError
 
 
@@ -102,9 +107,9 @@ class Threshold(Method):
 
 
 class SoftMovement(Method):
-    """Soft movement pruning: M = 1 where sigmoid(S) > v, penalty mean(sigmoid(S)) (section 4.2).
+    """Soft movement pruning: M = 1 where sigmoid(S) > v (section 4.2).
 
-    The gradient goes straight through, without the derivative of the sigmoid.
+    The penalty is mean(sigmoid(S)). The straight-through gradient leaves out the sigmoid.
     """
 
     name, title = "sigmoied_threshold", "soft movement"
@@ -124,11 +129,11 @@ class SoftMovement(Method):
 
 
 class L0(Method):
-    """L0 regularisation by the hard concrete distribution (Louizos et al. 2018); exact gradient.
+    """L0 regularization with the hard concrete distribution (Louizos et al. 2018).
 
-    M = clamp(g (r - l) + l, 0, 1) with l = -0.1, r = 1.1; g = sigmoid(S) in evaluation, and in
-    training g = sigmoid((log u - log(1 - u) + S) / b) with b = 2/3, u ~ U(1e-4, 1 - 1e-4). The
-    penalty is mean(sigmoid(S - b log(-l / r))), the probability that a gate is open (eq. 12).
+    M = clamp(g (r - l) + l, 0, 1) with l = -0.1, r = 1.1. In evaluation g = sigmoid(S), in training
+    g = sigmoid((log u - log(1 - u) + S) / b) with b = 2/3, u ~ U(1e-4, 1 - 1e-4). The gradient is
+    exact. The penalty is mean(sigmoid(S - b log(-l / r))), the probability of M > 0 (eq. 12).
     """
 
     name, title = "l0", "l0"
@@ -153,17 +158,17 @@ class L0(Method):
         return [source.detach() > score for source in sources]
 
     def scores_gradient(self, mask, grad, sampled):
-        # Inside (0, 1) the mask determines g = (M - l) / (r - l), and dM/dS = g (1 - g) (r - l) / b.
+        # Where 0 < M < 1: g = (M - l) / (r - l) and dM/dS = g (1 - g) (r - l) / b. Elsewhere: 0.
         gate = (mask / self.WIDTH).sub_(self.LEFT / self.WIDTH)
         grad.mul_(self.WIDTH / (self.TEMPERATURE if sampled else 1.0))
         torch.ops.aten.sigmoid_backward(grad, gate, grad_input=gate)
-        return torch.ops.aten.hardtanh_backward(gate, mask, 0.0, 1.0, grad_input=grad)  # clamped: 0
+        return torch.ops.aten.hardtanh_backward(gate, mask, 0.0, 1.0, grad_input=grad)
 
     def penalty_of(self, scores):
         return MeanSigmoid.apply(scores, self.TEMPERATURE * math.log(-self.LEFT / self.RIGHT))
 
     def closing_score(self, threshold=None):
-        return logit(-self.LEFT / self.WIDTH)  # where the gate of evaluation closes
+        return logit(-self.LEFT / self.WIDTH)  # M = 0 in evaluation
 
 
 METHODS = {m.name: m for m in (TopK(), Threshold(), SoftMovement(), Magnitude(), L0())}

@@ -1,4 +1,4 @@
-"""Functions that are fast, or small, where the plain formula is not: products with masks, noise, means."""
+"""Elementwise functions that are faster, or need less memory, than the plain formula."""
 
 import math
 
@@ -14,17 +14,15 @@ def apply_mask(tensor: Tensor, mask: Tensor) -> Tensor:
 
 
 def as_factor(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask in a floating dtype. On a CPU torch widens bytes ten times as fast as booleans."""
+    """The mask in a floating dtype. A CPU converts bytes ten times as fast as booleans."""
     return (mask.view(torch.int8) if mask.dtype == torch.bool else mask).to(dtype)
 
 
 def uniform_noise(scores: Tensor, generator: torch.Generator | None = None, margin: float = 1e-4):
-    """Noise u ~ U(margin, 1 - margin) of the shape of `scores`.
-
-    On a CPU torch's generator only seeds NumPy's SFC64, which is three times as fast as torch's own.
-    """
+    """Noise u ~ U(margin, 1 - margin) of the shape of `scores`."""
     if scores.device.type != "cpu":
         return torch.empty_like(scores).uniform_(margin, 1 - margin, generator=generator)
+    # On a CPU, NumPy's SFC64 is three times as fast as torch's generator, which gives the seed.
     seed = torch.randint(2**63 - 1, (), generator=generator).item()
     words = np.random.SFC64(seed).random_raw((scores.numel() + 1) // 2).view(np.int32)
     noise = torch.from_numpy(words[: scores.numel()]).to(scores.dtype).reshape(scores.shape)
@@ -32,7 +30,7 @@ def uniform_noise(scores: Tensor, generator: torch.Generator | None = None, marg
 
 
 class MeanSigmoid(torch.autograd.Function):
-    """mean(sigmoid(S - shift)), keeping S alone: the sigmoids would be a second set of scores."""
+    """mean(sigmoid(S - shift)). It saves S for the backward, not a new tensor of sigmoids."""
 
     @staticmethod
     def forward(ctx, scores: Tensor, shift: float) -> Tensor:
@@ -52,14 +50,14 @@ def _sigmoid(scores: Tensor, shift: float) -> Tensor:
 
 
 def logit(fraction: float) -> float:
-    """Inverse of the sigmoid; -inf at 0 and +inf at 1."""
-    if 0.0 < fraction < 1.0:
-        return math.log(fraction) - math.log1p(-fraction)
-    return -math.inf if fraction <= 0.0 else math.inf
+    """Inverse of the sigmoid for a fraction in [0, 1]; infinite at 0 and 1."""
+    if fraction in (0.0, 1.0):
+        return math.inf if fraction else -math.inf
+    return math.log(fraction) - math.log1p(-fraction)
 
 
 def check_fraction(threshold: float) -> float:
     """`threshold` as a float. Raises ValueError outside [0, 1]."""
     if not 0.0 <= float(threshold) <= 1.0:
-        raise ValueError(f"the threshold must be a fraction of weights in [0, 1], got {threshold}")
+        raise ValueError(f"the threshold is a fraction and must lie in [0, 1], got {threshold}")
     return float(threshold)

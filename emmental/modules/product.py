@@ -8,11 +8,11 @@ from .numeric import apply_mask, as_factor
 
 
 class MaskedProduct(torch.autograd.Function):
-    """x (W * M)^T + b. With G = dL/d(W * M): dL/dW = G * M; dL/dM = G * W, and the method's dL/dS.
+    """x (W * M)^T + b. With G = dL/d(W * M): dL/dW = G * M, dL/dM = G * W, dL/dS from the method.
 
-    It keeps x, W and M, and computes W * M again in the backward: kept, the masked weights of all
-    layers would be a second model. What lasts is allocated before what is thrown away, so that the
-    latter leaves no holes in the memory of a CPU.
+    It saves x, W and M, and computes W * M again in the backward: the masked weights of all layers
+    would be a second model. Outputs are allocated before temporary tensors, so that those leave no
+    holes in the memory of a CPU.
     """
 
     @staticmethod

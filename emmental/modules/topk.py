@@ -1,8 +1,4 @@
-"""Exact selections: masks of the k largest entries, and of the entries above a cut-off.
-
-The cut-off of a top-k mask comes from a selection, not a sort: the order of the other entries is
-never needed.
-"""
+"""Exact masks of the k largest entries, and of the entries above a cut-off."""
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
@@ -13,18 +9,16 @@ from torch import Tensor
 
 from .selection import kth_largest, select_largest
 
-MIN_REMAINING = 0.005  # a thresholded matrix never loses more than 99.5% of its entries
+MIN_REMAINING = 0.005  # the floor: a threshold removes at most 99.5% of a matrix
 
 
 def keep_largest(values: list[Tensor], counts: list[int], absolute: bool = False) -> list[Tensor]:
     """Boolean masks with exactly `counts[i]` ones on the largest (absolute) entries of `values[i]`.
 
-    Among equal entries the first in row-major order are kept, so the choice is deterministic.
+    Among equal entries, the first in row-major order are kept.
     """
     if all(value.device.type == "cpu" for value in values):
-        with ThreadPoolExecutor(
-            torch.get_num_threads()
-        ) as pool:  # NumPy lets go of the interpreter
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # NumPy releases the GIL
             return list(pool.map(select_largest, values, counts, itertools.repeat(absolute)))
     values = [value.detach().abs() if absolute else value.detach() for value in values]
     cutoffs = kth_largest(values, counts)
@@ -39,26 +33,25 @@ def keep_largest(values: list[Tensor], counts: list[int], absolute: bool = False
 def keep_largest_together(
     values: list[Tensor], sizes: list[int], fraction: float, cutoff: float | None = None
 ) -> tuple[list[Tensor], float]:
-    """Masks of all matrices ranked together, each with the floor, and the cut-off.
+    """Masks of all matrices ranked together, with the floor, and the lowest kept value.
 
-    An entry of `values[i]` stands for `sizes[i]` weights; `fraction`, in [0, 1], of all weights are
-    kept. With a `cutoff` found earlier, the entries at or above it are kept instead.
+    An entry of `values[i]` stands for `sizes[i]` weights. `fraction`, in [0, 1], of all weights are
+    kept; or, with a `cutoff` of an earlier call, the entries at or above it.
     """
     if cutoff is not None:
         return keep_floor(values, [value.detach() >= cutoff for value in values]), cutoff
     everything = torch.cat([value.detach().reshape(-1) for value in values])
+    numels = [value.numel() for value in values]
     if len(set(sizes)) == 1:
         kept = keep_largest([everything], [int(fraction * everything.numel())])[0]
     else:
         order = everything.argsort(descending=True, stable=True)
-        numels = torch.tensor([value.numel() for value in values], device=order.device)
-        weights = torch.tensor(sizes, device=order.device).repeat_interleave(numels)
+        weights = torch.tensor(sizes).repeat_interleave(torch.tensor(numels)).to(order.device)
         weights = weights[order].cumsum(0)
         kept = torch.zeros_like(everything, dtype=torch.bool)
         kept[order[weights <= int(fraction * weights[-1])]] = True
-    cutoff = everything.masked_fill_(~kept, torch.inf).min().item()  # the smallest that is kept
-    parts = kept.split([value.numel() for value in values])
-    masks = [part.reshape(value.shape) for part, value in zip(parts, values, strict=True)]
+    cutoff = everything.masked_fill_(~kept, torch.inf).min().item()
+    masks = [part.reshape(x.shape) for part, x in zip(kept.split(numels), values, strict=True)]
     return keep_floor(values, masks), cutoff
 
 
@@ -68,18 +61,17 @@ def keep_above(values: list[Tensor], cutoff: float) -> list[Tensor]:
 
 
 def keep_floor(values: list[Tensor], masks: list[Tensor]) -> list[Tensor]:
-    """Replace masks with fewer than `floor_count(n)` ones by those of the largest entries."""
+    """Replace each mask with fewer than `floor_count(n)` ones by that of the largest entries."""
     floors = [floor_count(value.numel()) for value in values]
     short = [i for i, ones in enumerate(count_ones(masks)) if ones < floors[i]]
-    if short:
-        largest = keep_largest([values[i] for i in short], [floors[i] for i in short])
-        for i, mask in zip(short, largest, strict=True):
-            masks[i] = mask
+    largest = keep_largest([values[i] for i in short], [floors[i] for i in short])
+    for i, mask in zip(short, largest, strict=True):
+        masks[i] = mask
     return masks
 
 
 def floor_count(numel: int) -> int:
-    """The fewest entries that a thresholded matrix of `numel` entries keeps."""
+    """The fewest entries that a threshold keeps of a matrix of `numel` entries."""
     return int(MIN_REMAINING * numel) + 1
 
 
@@ -87,4 +79,4 @@ def count_ones(masks: list[Tensor]) -> list[int]:
     """How many entries of each mask are not zero."""
     if all(mask.device.type == "cpu" for mask in masks):
         return [int(np.count_nonzero(mask.numpy())) for mask in masks]
-    return torch.stack([mask.count_nonzero() for mask in masks]).tolist()  # one synchronisation
+    return torch.stack([mask.count_nonzero() for mask in masks]).tolist()  # one synchronization

@@ -7,6 +7,7 @@ import argparse
 import logging
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -38,6 +39,27 @@ COUNT, POSITIVE, NOT_NEGATIVE = (
 def pruning_method(text: str) -> str:
     """An argparse type: the name of a pruning method."""
     return choice(*METHODS, aliases={"sigmoid_threshold": "sigmoied_threshold"})(text)
+
+
+def add_mask_flags(add: Callable) -> None:
+    """The flags of the scripts that read a masked checkpoint; see `given_masks`."""
+    add("--pruning_method", type=pruning_method, help="method (default: from config.json)")
+    add(
+        "--threshold",
+        type=float,
+        help="threshold (default: from config.json): a fraction in [0, 1], or a score for `threshold`",
+    )
+    add(
+        "--global_topk",
+        action="store_true",
+        default=None,
+        help="all matrices were ranked together (default: from config.json)",
+    )
+
+
+def given_masks(args: argparse.Namespace) -> dict:
+    """The values of `add_mask_flags`, as `load_masked` takes them."""
+    return {name: getattr(args, name) for name in ("pruning_method", "threshold", "global_topk")}
 
 
 def model_types() -> list[str]:

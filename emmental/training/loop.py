@@ -4,7 +4,7 @@ import time
 
 from torch import nn
 
-from ..modules.masks import count, masked, masks_above
+from ..modules.masks import count, find_masks, masked
 from .batches import UpdateBatches
 from .checkpoint import TrainingState
 from .distributed import World
@@ -33,7 +33,7 @@ def train(
         for step in range(start, total):
             threshold, penalty_weight = schedule.threshold(step)
             if steering:
-                left = count(masks_above(model, steering.reference(step))).overall
+                left = count(find_masks(model, above=steering.reference(step))).overall
                 penalty_weight *= steering.steer(step, left)
             set_learning_rates(optimizer, schedule.learning_rate(step))
             cutoff = state.cutoff if step % settings.global_topk_frequency_compute else None
