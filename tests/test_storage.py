@@ -111,7 +111,7 @@ def test_compare_finds_what_differs(tmp_path, checkpoint):
     assert len(problems) == 2
     assert (
         "query.weight has another mask" in problems[0]
-        and "qa_outputs.weight lies outside the bound" in problems[1]
+        and "qa_outputs.weight exceeds the error bound" in problems[1]
     )
     assert saving_prunebert.main(["verify", str(tmp_path / "file"), str(other)]) == 1
 
@@ -231,7 +231,7 @@ def test_truncated_files_are_refused(tmp_path, packed, capsys, share):
     content = packed.read_bytes()
     (tmp_path / "cut").write_bytes(content[: int(share * len(content))])
     said = refused(capsys, "unpack", tmp_path / "cut", tmp_path / "out")
-    assert "truncated" in said or "no packed model" in said
+    assert "truncated" in said or "not a packed model" in said
     assert [path.name for path in tmp_path.iterdir()] == ["cut"]
 
 
@@ -291,7 +291,7 @@ def test_lying_headers_are_refused(tmp_path, packed, capsys, change):
 
 
 def test_wrong_places_are_refused(tmp_path, packed, checkpoint, capsys):
-    assert "no packed model" in refused(capsys, "info", checkpoint / "config.json")
+    assert "not a packed model" in refused(capsys, "info", checkpoint / "config.json")
     assert "cannot read" in refused(capsys, "info", tmp_path / "nothing")
     assert "no checkpoint" in refused(capsys, "pack", tmp_path / "nothing", tmp_path / "file")
     assert "is a folder" in refused(capsys, "pack", checkpoint, tmp_path)
