@@ -1,7 +1,11 @@
 """Packed files: the round trip, the command, and what is refused."""
 
+import contextlib
+import io
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +15,9 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, BertConfig
 
+import bertarize
 import emmental
+import masked_run_squad
 import saving_prunebert
 from emmental import MaskedBertConfig, files, storage
 from emmental.errors import UserError
@@ -85,8 +91,6 @@ def test_masks_are_exact_at_any_precision(tmp_path, checkpoint, bits):
 
 
 def test_bertarized_and_masked_checkpoints_pack_alike(tmp_path, checkpoint):
-    import bertarize
-
     plain = bertarize.main(
         ["--model_name_or_path", str(checkpoint), "--target_model_path", str(tmp_path / "plain")]
     )
@@ -146,7 +150,7 @@ def test_info_adds_up(tmp_path, checkpoint, capsys):
     assert (
         "bert.encoder.layer.0.attention.self.query.weight" in said and "19.92%" in said
     )  # int(0.2 * 1024) of 1024
-    assert "entropy" in said and "nothing is gained" not in said
+    assert "entropy" in said and "packing saves nothing" not in said
     found = json.loads((tmp_path / "info.json").read_text())
     totals = found["totals"]
     model = storage.load_packed(file)
@@ -329,10 +333,10 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, checkpoint, capsys):
     assert "qa_outputs.bias" in refused(capsys, "pack", tmp_path / "nan", tmp_path / "file")
 
 
-def test_a_dense_model_packs_and_says_that_nothing_is_gained(tmp_path, tiny_bert, capsys):
+def test_a_dense_model_packs_and_gains_nothing(tmp_path, tiny_bert, capsys):
     saving_prunebert.main(["pack", str(tiny_bert), str(tmp_path / "file")])
     saving_prunebert.main(["info", str(tmp_path / "file")])
-    assert "nothing is gained" in capsys.readouterr().out
+    assert "packing saves nothing" in capsys.readouterr().out
     assert saving_prunebert.main(["verify", str(tmp_path / "file"), str(tiny_bert)]) == 0
 
 
@@ -350,25 +354,39 @@ def test_an_old_file_survives_a_failed_pack(tmp_path, packed, checkpoint, monkey
     assert (tmp_path / "file").read_bytes() == packed.read_bytes()
 
 
-def test_verify_evaluates_both(tmp_path, tiny_config, tiny_tokenizer, squad_dir, capsys):
+def test_verify_evaluates_both(
+    tmp_path, tiny_config, tiny_tokenizer, squad_dir, capsys, monkeypatch
+):
+    """The script's `main` runs in this process, which saves importing torch twice."""
+
+    def run(command, **options):
+        script, *flags = command[1:]
+        assert command[0] == sys.executable and Path(script) == ROOT / "masked_run_squad.py"
+        with contextlib.redirect_stdout(io.StringIO()):
+            masked_run_squad.main(flags)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(saving_prunebert.subprocess, "run", run)
     save_masked(tmp_path / "in", tiny_config, tiny_tokenizer)
     saving_prunebert.main(["pack", str(tmp_path / "in"), str(tmp_path / "file"), "--bits", "32"])
     capsys.readouterr()
-    command = [
-        "verify",
-        str(tmp_path / "file"),
-        str(tmp_path / "in"),
-        "--data_dir",
-        str(squad_dir),
-        "--max_seq_length",
-        "64",
-    ]
+    command = ["verify", str(tmp_path / "file"), str(tmp_path / "in")]
+    command += ["--data_dir", str(squad_dir), "--max_seq_length", "64"]
     assert saving_prunebert.main(command) == 0
     said = dict(line.split(": ") for line in capsys.readouterr().out.splitlines() if ": " in line)
-    assert set(said) >= {"exact", "f1"}
+    assert set(said) == {"exact", "f1"}
     for name in ("exact", "f1"):
         before, after = said[name].split(", ")
         assert before.split()[0] == after.split()[0]
+
+
+def test_a_failed_evaluation_is_reported_in_one_line(packed, checkpoint, capsys, monkeypatch):
+    def run(command, **options):
+        return subprocess.CompletedProcess(command, 2, "", "a warning\nerror: no such data\n")
+
+    monkeypatch.setattr(saving_prunebert.subprocess, "run", run)
+    said = refused(capsys, "verify", packed, checkpoint, "--data_dir", "nowhere")
+    assert "masked_run_squad.py cannot evaluate" in said and said.endswith("error: no such data")
 
 
 def test_the_notebook_runs(tmp_path, monkeypatch):
