@@ -429,20 +429,17 @@ def test_masked_models_of_other_classes(tiny_config, kernel):
 def test_a_dense_model_is_told(tiny_config, caplog):
     model = build(tiny_config, density=1.0)
     assert_same(model, sparsify(model))
-    assert "100% of the encoder's weights are left: nothing is gained" in caplog.text
+    assert "100% of the encoder's weights remain: sparse inference gains nothing" in caplog.text
 
 
 @pytest.mark.parametrize("spoil, message", [
     (lambda m: DistilBertModel(DistilBertConfig(dim=8, hidden_dim=8, n_heads=2, n_layers=1, vocab_size=9)), "knows BERT.*DistilBertModel"),
     (lambda m: torch.nn.Linear(2, 2), "this is a Linear"),
     (lambda m: m.half(), r"float\(\)"),
-    (lambda m: sparsify(m, "library"), "sparse already"),
-    (lambda m: BertModel(BertConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, hidden_act="prelu")), "parameters of its own"),
-    (lambda m: (setattr(m.config, "hidden_act", "relu"), m)[1], "another activation than hidden_act 'relu'"),
-    (lambda m: (setattr(m.bert.encoder.layer[0].output.dense, "bias", None), m)[1], "Linears without bias"),
+    (lambda m: sparsify(m, "library"), "already sparse"),
     (lambda m: (setattr(m.config, "is_decoder", True), m)[1], "decoder"),
-    (lambda m: torch.ao.quantization.quantize_dynamic(m, {torch.nn.Linear}), "quantised|knows BERT"),
-], ids=["distilbert", "linear", "half", "twice", "prelu", "activation", "bias", "decoder", "quantised"])  # fmt: skip
+    (lambda m: torch.ao.quantization.quantize_dynamic(m, {torch.nn.Linear}), "quantisation|knows BERT"),
+], ids=["distilbert", "linear", "half", "twice", "decoder", "quantised"])  # fmt: skip
 @pytest.mark.filterwarnings("ignore")
 def test_models_that_it_refuses(tiny_config, spoil, message):
     with pytest.raises(ValueError, match=message):
@@ -470,10 +467,10 @@ def test_calls_that_it_refuses(tiny_config):
     with pytest.raises(ValueError, match=r"batch x length \(2 x 6\)"):
         sparse(given["input_ids"], attention_mask=torch.zeros(2, 1, 6, 6))
     for name in ("output_hidden_states", "output_attentions"):
-        with pytest.raises(ValueError, match=f"without {name}"):
+        with pytest.raises(ValueError, match=f"last hidden states only.*{name}"):
             sparse(**given, **{name: True})
     sparse.bert.encoder.config.output_hidden_states = True
-    with pytest.raises(ValueError, match="without output_hidden_states"):
+    with pytest.raises(ValueError, match="last hidden states only.*output_hidden_states"):
         sparse(**given)
     sparse.bert.encoder.config.output_hidden_states = False
     with pytest.raises(ValueError, match="cannot be trained"):
@@ -555,7 +552,7 @@ def test_without_a_compiler(fresh_build, monkeypatch, tiny_config, caplog, compi
     ):
         sparsify(model, "native")
     sparse = sparsify(model)
-    assert "torch's CSR product is used" in caplog.text
+    assert "using torch's CSR product" in caplog.text
     assert (
         not hasattr(encoder_of(sparse), "backend") or encoder_of(sparse).backend is kernels.Library
     )
