@@ -212,7 +212,7 @@ class Native:
         residual: Tensor | None = None,
         activation: str | None = None,
     ) -> Tensor:
-        """Compute activation(W x + b + residual) into a buffer that holds neither x nor residual."""
+        """activation(W x + b + residual), in the buffer `into`; x and residual are in others."""
         y = _buffer(into, self.tiles, matrix.rows, self.width)
         parts = (matrix.starts, matrix.indices, matrix.values, matrix.bias)
         raw = _Matrix(matrix.rows, matrix.columns, *map(_pointer, parts))
