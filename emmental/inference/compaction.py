@@ -130,7 +130,7 @@ def _count(keep: np.ndarray, sizes: list[int]) -> list[int]:
     return [int(part.sum()) for part in np.split(keep, np.cumsum(sizes)[:-1])]
 
 
-# ------------------------------------------------------------------------------------ compacted dense models
+# ------------------------------------------------------------------------------------ dense models
 
 
 @torch.no_grad()
