@@ -8,11 +8,9 @@ and an arithmetic coder needs close to n * H(density) bits for them. A matrix wi
 positions to store.
 
 Values. At 2 to 8 bits they are quantised uniformly: value = (level - 2^(bits - 1) + 1/2) * step. No
-level is zero, so a kept weight never becomes zero. There is one step per matrix or per row. At 8
-bits the largest magnitude determines the step; with fewer bits, the least squared error does. At 16
-and 32 bits, values are IEEE floats, coded byte by byte. (Where half precision would round to zero,
-its smallest number is stored.) Levels and bytes are coded with their own frequencies, except for
-bytes that are noise, such as the last byte of a float32.
+level is zero, so a kept weight never becomes zero. There is one step per matrix or per row. At 16
+and 32 bits, values are IEEE floats, coded byte by byte. Levels and bytes are coded with their own
+frequencies, except for bytes that are noise, such as the last byte of a float32.
 
 A stream consists of the number of words of the range coder (constriction), these words, and the
 bytes that are noise. It decodes only with exactly the distributions that it was coded with. These
@@ -202,11 +200,9 @@ def _decode_block(decoder: _Decoder, size: int) -> tuple[np.ndarray, bool]:
         return np.zeros(0, np.int64), inverted
     density = np.array(decoder.number(32), np.uint32).view(np.float32)[()]
     skips = decoder.number(32)
-    if not 0 < density <= 1:
-        raise ValueError(f"a density of {density}")
-    distribution, longest = _gap_model(density)
-    if count > size or skips > size // longest:  # a wrong count must not allocate gigabytes
+    if not 0 < density <= 1 or max(count, skips) > size:  # before gigabytes are allocated
         raise ValueError("more positions than entries")
+    distribution, longest = _gap_model(density)
     symbols = decoder.symbols(count + skips, distribution)
     ends = symbols < longest
     symbols += ends
@@ -214,11 +210,6 @@ def _decode_block(decoder: _Decoder, size: int) -> tuple[np.ndarray, bool]:
     if places[-1] >= size:
         raise ValueError("positions outside the matrix")
     return places, inverted
-
-
-def _classes(counts: np.ndarray) -> np.ndarray:
-    """The class of each row or column by the number of weights it keeps, in half-octaves."""
-    return np.round(2 * np.log2(counts + 1)).astype(np.int32)
 
 
 def _members(classes: np.ndarray) -> list[np.ndarray]:
@@ -240,26 +231,18 @@ def _partition_cost(mask: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> 
     return float(cost)
 
 
-def _encode_classes(encoder: _Encoder, classes: np.ndarray) -> None:
-    encoder.number(int(classes.any()), 1)
-    if classes.any():
-        encoder.alphabet(classes, MAX_CLASSES)
-
-
-def _decode_classes(decoder: _Decoder, count: int) -> np.ndarray:
-    return decoder.alphabet(count, MAX_CLASSES) if decoder.number(1) else np.zeros(count, np.uint8)
-
-
 def _encode_mask(encoder: _Encoder, mask: np.ndarray) -> None:
-    rows, columns = _classes(mask.sum(1)), _classes(mask.sum(0))
+    rows, columns = (np.round(2 * np.log2(mask.sum(axis) + 1)).astype(np.int32) for axis in (1, 0))
     no_rows, no_columns = np.zeros_like(rows), np.zeros_like(columns)
     whole = no_rows, no_columns
     choices = [whole, (rows, no_columns), (no_rows, columns), (rows, columns)]
     costs = [_partition_cost(mask, *choice) for choice in choices]
     best = int(np.argmin(costs))
     rows, columns = choices[best] if costs[best] < (1 - WORTHWHILE) * costs[0] else whole
-    _encode_classes(encoder, rows)
-    _encode_classes(encoder, columns)
+    for classes in (rows, columns):
+        encoder.number(int(classes.any()), 1)
+        if classes.any():
+            encoder.alphabet(classes, MAX_CLASSES)
     for row_members in _members(rows):
         block_rows = mask[row_members]
         for column_members in _members(columns):
@@ -270,7 +253,10 @@ def _encode_mask(encoder: _Encoder, mask: np.ndarray) -> None:
 
 def _decode_mask(decoder: _Decoder, shape: tuple[int, int]) -> np.ndarray:
     """Indices of the kept entries in row-major order."""
-    rows, columns = _decode_classes(decoder, shape[0]), _decode_classes(decoder, shape[1])
+    rows, columns = (
+        decoder.alphabet(count, MAX_CLASSES) if decoder.number(1) else np.zeros(count, np.uint8)
+        for count in shape
+    )
     mask = np.empty(shape, bool)
     for row_members in _members(rows):
         for column_members in _members(columns):
@@ -287,18 +273,22 @@ def _decode_mask(decoder: _Decoder, shape: tuple[int, int]) -> np.ndarray:
 # ------------------------------------------------------------------------------------ values
 
 
-def _steps(values: np.ndarray, largest: np.ndarray, groups: np.ndarray, bits: int) -> np.ndarray:
-    """The step of each group of values.
+def _steps(tensor: np.ndarray, bits: int, by_row: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The step of each group of entries (a row, or the whole), and the group of each non-zero.
 
-    largest: the largest magnitude of each group. groups: the group of each value. At 8 bits the
-    levels reach up to the largest magnitude. With fewer bits they reach up to a fraction of it:
-    the fraction with the least squared error, the same for all groups.
+    At 8 bits the levels reach up to the largest magnitude of the group. With fewer bits they reach
+    up to a fraction of it: the fraction with the least squared error, the same for all groups.
     """
+    magnitudes, values = np.abs(tensor), tensor[tensor != 0]
+    if by_row:
+        largest, groups = magnitudes.max(1), np.nonzero(tensor)[0]
+    else:
+        largest, groups = magnitudes.max(initial=0.0).reshape(1), np.zeros(len(values), np.intp)
     # The smallest step is twice the smallest float32, so that half a step is not zero.
     smallest = np.where(largest > 0, np.float32(2.0**-148), np.float32(0))
     steps = np.maximum((largest / 2 ** (bits - 1)).astype(np.float32), smallest)
     if bits >= 8 or not len(values):
-        return steps
+        return steps, groups
     stride = max(1, len(values) // 50_000)
     sample, sampled = values[::stride].astype(np.float64), steps[groups[::stride]]
 
@@ -307,15 +297,8 @@ def _steps(values: np.ndarray, largest: np.ndarray, groups: np.ndarray, bits: in
         restored = _dequantise(_levels(sample, tried, bits), bits) * tried
         return float(np.square(sample - restored).sum())
 
-    return np.maximum(steps * np.float32(min(STEP_CANDIDATES, key=error)), smallest)
-
-
-def _groups(tensor: np.ndarray, by_row: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The largest magnitude of each group (a row or the whole), and the group of each non-zero."""
-    if by_row:
-        return np.abs(tensor).max(1), np.nonzero(tensor)[0]
-    largest = np.abs(tensor).max(initial=0.0, keepdims=True).reshape(1)
-    return largest, np.zeros(np.count_nonzero(tensor), np.intp)
+    fraction = np.float32(min(STEP_CANDIDATES, key=error))
+    return np.maximum(steps * fraction, smallest), groups
 
 
 def _levels(values: np.ndarray, steps: np.ndarray | np.float32, bits: int) -> np.ndarray:
@@ -332,29 +315,15 @@ def _dequantise(levels: np.ndarray, bits: int) -> np.ndarray:
     return values
 
 
-def _encode_values(
-    encoder: _Encoder, values: np.ndarray, bits: int, steps: np.ndarray | None
-) -> float:
-    """Store values and return their entropy in bits."""
-    if bits <= 8:
-        levels = _levels(values, steps, bits)
-        encoder.alphabet(levels, 2**bits)
-        return _symbol_entropy(levels)
-    if bits == 32:
-        return _encode_floats(encoder, values)
+def _halves(values: np.ndarray) -> np.ndarray:
+    """Values in half precision, where no value but zero becomes zero."""
     halves = values.astype(np.float16)
     smallest = np.copysign(np.float16(2.0**-24), halves)
-    return _encode_floats(encoder, np.where((halves == 0) & (values != 0), smallest, halves))
-
-
-def _decode_values(decoder: _Decoder, count: int, bits: int) -> np.ndarray:
-    """The float32 values; at 8 bits or fewer, in units of their step."""
-    if bits > 8:
-        return _decode_floats(decoder, count, np.float16 if bits == 16 else np.float32)
-    return _dequantise(decoder.alphabet(count, 2**bits), bits)
+    return np.where((halves == 0) & (values != 0), smallest, halves)
 
 
 def _encode_floats(encoder: _Encoder, numbers: np.ndarray) -> float:
+    """Store floats byte by byte, and return the entropy of the bytes."""
     planes = numbers.view(np.uint8).reshape(-1, numbers.itemsize).T
     for plane in planes:
         encoder.bytes(plane)
@@ -398,16 +367,17 @@ def encode(tensor: np.ndarray, bits: int, by_row: bool = False) -> Coded:
             _encode_mask(encoder, mask)
             position_entropy = float(entropy_bits(kept, mask.size))
             values = values[np.flatnonzero(mask)]
-    steps = None
-    if bits <= 8:
-        largest, groups = _groups(tensor, by_row)
-        steps = _steps(values, largest, groups, bits)
+    if bits > 8:
+        value_entropy = _encode_floats(encoder, values if bits == 32 else _halves(values))
+    else:
+        steps, groups = _steps(tensor, bits, by_row)
         if by_row:
             _encode_floats(encoder, steps)
         else:
             encoder.number(int(steps.view(np.uint32)[0]), 32)
-        steps = steps[groups]
-    value_entropy = _encode_values(encoder, values, bits, steps)
+        levels = _levels(values, steps[groups], bits)
+        encoder.alphabet(levels, 2**bits)
+        value_entropy = _symbol_entropy(levels)
     return Coded(encoder.words(), kept, position_entropy, value_entropy)
 
 
@@ -420,8 +390,8 @@ def error_bound(tensor: np.ndarray, bits: int, by_row: bool = False) -> np.ndarr
     if bits == 16:
         return np.maximum(magnitudes * 2.0**-11, (magnitudes > 0) * 2.0**-24)
     kept, half = magnitudes > 0, 2 ** (bits - 1)
-    largest, groups = _groups(tensor, by_row)
-    steps = _steps(tensor[kept], largest, groups, bits).astype(np.float64)[groups]
+    steps, groups = _steps(tensor, bits, by_row)
+    steps = steps.astype(np.float64)[groups]
     clipped = magnitudes[kept] - (half - 0.5) * steps
     bound = np.zeros(tensor.shape)
     bound[kept] = np.maximum(steps / 2, clipped) * (1 + 1e-4) + 2.0**-147  # and rounding
@@ -452,15 +422,15 @@ def _decode_parts(
         indices = _decode_mask(decoder, shape)
         count = len(indices)
     if bits > 8:
-        return indices, _decode_values(decoder, count, bits)
+        return indices, _decode_floats(decoder, count, np.float16 if bits == 16 else np.float32)
+    if by_row:
+        steps = _decode_floats(decoder, shape[0], np.float32)
+    else:
+        steps = np.array([decoder.number(32)], np.uint32).view(np.float32)
+    values = _dequantise(decoder.alphabet(count, 2**bits), bits)
     if not by_row:
-        step = np.array(decoder.number(32), np.uint32).view(np.float32)
-        values = _decode_values(decoder, count, bits)
-        values *= step
-        return indices, values
-    steps = _decode_floats(decoder, shape[0], np.float32)
-    values = _decode_values(decoder, count, bits)
-    if indices is None:
+        values *= steps
+    elif indices is None:
         values.reshape(shape)[...] *= steps[:, None]
     else:
         ends = np.searchsorted(indices, np.arange(1, shape[0] + 1) * shape[1])
