@@ -83,8 +83,7 @@ class Side:
         with masked(self.model, THRESHOLD.get(self.method)):
             clock("cut-offs")
             outputs = self.forward(batch)
-            target = torch.zeros(len(batch["input_ids"]), dtype=torch.int64)
-            target = target.to(self.args.device)
+            target = torch.zeros_like(batch["input_ids"][:, 0])
             loss = F.cross_entropy(outputs.start_logits.float(), target)
             loss = loss + F.cross_entropy(outputs.end_logits.float(), target)
             if penalty:
