@@ -1,18 +1,20 @@
-"""Store a fine-pruned BERT close to the entropy of its weights, in one file, and get it back.
+"""Pack a fine-pruned BERT in one file close to the entropy of its weights, and unpack it.
 
-    python saving_prunebert.py pack CHECKPOINT FILE        # masked or bertarized; --bits 32, 16, 8 (default), ... 2
-    python saving_prunebert.py info FILE                   # what each matrix takes, and the whole
-    python saving_prunebert.py verify FILE CHECKPOINT      # masks and weights; --data_dir: the metric too
-    python saving_prunebert.py unpack FILE FOLDER          # a normal from_pretrained folder
+    python saving_prunebert.py pack CHECKPOINT FILE     # masked or bertarized; --bits 2 to 32
+    python saving_prunebert.py info FILE                # the size of each matrix and of the whole
+    python saving_prunebert.py verify FILE CHECKPOINT   # masks and weights; --data_dir: metrics too
+    python saving_prunebert.py unpack FILE FOLDER       # a normal from_pretrained folder
 
-From Python: `emmental.storage.load_packed(FILE)` is the ready `BertFor*` model. The embeddings are part of the file,
-in 8 bits by row or as --bits says; `pack --base_model NAME` leaves them out where they are still those of NAME.
+From Python, `emmental.storage.load_packed(FILE)` returns the `BertFor*` model. The file contains
+the embeddings, with one step per row; `pack --base_model NAME` leaves them out if they are still
+those of NAME.
 """
 
 import json
 import subprocess
 import sys
 import tempfile
+from argparse import Namespace
 from pathlib import Path
 
 from emmental import coding, storage
@@ -24,6 +26,9 @@ from emmental.training.args import Parser, add_mask_flags, given_masks
 from emmental.training.runlog import set_up_logging
 
 MB = 1e6
+CHECKPOINT = "checkpoint", "folder of a masked, bertarized or dense BERT with its tokenizer"
+FILE = "file", "packed file"
+FOLDER = "folder", "folder to write"
 
 
 def get_parser() -> Parser:
@@ -31,9 +36,6 @@ def get_parser() -> Parser:
     verbs = parser.add_subparsers(
         dest="verb", required=True, metavar="pack | unpack | info | verify", help="what to do"
     )
-    base = {
-        "help": "model whose embeddings are left out of the file: a name on the hub, or a folder"
-    }
 
     def verb(name: str, summary: str, *operands: tuple[str, str]):
         sub = verbs.add_parser(name, help=summary, description=summary)
@@ -41,121 +43,106 @@ def get_parser() -> Parser:
             sub.add_argument(operand, help=meaning)
         return sub.add_argument
 
-    checkpoint = (
-        "checkpoint",
-        "folder of a masked checkpoint, or of a bertarized or dense BERT, with its tokenizer",
-    )
-    file = "file", "packed file"
-    add = verb("pack", "write a packed file", checkpoint, file)
-    add(
-        "--bits",
-        type=int,
-        default=8,
-        choices=coding.BITS,
-        help="precision of the matrices (bias and LayerNorm: 16 at least)",
-    )
-    add("--base_model", **base)
+    base = "model whose embeddings the file leaves out: a folder, or a name on the hub"
+    # fmt: off
+    add = verb("pack", "write a packed file", CHECKPOINT, FILE)
+    add("--bits", type=int, default=8, choices=coding.BITS,
+        help="precision of the matrices; bias and LayerNorm get at least 16")
+    add("--base_model", help=base)
     add_mask_flags(add)
-    add = verb("unpack", "write a normal model folder", file, ("folder", "folder to write"))
-    add("--base_model", **base)
-    add = verb("info", "what each matrix takes, and the whole", file)
-    add("--json", help="file to write the figures to")
-    add = verb(
-        "verify", "compare a packed file with the checkpoint it was made of", file, checkpoint
-    )
-    add("--base_model", **base)
-    add("--task_name", help="GLUE task to evaluate both on, with --data_dir (else: SQuAD)")
-    add("--data_dir", help="folder of the data to evaluate both on")
-    add("--predict_file", help="SQuAD file to evaluate both on")
-    add("--max_seq_length", type=int, help="as given in training, when not the default")
+    add = verb("unpack", "write a normal model folder", FILE, FOLDER)
+    add("--base_model", help=base)
+    add = verb("info", "print the size of each matrix and of the whole", FILE)
+    add("--json", help="file for the figures")
+    add = verb("verify", "compare a packed file with its checkpoint", FILE, CHECKPOINT)
+    add("--base_model", help=base)
+    add("--task_name", help="GLUE task for evaluating both, with --data_dir (default: SQuAD)")
+    add("--data_dir", help="folder of the data for evaluating both")
+    add("--predict_file", help="SQuAD file for evaluating both")
+    add("--max_seq_length", type=int, help="the value from training, if not the default")
     add("--version_2_with_negative", action="store_true", help="SQuAD v2.0")
     add_mask_flags(add)
+    # fmt: on
     return parser
 
 
 def print_info(packed: storage.Packed, report: dict) -> None:
+    """Print the table of matrices and the totals of `storage.summary`."""
     header = packed.header
-    print(f"{packed.path}: {header['architecture']}, {header['bits']} bits"
-          + (f", without the embeddings of {header['base_model']['name']}" if header["base_model"] else ""))  # fmt: skip
+    base = header["base_model"]
+    without = f", without the embeddings of {base['name']}" if base else ""
+    print(f"{packed.path}: {header['architecture']}, {header['bits']} bits{without}\n")
     matrices = [row for row in report["rows"] if len(row["shape"]) == 2]
-    width = max(len(row["name"]) for row in matrices)
-    print(
-        f"\n{'matrix':<{width}}  {'shape':>13}  {'remaining':>9}  {'bits/weight':>11}  {'bytes':>11}"
-    )
+    vectors = [row for row in report["rows"] if len(row["shape"]) != 2]
+    lines = [("matrix", "shape", "remaining", "bits/weight", "bytes")]
     for row in matrices:
         shape = " x ".join(map(str, row["shape"]))
-        print(
-            f"{row['name']:<{width}}  {shape:>13}  {row['remaining']:>8.2%}  {row['bits_per_weight']:>11.2f}  {row['bytes']:>11,}"
-        )
-    others = [row for row in report["rows"] if len(row["shape"]) != 2]
-    print(
-        f"{f'{len(others)} vectors (bias, LayerNorm)':<{width}}  {'':>13}  {'':>9}  {'':>11}  {sum(row['bytes'] for row in others):>11,}"
-    )
+        remaining, bits = f"{row['remaining']:.2%}", f"{row['bits_per_weight']:.2f}"
+        lines.append((row["name"], shape, remaining, bits, f"{row['bytes']:,}"))
+    size = sum(row["bytes"] for row in vectors)
+    lines.append((f"{len(vectors)} vectors (bias, LayerNorm)", "", "", "", f"{size:,}"))
+    width = max(len(row["name"]) for row in matrices)
+    for name, *cells in lines:
+        print("  ".join([f"{name:<{width}}", *(f"{cell:>11}" for cell in cells)]))
     print(f"\n{'MB':<18}{'dense float32':>15}{'packed':>10}{'entropy':>10}")
     for part, total in report["totals"].items():
-        cells = (total.get(name) for name in ("dense", "packed", "entropy"))
-        shown = ("" if value is None else f"{value / MB:.2f}" for value in cells)
-        print(
-            f"{part:<18}"
-            + "".join(f"{text:>{size}}" for text, size in zip(shown, (15, 10, 10), strict=True))
+        dense, size, entropy = (
+            f"{total[name] / MB:.2f}" if name in total else ""
+            for name in ("dense", "packed", "entropy")
         )
-    linears = [row for row in matrices if ".encoder." in row["name"]]
-    if all(row["remaining"] == 1 for row in linears):
-        print(
-            "\nno matrix of the encoder is sparse: nothing is gained over other files of as many bits"
-        )
+        print(f"{part:<18}{dense:>15}{size:>10}{entropy:>10}")
+    if all(row["remaining"] == 1 for row in matrices if ".encoder." in row["name"]):
+        print("\nNo matrix of the encoder is sparse: packing saves nothing beyond its precision.")
 
 
-def evaluate(model: str, args) -> dict:
-    """Results of the evaluation script on a model folder, in a process of its own."""
+def evaluate(model: str, args: Namespace) -> dict[str, float]:
+    """The metrics of a model folder, from the evaluation script in its own process."""
     script = "masked_run_glue.py" if args.task_name else "masked_run_squad.py"
     model_type = read_config(model)["model_type"]
-    masked = is_masked(model_type)
+    flags = {
+        "model_type": model_type,
+        "model_name_or_path": model,
+        "task_name": args.task_name,
+        "data_dir": args.data_dir,
+        "predict_file": args.predict_file,
+        "max_seq_length": args.max_seq_length,
+    }
+    switches = ["--version_2_with_negative"] * args.version_2_with_negative
+    if is_masked(model_type):
+        flags |= {"pruning_method": args.pruning_method, "final_threshold": args.threshold}
+        switches += ["--global_topk"] * bool(args.global_topk)
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(Path(__file__).with_name(script)), "--do_eval", "--output_dir", f"{folder}/out",
-                   "--model_type", model_type, "--model_name_or_path", model]  # fmt: skip
-        for name in ("task_name", "data_dir", "predict_file", "max_seq_length"):
-            if getattr(args, name):
-                command += [f"--{name}", str(getattr(args, name))]
-        command += ["--version_2_with_negative"] * args.version_2_with_negative
-        if masked:
-            settings = {"pruning_method": args.pruning_method, "final_threshold": args.threshold}
-            command += [
-                word
-                for name, value in settings.items()
-                if value is not None
-                for word in (f"--{name}", str(value))
-            ]
-            command += ["--global_topk"] * bool(args.global_topk)
+        command = [sys.executable, str(Path(__file__).with_name(script)), "--do_eval", *switches]
+        for name, value in (flags | {"output_dir": f"{folder}/out"}).items():
+            if value is not None:
+                command += [f"--{name}", str(value)]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
-            lines = done.stderr.strip().splitlines()
-            raise UserError(
-                f"{script} cannot evaluate {model}: {lines[-1] if lines else 'it was stopped'}"
-            )
-        results = json.loads(
-            (Path(folder) / "out" / "eval_results.json").read_text(encoding="utf-8")
-        )
-    unwanted = ("remaining", "threshold", "entropy", "total")
-    return {k: v for k, v in results.items() if isinstance(v, float) and not k.startswith(unwanted)}
+            reason = (done.stderr.strip().splitlines() or ["it was stopped"])[-1]
+            raise UserError(f"{script} cannot evaluate {model}: {reason}")
+        text = Path(folder, "out", "eval_results.json").read_text(encoding="utf-8")
+    no_metrics = ("remaining", "threshold", "entropy", "total")
+    return {
+        name: value
+        for name, value in json.loads(text).items()
+        if isinstance(value, float) and not name.startswith(no_metrics)
+    }
 
 
-def verify(args) -> int:
-    """Compare, print, and return the exit status: 0 when all is as it must be."""
+def verify(args: Namespace) -> int:
+    """Compare a packed file with its checkpoint, print the result, and return the exit status."""
     problems = storage.compare(args.file, args.checkpoint, args.base_model, **given_masks(args))
     for problem in problems:
         print(problem)
     if not problems:
         bits = storage.open_packed(args.file).header["bits"]
-        print(f"all masks are equal, and all weights within the bound of {bits} bits")
+        print(f"all masks are equal, and all weights within the error bound of {bits} bits")
     if args.data_dir or args.predict_file:
         with tempfile.TemporaryDirectory() as folder:
             storage.unpack(args.file, f"{folder}/model", args.base_model)
             before, after = evaluate(args.checkpoint, args), evaluate(f"{folder}/model", args)
         for name, value in before.items():
-            print(
-                f"{name}: {value:.4g} of the checkpoint, {after.get(name, float('nan')):.4g} packed"
-            )
+            print(f"{name}: {value:.4g} checkpoint, {after.get(name, float('nan')):.4g} packed")
     return 1 if problems else 0
 
 
@@ -163,6 +150,8 @@ def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     set_up_logging()
     with one_line_errors():
+        if args.verb == "verify":
+            return verify(args)
         if args.verb == "pack":
             packed = storage.pack(
                 args.checkpoint, args.file, args.bits, args.base_model, **given_masks(args)
@@ -171,15 +160,13 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{args.file}: {size / MB:.2f} MB, {args.bits} bits")
         elif args.verb == "unpack":
             model = storage.unpack(args.file, args.folder, args.base_model)
-            print(f"{type(model).__name__} and its tokenizer, written to {args.folder}")
-        elif args.verb == "info":
+            print(f"{type(model).__name__} and its tokenizer are written to {args.folder}")
+        else:
             packed = storage.open_packed(args.file)
             report = storage.summary(packed)
             print_info(packed, report)
             if args.json:
                 write_json(Path(args.json), report)
-        else:
-            return verify(args)
     return 0
 
 

@@ -1,13 +1,14 @@
-"""What sparse inference gains on this CPU, against the dense forms of the same models.
+"""The gain of sparse inference on this CPU, compared with dense forms of the same models.
 
-    python benchmarks/inference.py                      # BERT-base with random masks: 20 min on 2 cores
-    python benchmarks/inference.py --models OUT --densities --batches 1 8 --lengths 128       # one that you fine-pruned
+    python benchmarks/inference.py      # BERT-base with random masks: 20 min on 2 cores
+    python benchmarks/inference.py --models OUT --densities --lengths 128     # a fine-pruned model
 
-Sides: `dense` is the stock model in float32 with SDPA, `compiled` the same under torch.compile, `int8` its
-dynamic quantisation by torch, `ours` is `sparsify(model)`. They take turns, on the same inputs without padding;
-a time is the median of all turns, a gain the median over turns of the faster of dense and compiled over ours.
-`bound` is the time of ours if its remaining multiply-adds (products and attention) ran at the speed of this
-machine's dense product. Differences are the largest of the logits, against dense.
+`dense` is the stock model in float32 with SDPA, `compiled` the same under torch.compile, `int8` its
+dynamic quantisation by torch, `ours` is `sparsify(model)`. They take turns with the same inputs,
+without padding. A time is the median of all turns. The gain is the median over turns of the time of
+the faster of dense and compiled, divided by ours. `bound` is the time that ours would take if its
+remaining multiply-adds (products and attention) ran at the speed of this machine's dense product.
+Differences are the largest of the logits, compared with dense.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from emmental.inference import sparsify
 from emmental.inference.compaction import density
 from emmental.inference.encoder import SparseEncoder
 
-HELPS = 1.05  # gains below this are named in the end
+HELPS = 1.05  # lower gains are listed at the end
 DENSE_SIDES = ("dense", "compiled", "int8")
 
 
@@ -39,21 +40,19 @@ def load(checkpoint: str) -> PreTrainedModel:
     """The plain model of a masked or plain checkpoint. Raises UserError."""
     architecture, config, state = storage.load_plain(checkpoint)
     model_class = getattr(transformers, architecture)
-    return model_class.from_pretrained(
-        None, config=config, state_dict=state, dtype=torch.float32
-    ).eval()
+    model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
+    return model.eval()
 
 
 def quantised(model: PreTrainedModel) -> Callable:
+    quantise = torch.ao.quantization.quantize_dynamic
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch, that its successor is another package
-        return torch.ao.quantization.quantize_dynamic(
-            copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8
-        )
+        warnings.simplefilter("ignore")  # torch announces its successor, another package
+        return quantise(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
 
 
 def dense_rate(hidden: int) -> float:
-    """Multiply-adds per second of torch's dense product, the best of ten."""
+    """Multiply-adds per second of torch's dense product: the best of ten measurements."""
     rows, weight, seconds = torch.randn(1024, hidden), torch.randn(4 * hidden, hidden), []
     for _ in range(11):
         start = time.perf_counter()
@@ -71,7 +70,7 @@ def difference(model: Callable, expected: PreTrainedModel, ids: Tensor) -> float
 def measure(
     sides: dict[str, Callable], ids: Tensor, args: argparse.Namespace
 ) -> dict[str, list[float]]:
-    """Seconds of each side, turn by turn."""
+    """Seconds of each side in each turn."""
     times = {name: [] for name in sides}
     for turn in range(-args.warmup, args.repeats):
         for name in list(sides)[:: 1 if turn % 2 else -1]:
@@ -95,7 +94,10 @@ def summarise(times: dict[str, list[float]], ours: str) -> dict:
 def run_group(
     title: str, models: dict[str, PreTrainedModel], args: argparse.Namespace, rate: float
 ) -> list[dict]:
-    """Measure models of one shape and print the table; the dense sides, which masks do not change, are those of the first."""
+    """Measure models of one shape and print their table.
+
+    The dense sides are measured with the first model only, as masks do not change their speed.
+    """
     ours = {name: sparsify(model) for name, model in models.items()}
     dense = next(iter(models.values()))
     generator = torch.Generator().manual_seed(1)
@@ -116,40 +118,59 @@ def run_group(
             for name, model in models.items():
                 encoder = encoder_of(ours[name])
                 sparse = isinstance(encoder, SparseEncoder)
-                found.append({
-                    "model": name, "batch": batch, "length": length, "left": density(encoder_of(model)),
-                    "kernels": encoder.backend.name if sparse else "compact", **summarise(times, name),
-                    "bound": encoder.multiply_adds(length) * ids.numel() / rate if sparse else None,
-                    "difference": difference(ours[name], model, ids), "int8 difference": int8,
-                })  # fmt: skip
+                found.append(
+                    {
+                        "model": name,
+                        "batch": batch,
+                        "length": length,
+                        "left": density(encoder_of(model)),
+                        "kernels": encoder.backend.name if sparse else "compact",
+                        **summarise(times, name),
+                        "bound": encoder.multiply_adds(length) * ids.numel() / rate
+                        if sparse
+                        else None,
+                        "difference": difference(ours[name], model, ids),
+                        "int8 difference": int8,
+                    }
+                )
         print(f"  {title}: {batch} x {length} done", flush=True)
-    columns = ["batch x length", "left", "dense ms", "compiled ms", "int8 ms", "ours ms", "gain", "seq/s",
-               "bound ms", "ours/bound", "difference", "of int8"]  # fmt: skip
-    report.print_table(title, columns, [_row(result) for result in found])
+    report.print_table(title, COLUMNS, [_row(result) for result in found])
     return found
 
 
+# fmt: off
+COLUMNS = ["batch x length", "remaining", "dense ms", "compiled ms", "int8 ms", "ours ms", "gain",
+           "sequences/s", "bound ms", "ours/bound", "difference", "int8 difference"]
+# fmt: on
+
+
 def _row(result: dict) -> list:
-    times = [1000 * result[name] if name in result else None for name in (*DENSE_SIDES, "ours")]
-    bound = result["bound"]
-    int8 = result["int8 difference"]
+    sides = (*DENSE_SIDES, "ours")
+    times = [1000 * result[name] if name in result else None for name in sides]
+    bound, int8 = result["bound"], result["int8 difference"]
     return [
-        f"{result['batch']} x {result['length']}", f"{result['left']:.1%}", *times, result["gain"],
-        result["batch"] / result["ours"], bound and 1000 * bound, bound and result["ours"] / bound,
-        f"{result['difference']:.0e}", f"{int8:.0e}" if int8 is not None else None,
-    ]  # fmt: skip
+        f"{result['batch']} x {result['length']}",
+        f"{result['left']:.1%}",
+        *times,
+        result["gain"],
+        result["batch"] / result["ours"],
+        bound and 1000 * bound,
+        bound and result["ours"] / bound,
+        f"{result['difference']:.0e}",
+        None if int8 is None else f"{int8:.0e}",
+    ]
 
 
 def fraction(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is no fraction above 0 and up to 1")
+        raise argparse.ArgumentTypeError(f"{text} is not a fraction above 0 and up to 1")
     return value
 
 
 def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
     return int(text)
 
 
@@ -158,33 +179,22 @@ def get_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
+    # fmt: off
     add("--densities", type=fraction, nargs="*", default=[0.15, 0.1, 0.06, 0.03],
-        help="of the random BERTs (default: 0.15 0.1 0.06 0.03)")  # fmt: skip
-    add(
-        "--models",
-        nargs="*",
-        default=[],
-        help="folders of fine-pruned checkpoints, masked or bertarized, to measure too",
-    )
+        help="densities of the random BERTs (default: 0.15 0.1 0.06 0.03)")
+    add("--models", nargs="*", default=[],
+        help="folders of fine-pruned checkpoints, masked or bertarized")
     add("--batches", type=positive, nargs="+", default=[1, 8, 32], help="default: 1 8 32")
-    add(
-        "--lengths",
-        type=positive,
-        nargs="+",
-        default=[32, 128, 384],
-        help="in tokens (default: 32 128 384)",
-    )
-    add("--layers", type=positive, default=12, help="of the random BERTs (default: 12)")
-    add(
-        "--hidden",
-        type=positive,
-        default=768,
-        help="their hidden size, a multiple of 64 (default: 768)",
-    )
-    add("--repeats", type=positive, default=5, help="counted turns of each side (default: 5)")
+    add("--lengths", type=positive, nargs="+", default=[32, 128, 384],
+        help="in tokens (default: 32 128 384)")
+    add("--layers", type=positive, default=12, help="layers of the random BERTs (default: 12)")
+    add("--hidden", type=positive, default=768,
+        help="their hidden size, a multiple of 64 (default: 768)")
+    add("--repeats", type=positive, default=5, help="measured turns (default: 5)")
     add("--warmup", type=positive, default=1, help="turns before those (default: 1)")
     add("--without", nargs="*", choices=("compiled", "int8"), default=[], help="sides to leave out")
-    add("--json", help="file to write the results to")
+    add("--json", help="file for the results")
+    # fmt: on
     return parser
 
 
@@ -196,15 +206,12 @@ def main(argv: list[str] | None = None) -> None:
         if not (args.densities or args.models):
             raise UserError("nothing to measure: give --densities or --models")
         models = {folder: load(folder) for folder in args.models}
-        for folder, model in models.items():
-            if max(args.lengths) > model.config.max_position_embeddings:
-                raise UserError(
-                    f"--lengths: {folder} takes {model.config.max_position_embeddings} tokens at most"
-                )
-        if args.densities and max(args.lengths) > BertConfig().max_position_embeddings:
-            raise UserError(
-                f"--lengths: BERT takes {BertConfig().max_position_embeddings} tokens at most"
-            )
+        limits = {folder: model.config.max_position_embeddings for folder, model in models.items()}
+        if args.densities:
+            limits["BERT-base"] = BertConfig().max_position_embeddings
+        for name, limit in limits.items():
+            if max(args.lengths) > limit:
+                raise UserError(f"--lengths: {name} takes {limit} tokens at most")
         run(args, models)
 
 
@@ -216,12 +223,7 @@ def run(args: argparse.Namespace, models: dict[str, PreTrainedModel]) -> None:
     print(f"dense product: {rate / 1e9:.0f} G multiply-adds/s")
     if args.densities:
         title = f"BERT of {args.layers} layers, hidden {args.hidden}, random masks"
-        size = {
-            "num_hidden_layers": args.layers,
-            "hidden_size": args.hidden,
-            "intermediate_size": 4 * args.hidden,
-            "num_attention_heads": args.hidden // 64,
-        }
+        size = report.bert_size(args.layers, args.hidden)
         group = {f"random {left:.0%}": report.random_bert(left, **size) for left in args.densities}
         results["rows"] += run_group(title, group, args, rate)
     for folder, model in models.items():
@@ -229,12 +231,11 @@ def run(args: argparse.Namespace, models: dict[str, PreTrainedModel]) -> None:
     slow = [row for row in results["rows"] if row["gain"] < HELPS]
     for row in slow:
         print(
-            f"no help: {row['model']} at {row['batch']} x {row['length']}, gain {row['gain']:.2f} ({row['kernels']})"
+            f"no gain: {row['model']} at {row['batch']} x {row['length']}, "
+            f"gain {row['gain']:.2f} ({row['kernels']})"
         )
     if not slow:
-        print(
-            f"\nours is more than {HELPS} times as fast as dense and compiled at every setting measured"
-        )
+        print(f"\nours is at least {HELPS} times as fast as dense and compiled everywhere")
     report.write_json(args.json, results)
 
 

@@ -1,13 +1,12 @@
-"""What the benchmarks share: the machine in words, tables on the screen, results as JSON."""
+"""Shared by the benchmarks: the description of the machine, tables, and results as JSON."""
 
 import os
 import platform
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # the benchmarks run from any folder
+# The benchmarks can be run from any folder.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import transformers
@@ -18,18 +17,32 @@ from emmental.training import checkpoint
 
 
 def machine(device: str = "cpu") -> str:
-    """Processor, threads and versions, in a line."""
+    """Processor, threads and versions, in one line."""
     processor = processor_name()
     if device == "cuda":
         processor = f"{torch.cuda.get_device_name()}, {processor}"
     return (
         f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
+        f"torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"Python {platform.python_version()}"
     )
 
 
+def bert_size(layers: int, hidden: int) -> dict[str, int]:
+    """The settings of a BERT with the proportions of BERT-base."""
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": 4 * hidden,
+        "num_attention_heads": hidden // 64,
+    }
+
+
 def random_bert(remaining: float, **size: int) -> BertForQuestionAnswering:
-    """A BERT, base or of another `size`, with weights as at initialisation and a uniformly random mask over its encoder."""
+    """A freshly initialised BERT with a uniformly random mask over its encoder.
+
+    remaining: density of the mask. size: settings of BertConfig; by default BERT-base.
+    """
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     model = BertForQuestionAnswering(BertConfig(**size)).eval()
@@ -41,40 +54,32 @@ def random_bert(remaining: float, **size: int) -> BertForQuestionAnswering:
 
 
 def print_table(title: str, columns: list[str], rows: list[list]) -> None:
-    """A Markdown table: numbers to the right, floats in three digits or so."""
-    cells = [[_shown(value) for value in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
-    print(f"\n{title}\n")
-    print(
-        "| "
-        + " | ".join(name.ljust(width) for name, width in zip(columns, widths, strict=True))
-        + " |"
-    )
-    print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    for row, texts in zip(rows, cells, strict=True):
-        aligned = [
+    """Print a Markdown table with numbers aligned to the right."""
+    cells = [columns] + [[_shown(value) for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [" | ".join(name.ljust(width) for name, width in zip(columns, widths, strict=True))]
+    for row, texts in zip(rows, cells[1:], strict=True):
+        aligned = (
             text.rjust(width) if isinstance(value, int | float) else text.ljust(width)
             for value, text, width in zip(row, texts, widths, strict=True)
-        ]
-        print("| " + " | ".join(aligned) + " |", flush=True)
+        )
+        lines.append(" | ".join(aligned))
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    header, *body = (f"| {line} |" for line in lines)
+    print("", title, "", header, rule, *body, sep="\n", flush=True)
 
 
-def _shown(value) -> str:
+def _shown(value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
-        return (
-            f"{value:.3f}"
-            if abs(value) < 10
-            else f"{value:.1f}"
-            if abs(value) < 1000
-            else f"{value:,.0f}"
-        )
+        digits = 3 if abs(value) < 10 else 1 if abs(value) < 1000 else 0
+        return f"{value:,.{digits}f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def write_json(path: str | None, results: dict) -> None:
-    """Write the results where --json says, if it says so."""
+    """Write the results to the file of --json, if it was given."""
     if path:
         checkpoint.write_json(Path(path), results)
-        print(f"\nwritten to {path}")
+        print(f"\nresults written to {path}")

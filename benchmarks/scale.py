@@ -1,15 +1,16 @@
-"""What grows with the size of the data, and of the model.
+"""Time and memory as the data and the model grow.
 
-    python benchmarks/scale.py                                      # 10,000 and 100,000 questions, BERT-large: 5 min on 2 cores
+    python benchmarks/scale.py      # 10,000 and 100,000 questions, BERT-large: 5 min on 2 cores
     python benchmarks/scale.py --questions 10000 1000000 --layers 0
 
-The first table is about data: questions in a generated SQuAD file (paragraphs of 120 words with five questions each, 50 to
-an article), read, checked and made into features by a process of its own for each size. Memory is that beyond what the
-process held with everything imported: "held" is anonymous memory, sampled every 5 ms; "with mapped files" is the peak of
-the resident set, where pages of Arrow files count that the system takes back when it needs them.
+Data: a separate process reads, checks and makes features of a generated SQuAD file (paragraphs of
+120 words with five questions each, 50 paragraphs per article). Memory is counted above that of the
+process after its imports. "held" is the peak of anonymous memory, sampled every 5 ms. "with mapped
+files" is the peak of the resident set, which includes pages of Arrow files that the system can take
+back.
 
-The second and third are about a model of the size of BERT-large: the masks of all its matrices, ours beside sorting each
-matrix (the same masks, or the script stops), and packing it.
+Model: for all matrices of a model as large as BERT-large, the time of our masks and of sorting each
+matrix, which must give the same masks; and packing that model.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,21 +48,24 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 THRESHOLDS = {"topK": 0.1, "magnitude": 0.1, "sigmoied_threshold": 0.52, "topK --global_topk": 0.1}
 
 
-# -------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------ memory
 
 
 def status(name: str) -> float:
-    """A figure of this process in MiB."""
+    """A value of /proc/self/status in MiB."""
     (line,) = (line for line in STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024 / MIB
 
 
 @contextmanager
-def peak_memory():
-    """Yields a dictionary that holds, afterwards, the peak of anonymous memory beyond what there was, in MiB."""
+def peak_memory() -> Iterator[dict[str, float]]:
+    """Measure the peak of anonymous memory in the block, above that before it, in MiB.
+
+    Yields a dictionary, which has the peak under "held" after the block.
+    """
     gc.collect()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)  # memory that was freed and kept would hide what is taken
+        trim(0)  # the block could reuse freed memory, which would then not be counted
     found, before, stop = {}, status("RssAnon"), threading.Event()
     peak = before
 
@@ -79,39 +84,42 @@ def peak_memory():
         found["held"] = max(peak, status("RssAnon")) - before
 
 
-# ---------------------------------------------------------------------------------------------- data
+# ------------------------------------------------------------------------------------ data
 
 
 def write_squad(path: Path, questions: int) -> None:
-    """Generate a SQuAD file, an article at a time."""
+    """Write a generated SQuAD file, one article at a time."""
     rng = random.Random(0)
     with path.open("w") as file:
         file.write('{"version": "1.1", "data": [')
         for start in range(0, questions, 250):
-            paragraphs = []
-            for place in range(start, min(start + 250, questions), 5):
-                words = rng.choices(WORDS, k=120)
-                context = " ".join(words)
-                qas = []
-                for number in range(place, min(place + 5, questions)):
-                    answer = rng.randrange(120)
-                    begin = len(" ".join(words[:answer])) + (answer > 0)
-                    asked = " ".join(rng.choices(WORDS, k=10))
-                    answers = [{"text": words[answer], "answer_start": begin}]
-                    qas.append({"id": f"{number:024}", "question": f"{asked}?", "answers": answers})
-                paragraphs.append({"context": context, "qas": qas})
-            file.write(
-                (", " if start else "")
-                + json.dumps({"title": f"article {start}", "paragraphs": paragraphs})
-            )
+            places = range(start, min(start + 250, questions), 5)
+            paragraphs = [make_paragraph(rng, place, questions) for place in places]
+            article = {"title": f"article {start}", "paragraphs": paragraphs}
+            file.write((", " if start else "") + json.dumps(article))
         file.write("]}")
 
 
+def make_paragraph(rng: random.Random, place: int, questions: int) -> dict:
+    """A paragraph with the questions from number `place` on: five, or up to the last."""
+    words, qas = rng.choices(WORDS, k=120), []
+    for number in range(place, min(place + 5, questions)):
+        answer = rng.randrange(120)
+        begin = len(" ".join(words[:answer])) + (answer > 0)
+        question = " ".join(rng.choices(WORDS, k=10)) + "?"
+        answers = [{"text": words[answer], "answer_start": begin}]
+        qas.append({"id": f"{number:024}", "question": question, "answers": answers})
+    return {"context": " ".join(words), "qas": qas}
+
+
+def make_tokenizer() -> BertTokenizerFast:
+    words = [*SPECIAL, *WORDS, "?"]
+    return BertTokenizerFast(vocab={word: place for place, word in enumerate(words)})
+
+
 def make_features(path: str, folder: str) -> dict:
-    """Read a SQuAD file and make its features, and measure that: the work of a process of its own."""
-    tokenizer = BertTokenizerFast(
-        vocab={word: place for place, word in enumerate([*SPECIAL, *WORDS, "?"])}
-    )
+    """Time and memory of reading a SQuAD file and making its features, for a separate process."""
+    tokenizer = make_tokenizer()
     transformers.utils.logging.disable_progress_bar()
     squad.datasets.disable_progress_bars()
     resident, begun = status("VmRSS"), time.perf_counter()
@@ -131,56 +139,44 @@ def measure_data(counts: list[int]) -> list[dict]:
             command = [sys.executable, __file__, "--make_features", f"{folder}/squad.json", folder]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                raise UserError(
-                    f"making the features of {questions} questions failed: {done.stderr.strip()}"
-                )
+                raise UserError(f"no features of {questions} questions: {done.stderr.strip()}")
             rows.append({"questions": questions} | json.loads(done.stdout.splitlines()[-1]))
     return rows
 
 
-# --------------------------------------------------------------------------------------------- model
+# ------------------------------------------------------------------------------------ model
 
 
 def large(layers: int, method: str) -> MaskedBertForQuestionAnswering:
     """A BERT as wide as BERT-large, with random weights and scores."""
     torch.manual_seed(0)
-    size = {
-        "num_hidden_layers": layers,
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_attention_heads": 16,
-    }
     config = MaskedBertConfig(
-        **size, pruning_method=method.split()[0], global_topk="global" in method, mask_init="uniform", mask_scale=1.0,
+        **report.bert_size(layers, 1024),
+        pruning_method=method.split()[0],
+        global_topk="global" in method,
+        mask_init="uniform",
+        mask_scale=1.0,
         threshold=THRESHOLDS[method],
-    )  # fmt: skip
+    )
     return MaskedBertForQuestionAnswering(config).eval()
 
 
 def sorted_masks(model: MaskedBertForQuestionAnswering, method: str) -> list[torch.Tensor]:
-    """The masks by sorting, as the 2020 scripts did: each matrix, or all scores in one."""
-    threshold, rankings = (
-        THRESHOLDS[method],
-        [
-            layer.source.abs() if layer.method.absolute else layer.source
-            for layer in masked_layers(model).values()
-        ],
-    )
+    """The masks by sorting each matrix, or all scores together, like the 2020 scripts."""
+    threshold, rankings = THRESHOLDS[method], []
+    for layer in masked_layers(model).values():
+        rankings.append(layer.source.abs() if layer.method.absolute else layer.source)
     if method == "sigmoied_threshold":
         return [torch.sigmoid(ranking) > threshold for ranking in rankings]
-    groups = (
-        [torch.cat([ranking.flatten() for ranking in rankings])] if "global" in method else rankings
-    )
-    cuts = []
-    for group in groups:
-        kept = int(threshold * group.numel())
-        cuts.append(group.flatten().sort(descending=True).values[kept - 1])
-    return [
-        ranking >= cut
-        for ranking, cut in zip(
-            rankings, cuts if len(cuts) > 1 else cuts * len(rankings), strict=True
-        )
-    ]
+
+    def cut_off(scores: torch.Tensor) -> torch.Tensor:
+        kept = int(threshold * scores.numel())
+        return scores.flatten().sort(descending=True).values[kept - 1]
+
+    if "global" in method:
+        cut = cut_off(torch.cat([ranking.flatten() for ranking in rankings]))
+        return [ranking >= cut for ranking in rankings]
+    return [ranking >= cut_off(ranking) for ranking in rankings]
 
 
 def measure_masks(layers: int, repeats: int) -> list[dict]:
@@ -198,8 +194,8 @@ def measure_masks(layers: int, repeats: int) -> list[dict]:
         wanted = sorted_masks(model, method)
         sorting = time.perf_counter() - begun
         for ours, mask in zip(masks.by_layer.values(), wanted, strict=True):
-            if (ours != mask).sum() > mask.sum() * 1e-4:  # ties at the cut-off may fall either way
-                raise UserError(f"{method}: the masks differ from those of sorting")
+            if (ours != mask).sum() > mask.sum() * 1e-4:  # ties at the cut-off
+                raise UserError(f"{method}: our masks differ from those by sorting")
         row = {"method": method, "ours": statistics.median(times), "sorting": sorting, **found}
         row["weights"] = sum(layer.weight.numel() for layer in masked_layers(model).values())
         rows.append(row)
@@ -213,10 +209,7 @@ def measure_packing(layers: int) -> dict:
         remaining = mask_report(model)
         model.save_pretrained(f"{folder}/model")
         del model
-        words = [*SPECIAL, *WORDS]
-        BertTokenizerFast(vocab={word: place for place, word in enumerate(words)}).save_pretrained(
-            f"{folder}/model"
-        )
+        make_tokenizer().save_pretrained(f"{folder}/model")
         begun = time.perf_counter()
         with peak_memory() as packing:
             packed = storage.pack(f"{folder}/model", f"{folder}/packed")
@@ -227,14 +220,16 @@ def measure_packing(layers: int) -> dict:
         totals = storage.summary(packed)["totals"]["encoder and head"]
         return {
             "remaining": remaining["remaining_percent_linear"],
-            "dense": totals["dense"] / 1e6, "packed": totals["packed"] / 1e6, "entropy": totals["entropy"] / 1e6,
-            "pack_seconds": between - begun, "load_seconds": ended - between,
-            "pack_memory": packing["held"], "load_memory": loading["held"],
+            **{name: totals[name] / 1e6 for name in ("dense", "packed", "entropy")},
+            "pack_seconds": between - begun,
+            "load_seconds": ended - between,
+            "pack_memory": packing["held"],
+            "load_memory": loading["held"],
             "model_memory": sum(parameter.numel() for parameter in model.parameters()) * 4 / MIB,
-        }  # fmt: skip
+        }
 
 
-# ---------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------ main
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -242,29 +237,16 @@ def get_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "--questions",
-        type=int,
-        nargs="*",
-        default=[10_000, 100_000],
-        help="sizes of the files (default: 10000 100000)",
-    )
-    add(
-        "--layers",
-        type=int,
-        default=24,
-        help="of the model; 0 leaves it out (default: 24, as BERT-large)",
-    )
-    add(
-        "--repeats",
-        type=int,
-        default=5,
-        help="of each of our maskings; sorting is timed once (default: 5)",
-    )
-    add("--json", help="file to write the results to")
-    add(
-        "--make_features", nargs=2, help=argparse.SUPPRESS
-    )  # what the processes of the first table do
+    # fmt: off
+    add("--questions", type=int, nargs="*", default=[10_000, 100_000],
+        help="questions of the files (default: 10000 100000)")
+    add("--layers", type=int, default=24,
+        help="layers of the model; 0 skips it (default: 24, like BERT-large)")
+    add("--repeats", type=int, default=5,
+        help="measurements of our masks; sorting is measured once (default: 5)")
+    add("--json", help="file for the results")
+    add("--make_features", nargs=2, help=argparse.SUPPRESS)  # for the processes of the data
+    # fmt: on
     return parser
 
 
@@ -275,9 +257,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     with one_line_errors():
         if not STATUS.exists():
-            raise UserError("memory is read from /proc: this benchmark needs Linux")
+            raise UserError("this benchmark needs Linux: it reads the memory from /proc")
         if min([*args.questions, args.repeats]) < 1 or args.layers < 0:
-            raise UserError("--questions and --repeats must be at least 1, --layers not negative")
+            raise UserError("--questions and --repeats must be at least 1, --layers at least 0")
         run(args)
 
 
@@ -285,7 +267,7 @@ def run(args: argparse.Namespace) -> None:
     transformers.utils.logging.disable_progress_bar()
     results = {"machine": report.machine()}
     print(results["machine"])
-    results["data"] = measure_data(args.questions)
+    results["data"] = rows = measure_data(args.questions)
     report.print_table(
         "Reading a SQuAD file and making its features: memory in MiB",
         ["questions", "file MB", "features", "seconds", "held", "with mapped files"],
@@ -298,26 +280,36 @@ def run(args: argparse.Namespace) -> None:
                 r["held"],
                 r["resident"],
             ]
-            for r in results["data"]
+            for r in rows
         ],
     )
     if args.layers:
         results["masks"] = rows = measure_masks(args.layers, args.repeats)
         report.print_table(
-            f"Masks of {rows[0]['weights']:,} weights, {args.layers} layers as wide as BERT-large's: seconds, MiB",
-            ["method", "ours", "sorting", "ours/sorting", "ours, memory"],
+            f"Masks of {rows[0]['weights']:,} weights, {args.layers} layers as wide as those of "
+            "BERT-large: seconds, memory in MiB",
+            ["method", "ours", "sorting", "ours/sorting", "memory of ours"],
             [
                 [r["method"], r["ours"], r["sorting"], r["ours"] / r["sorting"], r["held"]]
                 for r in rows
             ],
         )
         results["packing"] = row = measure_packing(args.layers)
+        columns = {
+            "dense": "dense MB",
+            "packed": "packed MB",
+            "entropy": "entropy MB",
+            "pack_seconds": "pack s",
+            "load_seconds": "load s",
+            "pack_memory": "pack MiB",
+            "load_memory": "load MiB",
+            "model_memory": "model MiB",
+        }
         report.print_table(
-            f"Packing that model at {row['remaining']:.1f}% remaining, 8 bits: encoder and head in MB, seconds, MiB",
-            ["dense MB", "packed MB", "entropy MB", "pack s", "load s", "pack, memory", "load, memory", "model itself"],
-            [[row[name] for name in ("dense", "packed", "entropy", "pack_seconds", "load_seconds", "pack_memory",
-                                     "load_memory", "model_memory")]],
-        )  # fmt: skip
+            f"Packing that model at {row['remaining']:.1f}% remaining, 8 bits: encoder and head",
+            list(columns.values()),
+            [[row[name] for name in columns]],
+        )
     report.write_json(args.json, results)
 
 

@@ -1,11 +1,12 @@
-"""What a fine-pruned BERT takes on disk, by format and precision.
+"""The size of a fine-pruned BERT on disk, by format and precision.
 
-    python benchmarks/storage.py                                   # BERT-base, random weights and masks: 5 min on 2 cores
-    python benchmarks/storage.py --model OUT --task_name sst-2 --data_dir GLUE/SST-2      # and one that you fine-pruned
+    python benchmarks/storage.py      # BERT-base with random weights and masks: 5 min on 2 cores
+    python benchmarks/storage.py --model OUT --task_name sst-2 --data_dir GLUE/SST-2     # and yours
 
-Sizes are those of encoder and head, without the embeddings (the published 11.28 MB for 6.16% of BERT-base leaves
-them out). "notebook" is its method written anew: int8, CSR with 16-bit columns, gzip in HDF5. "entropy" is that
-of what ours stores: masks as coin flips of their matrix's density, values at their own frequencies.
+Sizes are those of encoder and head, without the embeddings, like the published 11.28 MB for
+BERT-base at 6.16%. "notebook" is the method of the published notebook, rewritten: int8, CSR with
+16-bit columns, gzip in HDF5. "entropy" is that of what our files store: masks whose entries are
+kept independently with their matrix's density, and values at their own frequencies.
 """
 
 import argparse
@@ -27,23 +28,27 @@ from emmental.errors import UserError, one_line_errors
 
 MB = 1e6
 BITS = (32, 16, 8, 6, 5, 4)
+# fmt: off
+COLUMNS = ["format", "MB", "/notebook", "entropy MB", "masks MB", "/entropy", "pack s", "load s",
+           "whole file MB"]
+# fmt: on
 
 
 def save_random_bert(folder: Path, remaining: float) -> None:
-    """A random BERT-base and a tokenizer, as a checkpoint."""
+    """Save a random BERT-base with a tokenizer as a checkpoint."""
     report.random_bert(remaining).save_pretrained(folder)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(1000))]
-    BertTokenizerFast(vocab={word: place for place, word in enumerate(words)}).save_pretrained(
-        folder
-    )
+    tokenizer = BertTokenizerFast(vocab={word: place for place, word in enumerate(words)})
+    tokenizer.save_pretrained(folder)
 
 
 def torch_save_bytes(state: dict[str, torch.Tensor]) -> int:
-    """Encoder and head by torch.save: float32, matrices as CSR with 32-bit indices."""
-    kept = {
-        name: tensor for name, tensor in state.items() if not name.startswith(storage.EMBEDDINGS)
-    }
-    for name, tensor in kept.items():
+    """Size of encoder and head by torch.save: float32, matrices as CSR with 32-bit indices."""
+    kept = {}
+    for name, tensor in state.items():
+        if name.startswith(storage.EMBEDDINGS):
+            continue
+        kept[name] = tensor
         if tensor.dim() == 2:
             csr = tensor.to_sparse_csr()
             parts = csr.crow_indices().int(), csr.col_indices().int(), csr.values()
@@ -54,7 +59,7 @@ def torch_save_bytes(state: dict[str, torch.Tensor]) -> int:
 
 
 def measure(checkpoint: Path, args: argparse.Namespace | None) -> dict:
-    """A row for each format: MB of encoder and head, of their entropy, seconds, and results of the task."""
+    """A row for each format: MB of encoder and head and their entropy, seconds, task results."""
     _, _, state = storage.load_plain(str(checkpoint))
     rows = {"torch.save, CSR": {"MB": torch_save_bytes(state) / MB}}
     if args:
@@ -70,13 +75,15 @@ def measure(checkpoint: Path, args: argparse.Namespace | None) -> dict:
             loading = time.perf_counter() - begun
             summary = storage.summary(packed)
             total = summary["totals"]["encoder and head"]
-            tensors = [
-                t for t in packed.header["tensors"] if not t["name"].startswith(storage.EMBEDDINGS)
-            ]
+            masks = sum(
+                tensor["position_entropy"]
+                for tensor in packed.header["tensors"]
+                if not tensor["name"].startswith(storage.EMBEDDINGS)
+            )
             row = rows[f"ours, {bits} bits"] = {
                 "MB": total["packed"] / MB,
                 "entropy": total["entropy"] / MB,
-                "masks": sum(t["position_entropy"] for t in tensors) / 8 / MB,
+                "masks": masks / 8 / MB,
                 "pack": packing,
                 "load": loading,
                 "file": summary["totals"]["file"]["packed"] / MB,
@@ -91,9 +98,7 @@ def measure(checkpoint: Path, args: argparse.Namespace | None) -> dict:
 
 
 def notebook_bytes(packed: storage.Packed) -> int:
-    """Size of the published notebook's file of encoder and head: int8, CSR with 16-bit columns, gzip in HDF5;
-    vectors as float32.
-    """
+    """Size of encoder and head by the notebook's method (see the top), with vectors as float32."""
     memory = io.BytesIO()
     with h5py.File(memory, "w") as file:
         for entry, array in packed.tensors():
@@ -105,17 +110,15 @@ def notebook_bytes(packed: storage.Packed) -> int:
                 continue
             scale = np.abs(array).max() / 127 or 1.0
             rows, columns = array.nonzero()
+            ends = np.cumsum(np.bincount(rows, minlength=len(array)))
             parts = {
                 "data": np.clip(np.rint(array[rows, columns] / scale), -128, 127).astype(np.int8),
-                "indices": columns.astype(np.uint16 if array.shape[1] <= 2**16 else np.uint32),
-                "indptr": np.concatenate(
-                    [[0], np.cumsum(np.bincount(rows, minlength=len(array)))]
-                ).astype(np.int32),
+                "indices": columns.astype(np.uint16),
+                "indptr": np.concatenate([[0], ends]).astype(np.int32),
             }
             for part, values in parts.items():
-                file.create_dataset(
-                    f"{name}/{part}", data=values, compression="gzip" if len(values) else None
-                )
+                gzip = "gzip" if len(values) else None
+                file.create_dataset(f"{name}/{part}", data=values, compression=gzip)
             file[name].attrs["scale"] = scale
     return len(memory.getvalue())
 
@@ -123,26 +126,25 @@ def notebook_bytes(packed: storage.Packed) -> int:
 def show(title: str, rows: dict) -> None:
     notebook = rows["notebook, int8"]["MB"]
     metrics = sorted({name for row in rows.values() for name in row.get("results", {})})
-    columns = [
-        "format",
-        "MB",
-        "/notebook",
-        "entropy MB",
-        "of it masks",
-        "/entropy",
-        "pack s",
-        "load s",
-        "whole file MB",
-        *metrics,
-    ]
     table = []
     for name in sorted(rows, key=lambda name: -rows[name]["MB"]):
         row = rows[name]
-        ratio = row["MB"] / row["entropy"] if "entropy" in row else None
-        table.append([name, row["MB"], row["MB"] / notebook, row.get("entropy"), row.get("masks"), ratio,
-                      row.get("pack"), row.get("load"), row.get("file"),
-                      *(row.get("results", {}).get(metric) for metric in metrics)])  # fmt: skip
-    report.print_table(title, columns, table)
+        results = row.get("results", {})
+        table.append(
+            [
+                name,
+                row["MB"],
+                row["MB"] / notebook,
+                row.get("entropy"),
+                row.get("masks"),
+                row["MB"] / row["entropy"] if "entropy" in row else None,
+                row.get("pack"),
+                row.get("load"),
+                row.get("file"),
+                *(results.get(metric) for metric in metrics),
+            ]
+        )
+    report.print_table(title, [*COLUMNS, *metrics], table)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -150,19 +152,17 @@ def get_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "--remaining",
-        type=float,
-        nargs="*",
-        default=[0.1, 0.0616, 0.03],
-        help="densities of the random BERTs (default: 0.1 0.0616 0.03)",
-    )
-    add("--model", help="folder of a fine-pruned checkpoint to measure too")
-    add("--task_name", help="GLUE task to evaluate it on, with --data_dir (else: SQuAD)")
-    add("--data_dir", help="folder of the data to evaluate it on")
-    add("--predict_file", help="SQuAD file to evaluate it on")
-    add("--max_seq_length", type=int, help="as given in training, when not the default")
-    add("--json", help="file to write the results to")
+    # fmt: off
+    add("--remaining", type=float, nargs="*", default=[0.1, 0.0616, 0.03],
+        help="densities of the random BERTs (default: 0.1 0.0616 0.03)")
+    add("--model", help="folder of a fine-pruned checkpoint")
+    add("--task_name", help="GLUE task for evaluating it, with --data_dir (default: SQuAD)")
+    add("--data_dir", help="folder of the data for evaluating it")
+    add("--predict_file", help="SQuAD file for evaluating it")
+    add("--max_seq_length", type=int, help="the value from training, if not the default")
+    add("--json", help="file for the results")
+    # fmt: on
+    # saving_prunebert.evaluate reads these as well.
     parser.set_defaults(
         version_2_with_negative=False, pruning_method=None, threshold=None, global_topk=None
     )
@@ -179,18 +179,17 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(args: argparse.Namespace) -> None:
     transformers.utils.logging.disable_progress_bar()
-    torch.sparse.check_sparse_tensor_invariants.disable()  # said, or torch warns
+    torch.sparse.check_sparse_tensor_invariants.disable()  # torch warns without this line
     results = {"machine": report.machine()}
     print(results["machine"])
     for remaining in args.remaining:
         with tempfile.TemporaryDirectory() as folder:
             save_random_bert(Path(folder), remaining)
             rows = results[f"random, {remaining:.2%}"] = measure(Path(folder), None)
-        show(f"BERT-base, random weights, uniformly random mask, {remaining:.2%} remaining", rows)
+        show(f"BERT-base, random weights and mask, {remaining:.2%} remaining", rows)
     if args.model:
-        rows = results[args.model] = measure(
-            Path(args.model), args if args.data_dir or args.predict_file else None
-        )
+        has_data = args.data_dir or args.predict_file
+        rows = results[args.model] = measure(Path(args.model), args if has_data else None)
         show(args.model, rows)
     report.write_json(args.json, results)
 

@@ -1,13 +1,14 @@
-"""What masking costs: a step and an evaluation of the masked BERT beside those of the stock one.
+"""The cost of masking: a training step and an evaluation of the masked BERT and the stock BERT.
 
-    python benchmarks/training_step.py                          # BERT-base at 8 x 384 and 2 x 128, CPU or GPU: 20 min on 2 cores
+    python benchmarks/training_step.py      # 8 x 384 and 2 x 128: 20 min on 2 cores; or on a GPU
     python benchmarks/training_step.py --shapes 16x384 --bf16 --compile --json step.json
 
-Both sides run in one process and alternate; a ratio is the median of the ratios of neighbouring steps, a
-time the median of all. The dense side is `BertForQuestionAnswering` with embeddings frozen like ours, and
-both have the optimiser, clipping and penalty of a run of the scripts. Peak memory is that of a process
-(of the allocator, on a GPU) which runs a single side; "allowed" is what masks must cost: scores, their
-gradient, two moments of Adam, a byte per weight (four for l0) and a masked copy of the largest matrix.
+Both models run in one process, in turn. A ratio is the median of the ratios of neighbouring steps,
+a time the median of all steps. The dense side is `BertForQuestionAnswering` with frozen embeddings,
+like ours. Both have the optimiser, the clipping and the penalty of a run of the scripts. Peak
+memory is measured in one process per side (on a GPU, by the allocator). "allowed" is the memory
+that masks need: scores, their gradient, two moments of Adam, one byte per weight for the mask (four
+for l0), and a masked copy of the largest matrix.
 """
 
 import argparse
@@ -19,12 +20,13 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import report
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertForQuestionAnswering
 
@@ -36,14 +38,13 @@ from emmental.modules.methods import METHODS
 from emmental.training.distributed import keep_freed_memory
 from emmental.training.optim import build_optimizer
 
-THRESHOLD = {
-    "topK": 0.15,
-    "magnitude": 0.15,
-    "sigmoied_threshold": 0.5,
-    "threshold": 0.0,
-    "l0": 1.0,
-}
-PHASES = ("cut-offs", "forward", "backward", "optimiser")
+# fmt: off
+THRESHOLD = {"topK": 0.15, "magnitude": 0.15, "sigmoied_threshold": 0.5, "threshold": 0.0,
+             "l0": 1.0}
+COLUMNS = ["side", "step/dense", "cut-offs", "forward", "backward", "optimiser", "step s",
+           "evaluation/dense", "evaluation s", "peak MiB", "added MiB", "allowed MiB"]
+# fmt: on
+PHASES = COLUMNS[2:6]
 MIB = 2**20
 STATUS = Path("/proc/self/status")
 
@@ -54,12 +55,7 @@ class Side:
     def __init__(self, method: str, args: argparse.Namespace):
         self.method, self.args = method, args
         torch.manual_seed(0)
-        size = {
-            "num_hidden_layers": args.layers,
-            "hidden_size": args.hidden,
-            "intermediate_size": 4 * args.hidden,
-            "num_attention_heads": max(1, args.hidden // 64),
-        }
+        size = report.bert_size(args.layers, args.hidden)
         self.model = BertForQuestionAnswering(BertConfig(**size))
         self.model.bert.embeddings.requires_grad_(False)
         if method != "dense":
@@ -76,23 +72,20 @@ class Side:
             for layer in self.model.bert.encoder.layer:
                 layer.compile()
 
-    def forward(self, batch: dict[str, torch.Tensor]):
+    def forward(self, batch: dict[str, Tensor]):
         dtype = torch.bfloat16 if self.args.bf16 else torch.float32
         with torch.autocast(self.args.device, dtype, enabled=self.args.bf16):
             return self.model(**batch)
 
-    def step(self, batch: dict[str, torch.Tensor], clock) -> None:
-        """One update, as `emmental.training.loop` makes it; `clock(phase)` is called after each phase."""
+    def step(self, batch: dict[str, Tensor], clock: Callable[[str], None]) -> None:
+        """One update, as in `emmental.training.loop`. Calls `clock(phase)` after each phase."""
         penalty = METHODS[self.method].penalty if self.method != "dense" else None
         with masked(self.model, THRESHOLD.get(self.method)):
             clock("cut-offs")
             outputs = self.forward(batch)
-            target = torch.zeros(
-                len(outputs.start_logits), dtype=torch.int64, device=self.args.device
-            )
-            loss = F.cross_entropy(outputs.start_logits.float(), target) + F.cross_entropy(
-                outputs.end_logits.float(), target
-            )
+            target = torch.zeros_like(batch["input_ids"][:, 0])
+            loss = F.cross_entropy(outputs.start_logits.float(), target)
+            loss = loss + F.cross_entropy(outputs.end_logits.float(), target)
             if penalty:
                 loss = loss + regularization(self.model, penalty)
             clock("forward")
@@ -104,11 +97,11 @@ class Side:
         clock("optimiser")
 
     @torch.no_grad()
-    def evaluate(self, batch: dict[str, torch.Tensor]) -> None:
+    def evaluate(self, batch: dict[str, Tensor]) -> None:
         self.forward(batch)
 
     @contextlib.contextmanager
-    def evaluating(self):
+    def evaluating(self) -> Iterator[None]:
         self.model.eval()
         with masked(self.model, THRESHOLD.get(self.method)):
             yield
@@ -116,7 +109,7 @@ class Side:
 
 
 class Clock:
-    """Seconds by phase; on a GPU `phases=False` leaves the phases to overlap and takes the whole alone."""
+    """Seconds by phase. `phases=False` lets them overlap on a GPU: then only the total counts."""
 
     def __init__(self, device: str, phases: bool = True):
         self.device, self.phases, self.seconds = device, phases, {}
@@ -138,7 +131,7 @@ class Clock:
             torch.cuda.synchronize()
 
 
-def make_batch(shape: tuple[int, int], device: str) -> dict[str, torch.Tensor]:
+def make_batch(shape: tuple[int, int], device: str) -> dict[str, Tensor]:
     ids = torch.randint(1000, 30000, shape, generator=torch.Generator().manual_seed(1)).to(device)
     return {
         "input_ids": ids,
@@ -147,10 +140,8 @@ def make_batch(shape: tuple[int, int], device: str) -> dict[str, torch.Tensor]:
     }
 
 
-def compare(
-    dense: Side, masked: Side, batch: dict[str, torch.Tensor], args: argparse.Namespace
-) -> dict:
-    """Times of both sides, alternating, and the median ratios of neighbours."""
+def compare(dense: Side, masked: Side, batch: dict[str, Tensor], args: argparse.Namespace) -> dict:
+    """Times of both sides, in turn, and the median ratios of neighbouring steps."""
     totals, phases, evaluations = ({"dense": [], "masked": []} for _ in range(3))
     sides = {"dense": dense, "masked": masked}
     for repetition in range(-args.warmup, args.repeats):
@@ -158,7 +149,7 @@ def compare(
             clock = Clock(args.device)
             sides[name].step(batch, clock)
             total = clock.total()
-            if args.device == "cuda":  # once more, without the stops between the phases
+            if args.device == "cuda":  # again, without waiting after each phase
                 whole = Clock(args.device, phases=False)
                 sides[name].step(batch, whole)
                 total = whole.total()
@@ -189,9 +180,10 @@ def _paired(times: dict[str, list[float]]) -> float:
 
 
 def peak_memory(method: str, shape: tuple[int, int], args: argparse.Namespace) -> float:
-    """Peak MiB of a process of its own that takes three steps of one side."""
-    command = [sys.executable, __file__, "--peak_memory_of", method, "--shapes", "x".join(map(str, shape)),
-               "--layers", str(args.layers), "--hidden", str(args.hidden), "--device", args.device]  # fmt: skip
+    """Peak MiB of a separate process that takes three steps of one side."""
+    command = [sys.executable, __file__, "--peak_memory_of", method, "--device", args.device]
+    command += ["--layers", str(args.layers), "--hidden", str(args.hidden)]
+    command += ["--shapes", "x".join(map(str, shape))]
     command += [f"--{flag}" for flag in ("bf16", "compile") if getattr(args, flag)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
@@ -202,15 +194,14 @@ def _measure_peak(args: argparse.Namespace) -> float:
         side.step(batch, lambda phase: None)
     if args.device == "cuda":
         return torch.cuda.max_memory_allocated() / MIB
-    if STATUS.exists():  # ru_maxrss would start at what the parent holds
+    if STATUS.exists():  # ru_maxrss would include the parent's memory
         return int(re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-        MIB if sys.platform == "darwin" else 1024
-    )
+    unit = MIB if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def allowed_memory(masked: Side) -> float:
-    """MiB that masks must cost: see the top of this file."""
+    """MiB that masks need: see the top of this file."""
     sizes = [layer.weight.numel() for layer in masked_layers(masked.model).values()]
     scores = 4 * 4 if METHODS[masked.method].scores else 0
     masks = find_masks(masked.model, THRESHOLD[masked.method]).by_layer
@@ -225,7 +216,7 @@ def shape(text: str) -> tuple[int, int]:
             raise ValueError
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no batch x length such as 8x384 (length 2 to 512)"
+            f"{text!r} is not batch x length, such as 8x384 (length 2 to 512)"
         ) from None
     return batch, length
 
@@ -235,33 +226,24 @@ def get_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "--shapes",
-        type=shape,
-        nargs="+",
-        default=[(8, 384), (2, 128)],
-        help="batch x length (default: 8x384 2x128)",
-    )
+    # fmt: off
+    add("--shapes", type=shape, nargs="+", default=[(8, 384), (2, 128)],
+        help="batch x length (default: 8x384 2x128)")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
     add("--layers", type=int, default=12, help="layers of the BERT (default: 12)")
     add("--hidden", type=int, default=768, help="its hidden size, a multiple of 64 (default: 768)")
-    add("--repeats", type=int, default=7, help="counted steps of each side (default: 7)")
+    add("--repeats", type=int, default=7, help="measured steps of each side (default: 7)")
     add("--warmup", type=int, default=2, help="steps before those (default: 2)")
-    add(
-        "--device",
-        choices=("cpu", "cuda"),
+    add("--device", choices=("cpu", "cuda"),
         default="cuda" if torch.cuda.is_available() else "cpu",
-        help="default: a GPU if there is one",
-    )
-    add("--bf16", action="store_true", help="autocast to bfloat16, as the scripts' --bf16")
-    add(
-        "--compile",
-        action="store_true",
-        help="compile the encoder layers, as the scripts' --compile",
-    )
-    add("--no_memory", action="store_true", help="leave the peak memory out")
-    add("--json", help="file to write the results to")
+        help="default: a GPU if there is one")
+    add("--bf16", action="store_true", help="autocast to bfloat16, like --bf16 of the scripts")
+    add("--compile", action="store_true",
+        help="compile the encoder layers, like --compile of the scripts")
+    add("--no_memory", action="store_true", help="do not measure the peak memory")
+    add("--json", help="file for the results")
     add("--peak_memory_of", help=argparse.SUPPRESS)
+    # fmt: on
     return parser
 
 
@@ -270,89 +252,67 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         if args.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: torch finds no GPU here")
-        if (
-            args.hidden < 64
-            or args.hidden % 64
-            or min(args.layers, args.repeats) < 1
-            or args.warmup < 0
-        ):
-            raise UserError(
-                "--hidden must be a multiple of 64, --layers and --repeats at least 1, --warmup at least 0"
-            )
+        if args.hidden < 64 or args.hidden % 64:
+            raise UserError("--hidden must be a multiple of 64")
+        if min(args.layers, args.repeats) < 1 or args.warmup < 0:
+            raise UserError("--layers and --repeats must be at least 1, --warmup at least 0")
         run(args)
 
 
 def run(args: argparse.Namespace) -> None:
-    transformers.utils.logging.set_verbosity_error()  # that scores are fresh is no news
+    transformers.utils.logging.set_verbosity_error()  # no warnings about fresh scores
     transformers.utils.logging.disable_progress_bar()
     if args.device == "cpu":
         keep_freed_memory()
     if args.peak_memory_of:
         print(_measure_peak(args))
         return
-    results = {
-        "machine": report.machine(args.device),
-        "bf16": args.bf16,
-        "compile": args.compile,
-        "shapes": {},
-    }
+    shapes = {}
+    results = {"machine": report.machine(args.device), "bf16": args.bf16, "compile": args.compile}
+    results["shapes"] = shapes
     print(results["machine"])
-    print(f"BERT of {args.layers} layers, hidden {args.hidden}; {args.device}"
-          + ", bf16" * args.bf16 + ", compiled" * args.compile)  # fmt: skip
+    options = ", bf16" * args.bf16 + ", compiled" * args.compile
+    print(f"BERT of {args.layers} layers, hidden size {args.hidden}; {args.device}{options}")
     dense = Side("dense", args)
     for size in args.shapes:
-        batch = make_batch(size, args.device)
-        name = "{} x {}".format(*size)
-        found = results["shapes"][name] = {}
-        memory = {} if args.no_memory else {"dense": peak_memory("dense", size, args)}
-        rows = []
+        batch, name = make_batch(size, args.device), "{} x {}".format(*size)
+        shapes[name], rows = {}, []
+        dense_memory = None if args.no_memory else peak_memory("dense", size, args)
         for method in args.methods:
             masked = Side(method, args)
-            found[method] = compare(dense, masked, batch, args)
+            found = shapes[name][method] = compare(dense, masked, batch, args)
             if not args.no_memory:
-                memory[method] = peak_memory(method, size, args)
-                found[method]["memory"] = {
-                    "dense": memory["dense"],
-                    "masked": memory[method],
+                found["memory"] = {
+                    "dense": dense_memory,
+                    "masked": peak_memory(method, size, args),
                     "allowed": allowed_memory(masked),
                 }
-            rows += [_row(method, found[method])]
-            rows += [_row("  dense beside it", found[method], "dense")]
+            rows += _rows(method, found)
             del masked
-            print(f"  {name} {method}: step ratio {found[method]['step_ratio']:.3f}", flush=True)
-        columns = [
-            "side",
-            "step/dense",
-            *PHASES,
-            "step s",
-            "eval/dense",
-            "eval s",
-            "peak MiB",
-            "over dense",
-            "allowed",
-        ]
-        report.print_table(f"batch {name}: seconds", columns, rows)
+            print(f"  {name} {method}: step ratio {found['step_ratio']:.3f}", flush=True)
+        report.print_table(f"batch {name}: seconds", COLUMNS, rows)
     report.write_json(args.json, results)
 
 
-def _row(label: str, result: dict, side: str = "masked") -> list:
-    times, memory = result[side], result.get("memory")
-    ours = side == "masked"
-    row = [
-        label,
-        result["step_ratio"] if ours else None,
-        *(times[phase] for phase in PHASES),
-        times["step"],
-    ]
-    row += [result["evaluation_ratio"] if ours else None, times["evaluation"]]
-    if not memory:
-        return [*row, None, None, None]
-    row += [round(memory[side])]
-    return row + (
-        [round(memory["masked"] - memory["dense"]), round(memory["allowed"])]
-        if ours
-        else [None, None]
-    )
+def _rows(method: str, result: dict) -> list[list]:
+    """The rows of a method and of the dense side that ran in turn with it."""
+    times = {
+        side: [*(result[side][phase] for phase in PHASES), result[side]["step"]]
+        for side in ("masked", "dense")
+    }
+    peaks = {"masked": [None] * 3, "dense": [None] * 3}
+    if memory := result.get("memory"):
+        added = memory["masked"] - memory["dense"]
+        peaks["masked"] = [round(memory["masked"]), round(added), round(memory["allowed"])]
+        peaks["dense"][0] = round(memory["dense"])
+    ratios = {"masked": (result["step_ratio"], result["evaluation_ratio"]), "dense": (None, None)}
+    rows = []
+    for label, side in ((method, "masked"), ("  dense in turn", "dense")):
+        step, evaluation = ratios[side]
+        rows.append(
+            [label, step, *times[side], evaluation, result[side]["evaluation"], *peaks[side]]
+        )
+    return rows
 
 
 if __name__ == "__main__":

@@ -1,23 +1,25 @@
-"""Write what `make demo` needs: a small SQuAD and a small pre-trained BERT, without a network.
+"""Make the data of `make demo`: a small SQuAD and a small pre-trained BERT, without a network.
 
-    python demo/make_data.py --output_dir DIR        (same seed, same machine: same files)
+    python demo/make_data.py --output_dir DIR     # same seed and machine: same files
 
-**The data** (DIR/train.json, DIR/dev.json, in SQuAD's v1.1 form). A paragraph tells four or five facts
-about three people; a fact is (person, relation, value). Relations come in pairs that take values of one
-type: where someone lives or was born (cities), what they do or want to become (jobs), ... A paragraph
-mixes both relations of a pair, so that it always holds several spans of the right type, and a question
-has to be read for the person *and* for the relation. Each relation has several wordings in both orders
-("Anna Berg lives in Oslo", "Oslo is home to Anna Berg"), and half of the questions ask for the person.
-Values are drawn afresh for each paragraph: nothing about an answer can be learned by heart. The people
-of dev.json never occur in train.json (each first and each last name does, the combination does not).
+**Data** (DIR/train.json and DIR/dev.json, in the format of SQuAD v1.1). A paragraph states four or
+five facts about three people. A fact is a person, a relation and a value. Relations come in pairs
+with values of the same type: where someone lives or was born (cities), what they do or want to
+become (jobs), and so on. A paragraph contains both relations of a pair. It therefore has several
+spans of the right type, and the answer depends on both the person and the relation of the question.
+Each relation has several wordings in both orders ("Anna Berg lives in Oslo", "Oslo is home to Anna
+Berg"), and half of the questions ask for the person. Values are drawn anew for each paragraph, so
+no answer can be memorised. The people of dev.json never occur in train.json: their first names and
+last names do, but not the combinations.
 
-**The pre-training** (DIR/bert, a `from_pretrained` folder). Movement pruning is about transfer: weights
-trained for one thing are pruned while the model learns another. So the encoder is first trained on text
-alone, never on questions: it reads a fact in other words, often with a hole ("[MASK] hails from Oslo"),
-then a paragraph, and says of each word of the paragraph whether the first text has it too, and whether
-it stands in the sentence that tells the same. That is what reading comprehension builds on, learned
-within a minute; masked words alone took this small a model several times as long. Queries and keys start
-equal and positions start as sinusoids, so that attention to equal words need not be discovered first.
+**Pre-training** (DIR/bert, a `from_pretrained` folder). Movement pruning is about transfer: weights
+from one task are pruned while the model learns another. The encoder is therefore first trained on
+text alone, without questions. It reads a fact in other words, often with a gap ("[MASK] hails from
+Oslo"), then a paragraph. For each word of the paragraph it predicts whether the fact contains it,
+and whether it is in the sentence that states the fact. Reading comprehension builds on this skill,
+which the model learns within a minute; predicting masked words took a model of this size several
+times as long. Queries and keys start equal and positions start as sinusoids, so attention to equal
+words does not have to be discovered first.
 """
 
 import argparse
@@ -29,40 +31,41 @@ import time
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-FIRST_NAMES = """anna ben carla david elena felix grace henry ida jonas karin leo maria nils olga paul
-rosa simon tara victor wanda xavier yusuf zoe amir bella chen dora emil fatma george hana ivan julia kofi
-lena marco nadia oscar""".split()
-LAST_NAMES = """abbott berg castro duarte evans fischer garcia hansen ito jensen kovacs larsen moreau
-novak okafor petrov quinn rossi silva tanaka ueda vargas weber young zhang adler brandt conti dubois
-engel ferrari gupta haas ibrahim jovic keller lopez meyer nilsson ortiz""".split()
+FIRST_NAMES = """anna ben carla david elena felix grace henry ida jonas karin leo maria nils olga
+paul rosa simon tara victor wanda xavier yusuf zoe amir bella chen dora emil fatma george hana
+ivan julia kofi lena marco nadia oscar""".split()
+LAST_NAMES = """abbott berg castro duarte evans fischer garcia hansen ito jensen kovacs larsen
+moreau novak okafor petrov quinn rossi silva tanaka ueda vargas weber young zhang adler brandt
+conti dubois engel ferrari gupta haas ibrahim jovic keller lopez meyer nilsson ortiz""".split()
 CITIES = """oslo rome lima cairo delhi paris tokyo quito dublin lagos madrid vienna athens berlin
-hanoi lisbon warsaw sofia accra bogota dakar geneva havana jakarta kiev london manila nairobi ottawa
-prague riga seoul tunis zagreb|cape town|new york|buenos aires|san jose|port louis|tel aviv"""
-JOBS = """baker nurse pilot farmer lawyer dentist painter sailor teacher waiter miner tailor plumber
-judge chemist banker writer singer gardener carpenter surgeon|fire fighter|bus driver|tax clerk|
-night guard|book seller|zoo keeper"""
-FOODS = """rice soup bread cheese salad pasta beans eggs honey olives mushrooms tofu spinach garlic
-yoghurt noodles sushi figs|apple pie|lentil stew|fish cakes|dark chocolate|fried potatoes|lemon ice"""
-INSTRUMENTS = """piano violin guitar flute cello harp trumpet drums banjo clarinet oboe organ tuba viola
-accordion saxophone|bass guitar|french horn|steel drum"""
-ANIMALS = """cats dogs horses rabbits parrots snakes spiders goats hens turtles mice ducks bees foxes
-sheep frogs|polar bears|grey wolves|sea lions|fruit bats"""
+hanoi lisbon warsaw sofia accra bogota dakar geneva havana jakarta kiev london manila nairobi
+ottawa prague riga seoul tunis zagreb|cape town|new york|buenos aires|san jose|port louis|tel
+aviv"""
+JOBS = """baker nurse pilot farmer lawyer dentist painter sailor teacher waiter miner tailor
+plumber judge chemist banker writer singer gardener carpenter surgeon|fire fighter|bus driver|tax
+clerk| night guard|book seller|zoo keeper"""
+FOODS = """rice soup bread cheese salad pasta beans eggs honey olives mushrooms tofu spinach
+garlic yoghurt noodles sushi figs|apple pie|lentil stew|fish cakes|dark chocolate|fried
+potatoes|lemon ice"""
+INSTRUMENTS = """piano violin guitar flute cello harp trumpet drums banjo clarinet oboe organ
+tuba viola accordion saxophone|bass guitar|french horn|steel drum"""
+ANIMALS = """cats dogs horses rabbits parrots snakes spiders goats hens turtles mice ducks bees
+foxes sheep frogs|polar bears|grey wolves|sea lions|fruit bats"""
 MAX_LENGTH = 96
 YEARS = " ".join(str(year) for year in range(1950, 2000))
 
+# fmt: off
 # relation: (values, statements, questions for the value, questions for the person)
 RELATIONS = {
     "home": (
         CITIES,
         ["{p} lives in {v}", "{v} is home to {p}", "{p} has a flat in {v}"],
-        [
-            "where does {p} live?",
-            "in which city does {p} have a flat?",
-            "what city is home to {p}?",
-        ],
+        ["where does {p} live?", "in which city does {p} have a flat?",
+         "what city is home to {p}?"],
         ["who lives in {v}?", "who has a flat in {v}?"],
     ),
     "birthplace": (
@@ -80,11 +83,8 @@ RELATIONS = {
     "dream": (
         JOBS,
         ["{p} hopes to become a {v}", "{p} dreams of being a {v}", "a {v} is what {p} wants to be"],
-        [
-            "what does {p} hope to become?",
-            "what does {p} want to be?",
-            "what does {p} dream of being?",
-        ],
+        ["what does {p} hope to become?", "what does {p} want to be?",
+         "what does {p} dream of being?"],
         ["who hopes to become a {v}?", "who wants to be a {v}?"],
     ),
     "likes": (
@@ -126,35 +126,26 @@ RELATIONS = {
     "wedding": (
         YEARS,
         ["{p} married in {v}", "the wedding of {p} was in {v}", "in {v} came the wedding of {p}"],
-        [
-            "when did {p} marry?",
-            "in what year was the wedding of {p}?",
-            "when was the wedding of {p}?",
-        ],
+        ["when did {p} marry?", "in what year was the wedding of {p}?",
+         "when was the wedding of {p}?"],
         ["who married in {v}?", "who had a wedding in {v}?"],
     ),
     "degree": (
         YEARS,
         ["{p} left school in {v}", "the exam of {p} was in {v}", "in {v} came the exam of {p}"],
-        [
-            "when did {p} leave school?",
-            "in what year was the exam of {p}?",
-            "when was the exam of {p}?",
-        ],
+        ["when did {p} leave school?", "in what year was the exam of {p}?",
+         "when was the exam of {p}?"],
         ["who left school in {v}?", "who had an exam in {v}?"],
     ),
 }
 PAIRS = [
-    ("home", "birthplace"),
-    ("job", "dream"),
-    ("likes", "dislikes"),
-    ("plays", "sells"),
-    ("keeps", "fears"),
-    ("wedding", "degree"),
+    ("home", "birthplace"), ("job", "dream"), ("likes", "dislikes"), ("plays", "sells"),
+    ("keeps", "fears"), ("wedding", "degree"),
 ]
+# fmt: on
 
 
-def phrases(text):
+def phrases(text: str) -> list[str]:
     """Split "a b|c d" into ["a", "b", "c d"]: single words, then phrases between bars."""
     words, *longer = text.replace("\n", " ").split("|")
     return words.split() + [phrase.strip() for phrase in longer]
@@ -166,16 +157,16 @@ VALUES = {
 }
 
 
-def make_people(rng, dev_share=0.1):
-    """Return two disjoint lists of full names (train, dev) made of the same first and last names."""
+def make_people(rng: random.Random, dev_share: float = 0.1) -> tuple[list[str], list[str]]:
+    """Two disjoint lists of full names (train, dev) with the same first and last names."""
     people = [f"{first} {last}".title() for first in FIRST_NAMES for last in LAST_NAMES]
     rng.shuffle(people)
     held_out = int(dev_share * len(people))
     return people[held_out:], people[:held_out]
 
 
-def make_paragraph(rng, people):
-    """Return (context, facts): five facts as text, and as dicts with person, relation, value, offsets."""
+def make_paragraph(rng: random.Random, people: list[str]) -> tuple[str, list[dict]]:
+    """Facts as a text, and as dictionaries with person, relation, value and their offsets."""
     names = rng.sample(people, 3)
     relations = list(rng.choice(PAIRS))
     if rng.random() < 0.5:
@@ -201,8 +192,8 @@ def make_paragraph(rng, people):
     return context.rstrip(), facts
 
 
-def make_squad(rng, people, paragraphs, questions=3):
-    """Return a data set as the dict of a SQuAD v1.1 file, `questions` per paragraph."""
+def make_squad(rng: random.Random, people: list[str], paragraphs: int, questions: int = 3) -> dict:
+    """The content of a SQuAD v1.1 file with this number of `questions` per paragraph."""
     articles = []
     for i in range(paragraphs):
         context, facts = make_paragraph(rng, people)
@@ -225,27 +216,29 @@ def make_squad(rng, people, paragraphs, questions=3):
     return {"version": "1.1", "data": articles}
 
 
-def make_tokenizer():
-    """A WordPiece tokenizer whose vocabulary is every word of the templates and lists, and all characters."""
+def make_tokenizer() -> BertTokenizerFast:
+    """A WordPiece tokenizer with every word of the templates and values, and all characters."""
     texts = FIRST_NAMES + LAST_NAMES + [value for values in VALUES.values() for value in values]
-    texts += [
-        t.replace("{p}", " ").replace("{v}", " ")
-        for r in RELATIONS.values()
-        for ts in r[1:]
-        for t in ts
-    ]
+    for _, *templates in RELATIONS.values():
+        for template in sum(templates, []):
+            texts.append(template.replace("{p}", " ").replace("{v}", " "))
     words = sorted({word for text in texts for word in re.findall(r"[a-z0-9]+", text.lower())})
     characters = "abcdefghijklmnopqrstuvwxyz0123456789"
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *".,?!'-", *characters]
-    vocabulary += ["##" + character for character in characters] + [
-        word for word in words if len(word) > 1
-    ]
+    vocabulary += ["##" + character for character in characters]
+    vocabulary += [word for word in words if len(word) > 1]
     ids = {word: number for number, word in enumerate(vocabulary)}
     return BertTokenizerFast(vocab=ids, do_lower_case=True, model_max_length=MAX_LENGTH)
 
 
-def make_pretraining_set(rng, people, tokenizer, size):
-    """Token ids and types (size, length), and for each token of the paragraphs: is it copied, is it restated."""
+def make_pretraining_set(
+    rng: random.Random, people: list[str], tokenizer: BertTokenizerFast, size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Token ids, token types, which tokens are in a paragraph, and labels; each [size, length].
+
+    The labels have a last dimension of two: the fact contains the token, and the token is in the
+    sentence that states the fact.
+    """
     texts, contexts, starts, ends = [], [], [], []
     for _ in range(size):
         context, facts = make_paragraph(rng, people)
@@ -261,44 +254,52 @@ def make_pretraining_set(rng, people, tokenizer, size):
     encoded = tokenizer(
         texts, contexts, padding=True, return_tensors="pt", return_offsets_mapping=True
     )
-    ids, types, offsets = (
-        encoded[name] for name in ("input_ids", "token_type_ids", "offset_mapping")
-    )
-    in_context = (types == 1) & (offsets[..., 1] > offsets[..., 0])
+    ids, types = encoded["input_ids"], encoded["token_type_ids"]
+    begins, stops = encoded["offset_mapping"].unbind(-1)
+    in_context = (types == 1) & (stops > begins)
     in_text = (types == 0) & (ids > tokenizer.mask_token_id)
-    inside = (offsets[..., 0] >= torch.tensor(starts)[:, None]) & (
-        offsets[..., 1] <= torch.tensor(ends)[:, None]
-    )
-    copied = torch.cat([
-        ((rows[:, :, None] == rows[:, None, :]) & told[:, None, :]).any(2)
-        for rows, told in zip(ids.split(500), in_text.split(500))
-    ])  # fmt: skip
-    return ids, types, in_context, torch.stack([copied & in_context, inside & in_context], dim=-1)
+    inside = (begins >= torch.tensor(starts)[:, None]) & (stops <= torch.tensor(ends)[:, None])
+    copied = []
+    for rows, told in zip(ids.split(500), in_text.split(500)):  # in parts, to save memory
+        equal = rows[:, :, None] == rows[:, None, :]
+        copied.append((equal & told[:, None, :]).any(2))
+    labels = torch.stack([torch.cat(copied) & in_context, inside & in_context], dim=-1)
+    return ids, types, in_context, labels
 
 
-def build_bert(vocab_size):
-    """A small random BertModel whose positions start as sinusoids, and whose queries equal its keys."""
+def build_bert(vocab_size: int) -> BertModel:
+    """A small BERT whose positions start as sinusoids and whose queries start equal to its keys."""
+    size = 128
     config = BertConfig(
-        vocab_size=vocab_size, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256,
-        max_position_embeddings=MAX_LENGTH, initializer_range=0.09, hidden_dropout_prob=0.0,
+        vocab_size=vocab_size,
+        hidden_size=size,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=256,
+        max_position_embeddings=MAX_LENGTH,
+        initializer_range=0.09,
+        hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    model = BertModel(config, add_pooling_layer=False)
-    size = config.hidden_size
-    angles = torch.arange(MAX_LENGTH)[:, None] * torch.exp(
-        -math.log(1000.0) * torch.arange(0, size, 2) / size
     )
+    model = BertModel(config, add_pooling_layer=False)
+    frequencies = torch.exp(-math.log(1000.0) * torch.arange(0, size, 2) / size)
+    angles = torch.arange(MAX_LENGTH)[:, None] * frequencies
+    sinusoids = 0.3 * torch.cat([angles.sin(), angles.cos()], dim=1)
     with torch.no_grad():
-        model.embeddings.position_embeddings.weight.copy_(
-            0.3 * torch.cat([angles.sin(), angles.cos()], dim=1)
-        )
+        model.embeddings.position_embeddings.weight.copy_(sinusoids)
         for layer in model.encoder.layer:
             layer.attention.self.key.weight.copy_(layer.attention.self.query.weight)
     return model
 
 
-def pretrain(model, data, steps, batch_size=32, learning_rate=2e-3):
-    """Train `model` in place to tell which words are copied and which are restated."""
+def pretrain(
+    model: BertModel,
+    data: tuple[Tensor, Tensor, Tensor, Tensor],
+    steps: int,
+    batch_size: int = 32,
+    learning_rate: float = 2e-3,
+) -> None:
+    """Train `model` to predict the labels of `make_pretraining_set`."""
     ids, types, in_context, labels = data
     lengths = (ids != 0).sum(1)
     head = torch.nn.Linear(model.config.hidden_size, 2)
@@ -313,9 +314,8 @@ def pretrain(model, data, steps, batch_size=32, learning_rate=2e-3):
         rows = torch.randint(len(ids), (batch_size,))
         length = int(lengths[rows].max())
         batch, where = ids[rows, :length], in_context[rows, :length]
-        hidden = model(
-            batch, token_type_ids=types[rows, :length], attention_mask=(batch != 0).long()
-        )[0]
+        mask = (batch != 0).long()
+        hidden = model(batch, token_type_ids=types[rows, :length], attention_mask=mask)[0]
         logits, wanted = head(hidden[where]), labels[rows, :length][where]
         loss = 2 * F.binary_cross_entropy_with_logits(logits, wanted.float())
         optimizer.zero_grad()
@@ -325,37 +325,31 @@ def pretrain(model, data, steps, batch_size=32, learning_rate=2e-3):
         schedule.step()
         hits.append(((logits > 0) == wanted).float().mean(0))
         if (step + 1) % 140 == 0:
-            copied, restated = torch.stack(hits).mean(0).tolist()
-            seconds = time.perf_counter() - started
+            in_fact, in_sentence = torch.stack(hits).mean(0).tolist()
             print(
-                f"  update {step + 1}: copied words {copied:.1%}, restated words {restated:.1%} right, {seconds:.0f} s",
+                f"  update {step + 1}: accuracy {in_fact:.1%} for words of the fact, "
+                f"{in_sentence:.1%} for its sentence, {time.perf_counter() - started:.0f} s",
                 flush=True,
             )
             hits = []
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--paragraphs",
-        type=int,
-        default=4000,
-        help="paragraphs of train.json, three questions each",
-    )
-    parser.add_argument("--pretraining_steps", type=int, default=700)
+    add = parser.add_argument
+    add("--output_dir", type=Path, required=True)
+    add("--seed", type=int, default=0)
+    add("--paragraphs", type=int, default=4000, help="in train.json, with three questions each")
+    add("--pretraining_steps", type=int, default=700)
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     train_people, dev_people = make_people(random.Random(args.seed))
     rng = random.Random(args.seed + 1)
-    for name, people, paragraphs in (
-        ("train", train_people, args.paragraphs),
-        ("dev", dev_people, 300),
-    ):
+    splits = {"train": (train_people, args.paragraphs), "dev": (dev_people, 300)}
+    for name, (people, paragraphs) in splits.items():
         squad = make_squad(rng, people, paragraphs)
         (args.output_dir / f"{name}.json").write_text(json.dumps(squad), encoding="utf-8")
         print(f"{name}.json: {paragraphs} paragraphs, {3 * paragraphs} questions", flush=True)
@@ -363,21 +357,15 @@ def main():
     torch.manual_seed(args.seed)
     tokenizer = make_tokenizer()
     model = build_bert(len(tokenizer))
-    print(
-        f"pre-training a BERT of {sum(p.numel() for p in model.encoder.parameters()):,} encoder weights",
-        flush=True,
-    )
+    weights = sum(parameter.numel() for parameter in model.encoder.parameters())
+    print(f"pre-training a BERT with {weights:,} encoder weights", flush=True)
     size = min(15_000, 32 * args.pretraining_steps)
-    pretrain(
-        model,
-        make_pretraining_set(random.Random(args.seed), train_people, tokenizer, size),
-        args.pretraining_steps,
-    )
-    model.save_pretrained(args.output_dir / "bert")
-    (args.output_dir / "bert" / "model.safetensors").chmod(
-        0o644
-    )  # safetensors lets no one else read it
-    tokenizer.save_pretrained(args.output_dir / "bert")
+    data = make_pretraining_set(random.Random(args.seed), train_people, tokenizer, size)
+    pretrain(model, data, args.pretraining_steps)
+    folder = args.output_dir / "bert"
+    model.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # safetensors makes it readable for the owner only
+    tokenizer.save_pretrained(folder)
     print(f"written to {args.output_dir}")
 
 

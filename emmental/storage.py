@@ -1,33 +1,34 @@
-"""Packed files: a fine-pruned BERT close to the entropy of its weights, and back with one call.
+"""Packed files: a fine-pruned BERT close to the entropy of its weights, loaded with one call.
 
-A file holds the plain (bertarized) model: its configuration, its tokenizer, and each tensor as one stream of
-`emmental.coding`. Nothing in it is ever executed. All integers are little-endian:
+A file holds the plain (bertarized) model: its configuration, its tokenizer, and each tensor as one
+stream of `emmental.coding`. Nothing in it is ever executed. All integers are little-endian:
 
-    offset  size  what
+    offset  size  content
     0       8     b"PRUNBERT"
     8       4     version, 1
-    12      4     H, length of the header in the file
-    16      4     its length when inflated
-    20      16    BLAKE2b of the 20 bytes before and of the header
+    12      4     H, length of the deflated header
+    16      4     length of the header
+    20      16    BLAKE2b of the first 20 bytes and the deflated header
     36      H     header: JSON, deflated
-    36 + H  ...   the tokenizer's files (LZMA), then the tensors' streams (32-bit words), in the header's order
+    36 + H  ...   the tokenizer's files (LZMA), then the tensors' streams (32-bit words),
+                  both in the header's order
 
-The header has `architecture`, `config`, `bits`, `base_model` (None, or {name, digest}), `files` ({name, bytes, size,
-digest}) and `tensors` ({name, shape, kept, by_row, bytes, digest, position_entropy, value_entropy}, entropies in bits).
-A digest is the BLAKE2b (8 bytes) of what is stored. Of a file with a base model the embeddings are left out: loading
-takes them from there, and compares their digest.
+The header has `architecture`, `config`, `bits`, `base_model` (None, or {name, digest}), `files`
+({name, bytes, size, digest}) and `tensors` ({name, shape, kept, by_row, bytes, digest,
+position_entropy, value_entropy}, entropies in bits). A digest is the BLAKE2b (8 bytes) of the
+stored bytes. A file with a base model does not contain the embeddings: they are loaded from the
+base model, whose embeddings must have the recorded digest (16 bytes).
 """
 
 import hashlib
 import json
 import lzma
 import math
-import os
 import re
 import struct
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +37,7 @@ import torch
 import transformers
 from scipy.sparse import csr_array
 from torch import Tensor
-from transformers import BertConfig, BertModel, PreTrainedModel
+from transformers import BertConfig, BertModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from . import coding
 from .errors import UserError, first_line
@@ -49,7 +50,8 @@ from .loading import head_of, load_masked, load_model, load_tokenizer, read_conf
 MAGIC, VERSION = b"PRUNBERT", 1
 PREFIX = struct.Struct("<8sIII16s")
 TOKENIZER_FILES = re.compile(
-    r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.(json|txt)|chat_template\.jinja"
+    r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.(json|txt)"
+    r"|chat_template\.jinja"
 )
 EMBEDDINGS = "bert.embeddings."
 ENCODER = "bert.encoder."
@@ -57,7 +59,7 @@ ENCODER = "bert.encoder."
 
 @dataclass
 class Packed:
-    """An opened packed file: its header, and where its streams begin."""
+    """An opened packed file: its header, and the offset of the first byte after it."""
 
     path: Path
     header: dict
@@ -71,44 +73,36 @@ class Packed:
     def model_class(self) -> type[PreTrainedModel]:
         return getattr(transformers, self.header["architecture"])
 
+    def size(self, kind: str) -> int:
+        """Bytes of all `files` or `tensors`."""
+        return sum(entry["bytes"] for entry in self.header[kind])
+
     def streams(self, kind: str) -> Iterator[tuple[dict, bytes]]:
-        """Entries of `files` or `tensors` with their bytes, checked. Raises UserError for damage."""
+        """The entries of `files` or `tensors` with their bytes. Raises UserError for damage."""
         with self.path.open("rb") as file:
-            file.seek(
-                self.start
-                + (
-                    sum(entry["bytes"] for entry in self.header["files"])
-                    if kind == "tensors"
-                    else 0
-                )
-            )
+            file.seek(self.start + (self.size("files") if kind == "tensors" else 0))
             for entry in self.header[kind]:
                 content = file.read(entry["bytes"])
-                if len(content) < entry["bytes"]:
-                    raise UserError(f"{self.path} is truncated: it ends within {entry['name']}")
                 if _digest(content) != entry["digest"]:
                     raise UserError(
                         f"{self.path} is damaged: the checksum of {entry['name']} does not match"
                     )
                 yield entry, content
 
-    def tensors(self, sparse: bool = False) -> Iterator[tuple[dict, object]]:
-        """Entries of the tensors with their float32 array, or (indices, values) of `coding.decode_sparse`."""
-        decode = coding.decode_sparse if sparse else coding.decode
+    def tensors(self, decode: Callable = coding.decode) -> Iterator[tuple[dict, object]]:
+        """The entries of `tensors` with what `decode` (or `coding.decode_sparse`) returns."""
         for entry, content in self.streams("tensors"):
             try:
                 words = np.frombuffer(content, "<u4").astype(np.uint32)
-                yield (
-                    entry,
-                    decode(words, tuple(entry["shape"]), self.header["bits"], entry["by_row"]),
-                )
+                shape, by_row = tuple(entry["shape"]), entry["by_row"]
+                yield entry, decode(words, shape, self.header["bits"], by_row)
             except (UserError, ValueError) as error:
                 raise UserError(
                     f"{self.path} is damaged: {entry['name']}: {first_line(error)}"
                 ) from error
 
 
-# --------------------------------------------------------------------------------------------- packing
+# ------------------------------------------------------------------------------------ packing
 
 
 def pack(
@@ -121,60 +115,43 @@ def pack(
     threshold: float | None = None,
     global_topk: bool | None = None,
 ) -> Packed:
-    """Write the masked or plain BERT in the folder `checkpoint` to `file`, whole or not at all.
+    """Write the masked or plain BERT in the folder `checkpoint` to `file`.
 
-    bits: precision of the matrices, one of `coding.BITS`; vectors have 16 bits at least. base_model: name or
-    folder of the model whose embeddings this one has, to leave them out. The others are those of `load_masked`.
-    Raises UserError for what cannot be packed.
-    """  # fmt: skip
+    bits: precision of the matrices, one of `coding.BITS`; vectors have at least 16 bits.
+    base_model: leave the embeddings out, because they are those of this model (name or folder).
+    pruning_method, threshold, global_topk: as in `load_masked`.
+    Raises UserError for a model that cannot be packed, TrainingError for a file that cannot be
+    written. An error leaves no partial file.
+    """
     if bits not in coding.BITS:
         raise UserError(f"--bits {bits}: choose one of {', '.join(map(str, coding.BITS))}")
     target = Path(file)
     if target.is_dir():
         raise UserError(f"{target} is a folder: give the name of the file to write")
     architecture, config, state = load_plain(checkpoint, pruning_method, threshold, global_topk)
-    tokenizer = load_tokenizer(checkpoint)
+    files = _encode_tokenizer(load_tokenizer(checkpoint))
     base = None
     if base_model:
         base = {"name": base_model, "digest": _embeddings_digest(base_embeddings(base_model))}
         if _embeddings_digest(state) != base["digest"]:
             raise UserError(
-                f"the embeddings of {checkpoint} are not those of {base_model}: pack without --base_model, "
-                "or give the model that it was fine-pruned from"
+                f"the embeddings of {checkpoint} are not those of {base_model}: pack without "
+                "--base_model, or give the model that it was fine-pruned from"
             )
         state = {name: tensor for name, tensor in state.items() if not name.startswith(EMBEDDINGS)}
-    files, contents = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        for path in sorted(
-            path for path in Path(folder).iterdir() if TOKENIZER_FILES.fullmatch(path.name)
-        ):
-            raw = path.read_bytes()
-            contents.append(lzma.compress(raw, preset=9))
-            files.append(
-                {
-                    "name": path.name,
-                    "bytes": len(contents[-1]),
-                    "size": len(raw),
-                    "digest": _digest(contents[-1]),
-                }
-            )
-    tensors = []
-    for name, tensor in state.items():
-        by_row = name.startswith(EMBEDDINGS) and tensor.dim() == 2
-        try:
-            coded = coding.encode(tensor.float().numpy(), bits, by_row)
-        except UserError as error:
-            raise UserError(f"{name} of {checkpoint} cannot be packed: {error}") from error
-        contents.append(coded.words.astype("<u4").tobytes())
-        tensors.append({
-            "name": name, "shape": list(tensor.shape), "kept": coded.kept, "by_row": by_row,
-            "bytes": len(contents[-1]), "digest": _digest(contents[-1]),
-            "position_entropy": round(coded.position_entropy), "value_entropy": round(coded.value_entropy),
-        })  # fmt: skip
-    header = {"architecture": architecture, "config": config.to_diff_dict(), "bits": bits, "base_model": base,
-              "files": files, "tensors": tensors}  # fmt: skip
-    _write(target, header, contents)
+    try:
+        tensors = [_encode_tensor(name, tensor, bits) for name, tensor in state.items()]
+    except UserError as error:
+        raise UserError(f"{checkpoint} cannot be packed: {error}") from error
+    header = {
+        "architecture": architecture,
+        "config": config.to_diff_dict(),
+        "bits": bits,
+        "base_model": base,
+        "files": [entry for entry, _ in files],
+        "tensors": [entry for entry, _ in tensors],
+    }
+    _write(target, header, [content for _, content in files + tensors])
     return open_packed(file)
 
 
@@ -184,7 +161,10 @@ def load_plain(
     threshold: float | None = None,
     global_topk: bool | None = None,
 ) -> tuple[str, BertConfig, dict[str, Tensor]]:
-    """Class name, configuration and state dict of the plain BERT that a checkpoint is, or is once bertarized."""
+    """Class name, configuration and state dict of a plain BERT, or of a masked one bertarized.
+
+    The last three arguments are as in `load_masked`. Raises UserError.
+    """
     values = read_config(checkpoint)
     if values["model_type"].removeprefix(MASKED) != "bert":
         raise UserError(
@@ -196,15 +176,12 @@ def load_plain(
     else:
         model = load_model(checkpoint, head_of(checkpoint, values), masked=False, trained=True)
         config, state = model.config, model.state_dict()
-    return (
-        type(model).__name__.removeprefix("Masked"),
-        config,
-        {name: t.detach() for name, t in state.items()},
-    )
+    state = {name: tensor.detach() for name, tensor in state.items()}
+    return type(model).__name__.removeprefix("Masked"), config, state
 
 
 def base_embeddings(name_or_path: str) -> dict[str, Tensor]:
-    """The embeddings of a BERT of any kind, by their names in a model with a head. Raises UserError."""
+    """The embeddings of any BERT, by their names in a model with a head. Raises UserError."""
     read_config(name_or_path)
     try:
         model = BertModel.from_pretrained(
@@ -215,6 +192,39 @@ def base_embeddings(name_or_path: str) -> dict[str, Tensor]:
             f"cannot load the base model {name_or_path}: {first_line(error)}"
         ) from error
     return {f"{EMBEDDINGS}{name}": tensor for name, tensor in model.embeddings.state_dict().items()}
+
+
+def _encode_tokenizer(tokenizer: PreTrainedTokenizerFast) -> list[tuple[dict, bytes]]:
+    files = []
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for path in sorted(Path(folder).iterdir()):
+            if TOKENIZER_FILES.fullmatch(path.name):
+                raw = path.read_bytes()
+                content = lzma.compress(raw, preset=9)
+                entry = {"name": path.name, "bytes": len(content), "size": len(raw)}
+                files.append((entry | {"digest": _digest(content)}, content))
+    return files
+
+
+def _encode_tensor(name: str, tensor: Tensor, bits: int) -> tuple[dict, bytes]:
+    by_row = name.startswith(EMBEDDINGS) and tensor.dim() == 2
+    try:
+        coded = coding.encode(tensor.float().numpy(), bits, by_row)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+    content = coded.words.astype("<u4").tobytes()
+    entry = {
+        "name": name,
+        "shape": list(tensor.shape),
+        "kept": coded.kept,
+        "by_row": by_row,
+        "bytes": len(content),
+        "digest": _digest(content),
+        "position_entropy": round(coded.position_entropy),
+        "value_entropy": round(coded.value_entropy),
+    }
+    return entry, content
 
 
 def _embeddings_digest(state: dict[str, Tensor]) -> str:
@@ -234,12 +244,11 @@ def _write(target: Path, header: dict, contents: list[bytes]) -> None:
     deflated = zlib.compress(raw, 9)
     prefix = PREFIX.pack(MAGIC, VERSION, len(deflated), len(raw), bytes(16))[:20]
     digest = hashlib.blake2b(prefix + deflated, digest_size=16).digest()
-    write_file(
-        target, lambda path: path.write_bytes(b"".join([prefix, digest, deflated, *contents]))
-    )
+    content = b"".join([prefix, digest, deflated, *contents])
+    write_file(target, lambda path: path.write_bytes(content))
 
 
-# --------------------------------------------------------------------------------------------- loading
+# ------------------------------------------------------------------------------------ loading
 
 
 def open_packed(file: str) -> Packed:
@@ -249,97 +258,87 @@ def open_packed(file: str) -> Packed:
         with path.open("rb") as content:
             prefix = content.read(PREFIX.size)
             if prefix[:8] != MAGIC or len(prefix) < PREFIX.size:
-                raise UserError(f"{path} is no packed model: saving_prunebert.py pack writes them")
-            _, version, length, _, digest = PREFIX.unpack(prefix)
-            if version > VERSION:
                 raise UserError(
-                    f"{path} has version {version} of the format, and this code knows {VERSION}: update it"
+                    f"{path} is not a packed model: write one with saving_prunebert.py pack"
                 )
+            _, version, length, _, digest = PREFIX.unpack(prefix)
             deflated = content.read(length)
-            if len(deflated) < length:
-                raise UserError(f"{path} is truncated: it ends within its header")
-            total = os.fstat(content.fileno()).st_size
+        total = path.stat().st_size
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    if hashlib.blake2b(prefix[:20] + deflated, digest_size=16).digest() != digest:
-        raise UserError(f"{path} is damaged: the checksum of its header does not match")
-    try:
-        header = json.loads(zlib.decompress(deflated))
-        start = PREFIX.size + length
-        expected = start + sum(
-            entry["bytes"] for kind in ("files", "tensors") for entry in header[kind]
-        )
-        packed = Packed(path, header, start)
-        _check_header(packed)
-    except UserError:
-        raise
-    except Exception as error:  # a header that passes its checksum was not written by `pack`
-        raise UserError(f"{path} has a header that makes no sense ({first_line(error)})") from error
-    if total != expected:
-        what = "truncated" if total < expected else "damaged"
+    if version > VERSION:
         raise UserError(
-            f"{path} is {what}: it has {total:,} bytes, and its header speaks of {expected:,}"
+            f"{path} has version {version} of the format, but this code reads version {VERSION}: "
+            "update the code"
+        )
+    if hashlib.blake2b(prefix[:20] + deflated, digest_size=16).digest() != digest:
+        raise UserError(
+            f"{path} is truncated or damaged: the checksum of its header does not match"
+        )
+    packed = Packed(path, {}, PREFIX.size + length)
+    try:
+        packed.header = json.loads(zlib.decompress(deflated))
+        expected = packed.start + packed.size("files") + packed.size("tensors")
+        _check_header(packed)
+    except Exception as error:  # the header was not written by `pack`, or for other libraries
+        raise UserError(f"{path} has an invalid header: {first_line(error)}") from error
+    if total != expected:
+        raise UserError(
+            f"{path} is truncated or damaged: it has {total:,} bytes, but its header says "
+            f"{expected:,}"
         )
     return packed
 
 
 def _check_header(packed: Packed) -> None:
-    """Names and shapes must be those of the model, which costs no memory to build without storage."""
+    """Raises an exception unless names and shapes are those of the model of the configuration."""
     header = packed.header
     if header["architecture"] not in {f"BertFor{head}" for head in HEADS}:
-        raise UserError(
-            f"{packed.path} holds a {header['architecture']!r}: none of the heads {', '.join(HEADS)}"
-        )
+        raise ValueError(f"unknown architecture {header['architecture']!r}")
     for entry in header["files"]:
         if not TOKENIZER_FILES.fullmatch(entry["name"]):
-            raise ValueError(f"{entry['name']!r}, which is no file of a tokenizer")
-    with torch.device("meta"):
+            raise ValueError(f"{entry['name']!r} is not a file of a tokenizer")
+    with torch.device("meta"):  # without memory for the weights
         model = packed.model_class(packed.config)
     wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     if header["base_model"]:
         wanted = {name: shape for name, shape in wanted.items() if not name.startswith(EMBEDDINGS)}
-    found = {entry["name"]: entry["shape"] for entry in header["tensors"]}
-    if found != wanted:
-        odd = sorted(
-            name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)
-        )
-        raise ValueError(f"its tensors are not those of its configuration: {', '.join(odd[:3])}")
+    if {entry["name"]: entry["shape"] for entry in header["tensors"]} != wanted:
+        raise ValueError("its tensors do not fit its configuration")
 
 
 def load_packed(file: str, base_model: str | None = None, sparse: bool = False) -> PreTrainedModel:
     """The `BertFor*` model of a packed file, in evaluation mode.
 
-    base_model: where to take the embeddings from, when the file leaves them out and its own record of the name
-    no longer holds. sparse: the model that `emmental.inference.sparsify` would make of it, for a CPU; its sparse
-    matrices are never made dense. Raises UserError.
+    base_model: where to find the embeddings that the file leaves out, if not under the recorded
+    name. sparse: return the model as `emmental.inference.sparsify` would, for a CPU, without ever
+    making its sparse matrices dense. Raises UserError.
     """
     packed = open_packed(file)
+    state = _fetch_embeddings(packed, base_model)
     if sparse:
-        state = {
-            entry["name"]: _sparse_tensor(entry, parts)
-            for entry, parts in packed.tensors(sparse=True)
-        }
-        state |= _fetch_embeddings(packed, base_model)
+        for entry, parts in packed.tensors(coding.decode_sparse):
+            state[entry["name"]] = _sparse_tensor(entry, *parts)
         return sparse_model(packed.model_class, packed.config, state)
-    state = {entry["name"]: torch.from_numpy(array) for entry, array in packed.tensors()}
-    state |= _fetch_embeddings(packed, base_model)
-    return assemble(packed, state)
+    state |= {entry["name"]: torch.from_numpy(array) for entry, array in packed.tensors()}
+    model = packed.model_class.from_pretrained(
+        None, config=packed.config, state_dict=state, dtype=torch.float32
+    )
+    return model.eval()
 
 
-def _sparse_tensor(entry: dict, parts: tuple[np.ndarray | None, np.ndarray]) -> csr_array | Tensor:
-    """A matrix of the encoder in CSR, any other tensor as it is."""
-    indices, values = parts
+def _sparse_tensor(entry: dict, indices: np.ndarray | None, values: np.ndarray):
+    """A matrix of the encoder as csr_array, any other tensor as a torch tensor."""
     shape = tuple(entry["shape"])
-    encoder = entry["name"].startswith(ENCODER) and len(shape) == 2
-    if indices is None:
-        dense = values.reshape(shape)
-        return csr_array(dense) if encoder else torch.from_numpy(dense)
-    if encoder:
-        rows, columns = np.divmod(indices, shape[1])
-        return csr_array((values, (rows, columns)), shape)
-    dense = np.zeros(math.prod(shape), np.float32)
-    dense[indices] = values
-    return torch.from_numpy(dense.reshape(shape))
+    is_sparse = entry["name"].startswith(ENCODER) and len(shape) == 2
+    if is_sparse and indices is not None:
+        return csr_array((values, np.divmod(indices, shape[1])), shape)
+    dense = values
+    if indices is not None:
+        dense = np.zeros(math.prod(shape), np.float32)
+        dense[indices] = values
+    dense = dense.reshape(shape)
+    return csr_array(dense) if is_sparse else torch.from_numpy(dense)
 
 
 def _fetch_embeddings(packed: Packed, base_model: str | None) -> dict[str, Tensor]:
@@ -350,98 +349,90 @@ def _fetch_embeddings(packed: Packed, base_model: str | None) -> dict[str, Tenso
     embeddings = base_embeddings(name)
     if _embeddings_digest(embeddings) != base["digest"]:
         raise UserError(
-            f"the embeddings of {name} are not those that {packed.path} was packed without: give another base model"
+            f"{packed.path} was packed without its embeddings, which are not those of {name}: "
+            "give another base model"
         )
     return embeddings
 
 
-def assemble(packed: Packed, state: dict[str, Tensor]) -> PreTrainedModel:
-    """The model of a packed file with these tensors, which are not copied."""
-    model = packed.model_class.from_pretrained(
-        None, config=packed.config, state_dict=state, dtype=torch.float32
-    )
-    return model.eval()
-
-
 def unpack(file: str, folder: str, base_model: str | None = None) -> PreTrainedModel:
-    """Write model and tokenizer of a packed file into an empty `folder`, for `from_pretrained`."""
+    """Write model and tokenizer of a packed file to a new `folder`, for `from_pretrained`.
+
+    Returns the model. Raises UserError, or TrainingError for a folder that cannot be written.
+    """
     packed, target = open_packed(file), Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} is there already: choose another folder")
+        raise UserError(f"{target} already exists: choose another folder")
     model = load_packed(file, base_model)
 
     def fill(folder: Path) -> None:
         model.save_pretrained(folder)
         for entry, content in packed.streams("files"):
-            (folder / entry["name"]).write_bytes(_tokenizer_file(packed, entry, content))
+            (folder / entry["name"]).write_bytes(lzma.decompress(content))
 
     write_folder(target, fill)
     return model
 
 
-def _tokenizer_file(packed: Packed, entry: dict, content: bytes) -> bytes:
-    try:
-        return lzma.decompress(content)
-    except lzma.LZMAError as error:
-        raise UserError(f"{packed.path} is damaged: {entry['name']}: {error}") from error
-
-
-# ------------------------------------------------------------------------------------ looking into it
+# ------------------------------------------------------------------------------------ inspection
 
 
 def summary(packed: Packed) -> dict:
-    """Rows by tensor, and totals in bytes of encoder and head, embeddings, and everything.
+    """A row for each tensor, and totals in bytes: for encoder and head, embeddings, and the file.
 
-    dense: float32. entropy: of what is stored.
+    `dense` is float32, `entropy` that of the stored masks and values. The tokenizer and the file
+    have no `dense` and `entropy`.
     """
     rows = []
-    totals = {
-        part: dict.fromkeys(("dense", "packed", "entropy"), 0)
-        for part in ("encoder and head", "embeddings")
-    }
+    parts = "encoder and head", "embeddings"
+    totals = {part: {"dense": 0, "packed": 0, "entropy": 0} for part in parts}
     for entry, array in packed.tensors():
-        embedding = entry["name"].startswith(EMBEDDINGS)
-        entropy = (entry["position_entropy"] + entry["value_entropy"]) / 8
-        rows.append({
-            "name": entry["name"], "shape": entry["shape"], "remaining": entry["kept"] / array.size,
-            "bits_per_weight": 8 * entry["bytes"] / max(1, entry["kept"]), "bytes": entry["bytes"], "entropy": round(entropy),
-        })  # fmt: skip
-        total = totals["embeddings" if embedding else "encoder and head"]
+        entropy = round((entry["position_entropy"] + entry["value_entropy"]) / 8)
+        rows.append(
+            {
+                "name": entry["name"],
+                "shape": entry["shape"],
+                "remaining": entry["kept"] / array.size,
+                "bits_per_weight": 8 * entry["bytes"] / max(1, entry["kept"]),
+                "bytes": entry["bytes"],
+                "entropy": entropy,
+            }
+        )
+        total = totals[parts[entry["name"].startswith(EMBEDDINGS)]]
         total["dense"] += 4 * array.size
         total["packed"] += entry["bytes"]
-        total["entropy"] += round(entropy)
-    files = sum(entry["bytes"] for entry in packed.header["files"])
-    totals["tokenizer"] = {"packed": files}
+        total["entropy"] += entropy
+    totals["tokenizer"] = {"packed": packed.size("files")}
     totals["file"] = {"packed": packed.path.stat().st_size}
     return {"rows": rows, "totals": totals}
 
 
 def compare(file: str, checkpoint: str, base_model: str | None = None, **masks) -> list[str]:
-    """What differs between a packed file and the checkpoint it was made of: nothing, or a line for each tensor."""
+    """One line for each tensor in which a packed file differs from its checkpoint.
+
+    Weights may differ by `coding.error_bound`. `masks` are arguments of `load_plain`. Raises
+    UserError for models with different heads.
+    """
     packed = open_packed(file)
     architecture, _, state = load_plain(checkpoint, **masks)
     if architecture != packed.header["architecture"]:
         raise UserError(
-            f"{file} holds a {packed.header['architecture']}, and {checkpoint} is a {architecture}"
+            f"{file} holds a {packed.header['architecture']}, but {checkpoint} is a {architecture}"
         )
     problems = []
-    model = load_packed(file, base_model)
     by_row = {entry["name"]: entry["by_row"] for entry in packed.header["tensors"]}
-    for name, ours in model.state_dict().items():
+    for name, ours in load_packed(file, base_model).state_dict().items():
         theirs, ours = state[name].float().numpy(), ours.numpy()
         if ours.shape != theirs.shape:
             problems.append(f"{name} has the shape {ours.shape}, not {theirs.shape}")
-        elif ours.ndim == 2 and not np.array_equal(ours != 0, theirs != 0):
-            problems.append(
-                f"{name} has another mask: {np.count_nonzero((ours != 0) != (theirs != 0)):,} entries differ"
-            )
-        else:
-            bits, rows = (packed.header["bits"], by_row[name]) if name in by_row else (32, False)
-            excess = np.abs(ours.astype(np.float64) - theirs) - coding.error_bound(
-                theirs, bits, rows
-            )
-            if excess.max(initial=0.0) > 0:
-                problems.append(
-                    f"{name} lies outside the bound of {bits} bits, by up to {excess.max():.3g}"
-                )
+            continue
+        differing = np.count_nonzero((ours != 0) != (theirs != 0))
+        if ours.ndim == 2 and differing:
+            problems.append(f"{name} has another mask: {differing:,} entries differ")
+            continue
+        bits = packed.header["bits"] if name in by_row else 32  # embeddings of the base: exact
+        bound = coding.error_bound(theirs, bits, by_row.get(name, False))
+        excess = (np.abs(ours.astype(np.float64) - theirs) - bound).max(initial=0.0)
+        if excess > 0:
+            problems.append(f"{name} exceeds the error bound of {bits} bits by up to {excess:.3g}")
     return problems

@@ -1,40 +1,54 @@
-"""The benchmarks run, on sizes at which their figures mean nothing, and report both sides."""
+"""The benchmarks run on tiny sizes and report both sides."""
 
+import contextlib
 import importlib
+import io
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+from emmental import (
+    MaskedBertConfig,
+    MaskedBertForQuestionAnswering,
+    MaskedBertForSequenceClassification,
+)
 
 
 @pytest.fixture()
 def benchmark(tmp_path):
 
     def run(name, *flags):
-        importlib.import_module(name).main(
-            [*map(str, flags), "--json", str(tmp_path / "results.json")]
-        )
-        return json.loads((tmp_path / "results.json").read_text())
+        results = tmp_path / "results.json"
+        importlib.import_module(name).main([*map(str, flags), "--json", str(results)])
+        return json.loads(results.read_text())
 
     return run
 
 
-def test_training_step(benchmark, capsys):
-    flags = "--shapes 2x16 --layers 1 --hidden 64 --repeats 2 --warmup 1 --device cpu --methods topK l0".split()
-    found = benchmark("training_step", *flags)["shapes"]["2 x 16"]
+def test_training_step(benchmark, capsys, monkeypatch):
+    """Peak memory is measured in this process, which saves importing torch three times."""
+    training_step = importlib.import_module("training_step")
+
+    def measure(command, **options):
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            training_step.main(command[2:])
+        return subprocess.CompletedProcess(command, 0, said.getvalue())
+
+    monkeypatch.setattr(training_step.subprocess, "run", measure)
+    flags = "--shapes 2x16 --layers 1 --hidden 64 --repeats 2 --warmup 1 --device cpu"
+    found = benchmark("training_step", *flags.split(), "--methods", "topK", "l0")
+    found = found["shapes"]["2 x 16"]
     assert list(found) == ["topK", "l0"]
     phases = {"cut-offs", "forward", "backward", "optimiser", "step", "evaluation"}
     for result in found.values():
         assert set(result["dense"]) == set(result["masked"]) == phases
         assert result["step_ratio"] > 0 and result["evaluation_ratio"] > 0
         weights = 12 * 64 * 64
-        assert result["memory"]["allowed"] * 2**20 in (
-            weights * 17 + 4 * 4 * 64 * 64,
-            weights * 20 + 4 * 4 * 64 * 64,
-        )
+        allowed = result["memory"]["allowed"] * 2**20 - 4 * 4 * 64 * 64
+        assert allowed in (weights * 17, weights * 20)
         assert result["memory"]["dense"] > 100
     assert "step/dense" in capsys.readouterr().out
 
@@ -55,20 +69,8 @@ def test_features(benchmark, tiny_bert, squad_dir, tmp_path, monkeypatch, capsys
             )
             (folder / f"{split}.tsv").write_text("sentence\tlabel\n" + rows)
         monkeypatch.setattr(importlib.import_module("features").Glue, "length", 32)
-    flags = [
-        "--data_dir",
-        folder,
-        "--model",
-        tiny_bert,
-        "--slice",
-        6,
-        "--slices",
-        2,
-        "--epoch_examples",
-        8,
-        "--batch",
-        4,
-    ]
+    flags = ["--data_dir", folder, "--model", tiny_bert, "--slice", 6, "--slices", 2]
+    flags += ["--epoch_examples", 8, "--batch", 4]
     found = benchmark("features", task, *flags)
     assert found["features"]["same_ids"] == found["features"]["features"] > 0
     ours, fixed = found["epoch"]["ours"], found["epoch"]["fixed length"]
@@ -78,32 +80,30 @@ def test_features(benchmark, tiny_bert, squad_dir, tmp_path, monkeypatch, capsys
     assert 0 <= ours[metric] and 0 <= fixed[metric]
 
 
-def test_storage(benchmark, tiny_config, tiny_tokenizer, tmp_path, monkeypatch):
-    from emmental import MaskedBertConfig, MaskedBertForQuestionAnswering
-
+def test_storage(benchmark, tiny_config, tiny_tokenizer, tmp_path):
     torch.manual_seed(0)
     config = MaskedBertConfig(**tiny_config, mask_init="uniform", mask_scale=1.0, threshold=0.1)
     MaskedBertForQuestionAnswering(config).save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
-    rows = benchmark("storage", "--remaining", "--model", tmp_path / "model")[
-        str(tmp_path / "model")
-    ]
+    model = str(tmp_path / "model")
+    rows = benchmark("storage", "--remaining", "--model", model)[model]
     sizes = [rows[f"ours, {bits} bits"]["MB"] for bits in (32, 16, 8, 6, 5, 4)]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] < rows["torch.save, CSR"]["MB"]
-    assert rows["dense float32"]["MB"] * 1e6 == 4 * sum(
-        p.numel() for n, p in MaskedBertForQuestionAnswering(config).named_parameters()
-        if "embeddings" not in n and "mask_scores" not in n
-    )  # fmt: skip
+    dense = sum(
+        parameter.numel()
+        for name, parameter in MaskedBertForQuestionAnswering(config).named_parameters()
+        if "embeddings" not in name and "mask_scores" not in name
+    )
+    assert rows["dense float32"]["MB"] * 1e6 == 4 * dense
 
 
 def test_inference(benchmark, tiny_config, tiny_tokenizer, tmp_path, capsys):
-    from emmental import MaskedBertConfig, MaskedBertForSequenceClassification
-
     torch.manual_seed(0)
     config = MaskedBertConfig(**tiny_config, mask_init="uniform", mask_scale=1.0, threshold=0.1)
     MaskedBertForSequenceClassification(config).save_pretrained(tmp_path / "model")
-    flags = "--layers 1 --hidden 64 --densities 0.1 1 --batches 2 --lengths 16 --repeats 2 --without compiled".split()
-    results = benchmark("inference", *flags, "--models", tmp_path / "model")
+    flags = "--layers 1 --hidden 64 --densities 0.1 1 --batches 2 --lengths 16 --repeats 2"
+    flags = [*flags.split(), "--without", "compiled", "--models", tmp_path / "model"]
+    results = benchmark("inference", *flags)
     rows = results["rows"]
     assert [row["model"] for row in rows] == ["random 10%", "random 100%", str(tmp_path / "model")]
     assert [round(row["left"], 1) for row in rows] == [0.1, 1.0, 0.1]
@@ -115,7 +115,7 @@ def test_inference(benchmark, tiny_config, tiny_tokenizer, tmp_path, capsys):
         bound = sparse["bound"] * results["dense multiply-adds per second"] / (2 * 16)
         assert bound == pytest.approx(rows[0]["left"] * 12 * 64 * 64 + 2 * 16 * 64, rel=0.01)
     said = capsys.readouterr().out
-    assert all(("no help: " + row["model"] in said) == (row["gain"] < 1.05) for row in rows)
+    assert all(("no gain: " + row["model"] in said) == (row["gain"] < 1.05) for row in rows)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
@@ -124,45 +124,36 @@ def test_scale(benchmark, monkeypatch):
     large = scale.large
 
     def small(layers, method):
-        size = {
-            "num_hidden_layers": layers,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_attention_heads": 4,
-        }
+        size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
         monkeypatch.setattr(
             scale, "MaskedBertConfig", lambda **values: MaskedBertConfig(**values | size)
         )
         return large(layers, method)
 
-    from emmental import MaskedBertConfig
-
     monkeypatch.setattr(scale, "large", small)
     found = benchmark("scale", "--questions", 300, "--layers", 2, "--repeats", 1)
     (data,) = found["data"]
-    assert (
-        data["features"] == 300
-        and data["held"] > 0
-        and data["resident"] > 0
-        and data["bytes"] > 30_000
-    )
+    assert data["features"] == 300 and data["bytes"] > 30_000
+    assert data["held"] > 0 and data["resident"] > 0
     assert [row["method"] for row in found["masks"]] == list(scale.THRESHOLDS)
-    assert all(
-        row["weights"] == 2 * (4 * 32 * 32 + 2 * 32 * 64) and row["ours"] > 0 < row["sorting"]
-        for row in found["masks"]
-    )
+    for row in found["masks"]:
+        assert row["weights"] == 2 * (4 * 32 * 32 + 2 * 32 * 64)
+        assert row["ours"] > 0 and row["sorting"] > 0
     packing = found["packing"]
     assert packing["remaining"] == pytest.approx(10, abs=0.1)
     assert 0 < packing["entropy"] < packing["packed"] < packing["dense"]
 
 
-@pytest.mark.parametrize("flags, said", [
-    (["--hidden", "100"], "--hidden must be a multiple of 64"),
-    (["--lengths", "600"], "512 tokens at most"),
-    (["--models", "nowhere"], "nowhere"),
-    (["--densities", "6"], "no fraction"),
-    (["--batches", "0"], "at least 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--hidden", "100"], "--hidden must be a multiple of 64"),
+        (["--lengths", "600"], "512 tokens at most"),
+        (["--models", "nowhere"], "nowhere"),
+        (["--densities", "6"], "not a fraction"),
+        (["--batches", "0"], "at least 1"),
+    ],
+)
 def test_inference_refuses(capsys, flags, said):
     with pytest.raises(SystemExit) as stop:
         importlib.import_module("inference").main(flags)

@@ -1,4 +1,4 @@
-"""Coding of tensors: what comes back, what it takes, and what damage does."""
+"""Coding of tensors: round trips, sizes, and damaged streams."""
 
 import math
 
@@ -10,7 +10,7 @@ from emmental.errors import UserError
 
 
 def sparse(shape, density, seed=0, structured=False):
-    """A matrix with about this density of non-zeros; `structured`: empty and crowded rows and columns."""
+    """A matrix of about this density; `structured`: with empty and crowded rows and columns."""
     rng = np.random.default_rng(seed)
     odds = np.ones(shape)
     if structured:
@@ -30,21 +30,21 @@ def flips(kept, size):
     return -sum(n * math.log2(n / size) for n in (kept, size - kept) if n)
 
 
+LAST_ENTRY = np.zeros((7, 300), np.float32)
+LAST_ENTRY[-1, -1] = 1
+ALMOST_DENSE = sparse((20, 30), 1.1)
+ALMOST_DENSE[0, 7] = 0
+EMPTY_ROWS = sparse((50, 40), 0.3)
+EMPTY_ROWS[np.arange(50) % 3 != 0] = 0
 MATRICES = {
     "dense": np.random.default_rng(1).standard_normal((40, 30)).astype(np.float32),
     "sparse": sparse((60, 50), 0.1),
     "structured": sparse((200, 150), 0.05, structured=True),
     "empty": np.zeros((20, 30), np.float32),
     "one": np.eye(1, 12, 5, dtype=np.float32),
-    "last entry": np.fliplr(
-        np.flipud(np.eye(1, 300, dtype=np.float32).repeat(7, 0) * np.eye(7, 1, dtype=np.float32))
-    ),
-    "almost dense": np.where(np.arange(600).reshape(20, 30) == 7, 0, sparse((20, 30), 1.1)).astype(
-        np.float32
-    ),
-    "empty rows": np.where(np.arange(50)[:, None] % 3 == 0, sparse((50, 40), 0.3), 0).astype(
-        np.float32
-    ),
+    "last entry": LAST_ENTRY,
+    "almost dense": ALMOST_DENSE,
+    "empty rows": EMPTY_ROWS,
     "equal": np.full((9, 9), -0.25, np.float32),
     "tiny and large": np.array([[1e-30, -1e-30, 0.0, 1000.0]], np.float32),
     "subnormal": np.array([[1e-40, 0.0], [-1e-42, 1.0]], np.float32),
@@ -73,18 +73,15 @@ def test_masks_come_back_exactly_and_weights_within_the_bound(name, bits, by_row
     else:
         groups = zip(matrix, back, strict=True) if by_row else [(matrix, back)]
         for original, restored in groups:
-            largest = np.abs(original).max()
-            step = largest / 2 ** (
-                bits - 1
-            )  # no wider than that, as no level reaches beyond the largest value
+            magnitudes = np.abs(original)
+            largest = magnitudes.max()
+            step = largest / 2 ** (bits - 1)  # at most: the levels reach no further than `largest`
             error = np.abs(restored - original)
-            assert (
-                error[np.abs(original) < 0.1 * largest].max(initial=0) <= step / 2 * 1.0001 + 3e-45
-            )
-            assert error.max() <= (step / 2 * 1.0001 if bits == 8 else 0.9 * largest + step) + 3e-45
-    assert (
-        np.abs(back.astype(np.float64) - matrix) <= coding.error_bound(matrix, bits, by_row)
-    ).all()
+            half = step / 2 * 1.0001 + 3e-45
+            assert error[magnitudes < 0.1 * largest].max(initial=0) <= half
+            assert error.max() <= (half if bits == 8 else 0.9 * largest + step + 3e-45)
+    error = np.abs(back.astype(np.float64) - matrix)
+    assert (error <= coding.error_bound(matrix, bits, by_row)).all()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7])
@@ -109,15 +106,13 @@ def test_streams_are_close_to_the_entropy(density, bits):
     values = entropy(back[back != 0])
     assert coded.position_entropy == pytest.approx(positions, rel=1e-9)
     assert coded.value_entropy == pytest.approx(values, rel=1e-9)
-    # Up to 150 bytes of frequencies, which would not weigh in a matrix of BERT's size.
+    # The frequencies take up to 150 bytes, which is little for a matrix of BERT's size.
     assert 32 * len(coded.words) <= 1.005 * (positions + values) + 8 * 150
 
 
 def test_structure_is_used():
     matrix = sparse((768, 768), 0.06, seed=4, structured=True)
-    coded = coding.encode(
-        np.sign(matrix), 8
-    )  # two values: next to nothing but positions and a bit of sign
+    coded = coding.encode(np.sign(matrix), 8)  # two values: positions and one bit of sign
     spent = 32 * len(coded.words) - coded.kept
     assert spent < 0.8 * coded.position_entropy
 
@@ -157,28 +152,21 @@ def test_what_half_precision_cannot_hold_is_refused():
 @pytest.mark.parametrize("bits", [4, 8, 16, 32])
 def test_indices_are_those_of_a_csr(bits, by_row):
     matrix = MATRICES["structured"]
-    indices, values = coding.decode_sparse(
-        coding.encode(matrix, bits, by_row).words, matrix.shape, bits, by_row
-    )
+    words = coding.encode(matrix, bits, by_row).words
+    indices, values = coding.decode_sparse(words, matrix.shape, bits, by_row)
     assert np.array_equal(indices, np.flatnonzero(matrix))
-    assert np.array_equal(
-        values,
-        coding.decode(coding.encode(matrix, bits, by_row).words, matrix.shape, bits, by_row)[
-            matrix != 0
-        ],
-    )
+    assert np.array_equal(values, coding.decode(words, matrix.shape, bits, by_row)[matrix != 0])
 
 
 def test_garbage_ends_in_an_error_or_in_a_tensor():
-    """Streams without a checksum, as somebody might forge them."""
+    """Streams that pass their checksum, as somebody might forge them."""
     rng = np.random.default_rng(6)
     outcomes = set()
     for _ in range(200):
         words = rng.integers(0, 2**32, rng.integers(0, 50), dtype=np.uint32)
+        bits, by_row = int(rng.choice(coding.BITS)), bool(rng.integers(2))
         try:
-            back = coding.decode(
-                words, (30, 40), int(rng.choice(coding.BITS)), bool(rng.integers(2))
-            )
+            back = coding.decode(words, (30, 40), bits, by_row)
             outcomes.add(back.shape)
         except (UserError, ValueError, AssertionError) as error:
             outcomes.add(type(error).__name__)

@@ -1,7 +1,11 @@
-"""Packed files: the round trip, the command, and what is refused."""
+"""Packed files: round trips, the command line, and errors."""
 
+import contextlib
+import io
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +15,9 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, BertConfig
 
+import bertarize
 import emmental
+import masked_run_squad
 import saving_prunebert
 from emmental import MaskedBertConfig, files, storage
 from emmental.errors import UserError
@@ -27,9 +33,13 @@ def save_masked(
 ):
     torch.manual_seed(3)
     config = MaskedBertConfig(
-        **tiny_config, pruning_method=method, mask_init="uniform", mask_scale=4.0, initializer_range=0.2,
+        **tiny_config,
+        pruning_method=method,
+        mask_init="uniform",
+        mask_scale=4.0,
+        initializer_range=0.2,
         threshold={"threshold": 2.0, "sigmoied_threshold": 0.9}.get(method, 0.2),
-    )  # fmt: skip
+    )
     model = getattr(emmental, f"MaskedBertFor{head}")(config)
     if base is not None:
         model.bert.embeddings.load_state_dict(base.bert.embeddings.state_dict())
@@ -63,10 +73,9 @@ def test_32_bits_are_exact(tmp_path, tiny_config, tiny_tokenizer, method, head):
     assert torch.equal(outputs(model), outputs(masked))
     masks = find_masks(masked).by_layer
     for name, layer in masked_layers(masked).items():
-        assert torch.equal(
-            model.get_submodule(name).weight, (layer.weight * masks[name]).detach() + 0.0
-        )
-        assert 0 < model.get_submodule(name).weight.count_nonzero() < layer.weight.numel()
+        weight = model.get_submodule(name).weight
+        assert torch.equal(weight, (layer.weight * masks[name]).detach() + 0.0)
+        assert 0 < weight.count_nonzero() < layer.weight.numel()
 
 
 @pytest.mark.parametrize("bits", [2, 4, 6, 8, 16])
@@ -78,26 +87,21 @@ def test_masks_are_exact_at_any_precision(tmp_path, checkpoint, bits):
     for name, tensor in exact.items():
         if tensor.dim() == 2:
             assert torch.equal(state[name] != 0, tensor != 0), name
-    distance = sum((state[n] - t).square().sum() for n, t in exact.items()) / sum(
-        t.square().sum() for t in exact.values()
-    )
-    assert distance < {2: 0.2, 4: 0.02, 6: 2e-3, 8: 1e-4, 16: 1e-6}[bits]
+    error = sum((state[n] - t).square().sum() for n, t in exact.items())
+    error /= sum(t.square().sum() for t in exact.values())
+    assert error < {2: 0.2, 4: 0.02, 6: 2e-3, 8: 1e-4, 16: 1e-6}[bits]
 
 
 def test_bertarized_and_masked_checkpoints_pack_alike(tmp_path, checkpoint):
-    import bertarize
-
     plain = bertarize.main(
         ["--model_name_or_path", str(checkpoint), "--target_model_path", str(tmp_path / "plain")]
     )
-    a, b = (
-        storage.pack(str(checkpoint), str(tmp_path / "a")),
-        storage.pack(str(plain), str(tmp_path / "b")),
-    )
+    a = storage.pack(str(checkpoint), str(tmp_path / "a"))
+    b = storage.pack(str(plain), str(tmp_path / "b"))
     assert a.header["tensors"] == b.header["tensors"]
 
 
-def test_compare_finds_what_differs(tmp_path, checkpoint):
+def test_compare_finds_differences(tmp_path, checkpoint):
     storage.pack(str(checkpoint), str(tmp_path / "file"))
     other = tmp_path / "other"
     shutil.copytree(checkpoint, other)
@@ -109,10 +113,8 @@ def test_compare_finds_what_differs(tmp_path, checkpoint):
     model.save_pretrained(other)
     problems = storage.compare(str(tmp_path / "file"), str(other))
     assert len(problems) == 2
-    assert (
-        "query.weight has another mask" in problems[0]
-        and "qa_outputs.weight lies outside the bound" in problems[1]
-    )
+    assert "query.weight has another mask" in problems[0]
+    assert "qa_outputs.weight exceeds the error bound" in problems[1]
     assert saving_prunebert.main(["verify", str(tmp_path / "file"), str(other)]) == 1
 
 
@@ -126,14 +128,10 @@ def test_unpack_writes_a_normal_folder(tmp_path, checkpoint, capsys):
     model = AutoModelForQuestionAnswering.from_pretrained(folder)
     assert type(model).__name__ == "BertForQuestionAnswering"
     packed = storage.load_packed(file).state_dict()
-    assert all(
-        torch.equal(tensor, packed[name])
-        for name, tensor in load_file(folder / "model.safetensors").items()
-    )
-    assert (
-        AutoTokenizer.from_pretrained(folder).get_vocab()
-        == AutoTokenizer.from_pretrained(checkpoint).get_vocab()
-    )
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        assert torch.equal(tensor, packed[name])
+    ours, theirs = map(AutoTokenizer.from_pretrained, (folder, checkpoint))
+    assert ours.get_vocab() == theirs.get_vocab()
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == "bert" and "pruning_method" not in config
 
@@ -143,25 +141,20 @@ def test_info_adds_up(tmp_path, checkpoint, capsys):
     saving_prunebert.main(["pack", str(checkpoint), file, "--bits", "6"])
     saving_prunebert.main(["info", file, "--json", str(tmp_path / "info.json")])
     said = capsys.readouterr().out
-    assert (
-        "bert.encoder.layer.0.attention.self.query.weight" in said and "19.92%" in said
-    )  # int(0.2 * 1024) of 1024
-    assert "entropy" in said and "nothing is gained" not in said
+    assert "bert.encoder.layer.0.attention.self.query.weight" in said
+    assert "19.92%" in said  # int(0.2 * 1024) of 1024
+    assert "entropy" in said and "packing saves nothing" not in said
     found = json.loads((tmp_path / "info.json").read_text())
     totals = found["totals"]
+    body, embeddings = totals["encoder and head"], totals["embeddings"]
     model = storage.load_packed(file)
     assert totals["file"]["packed"] == (tmp_path / "file").stat().st_size
-    assert (
-        sum(row["bytes"] for row in found["rows"])
-        == totals["embeddings"]["packed"] + totals["encoder and head"]["packed"]
-    )
-    assert totals["embeddings"]["dense"] == 4 * sum(
-        p.numel() for p in model.bert.embeddings.parameters()
-    )
-    assert totals["embeddings"]["dense"] + totals["encoder and head"]["dense"] == 4 * sum(
-        p.numel() for p in model.parameters()
-    )
-    assert totals["encoder and head"]["entropy"] < totals["encoder and head"]["dense"]
+    assert sum(row["bytes"] for row in found["rows"]) == embeddings["packed"] + body["packed"]
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    embedded = sum(size for name, size in sizes.items() if ".embeddings." in name)
+    assert embeddings["dense"] == 4 * embedded
+    assert embeddings["dense"] + body["dense"] == 4 * sum(sizes.values())
+    assert body["entropy"] < body["dense"]
 
 
 # --- base models ---
@@ -180,13 +173,10 @@ def test_embeddings_of_a_base_model_are_left_out(tmp_path, based, tiny_bert):
     packed = storage.pack(str(based), str(file), base_model=str(tiny_bert))
     assert not any("embeddings" in entry["name"] for entry in packed.header["tensors"])
     assert file.stat().st_size < whole.path.stat().st_size
-    state, base = (
-        storage.load_packed(str(file)).state_dict(),
-        load_file(tiny_bert / "model.safetensors"),
-    )
-    assert all(
-        torch.equal(state[name], base[name]) for name in base if name.startswith("bert.embeddings.")
-    )
+    state = storage.load_packed(str(file)).state_dict()
+    for name, tensor in load_file(tiny_bert / "model.safetensors").items():
+        if name.startswith("bert.embeddings."):
+            assert torch.equal(state[name], tensor)
     assert storage.compare(str(file), str(based)) == []
 
 
@@ -208,7 +198,7 @@ def test_base_models_that_do_not_match_are_refused(tmp_path, checkpoint, based, 
         storage.load_packed(str(tmp_path / "file"), str(checkpoint))
 
 
-# --- what is refused ---
+# --- errors ---
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +221,7 @@ def test_truncated_files_are_refused(tmp_path, packed, capsys, share):
     content = packed.read_bytes()
     (tmp_path / "cut").write_bytes(content[: int(share * len(content))])
     said = refused(capsys, "unpack", tmp_path / "cut", tmp_path / "out")
-    assert "truncated" in said or "no packed model" in said
+    assert "truncated" in said or "not a packed model" in said
     assert [path.name for path in tmp_path.iterdir()] == ["cut"]
 
 
@@ -248,7 +238,7 @@ def test_every_flipped_bit_is_found(tmp_path, packed):
                 pass
 
 
-def test_bytes_behind_the_end_are_refused(tmp_path, packed, capsys):
+def test_extra_bytes_at_the_end_are_refused(tmp_path, packed, capsys):
     (tmp_path / "long").write_bytes(packed.read_bytes() + b"x")
     assert "damaged" in refused(capsys, "info", tmp_path / "long")
 
@@ -261,7 +251,7 @@ def test_newer_versions_are_refused(tmp_path, packed, capsys):
 
 
 def rewritten(packed, target, change):
-    """A file whose header was changed and whose checksums are right all the same."""
+    """A file with a changed header and correct checksums."""
     opened = storage.open_packed(str(packed))
     header = json.loads(json.dumps(opened.header))
     change(header)
@@ -284,14 +274,14 @@ def rewritten(packed, target, change):
     ],
     ids=range(9),
 )
-def test_lying_headers_are_refused(tmp_path, packed, capsys, change):
-    file = rewritten(packed, tmp_path / "lying", change)
+def test_forged_headers_are_refused(tmp_path, packed, capsys, change):
+    file = rewritten(packed, tmp_path / "forged", change)
     refused(capsys, "unpack", file, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["lying"]
+    assert [path.name for path in tmp_path.iterdir()] == ["forged"]
 
 
-def test_wrong_places_are_refused(tmp_path, packed, checkpoint, capsys):
-    assert "no packed model" in refused(capsys, "info", checkpoint / "config.json")
+def test_wrong_paths_are_refused(tmp_path, packed, checkpoint, capsys):
+    assert "not a packed model" in refused(capsys, "info", checkpoint / "config.json")
     assert "cannot read" in refused(capsys, "info", tmp_path / "nothing")
     assert "no checkpoint" in refused(capsys, "pack", tmp_path / "nothing", tmp_path / "file")
     assert "is a folder" in refused(capsys, "pack", checkpoint, tmp_path)
@@ -313,9 +303,8 @@ def test_another_head_is_refused(tmp_path, packed, tiny_config, tiny_tokenizer, 
 
 
 def test_a_missing_tokenizer_is_refused(tmp_path, checkpoint, capsys):
-    shutil.copytree(
-        checkpoint, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*", "vocab*")
-    )
+    no_tokenizer = shutil.ignore_patterns("tokenizer*", "vocab*")
+    shutil.copytree(checkpoint, tmp_path / "bare", ignore=no_tokenizer)
     assert "tokenizer" in refused(capsys, "pack", tmp_path / "bare", tmp_path / "file")
     assert not (tmp_path / "file").exists()
 
@@ -329,10 +318,10 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, checkpoint, capsys):
     assert "qa_outputs.bias" in refused(capsys, "pack", tmp_path / "nan", tmp_path / "file")
 
 
-def test_a_dense_model_packs_and_says_that_nothing_is_gained(tmp_path, tiny_bert, capsys):
+def test_a_dense_model_packs_and_gains_nothing(tmp_path, tiny_bert, capsys):
     saving_prunebert.main(["pack", str(tiny_bert), str(tmp_path / "file")])
     saving_prunebert.main(["info", str(tmp_path / "file")])
-    assert "nothing is gained" in capsys.readouterr().out
+    assert "packing saves nothing" in capsys.readouterr().out
     assert saving_prunebert.main(["verify", str(tmp_path / "file"), str(tiny_bert)]) == 0
 
 
@@ -343,32 +332,45 @@ def test_an_old_file_survives_a_failed_pack(tmp_path, packed, checkpoint, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files.os, "fsync", full)
-    assert "No space left" in refused(
-        capsys, "pack", checkpoint, tmp_path / "file", "--bits", "4", status=1
-    )
+    said = refused(capsys, "pack", checkpoint, tmp_path / "file", "--bits", "4", status=1)
+    assert "No space left" in said
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_bytes() == packed.read_bytes()
 
 
-def test_verify_evaluates_both(tmp_path, tiny_config, tiny_tokenizer, squad_dir, capsys):
+def test_verify_evaluates_both(
+    tmp_path, tiny_config, tiny_tokenizer, squad_dir, capsys, monkeypatch
+):
+    """The script's `main` runs in this process, which saves importing torch twice."""
+
+    def run(command, **options):
+        script, *flags = command[1:]
+        assert command[0] == sys.executable and Path(script) == ROOT / "masked_run_squad.py"
+        with contextlib.redirect_stdout(io.StringIO()):
+            masked_run_squad.main(flags)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(saving_prunebert.subprocess, "run", run)
     save_masked(tmp_path / "in", tiny_config, tiny_tokenizer)
     saving_prunebert.main(["pack", str(tmp_path / "in"), str(tmp_path / "file"), "--bits", "32"])
     capsys.readouterr()
-    command = [
-        "verify",
-        str(tmp_path / "file"),
-        str(tmp_path / "in"),
-        "--data_dir",
-        str(squad_dir),
-        "--max_seq_length",
-        "64",
-    ]
+    command = ["verify", str(tmp_path / "file"), str(tmp_path / "in")]
+    command += ["--data_dir", str(squad_dir), "--max_seq_length", "64"]
     assert saving_prunebert.main(command) == 0
     said = dict(line.split(": ") for line in capsys.readouterr().out.splitlines() if ": " in line)
-    assert set(said) >= {"exact", "f1"}
+    assert set(said) == {"exact", "f1"}
     for name in ("exact", "f1"):
         before, after = said[name].split(", ")
         assert before.split()[0] == after.split()[0]
+
+
+def test_a_failed_evaluation_is_reported_in_one_line(packed, checkpoint, capsys, monkeypatch):
+    def run(command, **options):
+        return subprocess.CompletedProcess(command, 2, "", "a warning\nerror: no such data\n")
+
+    monkeypatch.setattr(saving_prunebert.subprocess, "run", run)
+    said = refused(capsys, "verify", packed, checkpoint, "--data_dir", "nowhere")
+    assert "masked_run_squad.py cannot evaluate" in said and said.endswith("error: no such data")
 
 
 def test_the_notebook_runs(tmp_path, monkeypatch):
@@ -381,10 +383,7 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
             assert cell["outputs"] == [] and cell["execution_count"] is None
             exec(compile("".join(cell["source"]), "Saving_PruneBERT.ipynb", "exec"), names)
     assert names["differences"] == []
-    assert (
-        (tmp_path / "prunebert.packed").stat().st_size
-        < 1e6
-        < 4 * sum(p.numel() for p in names["model"].parameters())
-    )
+    dense = 4 * sum(p.numel() for p in names["model"].parameters())
+    assert (tmp_path / "prunebert.packed").stat().st_size < 1e6 < dense
     assert (tmp_path / "prunebert.png").stat().st_size > 5000
     assert len(names["rows"]) == 24

@@ -1,4 +1,4 @@
-"""The encoder of a pruned BERT on sparse matrices: takes the place of `BertEncoder` in any stock model."""
+"""The encoder of a pruned BERT on sparse matrices. It replaces `BertEncoder` in any stock model."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,60 +10,65 @@ from transformers import BertConfig
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from .compaction import Affine, Layer
-from .kernels import Matrix
+from .kernels import Library, Matrix, Native
 
-GROUP_TOKENS = 512  # so many pass all layers at once: their activations then stay in the cache
+GROUP_TOKENS = 512  # tokens that pass all layers together, so that activations stay in the cache
 
 
 class SparseLayer:
-    """One layer's matrices, ready for a backend. `norms`: weight and bias of its two LayerNorms."""
+    """The matrices of one layer, prepared for a backend.
+
+    norms: weight and bias of the LayerNorm after attention, then of the one at the end.
+    """
 
     def __init__(self, layer: Layer, norms: Sequence[Tensor], prepare: Callable[[Affine], Matrix]):
         parts = [layer.query, layer.key, layer.value]
-        together = Affine(
-            vstack([p.weight for p in parts], format="csr"), np.concatenate([p.bias for p in parts])
-        )
-        self.qkv = prepare(together)
-        self.output, self.first, self.second = map(
-            prepare, (layer.output, layer.first, layer.second)
-        )
+        weight = vstack([part.weight for part in parts], format="csr")
+        self.qkv = prepare(Affine(weight, np.concatenate([part.bias for part in parts])))
+        self.output = prepare(layer.output)
+        self.first, self.second = prepare(layer.first), prepare(layer.second)
         self.sizes = torch.tensor(layer.sizes, dtype=torch.int32)
         self.sizes_v = torch.tensor(layer.sizes_v, dtype=torch.int32)
         self.norms = [tensor.detach().clone() for tensor in norms]
 
     def __deepcopy__(self, memo: dict) -> "SparseLayer":
-        return self  # nothing ever changes it
+        return self  # it is never changed
 
     def matrices(self) -> list[Matrix]:
         return [self.qkv, self.output, self.first, self.second]
 
     def multiply_adds(self, length: int) -> int:
-        """Of products and attention, per token of a sequence of `length`."""
+        """Multiply-adds per token of a sequence of `length`, in products and attention."""
         attention = length * int(self.sizes.sum() + self.sizes_v.sum())
-        return attention + sum(matrix.multiply_adds for matrix in self.matrices())
+        return attention + sum(matrix.values.numel() for matrix in self.matrices())
 
 
 class SparseEncoder(nn.Module):
-    """Same outputs as the `BertEncoder` of these layers, to float32 rounding. CPU, float32, evaluation only.
+    """The outputs of the `BertEncoder` with these layers, up to float32 rounding.
 
-    Its weights are no parameters: the model cannot be trained, moved or saved with them.
+    For the CPU, float32 and evaluation only. Its weights are not parameters: the model cannot be
+    trained, moved or saved with them.
     """
 
-    def __init__(self, config: BertConfig, backend: type, layers: list[SparseLayer]):
+    def __init__(
+        self, config: BertConfig, backend: type[Native] | type[Library], layers: list[SparseLayer]
+    ):
         super().__init__()
         self.config, self.backend, self.layers = config, backend, layers
         self.eval()
 
     def multiply_adds(self, length: int) -> int:
-        """Of the encoder, per token of a sequence of `length`: what bounds its speed."""
+        """Multiply-adds per token of a sequence of `length`, which bound the speed."""
         return sum(layer.multiply_adds(length) for layer in self.layers)
 
     @torch.compiler.disable
     @torch.no_grad()
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs):
-        """hidden_states: [batch, length, hidden]. attention_mask: bool, [batch, 1, length, length], alike for all queries.
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """hidden_states: [batch, length, hidden]. attention_mask: see `key_mask`.
 
-        Raises ValueError for what the sparse kernels cannot do.
+        Raises ValueError for a call that the sparse kernels do not support.
         """
         self._check(hidden_states, kwargs)
         batch, length, _ = hidden_states.shape
@@ -81,60 +86,56 @@ class SparseEncoder(nn.Module):
         scale = (self.config.hidden_size // self.config.num_attention_heads) ** -0.5
         x = run.enter(hidden)
         for layer in self.layers:
-            context = x  # where no head is left, output has no columns to read it
+            context = x  # not read where no head remains, as output then has no columns
             if len(layer.sizes):
-                context = run.attention(
-                    run.product(layer.qkv, x, "qkv"), layer.sizes, layer.sizes_v, mask, scale
-                )
-            x = run.layer_norm(
-                run.product(layer.output, context, "between", residual=x), *layer.norms[:2], epsilon
-            )
+                qkv = run.product(layer.qkv, x, "qkv")
+                context = run.attention(qkv, layer.sizes, layer.sizes_v, mask, scale)
+            x = run.product(layer.output, context, "between", residual=x)
+            x = run.layer_norm(x, *layer.norms[:2], epsilon)
             inner = run.product(layer.first, x, "inner", activation=activation)
-            x = run.layer_norm(
-                run.product(layer.second, inner, "states", residual=x), *layer.norms[2:], epsilon
-            )
+            x = run.product(layer.second, inner, "states", residual=x)
+            x = run.layer_norm(x, *layer.norms[2:], epsilon)
         return run.leave(x)
 
     def _check(self, hidden_states: Tensor, kwargs: dict) -> None:
         if self.training:
             raise ValueError(
-                "a sparse model cannot be trained: call eval(), or train the model that it was made from"
+                "a sparse model cannot be trained: call eval(), or train the model it was made from"
             )
         if hidden_states.device.type != "cpu" or hidden_states.dtype != torch.float32:
             raise ValueError(
-                f"a sparse model computes in float32 on the CPU, not in {hidden_states.dtype} on {hidden_states.device}: "
-                "call sparsify on a model that is on the GPU to have it compacted there"
+                "a sparse model computes in float32 on the CPU, not in "
+                f"{hidden_states.dtype} on {hidden_states.device}: for a GPU, move the model there "
+                "before you call sparsify"
             )
-        given = [
+        asked = [
             name
-            for name in ("past_key_values", "encoder_hidden_states")
-            if kwargs.get(name) is not None
+            for name in ("output_attentions", "output_hidden_states")
+            if kwargs.get(name) or getattr(self.config, name, False)
         ]
-        asked = ("output_attentions", "output_hidden_states")
-        given += [name for name in asked if kwargs.get(name) or getattr(self.config, name, False)]
-        if given:
+        if asked:
             raise ValueError(
-                f"a sparse model gives last states only, without {', '.join(given)}: use the dense model"
+                f"a sparse model returns last hidden states only: use the dense model for "
+                f"{', '.join(asked)}"
             )
 
 
 def key_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
-    """Which keys are seen, bool [batch, length], from the mask that BertModel makes; None if all are.
+    """The visible keys, bool [batch, length], from the mask that BertModel makes; None for all.
 
-    Raises ValueError for a mask that differs between queries.
+    attention_mask: bool [batch, 1, 1 or length, length]. Raises ValueError for another mask, such
+    as one that differs between queries.
     """
     if attention_mask is None:
         return None
-    wanted = f"a sparse model takes an attention_mask of batch x length ({batch} x {length}), 1 for tokens and 0 for padding"
-    if (
-        attention_mask.dtype != torch.bool
-        or attention_mask.dim() != 4
-        or attention_mask.shape[-1] != length
-    ):
-        raise ValueError(f"{wanted}, not {list(attention_mask.shape)} of {attention_mask.dtype}")
+    wanted = (
+        f"a sparse model takes an attention_mask of batch x length ({batch} x {length}), "
+        "1 for tokens and 0 for padding"
+    )
+    shape, dtype = list(attention_mask.shape), attention_mask.dtype
+    if dtype != torch.bool or len(shape) != 4 or shape[-1] != length:
+        raise ValueError(f"{wanted}, not {shape} of {dtype}")
     first = attention_mask[:, :1, :1]
-    if attention_mask.shape[1:3] != (1, 1) and not torch.equal(
-        first.expand_as(attention_mask), attention_mask
-    ):
+    if shape[1:3] != [1, 1] and not torch.equal(first.expand(shape), attention_mask):
         raise ValueError(f"{wanted}, not one that differs between queries or heads")
     return first[:, 0, 0].expand(batch, length).contiguous()

@@ -1,9 +1,10 @@
-// The products, attention and LayerNorm of a pruned BERT on a CPU.
+// Products, attention and LayerNorm of a pruned BERT on a CPU.
 //
-// Activations are feature-major and in tiles of T = 16 or 32 tokens: [tiles][features][T] float32, aligned to
-// 64 bytes. A row of a sparse matrix then is a sum of a few contiguous rows of T tokens, held in registers, and
-// a tile of 768 features (96 KB) stays in the L2 cache while all rows of the matrix pass. Nothing is ever
-// transposed. Vector types of GCC and Clang, no intrinsics: any architecture, no assembly.
+// Activations are feature-major, in tiles of T = 16 or 32 tokens: [tiles][features][T] float32,
+// aligned to 64 bytes. A row of a sparse matrix is then a sum of a few contiguous rows of T tokens,
+// held in registers, and a tile of 768 features (96 KB) stays in the L2 cache while all rows of the
+// matrix pass. Nothing is ever transposed. Vector types of GCC and Clang, no intrinsics, no
+// assembly: any architecture.
 
 #include <cmath>
 #include <cstdint>
@@ -53,7 +54,7 @@ inline Vec gelu(Vec x) {  // x Phi(x); erf by Abramowitz and Stegun 7.1.26, abso
   return x * (x < 0.0f ? tail : 1.0f - tail);
 }
 
-// sums[r][i] += sum_k weights[r * row_step + k * step] * x[k][i], for R rows and V vectors of tokens.
+// sums[r][i] += sum_k weights[r * row_step + k * step] * x[k][i], for R rows and V vectors.
 template <int R, int V>
 inline void accumulate(Vec (&sums)[R][V], const float* weights, int64_t row_step, int64_t step, const Vec* x, int64_t n) {
   for (int64_t k = 0; k < n; ++k, x += V, weights += step)
@@ -75,7 +76,7 @@ struct Kernels {
   static void sparse_rows(const int32_t* starts, const uint16_t* columns, const float* values, const float* bias,
                           const Vec* x, const Vec* residual, Vec* y, int64_t first, int64_t last, bool activate) {
     for (int64_t row = first; row < last; ++row) {
-      Vec even[V], odd[V];  // two chains, as an addition waits for the one before
+      Vec even[V], odd[V];  // two chains, because each addition waits for the previous one
       for (int i = 0; i < V; ++i) even[i] = splat(bias[row]), odd[i] = Vec{};
       int32_t k = starts[row];
       const int32_t end = starts[row + 1];
@@ -123,11 +124,12 @@ struct Kernels {
   }
 };
 
-// `count` tokens of one sequence, neighbours in one tile, from `token` on; `place` in the sequence's own order.
+// `count` tokens of one sequence that are neighbours in one tile. token: the first. place: its
+// position among the visible tokens of the sequence.
 struct Run { int64_t token, count, place; };
 
-// Runs of the tokens first..first + count of a sequence that starts at token `origin`; those that `mask` leaves out are
-// skipped. Returns the number of tokens.
+// Runs of the tokens first..first + count of a sequence that starts at token `origin`, without those
+// that `mask` hides. Returns the number of tokens.
 int64_t find_runs(std::vector<Run>& runs, int64_t origin, int64_t first, int64_t count, int64_t T, const uint8_t* mask) {
   runs.clear();
   int64_t place = 0;
@@ -158,7 +160,7 @@ void attend(const float* qkv, float* out, int64_t features, int64_t out_features
   const int64_t keys = find_runs(runs, origin, 0, length, T, mask);
   const int64_t padded = (keys + LANES - 1) / LANES * LANES;
   const int64_t wide_v = (size_v + BLOCK - 1) / BLOCK * BLOCK;
-  if (!keys) {  // as torch: no key, no context
+  if (!keys) {  // like torch: without keys the context is zero
     find_runs(runs, origin, 0, length, T, nullptr);
     for (const Run& run : runs)
       for (int64_t r = 0; r < size_v; ++r)
@@ -210,7 +212,7 @@ void attend(const float* qkv, float* out, int64_t features, int64_t out_features
 
 extern "C" {
 
-// rows x columns. Sparse (CSR) when `starts` is there, else `values` are all of them, row by row.
+// rows x columns. CSR if `starts` is not null; otherwise `values` has all entries, row by row.
 struct Matrix {
   int64_t rows, columns;
   const int32_t* starts;
@@ -219,7 +221,8 @@ struct Matrix {
   const float* bias;
 };
 
-// y = activation(W x + bias + residual). x [tiles][columns][T], y and residual (or null) [tiles][rows][T].
+// y = activation(W x + bias + residual). x [tiles][columns][T]; y and residual (or null)
+// [tiles][rows][T].
 void product(const Matrix* w, const float* x, const float* residual, float* y, int64_t tiles, int64_t T, int activate, int threads) {
   const int64_t chunks = (w->rows + CHUNK - 1) / CHUNK;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
@@ -249,9 +252,9 @@ void layer_norm(float* x, const float* weight, const float* bias, double epsilon
   }
 }
 
-// Softmax attention of each head. qkv [tiles][2 * sum of sizes + sum of sizes_v][T] holds queries, keys and values, each
-// head by head; out [tiles][sum of sizes_v][T]. sizes, sizes_v: rows of each head's keys and of its values. mask: batch x
-// length, 0 for keys to leave out, or null.
+// Softmax attention. qkv [tiles][2 * sum of sizes + sum of sizes_v][T] holds queries, keys and
+// values, each head by head; out [tiles][sum of sizes_v][T]. sizes, sizes_v: rows of keys and of
+// values per head. mask: null, or batch x length with 0 for hidden keys.
 void attention(const float* qkv, float* out, int64_t heads, const int32_t* sizes, const int32_t* sizes_v, int64_t batch, int64_t length,
                const uint8_t* mask, double scale, int64_t T, int threads) {
   std::vector<int64_t> start(heads + 1, 0), start_v(heads + 1, 0);

@@ -1,15 +1,14 @@
-"""The two ways to compute a sparse BERT on a CPU: kernels of our own (kernels.cpp), and torch's CSR product.
+"""Two backends for a sparse BERT on a CPU: our own kernels (kernels.cpp), and torch's CSR product.
 
-A backend keeps the activations of one forward feature-major in a layout of its own:
-- `Native`: [tiles][features][T], tiles of T tokens (see kernels.cpp). Built at first use with the C++ compiler of
-  the machine ($CXX, c++, g++ or clang++) and kept in the cache folder.
-- `Library`: [features][tokens]; nothing to build. The same results, to float32 rounding.
+A backend keeps the activations of one forward feature-major, in its own layout:
+- `Native`: [tiles][features][T], tiles of T tokens (see kernels.cpp). Compiled at first use with
+  the C++ compiler of the machine ($CXX, c++, g++ or clang++) and kept in the cache folder.
+- `Library`: [features][tokens]. Nothing to compile. The same results, up to float32 rounding.
 """
 
 import ctypes
 import functools
 import hashlib
-import logging
 import math
 import os
 import shutil
@@ -30,20 +29,19 @@ from transformers.activations import ACT2FN
 from ..errors import UserError
 from .compaction import Affine
 
-logger = logging.getLogger(__name__)
-
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 BUILD_SECONDS = 120
-MOST_COLUMNS = 2**16  # of a sparse matrix: its column indices have 16 bits
+MOST_COLUMNS = 2**16  # column indices have 16 bits
 LANES = 16
 
 
 @dataclass
 class Matrix:
-    """An affine map as a backend computes it: `weight` (rows x columns) dense or CSR, `bias` (rows), float32 tensors.
+    """A map x -> W x + b, prepared for a backend: W (rows x columns), `bias` (rows), float32.
 
-    CSR has `starts` (int32, rows + 1), `indices` and `values`, and `weight` as torch's CSR tensor for `Library`.
+    values: the entries of W; all of them, or those of CSR with `starts` (int32, rows + 1) and
+    `indices`. weight: W as a tensor of torch, dense or CSR, for `Library`.
     """
 
     rows: int
@@ -54,11 +52,6 @@ class Matrix:
     indices: Tensor | None = None
     weight: Tensor | None = None
 
-    @property
-    def multiply_adds(self) -> int:
-        """Per token."""
-        return self.values.numel()
-
 
 class _Matrix(ctypes.Structure):
     _fields_ = [("rows", ctypes.c_int64), ("columns", ctypes.c_int64)] + [
@@ -67,31 +60,27 @@ class _Matrix(ctypes.Structure):
 
 
 def cache_folder() -> Path:
-    """Where builds and measurements are kept. Raises OSError when there is no home."""
+    """The folder of compiled kernels. Raises OSError when there is no home."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emmental"
     except RuntimeError as error:
         raise OSError(f"there is no home folder ({error})") from error
 
 
-# ------------------------------------------------------------------------------------------- the build
+# ------------------------------------------------------------------------------------ compilation
 
 
 @functools.cache
 def load_native() -> ctypes.CDLL:
-    """The native kernels, built if this machine has not done so yet. Raises UserError."""
-    compiler = next(
-        filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None
-    )
+    """The native kernels, compiled unless this machine has done so before. Raises UserError."""
+    candidates = os.environ.get("CXX") or "c++", "g++", "clang++"
+    compiler = next(filter(None, map(shutil.which, candidates)), None)
     if not compiler:
         raise UserError("there is no C++ compiler (c++, g++, clang++ or $CXX)")
-    target = _run(
-        [compiler, "-march=native", "-E", "-v", "-x", "c++", os.devnull]
-    )  # names compiler and processor
-    key = hashlib.blake2b(
-        "\0".join([SOURCE.read_text(), *FLAGS, target]).encode(), digest_size=12
-    ).hexdigest()
-    name = f"kernels-{key}.so"
+    # The compiler's verbose output names its version and the processor.
+    target = _run([compiler, "-march=native", "-E", "-v", "-x", "c++", os.devnull])
+    parts = "\0".join([SOURCE.read_text(), *FLAGS, target])
+    name = f"kernels-{hashlib.blake2b(parts.encode(), digest_size=12).hexdigest()}.so"
     try:
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
@@ -99,7 +88,7 @@ def load_native() -> ctypes.CDLL:
         if not library.exists():
             _build(compiler, library)
         return _open(library)
-    except OSError as error:  # no home, or one that cannot be written or executed
+    except OSError as error:  # no home, or a cache folder that forbids writing or executing
         try:
             with tempfile.TemporaryDirectory() as aside:
                 _build(compiler, Path(aside) / name)
@@ -123,54 +112,41 @@ def _run(command: list[str]) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"{command[0]} failed: {error}") from error
     if done.returncode:
-        reason = next(
-            (line for line in done.stderr.splitlines() if "error" in line),
-            f"status {done.returncode}",
-        )
+        errors = [line for line in done.stderr.splitlines() if "error" in line]
+        reason = errors[0] if errors else f"status {done.returncode}"
         raise UserError(f"{command[0]} failed: {reason}")
     return done.stderr
 
 
 def _open(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
-    pointer, long, integer, double = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
-    library.product.argtypes = [
-        ctypes.POINTER(_Matrix),
-        pointer,
-        pointer,
-        pointer,
-        long,
-        long,
-        integer,
-        integer,
-    ]
-    library.layer_norm.argtypes = [pointer, pointer, pointer, double, long, long, long, integer]
-    library.attention.argtypes = [
-        pointer,
-        pointer,
-        long,
-        pointer,
-        pointer,
-        long,
-        long,
-        pointer,
-        double,
-        long,
-        integer,
-    ]
-    for function in (library.product, library.layer_norm, library.attention):
-        function.restype = None
+    matrix, pointer = ctypes.POINTER(_Matrix), ctypes.c_void_p
+    long, integer, double = ctypes.c_int64, ctypes.c_int, ctypes.c_double
+    # fmt: off
+    arguments = {  # in the order of kernels.cpp
+        "product": [matrix, pointer, pointer, pointer, long, long, integer, integer],
+        "layer_norm": [pointer, pointer, pointer, double, long, long, long, integer],
+        "attention": [pointer, pointer, long, pointer, pointer, long, long, pointer, double, long,
+                      integer],
+    }
+    # fmt: on
+    for name, types in arguments.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = types, None
     return library
 
 
-# ------------------------------------------------------------------------------------------- backends
+# ------------------------------------------------------------------------------------ backends
 
 
 _memory = threading.local()
 
 
 def _buffer(name: str, *shape: int) -> Tensor:
-    """Memory that a thread keeps under this name from call to call: fresh pages cost as much as a sparse product."""
+    """Memory that a thread keeps under this name between calls.
+
+    Fresh memory pages would cost as much time as a sparse product.
+    """
     size = math.prod(shape)
     memory = getattr(_memory, name, None)
     if memory is None or memory.numel() < size:
@@ -178,6 +154,10 @@ def _buffer(name: str, *shape: int) -> Tensor:
             memory = torch.empty(size)
         setattr(_memory, name, memory)
     return memory[:size].view(shape)
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 class Native:
@@ -188,11 +168,8 @@ class Native:
     def __init__(self, batch: int, length: int):
         self.batch, self.length, self.tokens = batch, length, batch * length
         # Tiles of 32 tokens are a fifth faster, unless they are half empty.
-        self.width = min(
-            (2 * LANES, LANES),
-            key=lambda width: self._tiles(width) * width * (1.2 if width == LANES else 1),
-        )
-        self.tiles = self._tiles(self.width)
+        wide, narrow = self._tiles(2 * LANES), self._tiles(LANES)
+        self.width, self.tiles = (2 * LANES, wide) if 2 * wide <= 1.2 * narrow else (LANES, narrow)
         self.library, self.threads = load_native(), torch.get_num_threads()
 
     def _tiles(self, width: int) -> int:
@@ -200,29 +177,30 @@ class Native:
 
     @staticmethod
     def prepare(affine: Affine, sparse: bool) -> Matrix:
+        """The matrix of `affine`, in CSR if `sparse`."""
         weight = affine.weight
         bias = torch.from_numpy(np.array(affine.bias))
         if not sparse:
             return Matrix(*weight.shape, bias, torch.from_numpy(weight.toarray()))
         if weight.shape[1] > MOST_COLUMNS:
             raise ValueError(
-                f"a sparse matrix has {MOST_COLUMNS:,} columns at most, not {weight.shape[1]:,}"
+                f"a sparse matrix has at most {MOST_COLUMNS:,} columns, not {weight.shape[1]:,}"
             )
-        # Unsigned 16 bits in a signed tensor, as torch cannot pickle the unsigned ones.
-        parts = (weight.indptr.astype(np.int32), weight.indices.astype(np.uint16).view(np.int16))
-        starts, indices = map(torch.from_numpy, parts)
-        return Matrix(*weight.shape, bias, torch.from_numpy(np.array(weight.data)), starts, indices)
+        starts = torch.from_numpy(weight.indptr.astype(np.int32))
+        # Unsigned 16 bits in a signed tensor, because torch cannot pickle unsigned ones.
+        indices = torch.from_numpy(weight.indices.astype(np.uint16).view(np.int16))
+        values = torch.from_numpy(np.array(weight.data))
+        return Matrix(*weight.shape, bias, values, starts, indices)
 
     def enter(self, hidden: Tensor) -> Tensor:
-        """[batch, length, features] to the layout of this backend."""
-        rows = F.pad(
-            hidden.reshape(self.tokens, -1), (0, 0, 0, self.tiles * self.width - self.tokens)
-        )
+        """Convert [batch, length, features] to the layout of this backend."""
+        padding = self.tiles * self.width - self.tokens
+        rows = F.pad(hidden.reshape(self.tokens, -1), (0, 0, 0, padding))
         tiles = rows.view(self.tiles, self.width, -1).transpose(1, 2)
         return _buffer("states", *tiles.shape).copy_(tiles)
 
     def leave(self, x: Tensor) -> Tensor:
-        """The way back."""
+        """Convert back to [batch, length, features]."""
         rows = x.transpose(1, 2).reshape(self.tiles * self.width, -1)
         return rows[: self.tokens].reshape(self.batch, self.length, -1)
 
@@ -234,37 +212,47 @@ class Native:
         residual: Tensor | None = None,
         activation: str | None = None,
     ) -> Tensor:
-        """activation(W x + b + residual), in the memory named `into`, which neither x nor residual may be in."""
+        """activation(W x + b + residual), in the buffer `into`; x and residual are in others."""
         y = _buffer(into, self.tiles, matrix.rows, self.width)
         parts = (matrix.starts, matrix.indices, matrix.values, matrix.bias)
-        raw = _Matrix(
-            matrix.rows,
-            matrix.columns,
-            *(part.data_ptr() if part is not None else None for part in parts),
-        )
+        raw = _Matrix(matrix.rows, matrix.columns, *map(_pointer, parts))
         fused = activation == "gelu"
-        self.library.product(raw, x.data_ptr(), residual.data_ptr() if residual is not None else None, y.data_ptr(),
-                             self.tiles, self.width, fused, self.threads)  # fmt: skip
+        tensors = map(_pointer, (x, residual, y))
+        self.library.product(raw, *tensors, self.tiles, self.width, fused, self.threads)
         return ACT2FN[activation](y) if activation and not fused else y
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
         """LayerNorm over the features, in place."""
-        self.library.layer_norm(x.data_ptr(), weight.data_ptr(), bias.data_ptr(), epsilon,
-                                x.shape[1], self.tiles, self.width, self.threads)  # fmt: skip
+        tensors, sizes = map(_pointer, (x, weight, bias)), (x.shape[1], self.tiles, self.width)
+        self.library.layer_norm(*tensors, epsilon, *sizes, self.threads)
         return x
 
     def attention(
         self, qkv: Tensor, sizes: Tensor, sizes_v: Tensor, mask: Tensor | None, scale: float
     ) -> Tensor:
-        """The heads' outputs, head by head; sizes, sizes_v: int32 (heads). mask: bool [batch, length] or None."""
+        """The outputs of all heads. sizes, sizes_v: int32 [heads]. mask: bool [batch, length]."""
         out = _buffer("context", self.tiles, int(sizes_v.sum()), self.width)
-        self.library.attention(qkv.data_ptr(), out.data_ptr(), len(sizes), sizes.data_ptr(), sizes_v.data_ptr(), self.batch,
-                               self.length, mask.data_ptr() if mask is not None else None, scale, self.width, self.threads)  # fmt: skip
+        self.library.attention(
+            qkv.data_ptr(),
+            out.data_ptr(),
+            len(sizes),
+            sizes.data_ptr(),
+            sizes_v.data_ptr(),
+            self.batch,
+            self.length,
+            _pointer(mask),
+            scale,
+            self.width,
+            self.threads,
+        )
         return out
 
 
 class Library:
-    """One forward of `batch` sequences of `length` tokens with torch's own products."""
+    """One forward of `batch` sequences of `length` tokens with torch's own products.
+
+    The methods are those of `Native`.
+    """
 
     name = "library"
 
@@ -274,19 +262,14 @@ class Library:
     @staticmethod
     def prepare(affine: Affine, sparse: bool) -> Matrix:
         matrix = Native.prepare(affine, sparse)
-        if not sparse:
-            matrix.weight = matrix.values
-        else:  # 32-bit indices: with others MKL would convert at every product
+        matrix.weight = matrix.values
+        if sparse:  # 32-bit indices, as MKL would convert others at every product
             matrix.indices = torch.from_numpy(affine.weight.indices.astype(np.int32))
+            parts = matrix.starts, matrix.indices, matrix.values
+            shape = matrix.rows, matrix.columns
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-                matrix.weight = torch.sparse_csr_tensor(
-                    matrix.starts,
-                    matrix.indices,
-                    matrix.values,
-                    (matrix.rows, matrix.columns),
-                    check_invariants=True,
-                )
+                matrix.weight = torch.sparse_csr_tensor(*parts, shape, check_invariants=True)
         return matrix
 
     def enter(self, hidden: Tensor) -> Tensor:
@@ -303,13 +286,11 @@ class Library:
         residual: Tensor | None = None,
         activation: str | None = None,
     ) -> Tensor:
-        bias = matrix.bias[:, None]
-        y = (
-            bias.expand(-1, x.shape[1])
-            if matrix.columns == 0
-            else torch.addmm(bias, matrix.weight, x)
-        )
-        y = y if residual is None else y + residual
+        y = matrix.bias[:, None].expand(-1, x.shape[1])
+        if matrix.columns:
+            y = torch.addmm(matrix.bias[:, None], matrix.weight, x)
+        if residual is not None:
+            y = y + residual
         return ACT2FN[activation](y) if activation else y
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
@@ -321,21 +302,17 @@ class Library:
         q, k, v = qkv.split([int(sizes.sum()), int(sizes.sum()), int(sizes_v.sum())])
         mask = None if mask is None else mask[:, None, None, :]
         outputs, row, row_v = [], 0, 0
+        # Neighbouring heads of the same sizes are computed together.
         for (size, size_v), group in groupby(zip(sizes.tolist(), sizes_v.tolist(), strict=True)):
             heads = len(list(group))
+            end, end_v = row + heads * size, row_v + heads * size_v
             parts = (
-                q[row : row + heads * size],
-                k[row : row + heads * size],
-                v[row_v : row_v + heads * size_v],
+                part.view(heads, -1, self.batch, self.length).permute(2, 0, 3, 1)
+                for part in (q[row:end], k[row:end], v[row_v:end_v])
             )
-            q_, k_, v_ = (
-                part.view(heads, -1, self.batch, self.length).permute(2, 0, 3, 1) for part in parts
-            )
-            out = F.scaled_dot_product_attention(
-                q_, k_, v_, mask, scale=scale
-            )  # [batch, heads, length, size_v]
+            out = F.scaled_dot_product_attention(*parts, mask, scale=scale)
             outputs.append(out.permute(1, 3, 0, 2).reshape(heads * size_v, -1))
-            row, row_v = row + heads * size, row_v + heads * size_v
+            row, row_v = end, end_v
         return torch.cat(outputs)
 
 
