@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -555,7 +556,7 @@ def test_the_hub_is_asked_when_no_file_is_given(tmp_path, tiny_bert, squad_dir, 
         )
         return local.remove_columns("is_impossible")
 
-    monkeypatch.setattr(squad.datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     masked_run_squad.main(["--model_type", "masked_bert", "--model_name_or_path", str(tiny_bert), "--output_dir",
                            str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache"), "--do_eval", *SHORT,
                            *METHODS["topK"], *TRAIN])  # fmt: skip
