@@ -15,15 +15,13 @@ files (.tsv, .csv, .jsonl); --text_column, --text_pair_column and --label_column
 
 import argparse
 import functools
-import logging
-from pathlib import Path
 
 import numpy as np
 from torch.nn import functional as F
 
 from emmental.data import glue
 from emmental.data.features import padding_of
-from emmental.data.glue_tasks import CUSTOM, SUBMISSION_FILES, TASKS, custom_task, find_task
+from emmental.data.glue_tasks import CUSTOM, SUBMISSION_FILES, TASKS, custom_task, task_name
 from emmental.data.metrics import glue_metrics, mean_entropy
 from emmental.errors import UserError
 from emmental.files import write_text
@@ -32,10 +30,8 @@ from emmental.loading import checkpoint_labels
 from emmental.losses import distillation_loss, regression_distillation_loss
 from emmental.training import run
 from emmental.training.args import make_parser
-from emmental.training.parser import Parser
+from emmental.training.parser import Parser, choice
 from emmental.training.task import Task
-
-logger = logging.getLogger(__name__)
 
 CUSTOM_ARGUMENTS = ("text_column", "text_pair_column", "label_column", "regression")
 
@@ -50,7 +46,7 @@ class Glue(Task):
     # fmt: off
     def add_arguments(self, parser):
         add = parser.add_argument_group("GLUE").add_argument
-        add("--task_name", type=task_name, required=True,
+        add("--task_name", type=lambda text: choice(*TASKS, CUSTOM)(task_name(text)), required=True,
             help=f"{', '.join(TASKS)} (in any case), or {CUSTOM}; mnli-mm evaluates the mismatched "
                  "set only")
         add("--data_dir", help="folder of the task's files (default: the task comes from the hub)")
@@ -63,30 +59,17 @@ class Glue(Task):
     # fmt: on
 
     def check(self, args, given):
-        problems = []
-        if args.data_dir and not Path(args.data_dir).is_dir():
-            problems.append(f"--data_dir {args.data_dir} is not a folder")
-        if args.task_name == CUSTOM:
-            if not args.data_dir:
-                problems.append(f"--task_name {CUSTOM} needs --data_dir, the folder of its files")
-            for name in CUSTOM_ARGUMENTS:
-                if getattr(args, name) == "":
-                    problems.append(f"--{name} is empty: is its variable set?")
-            return problems
-        task = TASKS[args.task_name]
-        for name in sorted(given & set(CUSTOM_ARGUMENTS)):
-            problems.append(f"--{name} is for --task_name {CUSTOM} only")
+        task, own = TASKS.get(args.task_name), given & set(CUSTOM_ARGUMENTS)
+        if not task:
+            problems = [f"--{name} is empty" for name in own if getattr(args, name) == ""]
+            return problems + (["--task_name custom needs --data_dir"] if not args.data_dir else [])
+        problems = [f"--{name} is for --task_name {CUSTOM} only" for name in sorted(own)]
         if not task.evaluation_splits and (args.do_train or args.do_eval):
-            problems.append(
-                f"{task.name} has a test set only: give --do_predict and a model fine-tuned on mnli"
-            )
-        if task.is_regression and "temperature" in given:
-            logger.warning("--temperature has no effect: the distillation loss is a squared error")
+            problems.append(f"{task.name} has no labels: give --do_predict and a model of mnli")
         return problems
 
     def load_examples(self, args, source):
-        own = args.task_name == CUSTOM
-        self.task = own_task(args, source) if own else TASKS[args.task_name]
+        self.task = TASKS.get(args.task_name) or own_task(args, source)
         self.labels = self.task.labels
         splits = ["train"] if args.do_train else []
         if args.do_eval or args.evaluate_during_training:
@@ -135,14 +118,6 @@ class Glue(Task):
         logits = np.stack([row for (row,) in logits])
         text = glue.submission(self.task, self.examples[split], logits)
         write_text(output_dir / self.task.submissions[split], text)
-
-
-def task_name(text: str) -> str:
-    """An argparse type: the canonical name of a task."""
-    try:
-        return CUSTOM if text.lower() == CUSTOM else find_task(text).name
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def own_task(args: argparse.Namespace, source: str) -> glue.Task:

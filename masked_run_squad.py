@@ -66,11 +66,8 @@ class Squad(Task):
     # fmt: on
 
     def check(self, args, given):
-        return [
-            f"--{split}_file: there is no file {file}"
-            for split, file in data_files(args).items()
-            if file and not file.is_file()
-        ]
+        missing = {s: file for s, file in data_files(args).items() if file and not file.is_file()}
+        return [f"--{split}_file: there is no file {file}" for split, file in missing.items()]
 
     def load_examples(self, args, source):
         self.v2, self.examples = args.version_2_with_negative, {}
@@ -78,7 +75,7 @@ class Squad(Task):
             if file:
                 rows = squad.read_examples(file, self.v2, split == "predict", args.cache_dir)
             else:
-                hub_split = "train" if split == "train" else "validation"
+                hub_split = {"train": "train", "predict": "validation"}[split]
                 rows = squad.load_hub_examples(hub_split, self.v2, args.cache_dir)
             self.examples[split] = rows
         if args.do_train:
@@ -86,8 +83,8 @@ class Squad(Task):
             if skipped:
                 shown = ", ".join(skipped if args.verbose_logging else skipped[:5])
                 logger.warning(
-                    f"{len(skipped)} training questions skipped, because their text is not at "
-                    f"answer_start: {shown} (--verbose_logging lists all)"
+                    f"{len(skipped)} training questions skipped, whose answer is not at its "
+                    f"answer_start: {shown} (all with --verbose_logging)"
                 )
             if not len(self.examples["train"]):
                 raise UserError("no training question is usable: see the warning above")
@@ -144,10 +141,8 @@ def data_files(args: argparse.Namespace) -> dict[str, Path | None]:
 def span_logits(outputs, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """Start and end logits in float32, with padding masked: the loss does not depend on it."""
     padding = batch["attention_mask"] == 0
-    return tuple(
-        logits.float().masked_fill(padding, PADDING_LOGIT)
-        for logits in (outputs.start_logits, outputs.end_logits)
-    )
+    both = outputs.start_logits.float(), outputs.end_logits.float()
+    return tuple(logits.masked_fill(padding, PADDING_LOGIT) for logits in both)
 
 
 def span_loss(logits: tuple[torch.Tensor, torch.Tensor], batch: dict) -> torch.Tensor:

@@ -101,7 +101,7 @@ class Glue:
     length = 128
 
     def __init__(self, args):
-        self.task = glue_tasks.find_task(args.task)
+        self.task = glue_tasks.TASKS[glue_tasks.task_name(args.task)]
         if self.task.is_regression or not self.task.evaluation_splits:
             raise UserError(f"{args.task} is no classification with a dev set: choose another task")
         self.key_metric = self.task.key_metric

@@ -493,8 +493,8 @@ def test_a_regression_of_ones_own(run, custom_dir):
 @pytest.mark.parametrize(
     "task, flags, said",
     [
-        ("mnlli", ["--do_train"], "did you mean mnli?"),
-        ("ax", ["--do_eval"], "has a test set only"),
+        ("mnlli", ["--do_train"], "did you mean 'mnli'?"),
+        ("ax", ["--do_eval"], "ax has no labels: give --do_predict"),
         ("rte", ["--text_column", "x", "--do_train"], "--text_column is for --task_name custom"),
         (
             "custom",

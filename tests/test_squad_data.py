@@ -160,7 +160,7 @@ QUESTION = f"{PARAGRAPH}, qas[2]"
         ("[1]", ['must be an object with "data", not [1]']),
         ({"version": "1.1"}, ['"data" is missing']),
         ({"data": {}}, ['"data" must be a list, not {}']),
-        ({"data": ["x"]}, ["data[0]: ", 'must be an object with "title", not "x"']),
+        ({"data": ["x"]}, ["data[0]: ", 'must be an object with "title", not x']),
         ({"data": []}, ["is empty"]),
         (document((CONTEXT, [])), ["is empty"]),
         (
@@ -196,11 +196,11 @@ QUESTION = f"{PARAGRAPH}, qas[2]"
         ),
         (
             broken(lambda a, p, q: q["answers"][0].update(answer_start=1.5)),
-            [QUESTION, "whole number from 0, not 1.5"],
+            [QUESTION, "whole number, not 1.5"],
         ),
         (
             broken(lambda a, p, q: q["answers"][0].update(answer_start=-1)),
-            [QUESTION, "whole number from 0, not -1"],
+            [QUESTION, "whole number, not -1"],
         ),
         (
             broken(lambda a, p, q: q.update(is_impossible=1)),
@@ -227,11 +227,7 @@ def test_refuses_bad_files(tmp_path, content, parts):
         assert part in message
 
 
-def test_refuses_unreadable_files(tmp_path):
-    with pytest.raises(UserError, match="no.json: cannot be read .No such file.*--data_dir"):
-        read_examples(tmp_path / "no.json", False)
-    with pytest.raises(UserError, match="cannot be read .Is a directory"):
-        read_examples(tmp_path, False)
+def test_refuses_other_encodings(tmp_path):
     (tmp_path / "latin.json").write_bytes('{"data": "é"}'.encode("latin-1"))
     with pytest.raises(UserError, match="latin.json: is not JSON in UTF-8"):
         read_examples(tmp_path / "latin.json", False)
@@ -459,7 +455,7 @@ def test_processes_give_the_same_rows(tmp_path, tokenizer):
     [
         (
             {"max_seq_length": 9},
-            "question 'a' has 6 tokens.*--max_seq_length 9.*--max_query_length .6.",
+            "question 'a' has 6 tokens.*--max_seq_length 9.*--max_query_length",
         ),
         ({"max_seq_length": 9, "num_proc": 2}, "--max_seq_length 9"),
     ],
@@ -471,13 +467,8 @@ def test_refuses_impossible_sizes(tmp_path, tokenizer, changes, match):
         )
 
 
-def test_refuses_unfit_tokenizers_and_no_examples(tmp_path, tokenizer):
-    class Slow:
-        is_fast = False
-
+def test_refuses_a_tokenizer_without_special_tokens(tmp_path, tokenizer):
     examples = examples_of(tmp_path, good())
-    with pytest.raises(UserError, match="Slow is not a fast tokenizer.*--tokenizer_name"):
-        build_features(examples, Slow(), training=True, **SIZES)
     unframed = make_tokenizer()
     unframed.backend_tokenizer.post_processor = processors.Sequence([])
     with pytest.raises(UserError, match=r"adds no \[CLS\] and \[SEP\]"):

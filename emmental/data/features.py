@@ -6,6 +6,7 @@ all that they depend on: a cache is never stale. Without a writable cache they s
 
 import contextlib
 import copy
+import functools
 import hashlib
 import inspect
 import json
@@ -32,13 +33,7 @@ logger = logging.getLogger(__name__)
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 BATCH = 1000  # rows per step
-JSON_TYPES = {
-    list: "a list",
-    str: "a string",
-    bool: "true or false",
-    int: "a whole number from 0",
-    (str, int): "a string or a whole number (other numbers need --regression)",
-}
+JSON_TYPES = {list: "a list", str: "a string", bool: "true or false", int: "a whole number"}
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -48,18 +43,16 @@ def brief(text: object, longest: int = 60) -> str:
     return line if len(line) <= longest else f"{line[: longest - 3]}..."
 
 
-def json_field(record: object, name: str, kind: type | tuple, where: str, default: object = None):
+def json_field(record: object, name: str, kind: type, where: str, default: object = None):
     """`record[name]`, or `default` if it is missing; raises UserError unless it is a `kind`."""
     if not isinstance(record, dict):
-        raise UserError(
-            f'{where}: must be an object with "{name}", not {brief(json.dumps(record))}'
-        )
+        raise UserError(f'{where}: must be an object with "{name}", not {brief(record)}')
     value = record.get(name, default)
     if value is None:
         raise UserError(f'{where}: "{name}" is missing or null; correct it')
     if not isinstance(value, kind) or (kind is int and not 0 <= value < 2**31):
-        found = brief(json.dumps(value))
-        raise UserError(f'{where}: "{name}" must be {JSON_TYPES[kind]}, not {found}; correct it')
+        wanted = JSON_TYPES.get(kind, "a string or a whole number, unless --regression is given")
+        raise UserError(f'{where}: "{name}" must be {wanted}, not {brief(json.dumps(value))}')
     if isinstance(value, str) and SURROGATE.search(value):
         raise UserError(f'{where}: "{name}" holds half a surrogate pair; correct it')
     return value
@@ -88,16 +81,9 @@ def row_tuples(examples: Dataset, names: list[str]) -> Iterator[tuple]:
 
 def content_hash(*parts) -> str:
     """Hash of values that JSON can hold, and of the content of files (`Path`)."""
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        if isinstance(part, Path):
-            try:
-                part = file_digest(part)
-            except OSError as error:
-                reason = error.strerror or error
-                raise UserError(f"{part}: cannot be read ({reason}); check --data_dir") from error
-        digest.update(json.dumps(part, sort_keys=True).encode())
-    return digest.hexdigest()
+    values = [file_digest(part) if isinstance(part, Path) else part for part in parts]
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def cached_rows(
@@ -140,19 +126,17 @@ def cached_map(
     key: hash of everything else that the features depend on. Rows do not depend on `num_proc`.
     """
 
-    def build(**options) -> Dataset:
-        return examples.map(
-            featurize,
-            batched=True,
-            batch_size=BATCH,
-            with_indices=with_indices,
-            input_columns=columns,
-            num_proc=min(num_proc, len(examples)) if num_proc > 1 else None,
-            new_fingerprint=content_hash(examples._fingerprint, key),
-            desc="features",
-            **options,
-        )
-
+    build = functools.partial(
+        examples.map,
+        featurize,
+        batched=True,
+        batch_size=BATCH,
+        with_indices=with_indices,
+        input_columns=columns,
+        num_proc=min(num_proc, len(examples)) if num_proc > 1 else None,
+        new_fingerprint=content_hash(examples._fingerprint, key),
+        desc="features",
+    )
     try:
         return build(load_from_cache_file=not overwrite_cache)
     except (OSError, pa.ArrowInvalid) as error:  # a full disk, a damaged cache
@@ -170,20 +154,13 @@ def ragged(pieces: list[np.ndarray], lengths: list[int]) -> pa.ListArray:
 
 
 def fast_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """A copy of the Rust tokenizer inside `tokenizer`, without truncation and padding.
-
-    Raises UserError for a slow tokenizer, or one that adds no [CLS] and [SEP].
-    """
-    if not getattr(tokenizer, "is_fast", False):
-        name = type(tokenizer).__name__
-        raise UserError(f"{name} is not a fast tokenizer; use a --tokenizer_name with one")
+    """A copy of the Rust tokenizer inside `tokenizer`, without truncation and padding."""
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.no_truncation()
     backend.no_padding()
     if backend.num_special_tokens_to_add(is_pair=True) < 3:
         raise UserError(
-            "the tokenizer adds no [CLS] and [SEP] to a pair of texts; use the --tokenizer_name of "
-            "an encoder such as BERT"
+            "the tokenizer adds no [CLS] and [SEP]: its tokenizer.json needs a post-processor"
         )
     return backend
 
@@ -219,3 +196,19 @@ def pad_batch(
     input_ids[is_token] = torch.cat(ids)
     batch = dict(zip(MODEL_INPUTS, (input_ids, is_token.long(), is_second.long())))
     return {name: tensor for name, tensor in batch.items() if name in input_names}
+
+
+def collate_features(
+    features: list[dict], pad_token_id: int, *, second_start: str, **padding
+) -> dict[str, Tensor]:
+    """Pad features with `pad_batch`, and add those labels that they have.
+
+    second_start: column of the index of the first token of type 1. Labels are (batch,) tensors:
+    labels (int64, or float32), start_positions, end_positions.
+    """
+    starts = [feature[second_start] for feature in features]
+    batch = pad_batch(features, starts, pad_token_id, **padding)
+    for name in ("label", "start_position", "end_position"):
+        if name in features[0]:
+            batch[f"{name}s"] = torch.tensor([feature[name] for feature in features])
+    return batch

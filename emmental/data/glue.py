@@ -18,20 +18,18 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import torch
 from datasets import Dataset, Features, Value
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from emmental.data.features import (
     brief,
     cached_map,
     cached_rows,
+    collate_features,
     content_hash,
     fast_backend,
     json_field,
     load_hub,
-    pad_batch,
     ragged,
     row_tuples,
 )
@@ -50,37 +48,30 @@ CUSTOM_SUFFIXES = (".tsv", ".csv", ".jsonl")
 
 def split_file(task: Task, data_dir: Path | str, split: str) -> Path:
     """The file of a split; raises UserError unless there is exactly one."""
-    names = [f"{split}.tsv"]
-    if task.name == CUSTOM:
-        names = [f"{split}{suffix}" for suffix in CUSTOM_SUFFIXES]
-    if task.name == "ax":
-        names = ["diagnostic.tsv"]
+    suffixes = CUSTOM_SUFFIXES if task.name == CUSTOM else (".tsv",)
+    names = [f"{'diagnostic' if task.name == 'ax' else split}{suffix}" for suffix in suffixes]
     found = [Path(data_dir) / name for name in names if (Path(data_dir) / name).is_file()]
     if len(found) != 1:
-        number = len(found) or "none"
-        raise UserError(
-            f"{data_dir}: must hold one file {' or '.join(names)}, but holds {number}; "
-            "check --data_dir and --task_name"
-        )
+        wanted = " or ".join(names)
+        raise UserError(f"--data_dir {data_dir} must hold exactly one file {wanted}")
     return found[0]
 
 
 def read_examples(
     task: Task, data_dir: Path | str, split: str, cache_dir: str | None = None
 ) -> Dataset:
-    """Read and check the file of a split (one of `task.splits`).
+    """Read and check the file of a split.
 
-    Returns the columns index (int64: of GLUE's test file, else the number of the row), text_a,
-    text_b (None for single sentences) and, except for test splits, label (int64 index into
-    `task.labels`, or float64). Raises UserError for errors in the file.
+    Returns the columns index (of GLUE's test file, else the number of the row), text_a, text_b
+    (None for single sentences) and, except for test splits, label (index into `task.labels`, or
+    float). Raises UserError for errors in the file.
     """
     path, labelled = split_file(task, data_dir, split), split not in task.submissions
     examples = _cached(functools.partial(_records, path), task, labelled, path, cache_dir)
     if not len(examples):
         raise UserError(f"{path}: is empty; it holds no examples")
     if task.short_rows and labelled:
-        skipped = sum(1 for _ in _rows(path)) - 1 - len(examples)
-        if skipped:
+        if skipped := sum(1 for _ in _rows(path)) - 1 - len(examples):
             logger.warning(f"{path}: {skipped} rows with too few fields are skipped")
     return examples
 
@@ -90,8 +81,7 @@ def load_hub_examples(task: Task, split: str, cache_dir: str | None = None) -> D
     hub_split, labelled = split.replace("dev", "validation"), split not in task.submissions
     hub = load_hub(HUB_NAME, task.hub_config, split=hub_split, cache_dir=cache_dir)
     names = hub.features["label"].names if labelled and not task.is_regression else ()
-    value_column = "label" if labelled else "idx"
-    columns = [value_column, *(task.hub_columns or task.text_columns)]
+    columns = ["label" if labelled else "idx", *(task.hub_columns or task.text_columns)]
 
     def records(task: Task, labelled: bool) -> Iterator[tuple[str, dict]]:
         for row, (value, *texts) in enumerate(row_tuples(hub, columns)):
@@ -106,7 +96,7 @@ def load_hub_examples(task: Task, split: str, cache_dir: str | None = None) -> D
 
 
 def find_labels(path: Path, task: Task) -> tuple[str, ...]:
-    """The labels in a file of your own task, sorted. Raises UserError if there is only one."""
+    """The labels in a file of your own task, sorted. Raises UserError if all are the same."""
     found = [_class_name(record, task, where) for where, record in _records(path, task, True)]
     labels = tuple(sorted(set(found)))
     if len(labels) < 2:
@@ -168,8 +158,7 @@ def _records(path: Path, task: Task, labelled: bool) -> Iterator[tuple[str, dict
             continue
         elif len(fields) < len(header) or (task.name == CUSTOM and len(fields) > len(header)):
             raise UserError(
-                f"{where}: has {len(fields)} fields, but there are {len(header)} columns; "
-                "correct the row"
+                f"{where}: has {len(fields)} fields for {len(header)} columns; correct it"
             )
         else:
             yield where, dict(zip(header, fields))
@@ -206,7 +195,7 @@ def _rows(path: Path) -> Iterator[tuple[int, object]]:
 
 def _class_name(record: dict, task: Task, where: str) -> str:
     """The label of a record as a text."""
-    name = " ".join(str(json_field(record, task.label_column, (str, int), where)).split())
+    name = " ".join(str(json_field(record, task.label_column, str | int, where)).split())
     if not name:
         raise UserError(f"{where}: {task.label_column} is empty; correct it")
     return name
@@ -277,13 +266,7 @@ def _featurize(texts_a, texts_b, labels=None, *, backend):
     return pa.table(columns if labels is None else columns | {"label": pa.array(labels)})
 
 
-def collate(features: list[dict], pad_token_id: int, **padding) -> dict[str, Tensor]:
-    """Pad features with `pad_batch`, and add their labels (batch,): int64, or float32."""
-    starts = [feature["second_start"] for feature in features]
-    batch = pad_batch(features, starts, pad_token_id, **padding)
-    if "label" in features[0]:
-        batch["labels"] = torch.tensor([feature["label"] for feature in features])
-    return batch
+collate = functools.partial(collate_features, second_start="second_start")
 
 
 def submission(task: Task, examples: Dataset, logits: np.ndarray) -> str:

@@ -1,12 +1,9 @@
 """The GLUE tasks (Wang et al. 2018), and your own: what distinguishes them."""
 
-import difflib
 import functools
 import math
 import re
 from dataclasses import dataclass, field
-
-from emmental.errors import UserError
 
 CUSTOM = "custom"  # the name of every task of your own
 
@@ -102,18 +99,10 @@ SUBMISSION_FILES = sorted(
 )
 
 
-def find_task(name: str) -> Task:
-    """The GLUE task of this name, in any case and spelling: "SST-2", "sst2", "mnli_mm".
-
-    Raises UserError, naming the nearest task, if there is none.
-    """
-    tasks = {_plain(task): task for task in (*TASKS, CUSTOM)} | {"mnlim": "mnli"}
-    found = tasks.get(_plain(name))
-    if found not in TASKS:
-        nearest = difflib.get_close_matches(_plain(name), tasks, n=1, cutoff=0.4)
-        hint = f"; did you mean {tasks[nearest[0]]}?" if nearest else ""
-        raise UserError(f"{name!r} is not one of {', '.join(TASKS)}, {CUSTOM}{hint}")
-    return TASKS[found]
+def task_name(text: str) -> str:
+    """The name of a task from any spelling ("SST-2", "sst2", "mnli_mm"); other texts unchanged."""
+    names = {name.replace("-", ""): name for name in (*TASKS, CUSTOM)} | {"mnlim": "mnli"}
+    return names.get(re.sub("[-_ ]", "", text.lower()), text)
 
 
 def custom_task(
@@ -123,7 +112,3 @@ def custom_task(
     metrics, submissions = ("acc",) if labels else _CORRELATIONS, {"test": CUSTOM_SUBMISSION}
     options = {"metrics": metrics, "submissions": submissions}
     return Task(CUSTOM, tuple(labels), text_columns, label_column, **options)
-
-
-def _plain(name: str) -> str:
-    return re.sub("[-_ ]", "", name.lower())

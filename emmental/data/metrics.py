@@ -43,29 +43,26 @@ def squad_metrics(
         exact[id_] = max((float(words == gold) for gold in golds), default=0.0)
         f1[id_] = max((_f1(words, gold, version_2_with_negative) for gold in golds), default=0.0)
 
-    metrics = _averages(exact, f1, list(exact))
+    def averages(prefix: str, ids: list[str]) -> dict[str, float]:
+        sums = [sum(scores[id_] for id_ in ids) for scores in (exact, f1)]
+        means = [100.0 * total / len(ids) for total in sums]
+        return dict(zip((f"{prefix}exact", f"{prefix}f1", f"{prefix}total"), (*means, len(ids))))
+
+    metrics = averages("", list(exact))
     if version_2_with_negative:
         for prefix, answered in ("HasAns_", True), ("NoAns_", False):
             if ids := [id_ for id_ in exact if has_answer[id_] is answered]:
-                averages = _averages(exact, f1, ids)
-                metrics |= {f"{prefix}{name}": value for name, value in averages.items()}
-        if null_odds is not None:
-            for name, scores in ("exact", exact), ("f1", f1):
-                best, threshold = _best_threshold(scores, predictions, null_odds, has_answer)
-                metrics |= {f"best_{name}": best, f"best_{name}_thresh": threshold}
+                metrics |= averages(prefix, ids)
+    if version_2_with_negative and null_odds is not None:
+        for name, scores in ("exact", exact), ("f1", f1):
+            best, threshold = _best_threshold(scores, predictions, null_odds, has_answer)
+            metrics |= {f"best_{name}": best, f"best_{name}_thresh": threshold}
     return metrics
 
 
-def _averages(exact, f1, ids):
-    exact, f1 = (100.0 * sum(scores[id_] for id_ in ids) / len(ids) for scores in (exact, f1))
-    return {"exact": exact, "f1": f1, "total": len(ids)}
-
-
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
 def _words(text):
-    return re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_PUNCTUATION)).split()
+    text = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
 def _f1(prediction, gold, version_2_with_negative):
@@ -94,9 +91,8 @@ def _best_threshold(scores, predictions, null_odds, has_answer):
 def glue_metrics(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """The metrics of `task.metrics`: fractions of 1, correlations from -1 to 1.
 
-    logits: (examples, labels of the task), or (examples, 1) or (examples,) for a regression.
-    labels: (examples,). F1 is that of the second label. An undefined correlation is 0.0, with a
-    warning.
+    logits: (examples, labels of the task), or for a regression (examples, 1) or (examples,).
+    labels: (examples,). F1 is that of the second label. Undefined correlations count as 0.
     """
     logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
     if task.is_regression:
@@ -121,8 +117,5 @@ def _correlation(correlate: Callable, scores: np.ndarray, labels: np.ndarray) ->
 
 
 def mean_entropy(logits: np.ndarray) -> float:
-    """Mean entropy of the predictions in nats, from 0 (all are certain) to log(labels).
-
-    logits: (examples, labels).
-    """
+    """Mean entropy in nats of the predictions with these logits: (examples, labels)."""
     return float(entr(softmax(np.asarray(logits, np.float64), axis=1)).sum(axis=1).mean())

@@ -16,21 +16,19 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import torch
 from datasets import Dataset, Features, List, Value
 from tokenizers import Tokenizer
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from emmental.data.features import (
     brief,
     cached_map,
     cached_rows,
+    collate_features,
     content_hash,
     fast_backend,
     json_field,
     load_hub,
-    pad_batch,
     ragged,
     row_tuples,
 )
@@ -157,21 +155,17 @@ def build_features(
 ) -> Dataset:
     """Turn examples into features, one per window of a context; lengths and strides are in tokens.
 
-    Returns at least one row per example, in their order: input_ids (list of `length` int32,
-    unpadded), length, context_start (index of the first context token: token types are 0 before
-    it, 1 from it on), example_index (row of `examples`).
-    For training also start_position and end_position (indices into input_ids of the first and last
-    token of the first answer; 0, 0 = [CLS] if there is none, or it is not entirely in the window);
-    else offsets (start, end, start, end, ...: characters of each context token in the context) and
-    max_context (a bool per context token: whether this window shows most of its surroundings).
-    Raises UserError for a slow tokenizer, or if the lengths leave no room for the context.
+    Returns, in the order of the examples: input_ids (list of `length` int32, unpadded), length,
+    context_start (index of the first context token: token types are 0 before it, 1 from it on),
+    example_index. For training also start_position and end_position (indices of the first and last
+    token of the first answer, or of [CLS] if the window does not hold all of it); else offsets
+    (start, end, start, end, ...: characters of the context tokens in the context) and max_context
+    (bool per context token: whether this window shows most of its surroundings). Raises UserError
+    if the lengths leave no room for a context.
     """
     backend = fast_backend(tokenizer)
-    settings = {
-        "frame": _frame(backend),
-        "sizes": (max_seq_length, doc_stride, max_query_length),
-        "training": training,
-    }
+    sizes = max_seq_length, doc_stride, max_query_length
+    settings = {"frame": _frame(backend), "sizes": sizes, "training": training}
     return cached_map(
         examples,
         functools.partial(_featurize, backend=backend, **settings),
@@ -192,7 +186,7 @@ def _frame(backend: Tokenizer) -> tuple[list[int], list[int], list[int]]:
 
 
 def _featurize(ids, questions, contexts, answers, rows, *, backend, frame, sizes, training):
-    """One batch of examples -> a table of features. Flat arrays, which Arrow cuts up, for speed."""
+    """One batch of examples -> a table of features. Arrow cuts up flat arrays, for speed."""
     max_seq_length, doc_stride, max_query_length = sizes
     distinct = list(dict.fromkeys(contexts))
     encodings = backend.encode_batch(distinct, add_special_tokens=False)
@@ -212,9 +206,8 @@ def _featurize(ids, questions, contexts, answers, rows, *, backend, frame, sizes
         room = max_seq_length - len(head) - len(after)
         if room < 1:
             raise UserError(
-                f"question {brief(id_)!r} has {len(question)} tokens, which leaves no room for its "
-                f"context in --max_seq_length {max_seq_length}; raise it, or lower "
-                f"--max_query_length ({max_query_length})"
+                f"question {brief(id_)!r} has {len(question)} tokens and leaves no room for its "
+                f"context; raise --max_seq_length {max_seq_length} or lower --max_query_length"
             )
         windows = _windows(len(context_ids), room, doc_stride)
         if training:
@@ -282,14 +275,7 @@ def _max_context(n_tokens, windows):
     return owner
 
 
-def collate(features: list[dict], pad_token_id: int, **padding) -> dict[str, Tensor]:
-    """Pad features with `pad_batch`; training adds start_positions, end_positions: (batch,)."""
-    starts = [feature["context_start"] for feature in features]
-    batch = pad_batch(features, starts, pad_token_id, **padding)
-    for name in ("start_position", "end_position"):
-        if name in features[0]:
-            batch[f"{name}s"] = torch.tensor([feature[name] for feature in features])
-    return batch
+collate = functools.partial(collate_features, second_start="context_start")
 
 
 # ----------------------------------------------------------------------------------------- answers
@@ -308,16 +294,15 @@ def postprocess(
 ) -> tuple[dict[str, str], dict[str, list[dict]], dict[str, float]]:
     """Logits -> answers, by BERT's n-best search.
 
-    features: those of `build_features(training=False)`; the logits: a float array of at least
-    `length` for each. A candidate combines one of the `n_best_size` best starts in the context with
-    one of the best ends of the same window; it has at most `max_answer_length` tokens, and its
-    start has its maximum context in this window. The earlier candidate wins a tie. The null score
-    is the lowest score of [CLS] in all windows.
+    features: those of `build_features(training=False)`; logits: a float array of at least `length`
+    for each. A candidate pairs one of the `n_best_size` best starts in a window with one of its
+    best ends, at most `max_answer_length` tokens apart, if the window is the start's maximum
+    context; the earlier wins a tie. The null score is the lowest score of [CLS] in all windows.
 
     Returns, ready for JSON: predictions {id: text}, the n best {id: list of {text, probability,
-    start_logit, end_logit}} and null odds {id: null score - best score; empty for v1.1}. A
-    prediction is "" if the null odds exceed `null_score_diff_threshold` (v2.0), or without a valid
-    candidate; then the null odds are `NO_SPAN_ODDS` and the n best are the null answer.
+    start_logit, end_logit}} and, for v2.0, null odds {id: null score - best score}. A prediction is
+    "" if the null odds exceed `null_score_diff_threshold` (v2.0), or without a valid candidate;
+    then the null odds are `NO_SPAN_ODDS`.
     """
     candidates, nulls = collections.defaultdict(list), {}
     names = ["example_index", "context_start", "offsets", "max_context"]
