@@ -29,7 +29,7 @@ MNLI = f"index promptID pairID genre {PARSES} sentence1 sentence2"
 STSB = "index genre filename year old_index source1 source2 sentence1 sentence2"
 PAIR = ["sentence1", "sentence2"]
 STRINGS = ["#1 String", "#2 String"]
-# Official headers of the labelled and of the test files, text columns, label column, labels as they stand there.
+# Headers of the labelled and of the test files, text columns, label column, labels in the files.
 LAYOUTS = {
     "cola": (
         ["source", "label", "mark", "sentence"],
@@ -78,15 +78,19 @@ LAYOUTS = {
     "wnli": (["index", *PAIR, "label"], ["index", *PAIR], PAIR, "label", "01"),
 }
 LAYOUTS["mnli-mm"] = LAYOUTS["ax"] = LAYOUTS["mnli"]
-# Text with what splits lines or fields elsewhere: quotes, separators of Unicode, controls, a lone \r.
+# Characters that separate lines or fields elsewhere: quotes, Unicode separators, a lone \r.
 ODD = "Say \"it, 'é' \u2028\x85\x0b\x0c\x1c\r 漢😀, \""
 HUB_NAMES = {
-    "cola": ["unacceptable", "acceptable"], "sst2": ["negative", "positive"],
-    "mrpc": ["not_equivalent", "equivalent"], "qqp": ["not_duplicate", "duplicate"],
-    "mnli": ["entailment", "neutral", "contradiction"], "ax": ["entailment", "neutral", "contradiction"],
-    "qnli": ["entailment", "not_entailment"], "rte": ["entailment", "not_entailment"],
+    "cola": ["unacceptable", "acceptable"],
+    "sst2": ["negative", "positive"],
+    "mrpc": ["not_equivalent", "equivalent"],
+    "qqp": ["not_duplicate", "duplicate"],
+    "mnli": ["entailment", "neutral", "contradiction"],
+    "ax": ["entailment", "neutral", "contradiction"],
+    "qnli": ["entailment", "not_entailment"],
+    "rte": ["entailment", "not_entailment"],
     "wnli": ["not_entailment", "entailment"],
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)
@@ -161,9 +165,17 @@ def test_tasks():
 
 @pytest.mark.parametrize(
     "spelling, name",
-    [("SST-2", "sst-2"), ("sst2", "sst-2"), ("STSB", "sts-b"), ("sts_b", "sts-b"), ("mnli_mm", "mnli-mm"),
-     ("MNLI-MM", "mnli-mm"), ("CoLA", "cola"), ("AX", "ax")],
-)  # fmt: skip
+    [
+        ("SST-2", "sst-2"),
+        ("sst2", "sst-2"),
+        ("STSB", "sts-b"),
+        ("sts_b", "sts-b"),
+        ("mnli_mm", "mnli-mm"),
+        ("MNLI-MM", "mnli-mm"),
+        ("CoLA", "cola"),
+        ("AX", "ax"),
+    ],
+)
 def test_task_name(spelling, name):
     assert task_name(spelling) == name
 
@@ -267,8 +279,8 @@ def sts_row(score):
 @pytest.mark.parametrize(
     "name, content, parts",
     [
-        ("sst-2", "", ["dev.tsv: is empty"]),
-        ("sst-2", "\ufeff\n\n", ["dev.tsv: is empty"]),
+        ("sst-2", "", ["dev.tsv", "the file is empty"]),
+        ("sst-2", "\ufeff\n\n", ["dev.tsv", "the file is empty"]),
         ("cola", "", ["dev.tsv: is empty"]),
         ("cola", "\n", ["dev.tsv: is empty"]),
         ("sst-2", SST, ["dev.tsv: is empty"]),
@@ -276,7 +288,7 @@ def sts_row(score):
         (
             "sst-2",
             "fine film\t1\n",
-            ["dev.tsv:1: the header has no column sentence; found: fine film, 1"],
+            ["dev.tsv: the header has no column sentence; found: fine film, 1"],
         ),
         ("sst-2", "sentence\tlabels\nx\t1\n", ["no column label", "found: sentence, labels"]),
         ("sst-2", "label\tsentence\tlabel\n1\tx\t1\n", ["two columns label"]),
@@ -431,8 +443,11 @@ def test_hub_refusals(hub, monkeypatch):
         raise ConnectionError("no\nroute")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    refused(lambda: load_hub_examples(TASKS["sst-2"], "train"),
-            "nyu-mll/glue, sst2 (train): cannot be loaded from the hub (ConnectionError: no route)", "--data_dir")  # fmt: skip
+    refused(
+        lambda: load_hub_examples(TASKS["sst-2"], "train"),
+        "nyu-mll/glue, sst2 (train): cannot be loaded from the hub (ConnectionError: no route)",
+        "--data_dir",
+    )
 
 
 # ------------------------------------------------------------------------------------ custom tasks
@@ -442,7 +457,7 @@ SINGLE = custom_task((), ("a",), "y")
 
 
 def own(path, labels=(), task=OWN):
-    """The rows of the file of a split, and the names of the classes; by default those in the file."""
+    """The rows of a file, and the labels: by default those in the file."""
     labels = labels or find_labels(path, task)
     task = custom_task(labels, task.text_columns, task.label_column)
     return list(read_examples(task, path.parent, path.stem)), labels
@@ -459,7 +474,8 @@ def test_files_of_your_own(tmp_path):
 
 CUSTOM = {
     "train.tsv": 'y\tb\tz\ta\nyes\tp "q\t\tsay "hi, there\nno\t\t\tline \u2028 two\n',
-    "train.csv": '\ufeffy,b,z,a\r\nyes,"p ""q",,"say ""hi, there"\r\n\r\n no ,,,line \u2028 two\r\n',
+    "train.csv": '\ufeffy,b,z,a\r\nyes,"p ""q",,"say ""hi, there"\r\n\r\n'
+    " no ,,,line \u2028 two\r\n",
     "train.jsonl": '{"y": "yes", "a": "say \\"hi, there", "b": "p \\"q", "z": []}\n\n'
     '{"y": "no", "a": "line \u2028 two", "b": ""}\n',
 }
@@ -506,15 +522,18 @@ def test_custom_regression(tmp_path):
     assert examples.features["label"] == Value("float64")
     for label in ('"many"', "NaN", "Infinity", "null", '"nan"'):
         write(path, f'{{"a": "x", "y": {label}}}')
-        refused(lambda: read_examples(SINGLE, tmp_path, "train"), "train.jsonl:1: the label",
-                "not a finite number")  # fmt: skip
+        refused(
+            lambda: read_examples(SINGLE, tmp_path, "train"),
+            "train.jsonl:1: the label",
+            "not a finite number",
+        )
 
 
 @pytest.mark.parametrize(
     "name, content, said",
     [
-        ("train.csv", "", "train.csv: has 0 different labels"),
-        ("train.csv", "a,y\nx,1\n", "train.csv:1: the header has no column b; found: a, y"),
+        ("train.csv", "", "the file is empty"),
+        ("train.csv", "a,y\nx,1\n", "train.csv: the header has no column b; found: a, y"),
         ("train.csv", "a,b,y,y\nx,z,1,1\n", "the header has two columns y"),
         ("train.tsv", "a\tb\ty\nx\tz\n", "train.tsv:2: has 2 fields for 3"),
         ("train.tsv", "a\tb\ty\nx\tz\t1\t2\n", "train.tsv:2: has 4 fields"),
@@ -569,8 +588,15 @@ def test_labels_that_look_like_numbers_give_a_warning(tmp_path, caplog):
 # ---------------------------------------------------------------------------------------- features
 
 LONG = "ada lives in oslo and ben lives in rome . who lives in cairo , and where does dan live ?"
-TEXTS = [("ada lives in oslo .", "where does ada live ?"), (LONG, "no"), ("who ?", LONG), (LONG, LONG), ("", ""),
-         ("gus [SEP] hana", "Ünknown [MASK] words\u2028"), ("", LONG)]  # fmt: skip
+TEXTS = [
+    ("ada lives in oslo .", "where does ada live ?"),
+    (LONG, "no"),
+    ("who ?", LONG),
+    (LONG, LONG),
+    ("", ""),
+    ("gus [SEP] hana", "Ünknown [MASK] words\u2028"),
+    ("", LONG),
+]
 
 
 def make_examples(pair=True, labels=None, texts=TEXTS):
@@ -648,8 +674,12 @@ def test_truncation_and_padding_of_the_tokenizer_do_not_matter(tmp_path, tiny_to
 def test_features_refusals(tiny_tokenizer):
     for pair, least in (True, 5), (False, 3):
         build_features(make_examples(pair), tiny_tokenizer, max_seq_length=least)
-        refused(lambda pair=pair, least=least: build_features(make_examples(pair), tiny_tokenizer,
-                max_seq_length=least - 1), f"--max_seq_length is {least - 1}, but must be at least {least}")  # fmt: skip
+        refused(
+            lambda pair=pair, least=least: build_features(
+                make_examples(pair), tiny_tokenizer, max_seq_length=least - 1
+            ),
+            f"--max_seq_length is {least - 1}, but must be at least {least}",
+        )
 
 
 # ------------------------------------------------------------------------------------------- cache

@@ -1,6 +1,6 @@
 """What holds for any input: parsers, the way from tokens back to the text, the packed format.
 
-`pytest tests/test_properties.py --hypothesis-profile long` tries a hundred times as much, another sample each time.
+`pytest tests/test_properties.py --hypothesis-profile long` tries a hundred times as many.
 """
 
 import csv
@@ -22,8 +22,34 @@ from emmental import coding
 from emmental.data import glue, glue_tasks, squad
 from emmental.errors import UserError
 
-SPECIAL = ["\U0001f600", "\U0001d4d0", "\U00020000", "\u05e9", "\u202e", "\u200b", "\u200d", "\ufeff", "\u0301", "\u00e9", "e\u0301", "\uac00",
-           "\u4e2d", "\ufb01", "\u0130", "\u00df", "\0", "\r", "\x1c", "\x85", "\u00a0", "\u2028", "\ufffd", "'", "##", "[SEP]"]  # fmt: skip
+SPECIAL = [
+    "\U0001f600",
+    "\U0001d4d0",
+    "\U00020000",
+    "\u05e9",
+    "\u202e",
+    "\u200b",
+    "\u200d",
+    "\ufeff",
+    "\u0301",
+    "\u00e9",
+    "e\u0301",
+    "\uac00",
+    "\u4e2d",
+    "\ufb01",
+    "\u0130",
+    "\u00df",
+    "\0",
+    "\r",
+    "\x1c",
+    "\x85",
+    "\u00a0",
+    "\u2028",
+    "\ufffd",
+    "'",
+    "##",
+    "[SEP]",
+]
 ANY = st.characters(exclude_categories=["Cs"])
 TEXT = st.text(ANY | st.sampled_from("ab \t\n") | st.sampled_from("".join(SPECIAL)))
 
@@ -57,7 +83,7 @@ def folder(tmp_path_factory):
 
 
 def answers(contexts, slices, tokenizer, folder, size):
-    """What perfect logits predict for these slices of these contexts: through a file, features, windows and back."""
+    """What perfect logits predict for these slices: through a file, features and windows."""
     with tempfile.TemporaryDirectory(dir=folder) as place:
         paragraphs = [
             {
@@ -93,7 +119,7 @@ def answers(contexts, slices, tokenizer, folder, size):
             "null_score_diff_threshold": 0.0,
         }
         predictions, _, _ = squad.postprocess(examples, features, starts, ends, **limits)
-        # BERT's rule leaves an answer out that no window shows both whole and with most of its surroundings.
+        # BERT's rule drops an answer if no window shows it whole and most of its surroundings.
         return [predictions[f"{n}"] if n in shown else None for n in range(len(contexts))]
 
 
@@ -108,7 +134,7 @@ def is_seen(char):
 
 
 def seen_part(text, start, end):
-    """The slice without what tokenizers drop at its edges; an accent belongs to the character before it."""
+    """The slice without what tokenizers drop at its edges; accents belong to what precedes."""
     places = [place for place in range(start, end) if is_seen(text[place])]
     if not places:
         return None
@@ -185,7 +211,7 @@ VALUES = st.recursive(
 
 @st.composite
 def documents(draw):
-    """The text of a JSON object with "data" somewhere, or of some other value, perhaps with a fault in it."""
+    """The text of a JSON object with "data", or of another value, perhaps with an error."""
     document = draw(st.dictionaries(st.text(max_size=4), VALUES, max_size=3))
     document["data"] = draw(st.lists(VALUES, max_size=4) | VALUES)
     value = draw(st.sampled_from([document] * 4 + [draw(VALUES)]))

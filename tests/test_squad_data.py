@@ -1,4 +1,4 @@
-"""SQuAD data: every refusal, the geometry of the windows, the cache, the n-best search and both metrics."""
+"""SQuAD data: every refusal, windows, the cache, the n-best search and both metrics."""
 
 import collections
 import functools
@@ -31,8 +31,14 @@ from emmental.data.squad import (
 from emmental.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-CONTEXT = "The Normans (Norman: Nourmands) were the people who gave their name to Normandy, a region in France."
-UNICODE = "L'école à Besançon: 漢字 und 😀 𝔘ber cafe\u0301, nai\u0308ve e\u0301tude 한국 x\u200by İstanbul re\u0301sume\u0301"
+CONTEXT = (
+    "The Normans (Norman: Nourmands) were the people who gave their name to Normandy, "
+    "a region in France."
+)
+UNICODE = (
+    "L'école à Besançon: 漢字 und 😀 𝔘ber cafe\u0301, nai\u0308ve e\u0301tude 한국 "
+    "x\u200by İstanbul re\u0301sume\u0301"
+)
 SIZES = {"max_seq_length": 24, "doc_stride": 5, "max_query_length": 6}
 
 
@@ -331,7 +337,7 @@ def test_windows_cover_every_token_as_bert_lays_them_out(tmp_path, tokenizer, do
 
 @pytest.mark.parametrize("max_seq_length, doc_stride", [(24, 4), (24, 5), (210, 129)])
 def test_max_context_is_the_one_of_bert_and_unique(tmp_path, tokenizer, max_seq_length, doc_stride):
-    # With a stride of 4 two windows tie; with long windows the weight of their length outdoes a token.
+    # With a stride of 4 two windows tie; long windows weigh more than a token.
     long = " ".join("abcdefgh" * 44)
     examples = examples_of(
         tmp_path, document((CONTEXT, [qa("a", CONTEXT)]), (long, [qa("b", long)]))
@@ -528,7 +534,7 @@ def test_cache_is_reused_and_never_stale(tmp_path, cache, builds, tokenizer, mon
 
 
 def test_the_cache_goes_by_content_alone(tmp_path, cache, builds, tokenizer):
-    """Not by the file's name, nor by what differs from process to process, as automatic fingerprints do."""
+    """Not by the name of the file, nor by what differs between processes."""
     for name in "one", "two":
         (tmp_path / name).mkdir()
         examples = examples_of(tmp_path / name, good())
@@ -628,9 +634,15 @@ def test_collate():
 
 def search(examples, features, start, end, n=20, length=30, v2=False, threshold=0.0):
     return postprocess(
-        examples, features, start, end, n_best_size=n, max_answer_length=length,
-        version_2_with_negative=v2, null_score_diff_threshold=threshold,
-    )  # fmt: skip
+        examples,
+        features,
+        start,
+        end,
+        n_best_size=n,
+        max_answer_length=length,
+        version_2_with_negative=v2,
+        null_score_diff_threshold=threshold,
+    )
 
 
 def one_feature(tmp_path, tokenizer, v2=False):
@@ -853,13 +865,22 @@ def test_v2_groups_and_best_thresholds_by_hand(tmp_path):
     metrics = squad_metrics(examples, predictions, null_odds, version_2_with_negative=True)
     assert metrics == pytest.approx(
         {
-            "exact": 40.0, "f1": 20 * (2 + f1), "total": 5,
-            "HasAns_exact": 100 / 3, "HasAns_f1": 100 * (1 + f1) / 3, "HasAns_total": 3,
-            "NoAns_exact": 50.0, "NoAns_f1": 50.0, "NoAns_total": 2,
-            # All null: 2 right. Up to odds -1, "dog" (and for F1 "cat") is gained; from 2.0 on "x" is lost.
-            "best_exact": 60.0, "best_exact_thresh": -1.0, "best_f1": 20 * (3 + f1), "best_f1_thresh": -1.0,
+            "exact": 40.0,
+            "f1": 20 * (2 + f1),
+            "total": 5,
+            "HasAns_exact": 100 / 3,
+            "HasAns_f1": 100 * (1 + f1) / 3,
+            "HasAns_total": 3,
+            "NoAns_exact": 50.0,
+            "NoAns_f1": 50.0,
+            "NoAns_total": 2,
+            # All null: 2 right. Up to -1 "dog" (for F1 also "cat") is won; from 2 on "x" is lost.
+            "best_exact": 60.0,
+            "best_exact_thresh": -1.0,
+            "best_f1": 20 * (3 + f1),
+            "best_f1_thresh": -1.0,
         }
-    )  # fmt: skip
+    )
 
 
 def test_best_threshold_is_zero_when_no_prediction_helps(tmp_path):
@@ -891,7 +912,7 @@ def test_best_thresholds_equal_trying_them_all(tmp_path):
 
 
 def official_f1(gold, prediction):
-    """F1 by counting, independent of the module: harmonic mean of precision and recall over shared words."""
+    """F1 by counting, independent of the module."""
     gold, prediction = gold.split(), prediction.split()
     shared = sum(min(gold.count(word), prediction.count(word)) for word in set(gold))
     return 0.0 if not shared else 2 * shared / (len(gold) + len(prediction))

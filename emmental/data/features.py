@@ -117,9 +117,9 @@ def cached_map(
     columns: list[str],
     *,
     key: str,
-    num_proc: int,
-    overwrite_cache: bool,
     with_indices: bool = False,
+    num_proc: int = 1,
+    overwrite_cache: bool = False,
 ) -> Dataset:
     """Map batches of these columns to Arrow tables of features, cached beside the examples.
 

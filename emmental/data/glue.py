@@ -138,30 +138,28 @@ def _examples(records: Callable, task: Task, labelled: bool) -> Iterator[dict]:
 
 def _records(path: Path, task: Task, labelled: bool) -> Iterator[tuple[str, dict]]:
     """Yield (place in the file, {column: value}) for each row of a file."""
-    rows = ((f"{path}:{line}", row) for line, row in _rows(path))
+    rows = _rows(path)
     if path.suffix == ".jsonl":
-        yield from rows
+        yield from ((f"{path}:{line}", record) for line, record in rows)
         return
-    header = task.headerless if labelled else ()
-    for where, fields in rows:
-        if fields in ([], [""]):
-            if len(header) == 1:  # an empty text, or the end of the file?
-                raise UserError(f"{where}: is blank; give it a text, or remove it")
-        elif not header:
-            header = fields
-            for name in (*task.text_columns, *([task.label_column] if labelled else [])):
-                if header.count(name) != 1:
-                    number = "two columns" if name in header else "no column"
-                    found = brief(", ".join(header), 300)
-                    raise UserError(f"{where}: the header has {number} {name}; found: {found}")
-        elif len(fields) < len(header) and task.short_rows and labelled:
+    header = task.headerless if labelled and task.headerless else next(rows, (1, []))[1]
+    for name in (*task.text_columns, *([task.label_column] if labelled else [])):
+        if header.count(name) != 1:
+            number = "two columns" if name in header else "no column"
+            found = brief(", ".join(header), 300) or "nothing, the file is empty"
+            raise UserError(f"{path}: the header has {number} {name}; found: {found}")
+    for line, fields in rows:
+        where, extra = f"{path}:{line}", len(fields) - len(header)
+        is_blank = fields in ([], [""])
+        if (is_blank and len(header) > 1) or (extra < 0 and task.short_rows and labelled):
             continue
-        elif len(fields) < len(header) or (task.name == CUSTOM and len(fields) > len(header)):
+        if is_blank:  # a text, or the end of the file? The index of each prediction depends on it
+            raise UserError(f"{where}: is blank; give it a text, or remove it")
+        if extra < 0 or (extra > 0 and task.name == CUSTOM):
             raise UserError(
                 f"{where}: has {len(fields)} fields for {len(header)} columns; correct it"
             )
-        else:
-            yield where, dict(zip(header, fields))
+        yield where, dict(zip(header, fields))
 
 
 def _rows(path: Path) -> Iterator[tuple[int, object]]:
@@ -221,19 +219,14 @@ def _label(record: dict, task: Task, where: str) -> int | float:
 
 
 def build_features(
-    examples: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_seq_length: int,
-    num_proc: int = 1,
-    overwrite_cache: bool = False,
+    examples: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_seq_length: int, **caching
 ) -> Dataset:
     """Turn examples into features of at most `max_seq_length` tokens, one per example, in order.
 
     Returns input_ids (list of `length` int32, unpadded), length, second_start (index of the first
     token of text_b: token types are 0 before it, 1 from it on; `length` for a single sentence) and
-    the label, if there is one. Truncation is `longest_first` of transformers.
-    Raises UserError for a slow tokenizer, or a length that leaves no room for the texts.
+    the label, if there is one. Truncation is `longest_first` of transformers. `caching` are
+    options of `cached_map`. Raises UserError for a length that leaves no room for the texts.
     """
     backend = fast_backend(tokenizer)
     texts = 1 if examples[0]["text_b"] is None else 2
@@ -246,8 +239,7 @@ def build_features(
         functools.partial(_featurize, backend=backend),
         [name for name in ("text_a", "text_b", "label") if name in examples.column_names],
         key=content_hash(VERSION, backend.to_str()),
-        num_proc=num_proc,
-        overwrite_cache=overwrite_cache,
+        **caching,
     )
 
 

@@ -1,39 +1,31 @@
-"""The GLUE tasks (Wang et al. 2018), and your own: what distinguishes them."""
+"""The GLUE tasks (Wang et al. 2018), and your own."""
 
 import functools
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 CUSTOM = "custom"  # the name of every task of your own
+CUSTOM_SUBMISSION = "predictions.tsv"
 
 
 @dataclass(frozen=True)
 class Task:
-    """What distinguishes a task. Splits are named as their files: train, dev, dev_matched, test...
-
-    labels: names of the classes, in the order of the model's outputs; none for a regression.
-    metrics: keys of `glue_metrics`.
-    submissions: file of predictions for each test split.
-    numbered: files and submissions hold the class indices, not the names.
-    score_range: lowest and highest label of a regression.
-    headerless: columns of the training and evaluation files, if these have no header.
-    short_rows: training and evaluation files have broken rows, with too few fields.
-    """
+    """What distinguishes a task. Splits are named as their files: train, dev_matched, test, ..."""
 
     name: str
-    labels: tuple[str, ...]
+    labels: tuple[str, ...]  # in the order of the model's outputs; empty for a regression
     text_columns: tuple[str, ...]
     label_column: str = "label"
     hub_config: str = ""
-    hub_columns: tuple[str, ...] = ()
-    metrics: tuple[str, ...] = ("acc",)
+    hub_columns: tuple[str, ...] = ()  # the texts on the hub, if named differently
+    metrics: tuple[str, ...] = ("acc",)  # keys of `glue_metrics`; the last compares runs
     evaluation_splits: tuple[str, ...] = ("dev",)
-    submissions: dict[str, str] = field(default_factory=dict)
-    numbered: bool = False
-    score_range: tuple[float, float] = (-math.inf, math.inf)
-    headerless: tuple[str, ...] = ()
-    short_rows: bool = False
+    submissions: dict[str, str] = field(default_factory=dict)  # test split: file of predictions
+    numbered: bool = False  # files and submissions hold class indices, not names
+    score_range: tuple[float, float] = (-math.inf, math.inf)  # of a regression's labels
+    headerless: tuple[str, ...] = ()  # columns of the labelled files, if they have no header
+    short_rows: bool = False  # labelled files have broken rows, with too few fields
 
     @property
     def is_regression(self) -> bool:
@@ -42,7 +34,7 @@ class Task:
 
     @property
     def key_metric(self) -> str:
-        """The metric to compare runs by."""
+        """The metric that compares runs."""
         return self.metrics[-1]
 
     @functools.cached_property
@@ -58,13 +50,13 @@ _SENTENCES = ("sentence1", "sentence2")
 _ENTAILMENT = ("entailment", "not_entailment")
 _ACC_AND_F1 = ("acc", "f1", "acc_and_f1")
 _CORRELATIONS = ("pearson", "spearmanr", "corr")
-_MNLI = {
-    "labels": ("contradiction", "entailment", "neutral"),
-    "text_columns": _SENTENCES,
-    "label_column": "gold_label",
-    "hub_config": "mnli",
-    "hub_columns": ("premise", "hypothesis"),
-}
+# fmt: off
+_MNLI = Task(
+    "mnli", ("contradiction", "entailment", "neutral"), _SENTENCES, "gold_label",
+    hub_config="mnli", hub_columns=("premise", "hypothesis"),
+    evaluation_splits=("dev_matched", "dev_mismatched"),
+    submissions={"test_matched": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv"},
+)
 _TASKS = (
     Task("cola", ("unacceptable", "acceptable"), ("sentence",), hub_config="cola", metrics=("mcc",),
          headerless=("source", "label", "mark", "sentence"), submissions={"test": "CoLA.tsv"},
@@ -79,24 +71,20 @@ _TASKS = (
     Task("qqp", ("not_duplicate", "duplicate"), ("question1", "question2"), "is_duplicate",
          hub_config="qqp", metrics=_ACC_AND_F1, submissions={"test": "QQP.tsv"}, numbered=True,
          short_rows=True),
-    Task("mnli", **_MNLI, evaluation_splits=("dev_matched", "dev_mismatched"),
-         submissions={"test_matched": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv"}),
-    Task("mnli-mm", **_MNLI, evaluation_splits=("dev_mismatched",),
-         submissions={"test_mismatched": "MNLI-mm.tsv"}),
+    _MNLI,
+    replace(_MNLI, name="mnli-mm", evaluation_splits=("dev_mismatched",),
+            submissions={"test_mismatched": "MNLI-mm.tsv"}),
     Task("qnli", _ENTAILMENT, ("question", "sentence"), hub_config="qnli",
          submissions={"test": "QNLI.tsv"}),
     Task("rte", _ENTAILMENT, _SENTENCES, hub_config="rte", submissions={"test": "RTE.tsv"}),
     Task("wnli", _ENTAILMENT[::-1], _SENTENCES, hub_config="wnli", submissions={"test": "WNLI.tsv"},
          numbered=True),
-    Task("ax", **(_MNLI | {"hub_config": "ax"}), evaluation_splits=(),
-         submissions={"test": "AX.tsv"}),
-)  # fmt: skip
-TASKS = {task.name: task for task in _TASKS}
-
-CUSTOM_SUBMISSION = "predictions.tsv"
-SUBMISSION_FILES = sorted(
-    {CUSTOM_SUBMISSION, *(file for task in _TASKS for file in task.submissions.values())}
+    replace(_MNLI, name="ax", hub_config="ax", evaluation_splits=(),
+            submissions={"test": "AX.tsv"}),
 )
+# fmt: on
+TASKS = {task.name: task for task in _TASKS}
+SUBMISSION_FILES = [CUSTOM_SUBMISSION, *(f for task in _TASKS for f in task.submissions.values())]
 
 
 def task_name(text: str) -> str:

@@ -150,8 +150,7 @@ def build_features(
     doc_stride: int,
     max_query_length: int,
     training: bool,
-    num_proc: int = 1,
-    overwrite_cache: bool = False,
+    **caching,
 ) -> Dataset:
     """Turn examples into features, one per window of a context; lengths and strides are in tokens.
 
@@ -160,8 +159,8 @@ def build_features(
     example_index. For training also start_position and end_position (indices of the first and last
     token of the first answer, or of [CLS] if the window does not hold all of it); else offsets
     (start, end, start, end, ...: characters of the context tokens in the context) and max_context
-    (bool per context token: whether this window shows most of its surroundings). Raises UserError
-    if the lengths leave no room for a context.
+    (bool per context token: whether this window shows most of its surroundings). `caching` are
+    options of `cached_map`. Raises UserError if the lengths leave no room for a context.
     """
     backend = fast_backend(tokenizer)
     sizes = max_seq_length, doc_stride, max_query_length
@@ -171,9 +170,8 @@ def build_features(
         functools.partial(_featurize, backend=backend, **settings),
         ["id", "question", "context", "answers"],
         key=content_hash(VERSION, backend.to_str(), settings),
-        num_proc=num_proc,
-        overwrite_cache=overwrite_cache,
         with_indices=True,
+        **caching,
     )
 
 
