@@ -41,7 +41,12 @@ class Squad(Task):
 
     head, labels = "QuestionAnswering", 2
     max_seq_length, logging_steps, save_steps = 384, 500, 500
-    result_files = ("eval_results.*", "*predictions_*.json", "null_odds_*.json")
+    result_files = (
+        "eval_results.*",
+        "predictions_*.json",
+        "nbest_predictions_*.json",
+        "null_odds_*.json",
+    )
 
     # fmt: off
     def add_arguments(self, parser):

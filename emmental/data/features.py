@@ -125,7 +125,6 @@ def cached_map(
 
     key: hash of everything else that the features depend on. Rows do not depend on `num_proc`.
     """
-
     build = functools.partial(
         examples.map,
         featurize,
@@ -201,10 +200,10 @@ def pad_batch(
 def collate_features(
     features: list[dict], pad_token_id: int, *, second_start: str, **padding
 ) -> dict[str, Tensor]:
-    """Pad features with `pad_batch`, and add those labels that they have.
+    """Pad features with `pad_batch`, and add their labels, start_positions and end_positions.
 
-    second_start: column of the index of the first token of type 1. Labels are (batch,) tensors:
-    labels (int64, or float32), start_positions, end_positions.
+    second_start: column with the index of the first token of type 1. Labels are (batch,) tensors:
+    int64, or float32 for a regression.
     """
     starts = [feature[second_start] for feature in features]
     batch = pad_batch(features, starts, pad_token_id, **padding)

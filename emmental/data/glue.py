@@ -40,7 +40,6 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1  # raise it when the features of the same input change: old caches are then ignored
 HUB_NAME = "nyu-mll/glue"
-CUSTOM_SUFFIXES = (".tsv", ".csv", ".jsonl")
 
 
 # ---------------------------------------------------------------------------------------- examples
@@ -48,7 +47,7 @@ CUSTOM_SUFFIXES = (".tsv", ".csv", ".jsonl")
 
 def split_file(task: Task, data_dir: Path | str, split: str) -> Path:
     """The file of a split; raises UserError unless there is exactly one."""
-    suffixes = CUSTOM_SUFFIXES if task.name == CUSTOM else (".tsv",)
+    suffixes = (".tsv", ".csv", ".jsonl") if task.name == CUSTOM else (".tsv",)
     names = [f"{'diagnostic' if task.name == 'ax' else split}{suffix}" for suffix in suffixes]
     found = [Path(data_dir) / name for name in names if (Path(data_dir) / name).is_file()]
     if len(found) != 1:
@@ -67,7 +66,8 @@ def read_examples(
     float). Raises UserError for errors in the file.
     """
     path, labelled = split_file(task, data_dir, split), split not in task.submissions
-    examples = _cached(functools.partial(_records, path), task, labelled, path, cache_dir)
+    records = functools.partial(_records, path, task, labelled)
+    examples = _cached(records, task, labelled, path, cache_dir)
     if not len(examples):
         raise UserError(f"{path}: is empty; it holds no examples")
     if task.short_rows and labelled:
@@ -83,7 +83,7 @@ def load_hub_examples(task: Task, split: str, cache_dir: str | None = None) -> D
     names = hub.features["label"].names if labelled and not task.is_regression else ()
     columns = ["label" if labelled else "idx", *(task.hub_columns or task.text_columns)]
 
-    def records(task: Task, labelled: bool) -> Iterator[tuple[str, dict]]:
+    def records() -> Iterator[tuple[str, dict]]:
         for row, (value, *texts) in enumerate(row_tuples(hub, columns)):
             record = dict(zip(task.text_columns, texts))
             if labelled:
@@ -96,7 +96,7 @@ def load_hub_examples(task: Task, split: str, cache_dir: str | None = None) -> D
 
 
 def find_labels(path: Path, task: Task) -> tuple[str, ...]:
-    """The labels in a file of your own task, sorted. Raises UserError if all are the same."""
+    """The labels in a file of your own task, sorted; raises UserError if all are the same."""
     found = [_class_name(record, task, where) for where, record in _records(path, task, True)]
     labels = tuple(sorted(set(found)))
     if len(labels) < 2:
@@ -123,7 +123,7 @@ def _cached(
 
 def _examples(records: Callable, task: Task, labelled: bool) -> Iterator[dict]:
     """Check the records and yield them as rows."""
-    for row, (where, record) in enumerate(records(task, labelled)):
+    for row, (where, record) in enumerate(records()):
         texts = [json_field(record, name, str, where) for name in task.text_columns]
         example = {"index": row, "text_a": texts[0], "text_b": texts[1] if texts[1:] else None}
         if labelled:
@@ -153,7 +153,7 @@ def _records(path: Path, task: Task, labelled: bool) -> Iterator[tuple[str, dict
         is_blank = fields in ([], [""])
         if (is_blank and len(header) > 1) or (extra < 0 and task.short_rows and labelled):
             continue
-        if is_blank:  # a text, or the end of the file? The index of each prediction depends on it
+        if is_blank:  # an empty text, or no text? The indices of the predictions depend on it
             raise UserError(f"{where}: is blank; give it a text, or remove it")
         if extra < 0 or (extra > 0 and task.name == CUSTOM):
             raise UserError(
