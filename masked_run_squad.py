@@ -57,7 +57,7 @@ class Squad(Task):
         add("--version_2_with_negative", action="store_true",
             help="SQuAD v2.0: some questions have no answer")
         add("--null_score_diff_threshold", type=number(float), default=0.0,
-            help="v2.0: predict no answer if its score is higher than the best answer's by more")
+            help="v2.0: predict no answer if its score exceeds the best answer's by more than this")
         add("--doc_stride", type=count, default=128,
             help="tokens between the starts of the windows over a long context")
         add("--max_query_length", type=count, default=64,
@@ -80,7 +80,7 @@ class Squad(Task):
             if file:
                 rows = squad.read_examples(file, self.v2, split == "predict", args.cache_dir)
             else:
-                hub_split = {"train": "train", "predict": "validation"}[split]
+                hub_split = "train" if split == "train" else "validation"
                 rows = squad.load_hub_examples(hub_split, self.v2, args.cache_dir)
             self.examples[split] = rows
         if args.do_train:
@@ -88,8 +88,8 @@ class Squad(Task):
             if skipped:
                 shown = ", ".join(skipped if args.verbose_logging else skipped[:5])
                 logger.warning(
-                    f"{len(skipped)} training questions skipped, whose answer is not at its "
-                    f"answer_start: {shown} (all with --verbose_logging)"
+                    f"skipped {len(skipped)} training questions whose answer is not at its "
+                    f"answer_start: {shown} (--verbose_logging lists all)"
                 )
             if not len(self.examples["train"]):
                 raise UserError("no training question is usable: see the warning above")

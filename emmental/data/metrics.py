@@ -75,7 +75,7 @@ def _f1(prediction, gold, version_2_with_negative):
 
 
 def _best_threshold(scores, predictions, null_odds, has_answer):
-    """Walk up the null odds: up to the threshold the prediction counts, above it "no answer"."""
+    """Try each of the null odds: up to the threshold the prediction counts, above it no answer."""
     current = best = sum(not answered for answered in has_answer.values())
     threshold = 0.0
     for id_ in sorted((id_ for id_ in null_odds if id_ in scores), key=null_odds.get):
@@ -112,7 +112,9 @@ def glue_metrics(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str
 def _correlation(correlate: Callable, scores: np.ndarray, labels: np.ndarray) -> float:
     if all(0 < np.ptp(values) < np.inf for values in (scores, labels)):
         return float(correlate(scores, labels).statistic)
-    logger.warning(f"{correlate.__name__} is undefined: all predictions or labels are equal: 0.0")
+    logger.warning(
+        f"{correlate.__name__} is undefined for equal predictions or labels; it counts as 0"
+    )
     return 0.0
 
 

@@ -234,7 +234,7 @@ def _featurize(ids, questions, contexts, answers, rows, *, backend, frame, sizes
 
 
 def _windows(n_tokens, room, doc_stride):
-    """The windows [(begin, end), ...] over a context: none after the first that reaches its end."""
+    """The windows [(begin, end), ...] over a context; the first to reach its end is the last."""
     stride = min(doc_stride, room)
     begins = range(0, max(n_tokens - room, 0) + stride, stride)
     return [(begin, min(begin + room, n_tokens)) for begin in begins]
@@ -294,8 +294,8 @@ def postprocess(
 
     features: those of `build_features(training=False)`; logits: a float array of at least `length`
     for each. A candidate pairs one of the `n_best_size` best starts in a window with one of its
-    best ends, at most `max_answer_length` tokens apart, if the window is the start's maximum
-    context; the earlier wins a tie. The null score is the lowest score of [CLS] in all windows.
+    best ends. It has at most `max_answer_length` tokens, and its start has its maximum context in
+    this window. The earlier wins a tie. The null score is the lowest score of [CLS] in all windows.
 
     Returns, ready for JSON: predictions {id: text}, the n best {id: list of {text, probability,
     start_logit, end_logit}} and, for v2.0, null odds {id: null score - best score}. A prediction is
