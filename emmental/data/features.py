@@ -14,6 +14,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -43,7 +44,7 @@ def brief(text: object, longest: int = 60) -> str:
     return line if len(line) <= longest else f"{line[: longest - 3]}..."
 
 
-def json_field(record: object, name: str, kind: type, where: str, default: object = None):
+def json_field(record: object, name: str, kind: type, where: str, default=None) -> Any:
     """`record[name]`, or `default` if it is missing; raises UserError unless it is a `kind`."""
     if not isinstance(record, dict):
         raise UserError(f'{where}: must be an object with "{name}", not {brief(record)}')
