@@ -112,7 +112,7 @@ class Glue:
     length = 128
 
     def __init__(self, args: argparse.Namespace):
-        self.task = glue_tasks.find_task(args.task)
+        self.task = glue_tasks.TASKS[glue_tasks.task_name(args.task)]
         if self.task.is_regression or not self.task.evaluation_splits:
             raise UserError(
                 f"{args.task} is not a classification task with a development set: choose another"

@@ -306,7 +306,7 @@ def test_teachers_that_do_not_fit(refused, tmp_path, tiny_bert, tiny_config, tin
 @pytest.mark.parametrize(
     "content, said",
     [
-        ("", "empty"),
+        ("", "JSON"),
         ("{", "JSON"),
         ("[]", "data"),
         ('{"data": [{"title": "t"}]}', "paragraphs"),

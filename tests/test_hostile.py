@@ -382,7 +382,7 @@ SQUAD = {  # name: (a document or raw bytes, what the line says; None: it works)
         lambda: b'{"data": [{"paragraphs": ' + b"[" * NEST + b"]" * NEST + b"}]}",
         "not JSON",
     ),
-    "nothing but blanks": (lambda: b" \n" * 10**6, "is empty"),
+    "nothing but blanks": (lambda: b" \n" * 10**6, "not JSON"),
     "something after the end": (
         lambda: json.dumps(squad_file()).encode() + b" {}",
         "is not JSON in UTF-8",
@@ -400,8 +400,11 @@ SQUAD = {  # name: (a document or raw bytes, what the line says; None: it works)
         ),
         "must be a whole number",
     ),
-    "a start beyond 64 bits": (lambda: squad_file(**answer("oslo", 2**70)), "must be an index"),
-    "a negative start": (lambda: squad_file(**answer("oslo", -1)), "must be an index"),
+    "a start beyond 64 bits": (
+        lambda: squad_file(**answer("oslo", 2**70)),
+        "must be a whole number",
+    ),
+    "a negative start": (lambda: squad_file(**answer("oslo", -1)), "must be a whole number"),
     "NaN": (lambda: b'{"data": NaN}', "must be a list"),
     "an empty answer": (lambda: squad_file(**answer("", 3)), "no training question is usable"),
     "a blank answer": (lambda: squad_file(**answer("  ", 3)), "no training question is usable"),

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -22,33 +23,40 @@ from emmental.training import run as narrative
 from emmental.training.distributed import World
 from emmental.training.passes import Means
 
-SHORT = [
-    "--max_seq_length",
-    "48",
-    "--max_query_length",
-    "16",
-    "--doc_stride",
-    "16",
-    "--per_gpu_train_batch_size",
-    "4",
-]
+SHORT = (
+    "--max_seq_length 48 --max_query_length 16 --doc_stride 16 --per_gpu_train_batch_size 4"
+).split()
 METHODS = {
-    "topK": ["--pruning_method", "topK", "--initial_threshold", "1", "--final_threshold", "0.2"],
-    "magnitude": ["--pruning_method", "magnitude", "--initial_threshold", "1", "--final_threshold", "0.2"],
-    "threshold": ["--pruning_method", "threshold", "--initial_threshold=-0.1", "--final_threshold=0.0"],
-    "soft": ["--pruning_method", "sigmoied_threshold", "--initial_threshold", "0", "--final_threshold", "0.5",
-             "--regularization", "l1", "--final_lambda", "20"],
-    "soft to a target": ["--pruning_method", "sigmoied_threshold", "--initial_threshold", "0", "--final_threshold", "0.1",
-                         "--regularization", "l1", "--target_remaining", "0.3", "--mask_scores_learning_rate", "0.3"],
-    "l0 to a target": ["--pruning_method", "l0", "--initial_threshold", "1", "--final_threshold", "1", "--mask_scale", "2.197",
-                       "--regularization", "l0", "--target_remaining", "0.3", "--mask_scores_learning_rate", "0.5"],
-    "l0": ["--pruning_method", "l0", "--initial_threshold", "1", "--final_threshold", "1", "--mask_scale", "2.197",
-           "--regularization", "l0", "--final_lambda", "20", "--mask_scores_learning_rate", "0.1"],
-    "global topK": ["--pruning_method", "topK", "--global_topk", "--global_topk_frequency_compute", "3",
-                    "--initial_threshold", "1", "--final_threshold", "0.2"],
-    "global magnitude": ["--pruning_method", "magnitude", "--global_topk", "--global_topk_frequency_compute", "3",
-                         "--initial_threshold", "1", "--final_threshold", "0.2"],
-}  # fmt: skip
+    "topK": "--pruning_method topK --initial_threshold 1 --final_threshold 0.2".split(),
+    "magnitude": ("--pruning_method magnitude --initial_threshold 1 --final_threshold 0.2").split(),
+    "threshold": (
+        "--pruning_method threshold --initial_threshold=-0.1 --final_threshold=0.0"
+    ).split(),
+    "soft": (
+        "--pruning_method sigmoied_threshold --initial_threshold 0 --final_threshold 0.5 "
+        "--regularization l1 --final_lambda 20"
+    ).split(),
+    "soft to a target": (
+        "--pruning_method sigmoied_threshold --initial_threshold 0 --final_threshold 0.1 "
+        "--regularization l1 --target_remaining 0.3 --mask_scores_learning_rate 0.3"
+    ).split(),
+    "l0 to a target": (
+        "--pruning_method l0 --initial_threshold 1 --final_threshold 1 --mask_scale 2.197 "
+        "--regularization l0 --target_remaining 0.3 --mask_scores_learning_rate 0.5"
+    ).split(),
+    "l0": (
+        "--pruning_method l0 --initial_threshold 1 --final_threshold 1 --mask_scale 2.197 "
+        "--regularization l0 --final_lambda 20 --mask_scores_learning_rate 0.1"
+    ).split(),
+    "global topK": (
+        "--pruning_method topK --global_topk --global_topk_frequency_compute 3 "
+        "--initial_threshold 1 --final_threshold 0.2"
+    ).split(),
+    "global magnitude": (
+        "--pruning_method magnitude --global_topk --global_topk_frequency_compute 3 "
+        "--initial_threshold 1 --final_threshold 0.2"
+    ).split(),
+}
 
 
 @pytest.fixture
@@ -94,35 +102,39 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-TRAIN = [
-    "--do_train",
-    "--max_steps",
-    "12",
-    "--warmup_steps",
-    "2",
-    "--save_steps",
-    "0",
-    "--logging_steps",
-    "4",
-]
+TRAIN = "--do_train --max_steps 12 --warmup_steps 2 --save_steps 0 --logging_steps 4".split()
 
 
 def test_a_run_leaves_exactly_what_the_readme_says(run):
     out = run(*METHODS["topK"], *TRAIN, "--do_eval", "--save_steps", "5")
     names = {file.name for file in out.iterdir() if not file.name.startswith("events.out.tfevents")}
     assert names == {
-        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training_args.json",
-        "training_summary.json", "eval_results.txt", "eval_results.json", "predictions_.json", "nbest_predictions_.json",
-        "checkpoint-5", "checkpoint-10",
-    }  # fmt: skip
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "training_args.json",
+        "training_summary.json",
+        "eval_results.txt",
+        "eval_results.json",
+        "predictions_.json",
+        "nbest_predictions_.json",
+        "checkpoint-5",
+        "checkpoint-10",
+    }
     summary = json.loads((out / "training_summary.json").read_text())
     assert (
         summary["updates"] == 12 and summary["seconds"] > 0 and "threads of" in summary["hardware"]
     )
     assert {file.name for file in (out / "checkpoint-5").iterdir()} == {
-        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training_args.json",
-        "training_state.pt", "files.json",
-    }  # fmt: skip
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "training_args.json",
+        "training_state.pt",
+        "files.json",
+    }
     config = json.loads((out / "config.json").read_text())
     assert (config["model_type"], config["pruning_method"], config["threshold"]) == (
         "masked_bert",
@@ -177,12 +189,7 @@ def test_a_target_is_reached_and_lambda_steered(run, method, caplog):
     flags = [
         *METHODS[method],
         *TRAIN,
-        "--max_steps",
-        "150",
-        "--warmup_steps",
-        "15",
-        "--logging_steps",
-        "10",
+        *"--max_steps 150 --warmup_steps 15 --logging_steps 10".split(),
     ]
     out = run(*flags, "--do_eval", "--final_warmup", "4")
     remaining = json.loads((out / "eval_results.json").read_text())["remaining_percent_linear"]
@@ -208,8 +215,13 @@ def test_resume_is_bit_identical(run, method, tiny_bert, tmp_path):
     BertConfig.from_pretrained(tiny_bert, hidden_dropout_prob=0.3).save_pretrained(
         tmp_path / "dropout"
     )
-    flags = [*METHODS[method], *TRAIN, "--gradient_accumulation_steps", "2", "--save_steps", "4",
-             "--config_name", str(tmp_path / "dropout")]  # fmt: skip
+    flags = [
+        *METHODS[method],
+        *TRAIN,
+        *"--gradient_accumulation_steps 2 --save_steps 4".split(),
+        "--config_name",
+        str(tmp_path / "dropout"),
+    ]
     whole = run(*flags, "--save_total_limit", "3", output="whole")
     assert {f.name for f in whole.glob("checkpoint-*")} == {
         "checkpoint-4",
@@ -339,12 +351,29 @@ def test_old_checkpoints_are_removed_unless_all_are_evaluated(run):
 
 
 def test_distillation_and_what_tensorboard_shows(run, tiny_bert):
-    flags = ["--teacher_type", "bert", "--teacher_name_or_path", str(tiny_bert), "--alpha_distil", "0.9",
-             "--alpha_ce", "0.1", "--save_steps", "12", "--evaluate_during_training"]  # fmt: skip
+    flags = [
+        "--teacher_type",
+        "bert",
+        "--teacher_name_or_path",
+        str(tiny_bert),
+        *("--alpha_distil 0.9 --alpha_ce 0.1 --save_steps 12 --evaluate_during_training").split(),
+    ]
     out = run(*METHODS["soft"], *TRAIN, *flags)
     values, events = scalars(out)
-    wanted = {"loss", "loss/task", "loss/distil", "loss/penalty", "gradient_norm", "threshold", "lambda",
-              "remaining/overall", "learning_rate/scores", "learning_rate/weights", "eval/f1", "eval/exact"}  # fmt: skip
+    wanted = {
+        "loss",
+        "loss/task",
+        "loss/distil",
+        "loss/penalty",
+        "gradient_norm",
+        "threshold",
+        "lambda",
+        "remaining/overall",
+        "learning_rate/scores",
+        "learning_rate/weights",
+        "eval/f1",
+        "eval/exact",
+    }
     assert wanted <= values.keys()
     assert sum(tag.startswith("remaining/bert.encoder.layer.0.") for tag in values) == 6
     assert list(values["loss"]) == [4, 8, 12]
@@ -371,8 +400,11 @@ def test_evaluating_alone_gives_the_results_of_training(run):
         (alone / "predictions_.json").read_text()
     )
     assert {file.name for file in alone.iterdir()} == {
-        "predictions_.json", "nbest_predictions_.json", "eval_results.txt", "eval_results.json",
-    }  # fmt: skip
+        "predictions_.json",
+        "nbest_predictions_.json",
+        "eval_results.txt",
+        "eval_results.json",
+    }
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -400,7 +432,7 @@ def test_sparse_inference_while_training(run, capsys):
 
 
 def test_a_released_pruned_bert_evaluates_and_fine_prunes(run):
-    """The released PruneBERT checkpoints are plain BERTs with zeros, as bertarize.py writes them."""
+    """The released PruneBERT checkpoints are plain BERTs with zeros, as of bertarize.py."""
     out = run(*METHODS["topK"], *TRAIN, "--do_eval")
     plain = bertarize.main(["--model_name_or_path", str(out)])
     alone = run("--do_eval", model=plain, model_type="bert", output="alone")
@@ -408,15 +440,9 @@ def test_a_released_pruned_bert_evaluates_and_fine_prunes(run):
         (alone / "predictions_.json").read_text()
     )
 
-    flags = [
-        "--pruning_method",
-        "magnitude",
-        "--global_topk",
-        "--initial_threshold",
-        ".25",
-        "--final_threshold",
-        ".25",
-    ]
+    flags = (
+        "--pruning_method magnitude --global_topk --initial_threshold .25 --final_threshold .25"
+    ).split()
     further = weights(
         bertarize.main(
             ["--model_name_or_path", str(run(*flags, *TRAIN, model=plain, output="further"))]
@@ -445,16 +471,18 @@ def test_accumulation_equals_a_larger_batch(run):
     large = run(
         *METHODS["topK"],
         *TRAIN,
-        "--max_steps",
-        "6",
-        "--warmup_steps",
-        "1",
-        "--per_gpu_train_batch_size",
-        "24",
+        *"--max_steps 6 --warmup_steps 1 --per_gpu_train_batch_size 24".split(),
         output="a",
     )
-    small = run(*METHODS["topK"], *TRAIN, "--max_steps", "6", "--warmup_steps", "1", "--per_gpu_train_batch_size", "6",
-                "--gradient_accumulation_steps", "4", output="b")  # fmt: skip
+    small = run(
+        *METHODS["topK"],
+        *TRAIN,
+        *(
+            "--max_steps 6 --warmup_steps 1 --per_gpu_train_batch_size 6 "
+            "--gradient_accumulation_steps 4"
+        ).split(),
+        output="b",
+    )
     for key, value in weights(large).items():
         if not key.endswith(
             "mask_scores"
@@ -463,8 +491,13 @@ def test_accumulation_equals_a_larger_batch(run):
 
 
 def test_a_fractional_epoch_trains_what_it_schedules(run):
-    out = run(*METHODS["topK"], "--do_train", "--num_train_epochs", "1.5", "--logging_steps", "1", "--save_steps", "0",
-              "--gradient_accumulation_steps", "4")  # fmt: skip
+    out = run(
+        *METHODS["topK"],
+        *(
+            "--do_train --num_train_epochs 1.5 --logging_steps 1 --save_steps 0 "
+            "--gradient_accumulation_steps 4"
+        ).split(),
+    )
     values, _ = scalars(out)
     assert max(values["loss"]) == 3  # 24 questions, 6 batches, 2 updates an epoch
 
@@ -541,7 +574,7 @@ def test_misaligned_answers_are_skipped_with_their_ids(run, squad_dir, tmp_path,
     (tmp_path / "shifted.json").write_text(json.dumps(document))
     run(*METHODS["topK"], *TRAIN, "--train_file", str(tmp_path / "shifted.json"))
     assert any(
-        "1 training questions skipped" in message and "q3" in message for message in caplog.messages
+        "skipped 1 training questions" in message and "q3" in message for message in caplog.messages
     )
 
 
@@ -555,10 +588,23 @@ def test_the_hub_is_asked_when_no_file_is_given(tmp_path, tiny_bert, squad_dir, 
         )
         return local.remove_columns("is_impossible")
 
-    monkeypatch.setattr(squad.datasets, "load_dataset", load_dataset)
-    masked_run_squad.main(["--model_type", "masked_bert", "--model_name_or_path", str(tiny_bert), "--output_dir",
-                           str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache"), "--do_eval", *SHORT,
-                           *METHODS["topK"], *TRAIN])  # fmt: skip
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    masked_run_squad.main(
+        [
+            "--model_type",
+            "masked_bert",
+            "--model_name_or_path",
+            str(tiny_bert),
+            "--output_dir",
+            str(tmp_path / "out"),
+            "--cache_dir",
+            str(tmp_path / "cache"),
+            "--do_eval",
+            *SHORT,
+            *METHODS["topK"],
+            *TRAIN,
+        ]
+    )
     assert sorted(asked) == [("rajpurkar/squad", "train"), ("rajpurkar/squad", "validation")]
 
 
@@ -608,8 +654,18 @@ def test_the_masks_of_a_masked_teacher_are_found_once(run, monkeypatch):
 
 
 def test_sparse_inference_needs_a_script_that_has_it(capsys, tiny_bert, squad_dir, tmp_path):
-    flags = ["--model_type", "bert", "--model_name_or_path", str(tiny_bert), "--data_dir", str(squad_dir), "--do_eval",
-             "--output_dir", str(tmp_path / "out"), "--sparse_inference"]  # fmt: skip
+    flags = [
+        "--model_type",
+        "bert",
+        "--model_name_or_path",
+        str(tiny_bert),
+        "--data_dir",
+        str(squad_dir),
+        "--do_eval",
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--sparse_inference",
+    ]
     with pytest.raises(SystemExit):
         narrative.main(masked_run_squad.Squad(), "A script of one's own.", flags)
     assert "--sparse_inference: this script has no sparse form" in capsys.readouterr().err

@@ -1,10 +1,11 @@
 """What holds for any input: parsers, the way from tokens back to the text, the packed format.
 
-`pytest tests/test_properties.py --hypothesis-profile long` tries a hundred times as much, another sample each time.
+`pytest tests/test_properties.py --hypothesis-profile long` tries a hundred times as many.
 """
 
 import csv
 import json
+import shutil
 import tempfile
 import unicodedata
 from pathlib import Path
@@ -21,8 +22,34 @@ from emmental import coding
 from emmental.data import glue, glue_tasks, squad
 from emmental.errors import UserError
 
-SPECIAL = ["\U0001f600", "\U0001d4d0", "\U00020000", "\u05e9", "\u202e", "\u200b", "\u200d", "\ufeff", "\u0301", "\u00e9", "e\u0301", "\uac00",
-           "\u4e2d", "\ufb01", "\u0130", "\u00df", "\0", "\r", "\x1c", "\x85", "\u00a0", "\u2028", "\ufffd", "'", "##", "[SEP]"]  # fmt: skip
+SPECIAL = [
+    "\U0001f600",
+    "\U0001d4d0",
+    "\U00020000",
+    "\u05e9",
+    "\u202e",
+    "\u200b",
+    "\u200d",
+    "\ufeff",
+    "\u0301",
+    "\u00e9",
+    "e\u0301",
+    "\uac00",
+    "\u4e2d",
+    "\ufb01",
+    "\u0130",
+    "\u00df",
+    "\0",
+    "\r",
+    "\x1c",
+    "\x85",
+    "\u00a0",
+    "\u2028",
+    "\ufffd",
+    "'",
+    "##",
+    "[SEP]",
+]
 ANY = st.characters(exclude_categories=["Cs"])
 TEXT = st.text(ANY | st.sampled_from("ab \t\n") | st.sampled_from("".join(SPECIAL)))
 
@@ -56,7 +83,7 @@ def folder(tmp_path_factory):
 
 
 def answers(contexts, slices, tokenizer, folder, size):
-    """What perfect logits predict for these slices of these contexts: through a file, features, windows and back."""
+    """What perfect logits predict for these slices: through a file, features and windows."""
     with tempfile.TemporaryDirectory(dir=folder) as place:
         paragraphs = [
             {
@@ -92,7 +119,7 @@ def answers(contexts, slices, tokenizer, folder, size):
             "null_score_diff_threshold": 0.0,
         }
         predictions, _, _ = squad.postprocess(examples, features, starts, ends, **limits)
-        # BERT's rule leaves an answer out that no window shows both whole and with most of its surroundings.
+        # BERT's rule drops an answer if no window shows it whole and most of its surroundings.
         return [predictions[f"{n}"] if n in shown else None for n in range(len(contexts))]
 
 
@@ -107,7 +134,7 @@ def is_seen(char):
 
 
 def seen_part(text, start, end):
-    """The slice without what tokenizers drop at its edges; an accent belongs to the character before it."""
+    """The slice without what tokenizers drop at its edges; accents belong to what precedes."""
     places = [place for place in range(start, end) if is_seen(text[place])]
     if not places:
         return None
@@ -184,7 +211,7 @@ VALUES = st.recursive(
 
 @st.composite
 def documents(draw):
-    """The text of a JSON object with "data" somewhere, or of some other value, perhaps with a fault in it."""
+    """The text of a JSON object with "data", or of another value, perhaps with an error."""
     document = draw(st.dictionaries(st.text(max_size=4), VALUES, max_size=3))
     document["data"] = draw(st.lists(VALUES, max_size=4) | VALUES)
     value = draw(st.sampled_from([document] * 4 + [draw(VALUES)]))
@@ -228,6 +255,15 @@ def test_a_tsv_gives_back_what_was_written(rows, folder):
     ] == rows
 
 
+def read_own(path):
+    """The examples and labels of a file that has the columns text and label."""
+    task = glue_tasks.custom_task((), ("text",), "label")
+    task = glue_tasks.custom_task(glue.find_labels(path, task), ("text",), "label")
+    with tempfile.TemporaryDirectory(dir=path.parent) as place:
+        shutil.copy(path, place)
+        return glue.read_examples(task, place, "train", cache_dir=place), task.labels
+
+
 @given(
     rows=st.lists(
         st.tuples(st.text(ANY.filter(lambda char: char not in "\r\n")), st.sampled_from("ny")),
@@ -241,9 +277,7 @@ def test_csv_and_jsonl_give_back_what_was_written(rows, folder):
     lines = [json.dumps({"text": text, "label": label}) for text, label in rows]
     (folder / "train.jsonl").write_text("\n".join(lines))
     for name in ("train.csv", "train.jsonl"):
-        examples, labels = glue.read_custom_examples(
-            folder / name, text_column="text", label_column="label", cache_dir=folder
-        )
+        examples, labels = read_own(folder / name)
         assert labels == ("n", "y")
         assert [
             (text, labels[label])
@@ -262,12 +296,10 @@ def test_whatever_a_table_holds(content, name, header, folder):
         (b"text,label\n" if name.endswith("csv") else b"text\tlabel\n") * header + content
     )
     try:
-        examples, labels = glue.read_custom_examples(
-            path, text_column="text", label_column="label", cache_dir=folder
-        )
+        examples, labels = read_own(path)
         assert len(examples) > 0 and len(labels) > 1
     except UserError as error:
-        assert "\n" not in str(error) and str(path) in str(error)
+        assert "\n" not in str(error) and path.name in str(error)
 
 
 # ----------------------------------------------------------------------------------- packed format

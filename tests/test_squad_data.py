@@ -1,4 +1,4 @@
-"""SQuAD data: every refusal, the geometry of the windows, the cache, the n-best search and both metrics."""
+"""SQuAD data: every refusal, windows, the cache, the n-best search and both metrics."""
 
 import collections
 import functools
@@ -16,7 +16,6 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from emmental.data import features as shared
 from emmental.data import squad
 from emmental.data.features import content_hash
 from emmental.data.metrics import squad_metrics
@@ -32,8 +31,14 @@ from emmental.data.squad import (
 from emmental.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-CONTEXT = "The Normans (Norman: Nourmands) were the people who gave their name to Normandy, a region in France."
-UNICODE = "L'école à Besançon: 漢字 und 😀 𝔘ber cafe\u0301, nai\u0308ve e\u0301tude 한국 x\u200by İstanbul re\u0301sume\u0301"
+CONTEXT = (
+    "The Normans (Norman: Nourmands) were the people who gave their name to Normandy, "
+    "a region in France."
+)
+UNICODE = (
+    "L'école à Besançon: 漢字 und 😀 𝔘ber cafe\u0301, nai\u0308ve e\u0301tude 한국 "
+    "x\u200by İstanbul re\u0301sume\u0301"
+)
 SIZES = {"max_seq_length": 24, "doc_stride": 5, "max_query_length": 6}
 
 
@@ -69,7 +74,6 @@ def tokenizer():
 def cache(tmp_path, monkeypatch):
     """No test sees the cache of another, nor that of the user."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    shared._warn_once.cache_clear()
     return tmp_path / "cache"
 
 
@@ -150,33 +154,30 @@ def broken(change):
     return content
 
 
-PARAGRAPH = "article 0 ('Normans'), paragraph 1"
-QUESTION = f"{PARAGRAPH}, question 2"
+PARAGRAPH = "data[0], paragraphs[1]"
+QUESTION = f"{PARAGRAPH}, qas[2]"
 
 
 @pytest.mark.parametrize(
     "content, parts",
     [
-        ("", ["is empty"]),
+        ("", ["not JSON"]),
         ('{"data": [', ["not JSON", "char 10", "download it again"]),
-        ("[1]", ['must be an object with "data"', "a list"]),
+        ("[1]", ['must be an object with "data", not [1]']),
         ({"version": "1.1"}, ['"data" is missing']),
-        ({"data": {}}, ['"data" must be a list', "an object"]),
-        ({"data": ["x"]}, ["article 0", 'must be an object with "title"', "a string"]),
-        ({"data": []}, ["holds no questions"]),
-        (document((CONTEXT, [])), ["holds no questions"]),
+        ({"data": {}}, ['"data" must be a list, not {}']),
+        ({"data": ["x"]}, ["data[0]: ", 'must be an object with "title", not x']),
+        ({"data": []}, ["is empty"]),
+        (document((CONTEXT, [])), ["is empty"]),
         (
             broken(lambda a, p, q: a.update(title=3)),
-            ["article 0", '"title" must be a string', "a whole number"],
+            ["data[0]: ", '"title" must be a string, not 3'],
         ),
-        (
-            broken(lambda a, p, q: a.pop("paragraphs")),
-            ["article 0 ('Normans')", '"paragraphs" is missing'],
-        ),
+        (broken(lambda a, p, q: a.pop("paragraphs")), ["data[0]: ", '"paragraphs" is missing']),
         (broken(lambda a, p, q: p.pop("context")), [PARAGRAPH, '"context" is missing']),
         (
             broken(lambda a, p, q: p.update(context=None)),
-            [PARAGRAPH, '"context" must be a string', "null"],
+            [PARAGRAPH, '"context" is missing or null'],
         ),
         (
             broken(lambda a, p, q: p.update(context="x\ud83d")),
@@ -189,7 +190,7 @@ QUESTION = f"{PARAGRAPH}, question 2"
         (broken(lambda a, p, q: q.update(answers="x")), [QUESTION, '"answers" must be a list']),
         (
             broken(lambda a, p, q: q["answers"][0].pop("text")),
-            [f"{QUESTION}, answer 0", '"text" is missing'],
+            [f"{QUESTION}, answers[0]", '"text" is missing'],
         ),
         (
             broken(lambda a, p, q: q["answers"][0].pop("answer_start")),
@@ -200,29 +201,25 @@ QUESTION = f"{PARAGRAPH}, question 2"
             [QUESTION, "must be a whole number"],
         ),
         (
-            broken(lambda a, p, q: q["answers"][0].update(answer_start=True)),
-            [QUESTION, "must be a whole number"],
-        ),
-        (
             broken(lambda a, p, q: q["answers"][0].update(answer_start=1.5)),
-            [QUESTION, "not a fraction"],
+            [QUESTION, "whole number, not 1.5"],
         ),
         (
             broken(lambda a, p, q: q["answers"][0].update(answer_start=-1)),
-            [QUESTION, "is -1", "index into"],
+            [QUESTION, "whole number, not -1"],
         ),
         (
             broken(lambda a, p, q: q.update(is_impossible=1)),
             [QUESTION, '"is_impossible" must be true or false'],
         ),
-        (broken(lambda a, p, q: q.update(is_impossible=True)), [QUESTION, "yet it has answers"]),
+        (broken(lambda a, p, q: q.update(is_impossible=True)), [QUESTION, "no answers"]),
         (
             broken(lambda a, p, q: q.update(is_impossible=True, answers=[])),
             [QUESTION, "--version_2_with_negative"],
         ),
         (
             broken(lambda a, p, q: q.update(id="a")),
-            [QUESTION, "'a' already belongs to", "paragraph 0, question 0"],
+            [QUESTION, "the id 'a' already belongs to another question"],
         ),
     ],
 )
@@ -231,16 +228,12 @@ def test_refuses_bad_files(tmp_path, content, parts):
     with pytest.raises(UserError) as error:
         read_examples(path, version_2_with_negative=False)
     message = str(error.value)
-    assert message.startswith(f"{path}: ") and "\n" not in message
+    assert message.startswith(str(path)) and "\n" not in message
     for part in parts:
         assert part in message
 
 
-def test_refuses_unreadable_files(tmp_path):
-    with pytest.raises(UserError, match="no.json: cannot be read .No such file.*--data_dir"):
-        read_examples(tmp_path / "no.json", False)
-    with pytest.raises(UserError, match="cannot be read .Is a directory"):
-        read_examples(tmp_path, False)
+def test_refuses_other_encodings(tmp_path):
     (tmp_path / "latin.json").write_bytes('{"data": "é"}'.encode("latin-1"))
     with pytest.raises(UserError, match="latin.json: is not JSON in UTF-8"):
         read_examples(tmp_path / "latin.json", False)
@@ -302,9 +295,7 @@ def test_hub_out_of_reach(monkeypatch):
         raise ConnectionError("no\nroute")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(
-        UserError, match="rajpurkar/squad .*ConnectionError: no route.*--data_dir.*--predict_file"
-    ):
+    with pytest.raises(UserError, match="rajpurkar/squad .*ConnectionError: no route.*--data_dir"):
         load_hub_examples("train", False, None)
 
 
@@ -346,7 +337,7 @@ def test_windows_cover_every_token_as_bert_lays_them_out(tmp_path, tokenizer, do
 
 @pytest.mark.parametrize("max_seq_length, doc_stride", [(24, 4), (24, 5), (210, 129)])
 def test_max_context_is_the_one_of_bert_and_unique(tmp_path, tokenizer, max_seq_length, doc_stride):
-    # With a stride of 4 two windows tie; with long windows the weight of their length outdoes a token.
+    # With a stride of 4 two windows tie; long windows weigh more than a token.
     long = " ".join("abcdefgh" * 44)
     examples = examples_of(
         tmp_path, document((CONTEXT, [qa("a", CONTEXT)]), (long, [qa("b", long)]))
@@ -468,11 +459,9 @@ def test_processes_give_the_same_rows(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     "changes, match",
     [
-        ({"doc_stride": 0}, "--doc_stride is 0"),
-        ({"max_query_length": 0}, "--max_query_length is 0"),
         (
             {"max_seq_length": 9},
-            "question 'a' has 6 tokens.*--max_seq_length 9.*--max_query_length .6.",
+            "question 'a' has 6 tokens.*--max_seq_length 9.*--max_query_length",
         ),
         ({"max_seq_length": 9, "num_proc": 2}, "--max_seq_length 9"),
     ],
@@ -484,22 +473,12 @@ def test_refuses_impossible_sizes(tmp_path, tokenizer, changes, match):
         )
 
 
-def test_refuses_unfit_tokenizers_and_no_examples(tmp_path, tokenizer):
-    class Slow:
-        is_fast = False
-
+def test_refuses_a_tokenizer_without_special_tokens(tmp_path, tokenizer):
     examples = examples_of(tmp_path, good())
-    with pytest.raises(UserError, match="Slow is not a fast tokenizer.*--tokenizer_name"):
-        build_features(examples, Slow(), training=True, **SIZES)
-    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
-    with pytest.raises(UserError, match=r"no \[CLS\] or \[SEP\]"):
-        build_features(examples, bare, training=True, **SIZES)
     unframed = make_tokenizer()
     unframed.backend_tokenizer.post_processor = processors.Sequence([])
-    with pytest.raises(UserError, match="lacks a post-processor"):
+    with pytest.raises(UserError, match=r"adds no \[CLS\] and \[SEP\]"):
         build_features(examples, unframed, training=True, **SIZES)
-    with pytest.raises(UserError, match="no question"):
-        build_features(examples.select([]), tokenizer, training=True, **SIZES)
 
 
 # ------------------------------------------------------------------------------------------- cache
@@ -555,7 +534,7 @@ def test_cache_is_reused_and_never_stale(tmp_path, cache, builds, tokenizer, mon
 
 
 def test_the_cache_goes_by_content_alone(tmp_path, cache, builds, tokenizer):
-    """Not by the file's name, nor by what differs from process to process, as automatic fingerprints do."""
+    """Not by the name of the file, nor by what differs between processes."""
     for name in "one", "two":
         (tmp_path / name).mkdir()
         examples = examples_of(tmp_path / name, good())
@@ -584,17 +563,16 @@ def test_damaged_cache_is_done_without(tmp_path, cache, builds, tokenizer, caplo
 
 
 @pytest.mark.parametrize("damage", [b"", b"garbage", None])
-@pytest.mark.parametrize("name", ["generator-train.arrow", "dataset_info.json"])
-def test_damaged_examples_are_read_again(tmp_path, cache, tokenizer, name, damage, caplog):
+def test_damaged_examples_are_read_again(tmp_path, cache, damage, caplog):
     wanted = examples_of(tmp_path, good())[:]
-    (path,) = cache.rglob(name)
+    (path,) = cache.rglob("*.arrow")
     path.unlink() if damage is None else path.write_bytes(damage)
     for _ in range(2):
         assert examples_of(tmp_path, good())[:] == wanted
     assert "cache" not in caplog.text
 
 
-def test_unwritable_cache_is_survived_with_one_warning(tmp_path, tokenizer, caplog):
+def test_unwritable_cache(tmp_path, tokenizer, caplog):
     (tmp_path / "file").write_text("not a folder")
     wanted = build_features(examples_of(tmp_path, good()), tokenizer, training=True, **SIZES)
     with caplog.at_level(logging.WARNING):
@@ -606,9 +584,7 @@ def test_unwritable_cache_is_survived_with_one_warning(tmp_path, tokenizer, capl
                 examples, tokenizer, training=True, **{**SIZES, "doc_stride": stride}
             )
             assert stride == 6 or got[:] == wanted[:]
-    assert [record.levelname for record in caplog.records if "the cache" in record.message] == [
-        "WARNING"
-    ]
+    assert caplog.text.count("continuing without the cache") == 2
 
 
 def test_a_bad_file_leaves_nothing_in_the_cache(tmp_path, cache):
@@ -658,9 +634,15 @@ def test_collate():
 
 def search(examples, features, start, end, n=20, length=30, v2=False, threshold=0.0):
     return postprocess(
-        examples, features, start, end, n_best_size=n, max_answer_length=length,
-        version_2_with_negative=v2, null_score_diff_threshold=threshold,
-    )  # fmt: skip
+        examples,
+        features,
+        start,
+        end,
+        n_best_size=n,
+        max_answer_length=length,
+        version_2_with_negative=v2,
+        null_score_diff_threshold=threshold,
+    )
 
 
 def one_feature(tmp_path, tokenizer, v2=False):
@@ -883,13 +865,22 @@ def test_v2_groups_and_best_thresholds_by_hand(tmp_path):
     metrics = squad_metrics(examples, predictions, null_odds, version_2_with_negative=True)
     assert metrics == pytest.approx(
         {
-            "exact": 40.0, "f1": 20 * (2 + f1), "total": 5,
-            "HasAns_exact": 100 / 3, "HasAns_f1": 100 * (1 + f1) / 3, "HasAns_total": 3,
-            "NoAns_exact": 50.0, "NoAns_f1": 50.0, "NoAns_total": 2,
-            # All null: 2 right. Up to odds -1, "dog" (and for F1 "cat") is gained; from 2.0 on "x" is lost.
-            "best_exact": 60.0, "best_exact_thresh": -1.0, "best_f1": 20 * (3 + f1), "best_f1_thresh": -1.0,
+            "exact": 40.0,
+            "f1": 20 * (2 + f1),
+            "total": 5,
+            "HasAns_exact": 100 / 3,
+            "HasAns_f1": 100 * (1 + f1) / 3,
+            "HasAns_total": 3,
+            "NoAns_exact": 50.0,
+            "NoAns_f1": 50.0,
+            "NoAns_total": 2,
+            # All null: 2 right. Up to -1 "dog" (for F1 also "cat") is won; from 2 on "x" is lost.
+            "best_exact": 60.0,
+            "best_exact_thresh": -1.0,
+            "best_f1": 20 * (3 + f1),
+            "best_f1_thresh": -1.0,
         }
-    )  # fmt: skip
+    )
 
 
 def test_best_threshold_is_zero_when_no_prediction_helps(tmp_path):
@@ -921,7 +912,7 @@ def test_best_thresholds_equal_trying_them_all(tmp_path):
 
 
 def official_f1(gold, prediction):
-    """F1 by counting, independent of the module: harmonic mean of precision and recall over shared words."""
+    """F1 by counting, independent of the module."""
     gold, prediction = gold.split(), prediction.split()
     shared = sum(min(gold.count(word), prediction.count(word)) for word in set(gold))
     return 0.0 if not shared else 2 * shared / (len(gold) + len(prediction))

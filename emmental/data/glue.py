@@ -1,515 +1,276 @@
-"""GLUE and tasks of one's own: reading, features, metrics, predictions. Imports no other part of `emmental`.
+"""GLUE and your own tasks: reading, features, submissions.
 
-A sentence becomes `[CLS] text_a [SEP]`, a pair `[CLS] text_a [SEP] text_b [SEP]`, cut to a length at the end
-of the longer text. Features are unpadded; `collate` pads a batch to its longest row. They are cached on disk.
-
-GLUE (Wang et al. 2018) comes as tab-separated files, in which quotes are text and columns are found by the
-header, or from the hub. Sources number the labels differently, so they meet by name: a class index is always
-an index into `Task.labels`.
+A sentence becomes `[CLS] text_a [SEP]`, a pair `[CLS] text_a [SEP] text_b [SEP]`. GLUE (Wang et al.
+2018) comes from the hub or as tab-separated files, in which quotes are text. The two number the
+labels differently, so labels are matched by name: a class index is an index into `Task.labels`.
 """
 
-import collections
+import contextlib
 import csv
+import dataclasses
 import functools
 import itertools
 import json
 import logging
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pyarrow as pa
-import torch
-from datasets import Features, Value
+from datasets import Dataset, Features, Value
+from transformers import PreTrainedTokenizerBase
 
 from emmental.data.features import (
-    MODEL_INPUTS,
+    brief,
     cached_map,
     cached_rows,
+    collate_features,
     content_hash,
     fast_backend,
-    one_line,
-    pad_batch,
-    quoted,
+    json_field,
+    load_hub,
     ragged,
     row_tuples,
-    text_problem,
 )
-from emmental.data.glue_tasks import custom_task, listed, plain
+from emmental.data.glue_tasks import CUSTOM, Task
 from emmental.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 VERSION = 1  # raise it when the features of the same input change: old caches are then ignored
 HUB_NAME = "nyu-mll/glue"
-CUSTOM_SUFFIXES = (".tsv", ".csv", ".jsonl")
 
 
 # ---------------------------------------------------------------------------------------- examples
 
 
-def read_examples(task, data_dir, split, cache_dir=None):
-    """Read and check the file of a split (one of `task.splits`) in GLUE's original layout.
+def split_file(task: Task, data_dir: Path | str, split: str) -> Path:
+    """The file of a split; raises UserError unless there is exactly one."""
+    suffixes = (".tsv", ".csv", ".jsonl") if task.name == CUSTOM else (".tsv",)
+    names = [f"{'diagnostic' if task.name == 'ax' else split}{suffix}" for suffix in suffixes]
+    found = [Path(data_dir) / name for name in names if (Path(data_dir) / name).is_file()]
+    if len(found) != 1:
+        wanted = " or ".join(names)
+        raise UserError(f"--data_dir {data_dir} must hold exactly one file {wanted}")
+    return found[0]
 
-    Returns a `Dataset` with the columns index (int64: the test file's own, else the number of the
-    row from 0), text_a, text_b (None where the task has single sentences) and, but for test splits, label
-    (int64 index into `task.labels`; float64 for a regression), stored beside the features. Rows of QQP with too few
-    fields are skipped, save in the test file, where every index needs a prediction: there a missing text is empty.
-    Raises `UserError` for whatever is wrong with the file.
+
+def read_examples(
+    task: Task, data_dir: Path | str, split: str, cache_dir: str | None = None
+) -> Dataset:
+    """Read and check the file of a split.
+
+    Returns the columns index (of GLUE's test file, else the number of the row), text_a, text_b
+    (None for single sentences) and, except for test splits, label (index into `task.labels`, or
+    float). Raises UserError for errors in the file.
     """
-    path, labelled = _split_file(task, data_dir, split), split not in task.submissions
-    rows = functools.partial(_examples, task, path, labelled)
-    return _stored(rows, path, [task.name, split], labelled, task.is_regression, cache_dir)
+    path, labelled = split_file(task, data_dir, split), split not in task.submissions
+    records = functools.partial(_records, path, task, labelled)
+    examples = _cached(records, task, labelled, path, cache_dir)
+    if not len(examples):
+        raise UserError(f"{path}: is empty; it holds no examples")
+    if task.short_rows and labelled:
+        if skipped := sum(1 for _ in _rows(path)) - 1 - len(examples):
+            logger.warning(f"{path}: {skipped} rows with too few fields are skipped")
+    return examples
 
 
-def _examples(task, path, labelled):
-    rows = _tsv_rows(path)
-    header = task.headerless if labelled and task.headerless else _header(path, rows)
-    wanted = (*task.text_columns, *((task.label_column,) if labelled else ()))
-    places = _places(path, header, wanted)
-    index_place = next(
-        (header.index(name) for name in ("index", "id") if name in header and not labelled), None
-    )
-    parse_label = _label_parser(task)
-    count, short, long = 0, [], []
-    for line, fields in rows:
-        where = f"{path}:{line}"
-        if fields == [""] != header:
-            continue  # a blank line
-        if len(fields) > len(header):
-            long.append(line)
-        elif len(fields) < len(header):
-            if not task.short_rows:
-                raise _wrong_width(where, fields, header)
-            short.append(line)
-            if labelled:
-                continue
-            fields += [""] * (len(header) - len(fields))
-        values = [fields[place] for place in places]
-        example = {"index": count if index_place is None else _index(fields[index_place], where)}
-        if labelled:
-            example["label"] = parse_label(values.pop(), where)
-        yield example | _texts(values, wanted, where)
-        count += 1
-    for lines, what in (
-        (short, f"too few fields, which {'are skipped' if labelled else 'get empty texts'}"),
-        (long, "too many fields, of which the last are ignored"),
-    ):
-        if lines:
-            logger.warning(f"{path}: rows with {what}: {len(lines)} (the first in line {lines[0]})")
-
-
-def _texts(texts, columns, where):
-    for text, column in zip(texts, columns):
-        if problem := text_problem(text):
-            raise UserError(f"{where}: {column} {problem}")
-    return {"text_a": texts[0], "text_b": texts[1] if len(texts) > 1 else None}
-
-
-def load_hub_examples(task, split, cache_dir=None):
-    """Load a split of GLUE from the hub, with the columns of `read_examples`.
-
-    Raises `UserError` when it can neither be downloaded nor found in the cache, or has other labels.
-    """
-    _check_split(task, split)
-    hub_split = split.replace("dev", "validation")
-    where = f"{HUB_NAME} ({task.hub_config}, {hub_split})"
-    try:
-        hub = datasets.load_dataset(HUB_NAME, task.hub_config, split=hub_split, cache_dir=cache_dir)
-    except (
-        Exception
-    ) as error:  # no network, offline mode, missing cache: each has its own type, some of httpx
-        raise UserError(
-            f"{where}: cannot be loaded from the hub ({one_line(error)}); pass local files with --data_dir"
-        ) from error
-    columns, labelled = task.hub_columns or task.text_columns, split not in task.submissions
-    parse_label = _label_parser(task)
+def load_hub_examples(task: Task, split: str, cache_dir: str | None = None) -> Dataset:
+    """Load a split of GLUE from the hub, with the columns of `read_examples`."""
+    hub_split, labelled = split.replace("dev", "validation"), split not in task.submissions
+    hub = load_hub(HUB_NAME, task.hub_config, split=hub_split, cache_dir=cache_dir)
     names = hub.features["label"].names if labelled and not task.is_regression else ()
+    columns = ["label" if labelled else "idx", *(task.hub_columns or task.text_columns)]
 
-    def rows():
-        for row, (label, *texts) in enumerate(
-            row_tuples(hub, ["label" if labelled else "idx", *columns])
-        ):
-            example = {"index": row if labelled else label}
+    def records() -> Iterator[tuple[str, dict]]:
+        for row, (value, *texts) in enumerate(row_tuples(hub, columns)):
+            record = dict(zip(task.text_columns, texts))
             if labelled:
-                label = names[label] if names and label >= 0 else label
-                example["label"] = parse_label(str(label), f"{where}, row {row}")
-            yield example | _texts(texts, columns, f"{where}, row {row}")
+                record[task.label_column] = names[value] if names and value >= 0 else value
+            else:
+                record["index"] = value
+            yield f"{HUB_NAME} ({task.hub_config}, {hub_split}), row {row}", record
 
-    return _stored(
-        rows, where, [task.name, hub._fingerprint], labelled, task.is_regression, cache_dir
-    )
-
-
-def custom_files(data_dir, splits):
-    """The files of these splits (train, dev, test) with the suffix .tsv, .csv or .jsonl: {split: path}.
-
-    Raises `UserError` when one is missing, or when there are two for a split.
-    """
-    files = {}
-    for split in splits:
-        found = [
-            path
-            for suffix in CUSTOM_SUFFIXES
-            if (path := Path(data_dir) / f"{split}{suffix}").is_file()
-        ]
-        if len(found) > 1:
-            raise UserError(
-                f"{data_dir}: holds both {found[0].name} and {found[1].name}; keep one of them"
-            )
-        if not found:
-            names = " or ".join(f"{split}{suffix}" for suffix in CUSTOM_SUFFIXES)
-            raise UserError(f"{data_dir}: holds no {names}; check --data_dir")
-        files[split] = found[0]
-    return files
+    return _cached(records, task, labelled, hub._fingerprint, cache_dir)
 
 
-def read_custom_examples(
-    path,
-    *,
-    text_column,
-    text_pair_column=None,
-    label_column=None,
-    labels=None,
-    regression=False,
-    cache_dir=None,
-):
-    """Read a .tsv, .csv (with the usual quoting) or .jsonl file of a task of one's own.
-
-    Returns (examples with the columns of `read_examples`, label names). The names are `labels`, which the
-    file's must be among, or else those that occur in it, sorted. Labels may be strings, whole numbers or
-    booleans, and are names in any case; with `regression` they are numbers, and there are no names: ().
-    Without a `label_column` the examples have no label. Raises `UserError` for whatever is wrong with the file.
-    """
-    wanted = [name for name in (text_column, text_pair_column, label_column) if name]
-    if len(set(wanted)) < len(wanted):
-        raise UserError(
-            "--text_column, --text_pair_column and --label_column must name different columns"
+def find_labels(path: Path, task: Task) -> tuple[str, ...]:
+    """The labels in a file of your own task, sorted; raises UserError if all are the same."""
+    found = [_class_name(record, task, where) for where, record in _records(path, task, True)]
+    labels = tuple(sorted(set(found)))
+    if len(labels) < 2:
+        raise UserError(f"{path}: has {len(labels)} different labels; it must have two or more")
+    if len(labels) > max(20, len(found) / 10):
+        logger.warning(
+            f"{path}: has {len(labels)} labels in {len(found)} rows; if they are numbers to "
+            "predict, add --regression"
         )
-    text_columns = [name for name in (text_column, text_pair_column) if name]
-
-    def checked():
-        for row, (where, record) in enumerate(_custom_rows(Path(path), wanted)):
-            texts = [_text(record, column, where) for column in text_columns]
-            label = _label_text(record, label_column, where, regression) if label_column else None
-            yield where, label, {"index": row} | _texts(texts, text_columns, where)
-
-    if label_column and not regression and not labels:
-        counts = collections.Counter(label for _, label, _ in checked())
-        labels = sorted(counts)
-        if len(labels) == 1:
-            raise UserError(
-                f"{path}: has the label {quoted(labels[0])} alone; a classification needs at least two"
-            )
-        if len(labels) > max(20, counts.total() / 10):
-            logger.warning(
-                f"{path}: has {len(labels)} labels in {counts.total()} rows; are they numbers (--regression)?"
-            )
-    parse_label = _label_parser(custom_task(() if regression else labels or ()))
-
-    def rows():
-        for where, label, example in checked():
-            yield example | ({"label": parse_label(label, where)} if label_column else {})
-
-    examples = _stored(
-        rows, Path(path), [wanted, labels, regression], bool(label_column), regression, cache_dir
-    )
-    return examples, () if regression else tuple(labels or ())
+    return labels
 
 
-def _stored(rows, where, settings, labelled, regression, cache_dir):
-    """The examples that `rows()` yields. where: their file, or the name of the hub's data set."""
+def _cached(
+    records: Callable, task: Task, labelled: bool, source: Path | str, cache_dir: str | None
+) -> Dataset:
+    """The examples made of records, from the cache if it holds them."""
     kinds = {"index": Value("int64"), "text_a": Value("string"), "text_b": Value("string")}
     if labelled:
-        kinds["label"] = Value("float64" if regression else "int64")
-    key = content_hash("glue", VERSION, where, settings, labelled)
-    return cached_rows(
-        rows,
-        Features(kinds),
-        key,
-        cache_dir,
-        f"{where}: holds no examples; give a file with examples",
-    )
+        kinds["label"] = Value("float64" if task.is_regression else "int64")
+    key = content_hash("glue", VERSION, source, dataclasses.asdict(task), labelled)
+    rows = functools.partial(_examples, records, task, labelled)
+    return cached_rows(rows, Features(kinds), key, cache_dir)
 
 
-def _check_split(task, split):
-    if split not in task.splits:
-        raise UserError(
-            f"{task.name} has no split {split}; its splits are {', '.join(task.splits)}"
-        )
+def _examples(records: Callable, task: Task, labelled: bool) -> Iterator[dict]:
+    """Check the records and yield them as rows."""
+    for row, (where, record) in enumerate(records()):
+        texts = [json_field(record, name, str, where) for name in task.text_columns]
+        example = {"index": row, "text_a": texts[0], "text_b": texts[1] if texts[1:] else None}
+        if labelled:
+            example["label"] = _label(record, task, where)
+        elif task.name != CUSTOM:
+            index = str(record.get("index", record.get("id", row)))
+            if not index.isdecimal():
+                raise UserError(f"{where}: the index {brief(index)!r} is not a whole number")
+            example["index"] = int(index)
+        yield example
 
 
-def _split_file(task, data_dir, split):
-    _check_split(task, split)
-    folder, name = Path(data_dir), "diagnostic.tsv" if task.name == "ax" else f"{split}.tsv"
-    if not (folder / name).exists():
-        if not folder.is_dir():
+def _records(path: Path, task: Task, labelled: bool) -> Iterator[tuple[str, dict]]:
+    """Yield (place in the file, {column: value}) for each row of a file."""
+    rows = _rows(path)
+    if path.suffix == ".jsonl":
+        yield from ((f"{path}:{line}", record) for line, record in rows)
+        return
+    header = task.headerless if labelled and task.headerless else next(rows, (1, []))[1]
+    for name in (*task.text_columns, *([task.label_column] if labelled else [])):
+        if header.count(name) != 1:
+            number = "two columns" if name in header else "no column"
+            found = brief(", ".join(header), 300) or "nothing, the file is empty"
+            raise UserError(f"{path}: the header has {number} {name}; found: {found}")
+    for line, fields in rows:
+        where, extra = f"{path}:{line}", len(fields) - len(header)
+        is_blank = fields in ([], [""])
+        if (is_blank and len(header) > 1) or (extra < 0 and task.short_rows and labelled):
+            continue
+        if is_blank:  # an empty text, or no text? The indices of the predictions depend on it
+            raise UserError(f"{where}: is blank; give it a text, or remove it")
+        if extra < 0 or (extra > 0 and task.name == CUSTOM):
             raise UserError(
-                f"{folder / name}: cannot be read, there is no folder {folder}; check --data_dir"
+                f"{where}: has {len(fields)} fields for {len(header)} columns; correct it"
             )
-        below = [
-            f for f in folder.iterdir() if plain(f.name) == task.hub_config and (f / name).is_file()
-        ]
-        hint = (
-            f"did you mean --data_dir {below[0]}?"
-            if below
-            else f"check --data_dir and --task_name {task.name}"
-        )
-        raise UserError(f"{folder / name}: there is no file {name} in the folder {folder}; {hint}")
-    return folder / name
+        yield where, dict(zip(header, fields))
 
 
-def _lines(path):
-    """Yield (number from 1, text) of each line. Only \\n and \\r\\n end one: all else may stand in a text."""
+def _rows(path: Path) -> Iterator[tuple[int, object]]:
+    """Yield (line number, row): lists of strings, or the JSON values of a .jsonl file.
+
+    Only \\n and \\r\\n end a line: a text may hold any other separator.
+    """
     number = 0
-    try:
+
+    def lines() -> Iterator[str]:
+        nonlocal number
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                yield number, text.removesuffix("\n").removesuffix("\r")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}:{number}: is not UTF-8 ({error.reason}); convert the file"
-        ) from error
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror or error}); check --data_dir"
-        ) from error
-    if not number:
-        raise UserError(f"{path}: is empty; give a file with examples")
+                yield text.removesuffix("\n").removesuffix("\r")
 
-
-def _tsv_rows(path):
-    for line, text in _lines(path):
-        yield line, text.split("\t")
-
-
-def _csv_rows(path):
-    csv.field_size_limit(2**31 - 1)
-    reader = csv.reader((f"{text}\n" for _, text in _lines(path)), strict=True)
+    if path.suffix == ".csv":
+        csv.field_size_limit(2**31 - 1)
+        rows = csv.reader((f"{line}\n" for line in lines()), strict=True)
+    elif path.suffix == ".jsonl":
+        rows = (json.loads(line) for line in lines() if line.strip())
+    else:
+        rows = (line.split("\t") for line in lines())
     try:
-        for fields in reader:
-            yield reader.line_num, fields or [""]
-    except csv.Error as error:
-        raise UserError(
-            f"{path}:{reader.line_num}: is not CSV ({error}); check the quotes"
-        ) from error
+        for row in rows:
+            yield number, row
+    except (ValueError, RecursionError, csv.Error) as error:
+        kind = path.suffix[1:].upper()
+        raise UserError(f"{path}:{number}: is not UTF-8 {kind} ({error}); correct it") from error
 
 
-def _header(path, rows):
-    header = next((fields for _, fields in rows if fields != [""]), None)
-    if header is None:
-        raise UserError(f"{path}: is empty; give a file with examples")
-    return header
+def _class_name(record: dict, task: Task, where: str) -> str:
+    """The label of a record as a text."""
+    name = " ".join(str(json_field(record, task.label_column, str | int, where)).split())
+    if not name:
+        raise UserError(f"{where}: {task.label_column} is empty; correct it")
+    return name
 
 
-def _places(path, header, wanted):
-    for name in wanted:
-        if header.count(name) != 1:
-            problem = "two columns" if name in header else "no column"
-            raise UserError(
-                f"{path}: the header, its first line, has {problem} {name}; "
-                f"expected: {listed(wanted)}; found: {listed(header)}"
-            )
-    return [header.index(name) for name in wanted]
-
-
-def _wrong_width(where, fields, header):
-    return UserError(
-        f"{where}: has {len(fields)} fields, but there are {len(header)} columns; correct the row"
-    )
-
-
-def _custom_rows(path, wanted):
-    """Yield (place in the file, {column: value}) of each row."""
-    if path.suffix == ".jsonl":
-        for line, text in _lines(path):
-            if text.strip():
-                yield f"{path}:{line}", _json_record(text, f"{path}:{line}", wanted)
-        return
-    rows = _csv_rows(path) if path.suffix == ".csv" else _tsv_rows(path)
-    header = _header(path, rows)
-    places = _places(path, header, wanted)
-    for line, fields in rows:
-        if fields == [""]:
-            if len(header) == 1:  # a text, or the end of the file? an index hangs on it
-                raise UserError(f"{path}:{line}: is blank; give it a text, or remove it")
-            continue
-        if len(fields) != len(header):
-            raise _wrong_width(f"{path}:{line}", fields, header)
-        yield f"{path}:{line}", {name: fields[place] for name, place in zip(wanted, places)}
-
-
-def _json_record(text, where, wanted):
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: is not JSON ({error}); each line must be one object") from error
-    if not isinstance(record, dict):
-        raise UserError(f'{where}: must be an object like {{"{wanted[0]}": ...}}; correct it')
-    for name in wanted:
-        if name not in record:
-            raise UserError(
-                f"{where}: has no column {name}; expected: {listed(wanted)}; found: {listed(record)}"
-            )
-    return record
-
-
-def _text(record, column, where):
-    text = record[column]
-    if not isinstance(text, str):
-        raise UserError(
-            f"{where}: {column} must be a text, not {json.dumps(text)[:40]}; correct it"
-        )
-    return text
-
-
-def _label_text(record, column, where, regression):
-    label = record[column]
-    if isinstance(label, float) and not regression:
-        raise UserError(
-            f"{where}: {column} is {label}, but only a regression has fractions as labels; correct it"
-        )
-    if not isinstance(label, (int, float)):  # a bool is an int
-        label = " ".join(_text(record, column, where).split())
-        if not label:
-            raise UserError(f"{where}: {column} is empty; correct it")
-        if problem := text_problem(label):
-            raise UserError(f"{where}: {column} {problem}")
-    return str(label)
-
-
-def _label_parser(task):
-    """A function (text of a label, its place) -> class index, or number in a regression."""
+def _label(record: dict, task: Task, where: str) -> int | float:
+    """The class index of a record, or its number in a regression."""
     if task.is_regression:
-        return functools.partial(_number, limits=task.score_range)
-    indices = {name: index for index, name in enumerate(task.labels)}
-    if task.numbered:
-        indices |= {str(index): index for index in range(len(task.labels))}
-
-    def parse(label, where):
-        if label not in indices:
-            raise UserError(
-                f"{where}: the label {listed([label])!r} is not one of {listed(indices)}; correct it"
-            )
-        return indices[label]
-
-    return parse
-
-
-def _number(label, where, limits):
-    try:
-        number = float(label)
-    except ValueError:
-        number = math.nan
-    low, high = limits or (-math.inf, math.inf)
-    if not (math.isfinite(number) and low <= number <= high):
-        kind = f"a number from {low:g} to {high:g}" if limits else "a finite number"
-        raise UserError(f"{where}: the label {listed([label])!r} is not {kind}; correct it")
-    return number
-
-
-def _index(text, where):
-    try:
-        index = int(text)
-    except ValueError:
-        index = -1
-    if not 0 <= index < 2**63:
-        raise UserError(f"{where}: the index {listed([text])!r} is not a whole number; correct it")
-    return index
+        label, (low, high) = record.get(task.label_column), task.score_range
+        with contextlib.suppress(ValueError, TypeError):
+            if math.isfinite(number := float(label)) and low <= number <= high:
+                return number
+        expected = f"a finite number in [{low:g}, {high:g}]"
+    else:
+        label = _class_name(record, task, where)
+        if label in task.indices:
+            return task.indices[label]
+        expected = f"one of {brief(', '.join(task.indices), 300)}"
+    raise UserError(f"{where}: the label {brief(label)!r} is not {expected}; correct it")
 
 
 # ---------------------------------------------------------------------------------------- features
 
 
-def build_features(examples, tokenizer, *, max_seq_length, num_proc=1, overwrite_cache=False):
-    """Turn examples into features, one for each, of at most `max_seq_length` tokens.
+def build_features(
+    examples: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_seq_length: int, **caching
+) -> Dataset:
+    """Turn examples into features of at most `max_seq_length` tokens, one per example, in order.
 
-    Returns a `Dataset` whose rows are in the order of the examples: input_ids (list of `length` int32,
-    unpadded), length, second_start (index of the first token of text_b: token types are 0 before it, 1 from it
-    on; `length` for a single sentence) and, where the examples have one, label. Of too long a pair the longer
-    text loses tokens at its end, as by `truncation="longest_first"` of transformers.
-
-    They are cached beside the examples. `num_proc` processes give the same rows as one.
-    Raises `UserError` for a slow tokenizer, or a length that leaves no room for the texts.
+    Returns input_ids (list of `length` int32, unpadded), length, second_start (index of the first
+    token of text_b: token types are 0 before it, 1 from it on; `length` for a single sentence) and
+    the label, if there is one. Truncation is `longest_first` of transformers. `caching` are
+    options of `cached_map`. Raises UserError for a length that leaves no room for the texts.
     """
     backend = fast_backend(tokenizer)
-    if not len(examples):
-        raise UserError("there is no example to make features of; check the data file")
     texts = 1 if examples[0]["text_b"] is None else 2
     least = backend.num_special_tokens_to_add(is_pair=texts == 2) + texts
     if max_seq_length < least:
-        raise UserError(
-            f"--max_seq_length is {max_seq_length}, but must be at least {least} for this task"
-        )
-    backend.enable_truncation(
-        max_seq_length, strategy="longest_first", direction=tokenizer.truncation_side
-    )
+        raise UserError(f"--max_seq_length is {max_seq_length}, but must be at least {least}")
+    backend.enable_truncation(max_seq_length, direction=tokenizer.truncation_side)
     return cached_map(
         examples,
         functools.partial(_featurize, backend=backend),
         [name for name in ("text_a", "text_b", "label") if name in examples.column_names],
-        name="glue",
         key=content_hash(VERSION, backend.to_str()),
-        num_proc=num_proc,
-        overwrite_cache=overwrite_cache,
+        **caching,
     )
 
 
 def _featurize(texts_a, texts_b, labels=None, *, backend):
     """One batch of examples -> a table of features."""
-    encodings = backend.encode_batch_fast(
-        [a if b is None else (a, b) for a, b in zip(texts_a, texts_b)]
-    )
+    pairs = [a if b is None else (a, b) for a, b in zip(texts_a, texts_b)]
+    encodings = backend.encode_batch_fast(pairs)
     lengths = [len(encoding) for encoding in encodings]
+    second_starts = [len(encoding) - sum(encoding.type_ids) for encoding in encodings]
     tokens = itertools.chain.from_iterable(encoding.ids for encoding in encodings)
-    table = {
-        "input_ids": ragged([np.fromiter(tokens, np.int32, sum(lengths))], lengths),
+    columns = {
+        "input_ids": ragged([np.fromiter(tokens, np.int32)], lengths),
         "length": pa.array(lengths, pa.int32()),
-        "second_start": pa.array(
-            [len(encoding) - sum(encoding.type_ids) for encoding in encodings], pa.int32()
-        ),
+        "second_start": pa.array(second_starts, pa.int32()),
     }
-    if labels is not None:
-        table["label"] = pa.array(labels)
-    return pa.table(table)
+    return pa.table(columns if labels is None else columns | {"label": pa.array(labels)})
 
 
-def collate(features, pad_token_id, multiple_of=8, input_names=MODEL_INPUTS):
-    """Pad features to the longest of the batch, rounded up to a multiple of `multiple_of` tokens.
+collate = functools.partial(collate_features, second_start="second_start")
 
-    Returns int64 tensors: input_ids, attention_mask and token_type_ids (batch, tokens), as far as the model takes
-    them (`input_names`), and, where the
-    features have a label, labels (batch,): int64 class indices, or float32 for a regression.
+
+def submission(task: Task, examples: Dataset, logits: np.ndarray) -> str:
+    """The predictions for a test split, as the text of a file in GLUE's submission format.
+
+    logits: as in `glue_metrics`. Scores are clipped to the task's range.
     """
-    second_starts = [feature["second_start"] for feature in features]
-    batch = pad_batch(features, second_starts, pad_token_id, multiple_of, input_names)
-    if "label" in features[0]:
-        labels = [feature["label"] for feature in features]
-        batch["labels"] = torch.tensor(
-            labels, dtype=torch.float32 if isinstance(labels[0], float) else torch.int64
-        )
-    return batch
-
-
-# ------------------------------------------------------------------------------------- predictions
-
-
-def submission(task, examples, logits):
-    """The predictions for a test split as the text of a file in GLUE's submission format.
-
-    A line for each example: its index, a tab, and its label (a number where GLUE wants one); scores lie in the
-    task's range. logits are those of `glue_metrics`.
-    """
-    logits = np.asarray(logits, np.float64)
     if task.is_regression:
-        scores = np.clip(logits.reshape(len(examples)), *(task.score_range or (None, None)))
+        scores = np.clip(np.asarray(logits, np.float64).reshape(len(examples)), *task.score_range)
         predictions = [f"{score:.3f}" for score in scores]
     else:
         names = range(len(task.labels)) if task.numbered else task.labels
-        predictions = [names[index] for index in logits.argmax(axis=1)]
-    lines = [
-        f"{index}\t{text}\n" for index, text in zip(examples["index"], predictions, strict=True)
-    ]
-    return "".join(["index\tprediction\n", *lines])
+        predictions = [names[index] for index in np.argmax(logits, axis=1)]
+    rows = zip(examples["index"], predictions, strict=True)
+    return "index\tprediction\n" + "".join(f"{index}\t{text}\n" for index, text in rows)

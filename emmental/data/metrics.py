@@ -2,27 +2,34 @@
 
 import collections
 import logging
-import math
 import re
 import string
-import warnings
+from collections.abc import Callable
 
 import numpy as np
+from datasets import Dataset
 from scipy.special import entr, softmax
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from emmental.data.features import row_tuples
+from emmental.data.glue_tasks import Task
 
 logger = logging.getLogger(__name__)
 
 
-def squad_metrics(examples, predictions, null_odds=None, *, version_2_with_negative):
+def squad_metrics(
+    examples: Dataset,
+    predictions: dict[str, str],
+    null_odds: dict[str, float] | None = None,
+    *,
+    version_2_with_negative: bool,
+) -> dict[str, float]:
     """Exact match and F1 in percent, as by the official evaluate-v1.1.py or evaluate-v2.0.py.
 
-    Keys: exact, f1, total; for v2.0 also HasAns_* and NoAns_* (where there are such questions) and, with
-    `null_odds`, best_exact, best_exact_thresh, best_f1, best_f1_thresh: the best that another threshold on
-    the null odds could do for the given predictions. A question without a prediction counts as wrong.
+    Keys: exact, f1, total; for v2.0 also HasAns_* and NoAns_* (if there are such questions) and,
+    with `null_odds`, best_exact, best_exact_thresh, best_f1, best_f1_thresh: the best scores that
+    another threshold on the null odds would give. A question without a prediction counts as wrong.
     """
     exact, f1, has_answer = {}, {}, {}
     for id_, answers in row_tuples(examples, ["id", "answers"]):
@@ -36,43 +43,39 @@ def squad_metrics(examples, predictions, null_odds=None, *, version_2_with_negat
         exact[id_] = max((float(words == gold) for gold in golds), default=0.0)
         f1[id_] = max((_f1(words, gold, version_2_with_negative) for gold in golds), default=0.0)
 
-    metrics = _averages(exact, f1, list(exact))
+    def averages(prefix: str, ids: list[str]) -> dict[str, float]:
+        sums = [sum(scores[id_] for id_ in ids) for scores in (exact, f1)]
+        means = [100.0 * total / len(ids) for total in sums]
+        return dict(zip((f"{prefix}exact", f"{prefix}f1", f"{prefix}total"), (*means, len(ids))))
+
+    metrics = averages("", list(exact))
     if version_2_with_negative:
         for prefix, answered in ("HasAns_", True), ("NoAns_", False):
             if ids := [id_ for id_ in exact if has_answer[id_] is answered]:
-                metrics |= {
-                    prefix + name: value for name, value in _averages(exact, f1, ids).items()
-                }
-        if null_odds is not None:
-            for name, scores in ("exact", exact), ("f1", f1):
-                best, threshold = _best_threshold(scores, predictions, null_odds, has_answer)
-                metrics |= {f"best_{name}": best, f"best_{name}_thresh": threshold}
+                metrics |= averages(prefix, ids)
+    if version_2_with_negative and null_odds is not None:
+        for name, scores in ("exact", exact), ("f1", f1):
+            best, threshold = _best_threshold(scores, predictions, null_odds, has_answer)
+            metrics |= {f"best_{name}": best, f"best_{name}_thresh": threshold}
     return metrics
 
 
-def _averages(exact, f1, ids):
-    percent = [100.0 * sum(scores[id_] for id_ in ids) / len(ids) for scores in (exact, f1)]
-    return {"exact": percent[0], "f1": percent[1], "total": len(ids)}
-
-
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
 def _words(text):
-    return re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_PUNCTUATION)).split()
+    text = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
 def _f1(prediction, gold, version_2_with_negative):
     if version_2_with_negative and not (prediction and gold):
         return float(prediction == gold)
     shared = (collections.Counter(prediction) & collections.Counter(gold)).total()
-    # The official quotient of precision and recall, in its order of rounding.
+    # In the order of the official script, so that rounding is the same.
     precision, recall = shared / max(len(prediction), 1), shared / max(len(gold), 1)
     return 2 * precision * recall / (precision + recall) if shared else 0.0
 
 
 def _best_threshold(scores, predictions, null_odds, has_answer):
-    """Walk up the null odds: below the threshold the prediction counts, above it the null answer does."""
+    """Try each of the null odds: up to the threshold the prediction counts, above it no answer."""
     current = best = sum(not answered for answered in has_answer.values())
     threshold = 0.0
     for id_ in sorted((id_ for id_ in null_odds if id_ in scores), key=null_odds.get):
@@ -85,18 +88,16 @@ def _best_threshold(scores, predictions, null_odds, has_answer):
     return 100.0 * best / len(scores), threshold
 
 
-def glue_metrics(task, logits, labels):
-    """The metrics of `task.metrics` as plain floats: fractions of 1, correlations from -1 to 1.
+def glue_metrics(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """The metrics of `task.metrics`: fractions of 1, correlations from -1 to 1.
 
-    logits: (examples, labels of the task, in its order), or (examples, 1) or (examples,) for a regression.
-    labels: (examples,), as in the examples. F1 is that of the second label. A correlation that is not defined,
-    as where all predictions are equal, is 0.0, with a warning.
+    logits: (examples, labels of the task), or for a regression (examples, 1) or (examples,).
+    labels: (examples,). F1 is that of the second label. Undefined correlations count as 0.
     """
     logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
     if task.is_regression:
         scores = logits.reshape(len(labels))
-        pearson = _correlation("pearson", pearsonr, scores, labels)
-        spearman = _correlation("spearmanr", spearmanr, scores, labels)
+        pearson, spearman = (_correlation(f, scores, labels) for f in (pearsonr, spearmanr))
         return {"pearson": pearson, "spearmanr": spearman, "corr": (pearson + spearman) / 2}
     predictions = logits.argmax(axis=1)
     if task.key_metric == "mcc":
@@ -108,33 +109,15 @@ def glue_metrics(task, logits, labels):
     return metrics
 
 
-def _correlation(name, correlate, scores, labels):
-    constant = [
-        what
-        for what, values in (("predictions", scores), ("labels", labels))
-        if np.ptp(values) == 0
-    ]
-    value = math.nan
-    if not constant and np.isfinite(scores).all():
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # of nearly constant predictions: there is a value all the same
-            value = float(correlate(scores, labels).statistic)
-    if math.isfinite(value):
-        return value
-    reason = (
-        f"all {constant[0]} are equal"
-        if constant
-        else "the predictions are not finite or out of scale"
+def _correlation(correlate: Callable, scores: np.ndarray, labels: np.ndarray) -> float:
+    if all(0 < np.ptp(values) < np.inf for values in (scores, labels)):
+        return float(correlate(scores, labels).statistic)
+    logger.warning(
+        f"{correlate.__name__} is undefined for equal predictions or labels; it counts as 0"
     )
-    logger.warning(f"{name} is not defined, because {reason}; it counts as 0.0")
     return 0.0
 
 
-def mean_entropy(logits):
-    """Entropy of the predicted distribution over the labels, in nats, averaged over the examples.
-
-    logits: (examples, labels). From 0, where every prediction is certain, to log(labels).
-    """
+def mean_entropy(logits: np.ndarray) -> float:
+    """Mean entropy in nats of the predictions with these logits: (examples, labels)."""
     return float(entr(softmax(np.asarray(logits, np.float64), axis=1)).sum(axis=1).mean())
