@@ -208,7 +208,7 @@ class Learner:
                 batch[name] = F.pad(
                     batch[name], (0, room), value=self.pad if name == "input_ids" else 0
                 )
-        logits = forward(self.task, self.model, batch, self.precision, WORLD.device)
+        logits = forward(self.task, self.model, batch, self.precision)
         self.task.loss(logits, batch).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()

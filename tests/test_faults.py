@@ -128,17 +128,14 @@ def flip(folder):
 
 
 DAMAGES = {
-    "flipped": (flip, "the checksum of model.safetensors does not match"),
+    "flipped": (flip, "model.safetensors is damaged"),
     "truncated": (
         lambda folder: os.truncate(folder / "training_state.pt", 1000),
-        "training_state.pt has 1,000 bytes",
+        "training_state.pt is damaged",
     ),
     "missing": (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
-    "list": (
-        lambda folder: (folder / "files.json").write_text('{"a": 1}'),
-        "files.json is damaged|a is missing",
-    ),
-    "no json": (lambda folder: (folder / "files.json").write_text("{"), "files.json is damaged"),
+    "list": (lambda folder: (folder / "files.json").write_text('{"a": 1}'), "a is missing"),
+    "no json": (lambda folder: (folder / "files.json").write_text("{"), "files.json or another"),
 }
 
 
@@ -149,43 +146,29 @@ def test_latest_skips_a_broken_checkpoint(run, capsys, caplog, damage):
     out = run("--save_steps", "5")
     spoil(out / "checkpoint-10")
     error = stopped(capsys, run, "--resume_from_checkpoint", str(out / "checkpoint-10"), status=2)
-    assert "checkpoint-10 is broken" in error
+    assert "checkpoint-10: no checkpoint is whole" in error
     caplog.clear()
     run("--resume_from_checkpoint", "latest", "--save_steps", "0")
     (message,) = [message for message in caplog.messages if "is broken and skipped" in message]
-    assert "checkpoint-10" in message and any(part in message for part in said.split("|"))
+    assert "checkpoint-10" in message and said in message
     assert "starting at update 5" in caplog.text
     assert same_files(whole, out, "model.safetensors")
     spoil(out / "checkpoint-5")
     if not (out / "checkpoint-10").exists():
         shutil.copytree(out / "checkpoint-5", out / "checkpoint-10")
-    assert "no checkpoint in" in stopped(
-        capsys, run, "--resume_from_checkpoint", "latest", status=2
-    )
+    error = stopped(capsys, run, "--resume_from_checkpoint", "latest", status=2)
+    assert "no checkpoint is whole" in error
 
 
-def test_the_only_good_checkpoint_is_never_removed(tmp_path):
-    for step in (5, 10, 15):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        for name in ("training_state.pt", "config.json"):
-            (folder / name).write_text(f"{step}")
-        (folder / "files.json").write_text(json.dumps(checkpoint._manifest(folder)))
-    for step in (10, 15):
-        (tmp_path / f"checkpoint-{step}" / "config.json").write_text("damaged")
+def test_the_newest_checkpoints_are_kept(tmp_path):
+    for step in (5, 10, 15, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "training_state.pt").touch()
+    (tmp_path / "checkpoint-best").mkdir()
+    checkpoint.remove_old_checkpoints(tmp_path, None)
     checkpoint.remove_old_checkpoints(tmp_path, 2)
-    assert [folder.name for folder in checkpoint.find_checkpoints(tmp_path)] == [
-        "checkpoint-5",
-        "checkpoint-10",
-        "checkpoint-15",
-    ]
-    (tmp_path / "checkpoint-15" / "config.json").write_text("15")
-    checkpoint.remove_old_checkpoints(tmp_path, 2)
-    assert [folder.name for folder in checkpoint.find_checkpoints(tmp_path)] == [
-        "checkpoint-10",
-        "checkpoint-15",
-    ]
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-10", "checkpoint-15"}
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"checkpoint-15", "checkpoint-100", "checkpoint-best"}
 
 
 def test_a_folder_removed_while_running(run, capsys, monkeypatch, tmp_path):
@@ -194,7 +177,8 @@ def test_a_folder_removed_while_running(run, capsys, monkeypatch, tmp_path):
         (tmp_path / "out").write_text("in the way")
 
     break_after(monkeypatch, loop, "set_learning_rates", 6, remove)
-    assert "cannot write" in stopped(capsys, run, status=1)
+    error = stopped(capsys, run, status=1)
+    assert "error: " in error and "out" in error
 
 
 def test_a_disk_that_is_full(tmp_path, tiny_bert, squad_dir):
@@ -295,7 +279,7 @@ def test_weights_that_are_not_finite_are_not_saved(run, capsys, monkeypatch, tmp
 
     monkeypatch.setattr(loop, "set_learning_rates", spoil)
     error = stopped(capsys, run, "--save_total_limit", "1", status=1)
-    assert "update 8: " in error and "is not finite any more: nothing is saved" in error
+    assert "update 8: " in error and "is not finite: nothing is saved" in error
     assert [folder.name for folder in checkpoint.find_checkpoints(tmp_path / "out")] == [
         "checkpoint-4"
     ]

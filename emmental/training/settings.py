@@ -10,11 +10,11 @@ from ..schedule import Schedule
 
 @dataclass(frozen=True)
 class Precision:
-    """Mixed precision: the dtype of autocast, None for float32. Parameters and scores stay float32."""
+    """Mixed precision: the dtype of autocast, None for float32. Parameters stay float32."""
 
     dtype: torch.dtype | None = None
 
-    def autocast(self, device: torch.device):
+    def autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, self.dtype, enabled=self.dtype is not None)
 
     @property
@@ -23,41 +23,31 @@ class Precision:
 
 
 @dataclass(frozen=True)
-class Distillation:
-    """Weights of the task's own loss and of the teacher's, and the temperature of both distributions."""
+class Settings:
+    """A training run. Fields without a comment are the flags of the same name."""
 
+    arguments: dict  # the command line, saved with every checkpoint, compared when one is resumed
+    output_dir: Path
+    schedule: Schedule
+    precision: Precision
+    first_cut: float  # the initial scores, for the steering
+    keep: int | None  # checkpoints to keep, None for all
+    seed: int
+    learning_rate: float
+    mask_scores_learning_rate: float
+    weight_decay: float
+    adam_epsilon: float
+    max_grad_norm: float  # infinite for no clipping
     alpha_ce: float
     alpha_distil: float
     temperature: float
-
-
-@dataclass(frozen=True)
-class Settings:
-    """A training run.
-
-    arguments: the command line, recorded with every checkpoint and compared when one is resumed. penalty: l0, l1 or
-    None. target_remaining: the fraction of the weights that lambda is steered to, or None. rates: learning rates,
-    decay and epsilon, as `build_optimizer` takes them. logging_steps, save_steps: updates between two lines in
-    TensorBoard, two checkpoints (0: none). keep: how many checkpoints are kept, None for all.
-    """
-
-    arguments: dict
-    output_dir: Path
-    schedule: Schedule
-    rates: dict[str, float]
-    max_grad_norm: float  # infinite for none
-    seed: int
-    precision: Precision
-    distillation: Distillation
-    penalty: str | None
+    regularization: str | None  # l0, l1 or None
     target_remaining: float | None
-    final_lambda: float  # that the steering starts at, 0 for a usual one
-    first_cut: float  # where the scores start, for the steering
+    final_lambda: float
     global_topk_frequency_compute: int
     logging_steps: int
     save_steps: int
-    keep: int | None
-    evaluate: bool  # at every logging_steps
+    evaluate_during_training: bool
     compile: bool
     num_workers: int
     check_ranks: bool
