@@ -88,15 +88,15 @@ def find_resume_folder(asked: str | None, output_dir: Path, overwrite: bool) -> 
             f"--resume_from_checkpoint {asked} is no checkpoint (it has no {STATE_FILE}): "
             "give a checkpoint-<step> folder, or 'latest'"
         )
-    candidates = find_checkpoints(output_dir) if asked == "latest" else [Path(asked)]
-    for folder in reversed(candidates):
+    problem = None
+    for folder in find_checkpoints(output_dir)[::-1] if asked == "latest" else [Path(asked)]:
         problem = damage_of(folder)
         if not problem:
             return folder
         logger.warning("%s is broken and skipped: %s", folder, problem)
-    if candidates:
+    if problem:
         raise UserError(
-            f"--resume_from_checkpoint {asked}: no checkpoint is whole (see above); give another "
+            f"--resume_from_checkpoint {asked}: no checkpoint is whole ({problem}); give another "
             "one, or remove them to start from the beginning"
         )
     if (output_dir / "config.json").exists() and not overwrite:

@@ -114,7 +114,7 @@ class TrainingState:
             self.seconds = saved["seconds"]
             if self.steering:
                 self.steering.integral = saved["steering"]
-            self.optimizer.load_state_dict(saved["optimizer"])
+            self._load_moments(**saved["optimizer"])
             self.scaler.load_state_dict(saved["scaler"])
             self.mask_generator.set_state(saved["mask_generator"])
             random_state = saved["random_states"][self.world.rank]
@@ -128,13 +128,22 @@ class TrainingState:
                 f"{folder} is damaged, or not by these scripts: continue from another checkpoint"
             ) from error
 
+    def _load_moments(self, state: dict, param_groups: list[dict]) -> None:
+        groups = self.optimizer.state_dict()["param_groups"]  # their settings come from the flags
+        for group, saved in zip(groups, param_groups, strict=True):
+            group["updates"] = saved["updates"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        for parameter, moments in self.optimizer.state.items():
+            if any(moment.shape not in (parameter.shape, ()) for moment in moments.values()):
+                raise ValueError("moments of other weights")  # would corrupt the memory
+
     def _check_same_run(self, folder: Path, arguments: dict, saved: dict) -> None:
         problems = [
             f"--{name} was {arguments.get(name)} and is {value}"
             for name, value in sorted(self.settings.arguments.items())
             if name not in FREE_ARGUMENTS and arguments.get(name) != value
         ]
-        if saved["data"] != self._data_digest or saved["labels"] != self._labels:
+        if (saved["data"], saved["labels"]) != (self._data_digest, self._labels):
             problems.append("the training data has changed")
         if (processes := len(saved["random_states"])) != self.world.size:
             problems.append(
