@@ -35,7 +35,6 @@ from emmental.training.distributed import World, keep_freed_memory
 from emmental.training.evaluate import Predictor
 from emmental.training.optim import build_optimizer, set_learning_rates
 from emmental.training.passes import MODEL_INPUTS, forward
-from emmental.training.settings import Precision
 
 
 class Squad:
@@ -184,7 +183,7 @@ class Learner:
     def __init__(self, task, features, tokenizer, fixed: int | None, args):
         self.task, self.features, self.fixed, self.args = task, features, fixed, args
         self.pad = tokenizer.pad_token_id or 0
-        self.precision = Precision(torch.bfloat16 if args.bf16 else None)
+        self.precision = torch.bfloat16 if args.bf16 else None
         lengths = np.asarray(features["length"])
         self.plan = BatchPlan(
             lengths if fixed is None else np.zeros_like(lengths), args.batch, 1, args.seed

@@ -1,5 +1,7 @@
 """Batches: every example once, the same whoever asks, little padding."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -75,12 +77,12 @@ def test_update_depends_on_seed_and_step_alone():
 
 
 class Numbers(Task):
-    """A task whose batches are lists of example numbers."""
+    """A task whose batches are numbers of examples."""
 
     train_set = range(50)
 
     def collate(self, features):
-        return features
+        return {"numbers": torch.tensor(features)}
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -88,9 +90,14 @@ def test_resuming_continues_the_order(num_workers):
     plan = BatchPlan(make_lengths(50), 4, 2, seed=5)
 
     def updates(start, stop):
+        schedule = SimpleNamespace(total_step=stop)
+        settings = SimpleNamespace(schedule=schedule, num_workers=num_workers)
         world = World(torch.device("cpu"), 1, 2)
-        found = training_batches(plan, Numbers(), start, stop, num_workers, world)
-        return [(list(batches), shares) for batches, shares in found]
+        state = SimpleNamespace(settings=settings, step=start, world=world)
+        return [
+            ([batch["numbers"].tolist() for batch in batches], shares)
+            for batches, shares in training_batches(plan, Numbers(), state)
+        ]
 
     assert updates(0, 9) + updates(9, 20) == updates(0, 20)
     assert updates(3, 4) == [tuple(map(list, zip(*plan.local(3, 1, 2), strict=True)))]

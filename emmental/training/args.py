@@ -7,7 +7,7 @@ import argparse
 import logging
 import math
 import os
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -19,7 +19,6 @@ from ..modules.methods import METHODS
 from ..modules.topk import MIN_REMAINING
 from ..schedule import Schedule, plateaus_overlap
 from .parser import Parser, choice, number
-from .settings import Precision, Settings
 from .task import Task
 
 logger = logging.getLogger(__name__)
@@ -27,12 +26,13 @@ logger = logging.getLogger(__name__)
 COUNT, COUNT_OR_0 = number(int, at_least=1), number(int, at_least=0)
 NUMBER, POSITIVE, NOT_NEGATIVE = number(float), number(float, above=0), number(float, at_least=0)
 OBSOLETE = ("fp16_opt_level", "server_ip", "server_port", "lang_id")  # the last: of SQuAD alone
-DISTILLATION = ("alpha_ce", "alpha_distil", "temperature")
-PRUNING = (
-    "pruning_method", "mask_init", "mask_scale", "mask_scores_learning_rate", "initial_threshold",
-    "final_threshold", "initial_warmup", "final_warmup", "regularization", "final_lambda",
-    "target_remaining", "global_topk", "global_topk_frequency_compute",
-)  # fmt: skip
+RATES = ("learning_rate", "mask_scores_learning_rate", "weight_decay", "adam_epsilon")
+SEED = number(int, at_least=0, below=2**32)
+
+
+def model_type(text: str) -> str:
+    """An argparse type: a family of models, plain or masked."""
+    return choice(*(prefix + family for family in FAMILIES for prefix in ("", MASKED)))(text)
 
 
 def pruning_method(text: str) -> str:
@@ -45,109 +45,102 @@ def penalty(text: str) -> str | None:
     return None if text == "null" else choice(*PENALTIES, "null")(text)
 
 
+# fmt: off
+# name, type (bool: a switch), default (...: required; None in places where the task has one), help
+FLAGS = {
+    "what to run": [
+        ("model_type", model_type, ..., "masked_bert to fine-prune; bert for dense models"),
+        ("model_name_or_path", str, ..., "checkpoint folder, or name of a model on the hub"),
+        ("output_dir", str, ..., "where the model, its results and checkpoints go"),
+        ("do_train", bool, False, "train"),
+        ("do_eval", bool, False, "evaluate the trained model, or the one given"),
+        ("evaluate_during_training", bool, False, "also evaluate every --logging_steps"),
+        ("eval_all_checkpoints", bool, False, "with --do_eval: evaluate all checkpoints, too"),
+        ("overwrite_output_dir", bool, False, "train even if output_dir is not empty"),
+        ("resume_from_checkpoint", str, None, "checkpoint-<step> folder to continue, or 'latest'"),
+        ("seed", SEED, 42, "seed of data order, dropout, fresh heads and scores"),
+    ],
+    "model, tokenizer and features": [
+        ("config_name", str, None, "configuration, if not the model's own"),
+        ("tokenizer_name", str, None, "tokenizer, if not the model's own"),
+        ("cache_dir", str, None, "where downloads and features are cached"),
+        ("do_lower_case", bool, False, "lower-case the text (uncased models)"),
+        ("max_seq_length", COUNT, None, "tokens at which longer inputs are cut"),
+        ("threads", COUNT, 1, "processes that make features"),
+        ("overwrite_cache", bool, False, "make the features again"),
+    ],
+    "pruning": [
+        ("pruning_method", pruning_method, "topK", "topK (movement), sigmoied_threshold (soft "
+         "movement), magnitude, l0, or threshold"),
+        ("initial_threshold", NUMBER, 1.0, "threshold at the start, a fraction: of remaining "
+         "weights (1 for topK), or on sigmoid(score) (0 for sigmoied_threshold)"),
+        ("final_threshold", NUMBER, 0.7, "threshold at the end; the density of topK and magnitude"),
+        ("initial_warmup", NOT_NEGATIVE, 1, "updates at the first threshold, in warmup_steps"),
+        ("final_warmup", NOT_NEGATIVE, 2, "updates at the last threshold, in warmup_steps; "
+         "raise it if the metric still climbs at the end"),
+        ("mask_init", choice(*MASK_INITS), "constant", "constant, uniform or kaiming scores"),
+        ("mask_scale", NUMBER, 0.0, "value (constant) or range (uniform) of initial scores"),
+        ("regularization", penalty, None, "penalty on the scores: l1 (soft movement), l0 or null"),
+        ("final_lambda", NOT_NEGATIVE, 0.0, "final weight of the penalty; raise it to prune more"),
+        ("target_remaining", NUMBER, None, "fraction of the weights to keep: steers lambda, "
+         "from --final_lambda or a usual value (soft movement, l0)"),
+        ("global_topk", bool, False, "rank all matrices together (topK, threshold, magnitude)"),
+        ("global_topk_frequency_compute", COUNT, 25, "updates between two global cut-offs"),
+    ],
+    "distillation": [
+        ("teacher_type", model_type, None, "model type of the teacher"),
+        ("teacher_name_or_path", str, None, "fine-tuned teacher: folder or name on the hub"),
+        ("alpha_ce", NOT_NEGATIVE, 0.5, "weight of the task's own loss"),
+        ("alpha_distil", NOT_NEGATIVE, 0.5, "weight of the distillation loss"),
+        ("temperature", POSITIVE, 2.0, "softens the distributions of student and teacher"),
+    ],
+    "optimisation": [
+        ("per_gpu_train_batch_size", COUNT, 8, "examples per device and batch"),
+        ("per_gpu_eval_batch_size", COUNT, 8, "examples per device in evaluation"),
+        ("gradient_accumulation_steps", COUNT, 1, "batches per update"),
+        ("learning_rate", POSITIVE, 5e-5, "peak learning rate of the weights"),
+        ("mask_scores_learning_rate", POSITIVE, 1e-2, "of the scores; raise it for short runs"),
+        ("num_train_epochs", POSITIVE, 3.0, "epochs, may be fractional"),
+        ("max_steps", int, -1, "updates in all; overrides --num_train_epochs"),
+        ("warmup_steps", COUNT_OR_0, 0, "updates of learning-rate warm-up; unit of plateaus"),
+        ("weight_decay", NOT_NEGATIVE, 0.0, "decay of weights; none for scores, bias, LayerNorm"),
+        ("adam_epsilon", POSITIVE, 1e-8, "epsilon of AdamW"),
+        ("max_grad_norm", NOT_NEGATIVE, 1.0, "norm at which the gradient is clipped; 0: never"),
+    ],
+    "logging and checkpoints": [
+        ("logging_steps", COUNT, None, "updates between points in TensorBoard"),
+        ("save_steps", COUNT_OR_0, None, "updates between checkpoints; 0 for none"),
+        ("save_total_limit", COUNT, None, "checkpoints to keep (2, or all if all are evaluated)"),
+    ],
+    "hardware": [
+        ("no_cuda", bool, False, "stay on the CPU"),
+        ("sparse_inference", bool, False, "evaluate with sparse kernels, faster on a CPU"),
+        ("fp16", bool, False, "mixed precision in float16 (GPU)"),
+        ("bf16", bool, False, "mixed precision in bfloat16 (GPU, recent CPUs)"),
+        ("compile", bool, False, "compile the encoder; pays off after some hundred updates"),
+        ("num_workers", COUNT_OR_0, 0, "processes that load batches"),
+        ("check_ranks", bool, False, "for debugging: stop if masks or weights differ by rank"),
+        ("local_rank", int, -1, "for old launchers; torchrun does not need it"),
+    ],
+}
+# fmt: on
+
+
 def make_parser(task: Task, description: str) -> Parser:
     """The parser of a script: the flags of every task, and the task's own."""
-    parser = Parser(description=description)
-    add_common_arguments(parser, task)
-    task.add_arguments(parser)
-    for name in OBSOLETE[:-1]:
-        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
-    return parser
-
-
-def add_common_arguments(parser: argparse.ArgumentParser, task: Task) -> None:
-    """Add the flags of every task, in groups."""
-    model_type = choice(*(prefix + family for family in FAMILIES for prefix in ("", MASKED)))
-    # fmt: off
-    groups = {  # name, type (bool for a switch), default (... for a required flag), help
-        "what to run": [
-            ("model_type", model_type, ..., "masked_bert to fine-prune; bert for dense models"),
-            ("model_name_or_path", str, ..., "checkpoint folder, or name of a model on the hub"),
-            ("output_dir", str, ..., "where the model, its results and checkpoints go"),
-            ("do_train", bool, False, "train"),
-            ("do_eval", bool, False, "evaluate the trained model, or the one given"),
-            ("evaluate_during_training", bool, False, "also evaluate every --logging_steps"),
-            ("eval_all_checkpoints", bool, False, "with --do_eval: evaluate all checkpoints, too"),
-            ("overwrite_output_dir", bool, False, "train even if output_dir is not empty"),
-            ("resume_from_checkpoint", str, None, "checkpoint-<step> folder to continue from, or "
-             "'latest' for the newest in output_dir"),
-            ("seed", number(int, at_least=0, below=2**32), 42, "of order, dropout, new weights"),
-        ],
-        "model, tokenizer and features": [
-            ("config_name", str, None, "configuration, if not the model's own"),
-            ("tokenizer_name", str, None, "tokenizer, if not the model's own"),
-            ("cache_dir", str, None, "where downloads and features are cached"),
-            ("do_lower_case", bool, False, "lower-case the text (uncased models)"),
-            ("max_seq_length", COUNT, task.max_seq_length, "tokens at which longer inputs are cut"),
-            ("threads", COUNT, 1, "processes that make features"),
-            ("overwrite_cache", bool, False, "make the features again"),
-        ],
-        "pruning": [
-            ("pruning_method", pruning_method, "topK", "topK (movement), sigmoied_threshold (soft "
-             "movement), magnitude, l0, or threshold"),
-            ("initial_threshold", NUMBER, 1.0, "threshold at the start, a fraction: of remaining "
-             "weights (1 for topK), or on sigmoid(score) (0 for sigmoied_threshold)"),
-            ("final_threshold", NUMBER, 0.7, "threshold at the end: the density of topK"),
-            ("initial_warmup", NOT_NEGATIVE, 1, "updates at the first threshold, in warmup_steps"),
-            ("final_warmup", NOT_NEGATIVE, 2, "updates at the last threshold, in warmup_steps; "
-             "raise it if the metric still climbs at the end"),
-            ("mask_init", choice(*MASK_INITS), "constant", "initialisation of the scores"),
-            ("mask_scale", NUMBER, 0.0, "value (constant) or range (uniform) of initial scores"),
-            ("regularization", penalty, None, "penalty on the scores: l1 for soft movement, l0 for "
-             "l0; null for none"),
-            ("final_lambda", NOT_NEGATIVE, 0.0, "weight of the penalty at the end; raise it to "
-             "keep fewer weights"),
-            ("target_remaining", NUMBER, None, "fraction of the weights to keep: steers lambda, "
-             "from --final_lambda or a usual value (soft movement, l0)"),
-            ("global_topk", bool, False, "rank all matrices together (topK, threshold, magnitude)"),
-            ("global_topk_frequency_compute", COUNT, 25, "updates between two global cut-offs"),
-        ],
-        "distillation": [
-            ("teacher_type", model_type, None, "model type of the teacher"),
-            ("teacher_name_or_path", str, None, "fine-tuned teacher: folder or name on the hub"),
-            ("alpha_ce", NOT_NEGATIVE, 0.5, "weight of the task's own loss"),
-            ("alpha_distil", NOT_NEGATIVE, 0.5, "weight of the distillation loss"),
-            ("temperature", POSITIVE, 2.0, "softens the distributions of student and teacher"),
-        ],
-        "optimisation": [
-            ("per_gpu_train_batch_size", COUNT, 8, "examples per device and batch"),
-            ("per_gpu_eval_batch_size", COUNT, 8, "examples per device in evaluation"),
-            ("gradient_accumulation_steps", COUNT, 1, "batches per update"),
-            ("learning_rate", POSITIVE, 5e-5, "peak learning rate of the weights"),
-            ("mask_scores_learning_rate", POSITIVE, 1e-2, "the same of the scores; raise it for "
-             "short runs"),
-            ("num_train_epochs", POSITIVE, 3.0, "epochs, may be fractional"),
-            ("max_steps", int, -1, "updates in all; overrides --num_train_epochs"),
-            ("warmup_steps", COUNT_OR_0, 0, "updates of learning-rate warm-up; unit of plateaus"),
-            ("weight_decay", NOT_NEGATIVE, 0.0, "decay of weights, not of bias or LayerNorm"),
-            ("adam_epsilon", POSITIVE, 1e-8, "epsilon of AdamW"),
-            ("max_grad_norm", NOT_NEGATIVE, 1.0, "norm at which the gradient is clipped; 0: never"),
-        ],
-        "logging and checkpoints": [
-            ("logging_steps", COUNT, task.logging_steps, "updates between points in TensorBoard"),
-            ("save_steps", COUNT_OR_0, task.save_steps, "updates between checkpoints; 0 for none"),
-            ("save_total_limit", COUNT, None, "newest checkpoints to keep (default: 2, or all with "
-             "--eval_all_checkpoints)"),
-        ],
-        "hardware": [
-            ("no_cuda", bool, False, "stay on the CPU"),
-            ("sparse_inference", bool, False, "evaluate with sparse kernels, faster on a CPU"),
-            ("fp16", bool, False, "mixed precision in float16 (GPU)"),
-            ("bf16", bool, False, "mixed precision in bfloat16 (GPU, recent CPUs)"),
-            ("compile", bool, False, "compile the encoder; pays off after some hundred updates"),
-            ("num_workers", COUNT_OR_0, 0, "processes that load batches"),
-            ("check_ranks", bool, False, "debugging: stop if weights or masks differ by rank"),
-            ("local_rank", int, -1, "for old launchers; torchrun does not need it"),
-        ],
-    }
-    # fmt: on
-    for title, flags in groups.items():
+    parser = Parser(description=description, usage="%(prog)s [options]")
+    for title, flags in FLAGS.items():
         add = parser.add_argument_group(title).add_argument
         for name, kind, default, text in flags:
+            default = getattr(task, name, default)
             if kind is bool:
                 add(f"--{name}", action="store_true", help=text)
             else:
                 add(f"--{name}", type=kind, default=default, required=default is ..., help=text)
+    task.add_arguments(parser)
+    for name in OBSOLETE[:-1]:
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
+    return parser
 
 
 def check_common_arguments(args: argparse.Namespace, given: set[str]) -> list[str]:
@@ -187,26 +180,17 @@ def _check_pruning(args: argparse.Namespace) -> list[str]:
     if args.global_topk and not method.ranks_together:
         fitting = ", ".join(name for name, other in METHODS.items() if other.ranks_together)
         problems.append(f"--global_topk goes with {fitting}, not with {method.name}")
-    if args.target_remaining is not None and (problem := _target_problem(args)):
-        problems.append(f"--target_remaining {args.target_remaining:g} {problem}")
+    if args.target_remaining is not None:
+        if not method.penalty or args.regularization != method.penalty:
+            options = [
+                f"{n} with --regularization {m.penalty}" for n, m in METHODS.items() if m.penalty
+            ]
+            problems.append(f"--target_remaining steers a penalty: use {' or '.join(options)}")
+        if not 1.2 * MIN_REMAINING < args.target_remaining < 1:
+            problems.append(f"--target_remaining must lie between {1.2 * MIN_REMAINING:g} and 1")
     if args.do_train and (problem := plateau_problem(args, args.max_steps)):
         problems.append(problem)
     return problems
-
-
-def _target_problem(args: argparse.Namespace) -> str | None:
-    method = METHODS[args.pruning_method]
-    least = 1.2 * MIN_REMAINING if method.has_floor else 0
-    if not method.penalty:
-        fitting = " and ".join(name for name, other in METHODS.items() if other.penalty)
-        return f"goes with {fitting}; --final_threshold sets what {method.name} leaves"
-    if not least < args.target_remaining < 1:
-        return f"is a fraction and must lie between {least:g} and 1"
-    if args.regularization != method.penalty:
-        return f"steers the penalty: add --regularization {method.penalty}"
-    if method.threshold and not 0 < args.final_threshold < 1:
-        return "needs a --final_threshold between 0 and 1"
-    return None
 
 
 def _check_output_dir(args: argparse.Namespace) -> list[str]:
@@ -227,12 +211,12 @@ def _check_output_dir(args: argparse.Namespace) -> list[str]:
 
 def _warn(args: argparse.Namespace, given: set[str]) -> None:
     method, masked = METHODS[args.pruning_method], is_masked(args.model_type)
-    for needed, names, present in (
-        ("--teacher_name_or_path", DISTILLATION, args.teacher_name_or_path),
-        (f"--model_type {MASKED}{args.model_type}", PRUNING, masked),
-        ("--do_eval", ("eval_all_checkpoints",), args.do_eval),
+    for needed, group, present in (
+        ("--teacher_name_or_path", "distillation", args.teacher_name_or_path),
+        (f"--model_type {MASKED}{args.model_type}", "pruning", masked),
     ):
-        if not present and (idle := [f"--{name}" for name in names if name in given]):
+        idle = [f"--{name}" for name, *_ in FLAGS[group] if name in given]
+        if idle and not present:
             logger.warning("%s: no effect without %s", ", ".join(idle), needed)
     if not (masked and args.do_train and method.penalty):
         return
@@ -260,9 +244,9 @@ def plateau_problem(args: argparse.Namespace, total_step: int) -> str | None:
     return plateaus_overlap(total_step, *plateaus)
 
 
-def precision_of(args: argparse.Namespace) -> Precision:
-    """Mixed precision as --fp16 or --bf16 ask for it."""
-    return Precision(torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else None)
+def precision_of(args: argparse.Namespace) -> torch.dtype | None:
+    """The dtype of --fp16 or --bf16; None for float32."""
+    return torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else None
 
 
 def student_options(args: argparse.Namespace, given: set[str], resumed: bool) -> dict:
@@ -281,6 +265,37 @@ def student_options(args: argparse.Namespace, given: set[str], resumed: bool) ->
     return options | {"masked": masked, "trained": not args.do_train, "config_name": config_name}
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What a training needs to know; functions below `run` do not see the command line.
+
+    Fields without a comment are the flags of the same name.
+    """
+
+    arguments: dict  # the command line, saved with every checkpoint, compared when one is resumed
+    output_dir: Path
+    schedule: Schedule
+    precision: torch.dtype | None  # of mixed precision; None for float32. Parameters stay float32
+    rates: dict[str, float]  # learning rates, decay and epsilon, for `build_optimizer`
+    first_cut: float  # the initial scores, for the steering
+    keep: int | None  # checkpoints to keep, None for all
+    seed: int
+    max_grad_norm: float  # infinite for no clipping
+    alpha_ce: float
+    alpha_distil: float
+    temperature: float
+    regularization: str | None  # l0, l1 or None
+    target_remaining: float | None
+    final_lambda: float
+    global_topk_frequency_compute: int
+    logging_steps: int
+    save_steps: int
+    evaluate_during_training: bool
+    compile: bool
+    num_workers: int
+    check_ranks: bool
+
+
 def training_settings(args: argparse.Namespace, total_step: int) -> Settings:
     """The settings of a training of `total_step` updates."""
     scheduled = vars(args) | {"total_step": total_step}
@@ -291,6 +306,7 @@ def training_settings(args: argparse.Namespace, total_step: int) -> Settings:
         "output_dir": Path(args.output_dir),
         "schedule": _take_fields(Schedule, scheduled),
         "precision": precision_of(args),
+        "rates": {name: getattr(args, name) for name in RATES},
         "first_cut": args.mask_scale if args.mask_init == "constant" else 0.0,
         "keep": args.save_total_limit or (None if args.eval_all_checkpoints else 2),
         "max_grad_norm": args.max_grad_norm or math.inf,

@@ -8,15 +8,15 @@ share each batch, so several processes see the same batches as one. Resuming rep
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
-from torch import Tensor
+from datasets import Dataset
 from torch.utils.data import DataLoader
 
-from .distributed import World
-from .task import Task
+from .checkpoint import TrainingState
+from .task import Batch, Task
 
 POOL = 64  # batches in a pool
 
@@ -65,26 +65,37 @@ class BatchPlan:
 
 
 def training_batches(
-    plan: BatchPlan, task: Task, start: int, stop: int, num_workers: int, world: World
-) -> Iterator[tuple[Iterator[dict[str, Tensor]], list[float]]]:
-    """For each update, this rank's batches and the part of the update's examples in each."""
-
-    def local(step: int) -> list[tuple[list[int], float]]:
-        return plan.local(step, world.rank, world.size)
-
-    loader = iter(
-        DataLoader(
-            task.train_set,
-            batch_sampler=(examples for step in range(start, stop) for examples, _ in local(step)),
-            collate_fn=task.collate,
-            num_workers=num_workers,
-            pin_memory=world.device.type == "cuda",
-            generator=torch.Generator(),  # else the iterator would draw from dropout's generator
-        )
-    )
-    for step in range(start, stop):
+    plan: BatchPlan, task: Task, state: TrainingState
+) -> Iterator[tuple[Iterator[Batch], list[float]]]:
+    """For each update to come, this rank's batches and the part of the update in each."""
+    settings, world = state.settings, state.world
+    steps = range(state.step, settings.schedule.total_step)
+    local = functools.partial(plan.local, rank=world.rank, world_size=world.size)
+    examples = (part for step in steps for part, _ in local(step))
+    batches = load_batches(task, task.train_set, examples, settings.num_workers, world.device)
+    for step in steps:
         shares = [share for _, share in local(step)]
-        yield itertools.islice(loader, len(shares)), shares
+        yield itertools.islice(batches, len(shares)), shares
+
+
+def load_batches(
+    task: Task,
+    dataset: Dataset,
+    examples: Iterable[list[int]],
+    num_workers: int,
+    device: torch.device,
+) -> Iterator[Batch]:
+    """Batches of the data set with these examples, as tensors on the device."""
+    loader = DataLoader(
+        dataset,
+        batch_sampler=examples,
+        collate_fn=task.collate,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # else the loader would draw from dropout's generator
+    )
+    for batch in loader:
+        yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def evaluation_batches(

@@ -8,15 +8,13 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import nn
-from torch.utils.data import DataLoader
 
 from ..errors import UserError
 from ..modules.masks import masked
-from .batches import evaluation_batches
+from .batches import evaluation_batches, load_batches
 from .distributed import World
 from .passes import forward
 from .runlog import progress_bar
-from .settings import Precision
 from .task import Task
 
 
@@ -30,7 +28,7 @@ class Predictor:
 
     task: Task
     world: World
-    precision: Precision
+    precision: torch.dtype | None
     batch_size: int
     num_workers: int
     output_dir: Path
@@ -51,21 +49,16 @@ class Predictor:
                 raise UserError(f"--sparse_inference: {error}") from error
         lengths = np.asarray(dataset["length"])
         batches = evaluation_batches(lengths, self.batch_size, self.world.rank, self.world.size)
-        loader = DataLoader(
-            dataset,
-            batch_sampler=batches,
-            collate_fn=self.task.collate,
-            num_workers=self.num_workers,
-            generator=torch.Generator(),  # else the iterator would draw from dropout's generator
+        loader = load_batches(self.task, dataset, batches, self.num_workers, device)
+        bar = progress_bar(
+            self.world, iterable=loader, total=len(batches), desc="evaluating", unit="batch"
         )
         results = {}
-        bar = progress_bar(self.world, iterable=loader, desc="evaluating", unit="batch")
         with bar, masked(model):
-            for indices, batch in zip(batches, bar, strict=True):
-                batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            for examples, batch in zip(batches, bar, strict=True):
                 logits = forward(self.task, model, batch, self.precision)
                 rows = zip(*(tensor.float().cpu().numpy() for tensor in logits), strict=True)
-                results |= dict(zip(indices, rows, strict=True))
+                results |= dict(zip(examples, rows, strict=True))
         gathered = self.world.gather(results)
         if not self.world.is_main:
             return None

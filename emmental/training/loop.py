@@ -5,12 +5,12 @@ import time
 from torch import nn
 
 from ..modules.masks import count, masked, masks_above
+from .checkpoint import TrainingState
 from .evaluate import Predictor
-from .guards import GradientGuard, StopSignals, check_ranks, interruption
+from .guards import GradientGuard, check_ranks, interruption, stop_signals
 from .optim import set_learning_rates
 from .passes import Means, Passes, observe_scores
 from .runlog import RunLog, progress_bar, show_progress
-from .state import TrainingState
 
 
 def train(
@@ -23,12 +23,12 @@ def train(
     """
     settings, world, schedule = state.settings, state.world, state.settings.schedule
     model, optimizer, scaler, steering = state.model, state.optimizer, state.scaler, state.steering
-    means, guard, start = Means(world), GradientGuard(settings, world), state.step
+    means, guard, start = Means(world), GradientGuard(scaler.is_enabled(), world), state.step
     begun, total = time.perf_counter() - state.seconds, schedule.total_step
     log.start(start)
     steps = {"iterable": range(start, total), "initial": start, "total": total}
     with (
-        StopSignals() as signals,
+        stop_signals() as signals,
         progress_bar(world, **steps, desc="training", unit="update") as bar,
     ):
         for step in bar:
@@ -40,7 +40,7 @@ def train(
             cutoff = state.cutoff if step % settings.global_topk_frequency_compute else None
 
             with masked(model, threshold, cutoff, state.mask_generator) as masks:
-                losses = passes.backward(*next(batches), penalty_weight, scaler)
+                losses = passes.backward(*next(batches), penalty_weight)
             scaler.unscale_(optimizer)
             observe_scores(model, scaler)
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
@@ -50,17 +50,18 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             state.step, state.cutoff = step + 1, masks and masks.cutoff
             if settings.check_ranks:
-                check_ranks(model, masks, state.step, world)
+                check_ranks(state, masks)
 
             means.add(losses, grad_norm, skipped)
             show_progress(bar, state.step, losses, threshold, masks)
             logs = state.step % settings.logging_steps == 0
             if logs or state.step == total:
-                log.update(means.take(), optimizer, threshold, penalty_weight, masks, state.step)
+                values = {"threshold": threshold, "lambda": penalty_weight} if masks else {}
+                log.update(state.step, means.take() | values, optimizer, masks)
             if logs and settings.evaluate_during_training:
                 log.evaluation(predictor.evaluate(model, state.step), state.step)
                 model.train()
-            stopping = world.largest(signals.number)  # of any rank
+            stopping = world.largest(max(signals, default=0))  # on any rank
             if stopping or (settings.save_steps and state.step % settings.save_steps == 0):
                 state.save(time.perf_counter() - begun)
                 log.score_histograms(model, state.step)

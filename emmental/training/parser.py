@@ -19,7 +19,6 @@ def choice(*options: str) -> Callable[[str], str]:
         hint = f"; did you mean {lower[nearest[0]]!r}?" if nearest else ""
         raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(options)}{hint}")
 
-    parse.metavar = "{" + ",".join(options) + "}"
     return parse
 
 
@@ -52,15 +51,6 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         super().__init__(formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
 
-    def format_usage(self) -> str:
-        required = [action for action in self._actions if action.required]
-        names = [(a.option_strings or [a.metavar or a.dest])[0] for a in required]
-        return f"usage: {self.prog} {' '.join(names)} [options]\n"
-
-    def format_help(self) -> str:
-        _, _, described = super().format_help().partition("\n\n")
-        return f"{self.format_usage()}\n{described}"
-
     def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
@@ -88,12 +78,10 @@ class Parser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Shows the choices of a flag, and its default unless that is None or False."""
-
-    def _get_default_metavar_for_optional(self, action):
-        default = super()._get_default_metavar_for_optional(action)
-        return getattr(action.type, "metavar", default)
+    """Shows the default of a flag unless that is None or False."""
 
     def _get_help_string(self, action):
-        quiet = action.required or action.default in (None, False, argparse.SUPPRESS)
+        if action.required:
+            return f"{action.help} (required)"
+        quiet = action.default in (None, False, argparse.SUPPRESS)
         return action.help if quiet else f"{action.help} (default: %(default)s)"

@@ -10,9 +10,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..losses import regularization
 from ..modules.masks import masked_layers
+from .checkpoint import TrainingState
 from .distributed import World
-from .settings import Precision, Settings
-from .task import Task
+from .task import Batch, Logits, Task
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -20,29 +20,18 @@ MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 class Passes:
     """Forward and backward of a model, which the ranks share, and forward of its teacher."""
 
-    def __init__(
-        self,
-        task: Task,
-        model: nn.Module,
-        teacher: nn.Module | None,
-        settings: Settings,
-        world: World,
-    ):
-        self.task, self.model, self.teacher = task, model, teacher
-        self.settings, self.world = settings, world
+    def __init__(self, task: Task, state: TrainingState, teacher: nn.Module | None):
+        self.task, self.model, self.teacher = task, state.model, teacher
+        self.settings, self.world, self.scaler = state.settings, state.world, state.scaler
         if teacher:
-            teacher.to(world.device).eval()
-        if world.size > 1:
+            teacher.to(self.world.device).eval()
+        if self.world.size > 1:
             self.model = DistributedDataParallel(
-                model, forward_sync_buffers=False, gradient_as_bucket_view=True
+                self.model, forward_sync_buffers=False, gradient_as_bucket_view=True
             )
 
     def backward(
-        self,
-        batches: Iterable[dict[str, Tensor]],
-        shares: list[float],
-        penalty_weight: float,
-        scaler: torch.amp.GradScaler,
+        self, batches: Iterable[Batch], shares: list[float], penalty_weight: float
     ) -> dict[str, Tensor]:
         """Add the gradients of one update to the parameters; returns its losses on this rank.
 
@@ -55,17 +44,13 @@ class Passes:
         penalty, sums = self.settings.regularization, defaultdict(float)
         for number, (share, batch) in enumerate(zip(shares, batches, strict=True), 1):
             last, weight = number == len(shares), share * self.world.size  # DDP takes the mean
-            batch = {
-                name: tensor.to(self.world.device, non_blocking=True)
-                for name, tensor in batch.items()
-            }
             with nullcontext() if last or self.world.size == 1 else self.model.no_sync():
                 losses = self._losses(batch)
                 objective = weight * losses["loss"]
                 if last and penalty:  # depends on the scores alone: once per update
                     sums["loss/penalty"] = regularization(self.model, penalty)
                     objective = objective + penalty_weight * sums["loss/penalty"]
-                scaler.scale(objective).backward()
+                self.scaler.scale(objective).backward()
             for name, value in losses.items():
                 sums[name] += weight * value.detach()
         if penalty:
@@ -73,14 +58,14 @@ class Passes:
             sums["loss"] += penalty_weight * sums["loss/penalty"]
         return sums
 
-    def _weigh(self, batches: list[dict[str, Tensor]], shares: list[float]) -> list[float]:
+    def _weigh(self, batches: list[Batch], shares: list[float]) -> list[float]:
         weigh = self.task.weight
         weights = [weigh(batch) if share else 0.0 for batch, share in zip(batches, shares)]
         total = torch.tensor(sum(weights), dtype=torch.float64, device=self.world.device)
         total = self.world.sum(total).item() or 1.0
         return [weight / total for weight in weights]
 
-    def _losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _losses(self, batch: Batch) -> dict[str, Tensor]:
         settings = self.settings
         logits = forward(self.task, self.model, batch, settings.precision)
         loss = self.task.loss(logits, batch)
@@ -93,11 +78,10 @@ class Passes:
         return {"loss": total, "loss/task": loss, "loss/distil": distil}
 
 
-def forward(
-    task: Task, model: nn.Module, batch: dict[str, Tensor], precision: Precision
-) -> tuple[Tensor, ...]:
+def forward(task: Task, model: nn.Module, batch: Batch, precision: torch.dtype | None) -> Logits:
     """The task's logits of a batch, which is on the model's device."""
-    with precision.autocast(batch["input_ids"].device):
+    device = batch["input_ids"].device.type
+    with torch.autocast(device, precision, enabled=precision is not None):
         outputs = model(**{name: batch[name] for name in MODEL_INPUTS if name in batch})
     return task.logits(outputs, batch)
 

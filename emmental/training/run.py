@@ -26,13 +26,12 @@ from .args import (
     training_settings,
 )
 from .batches import BatchPlan, training_batches
-from .checkpoint import clean_output, find_checkpoints, find_resume_folder, step_of
+from .checkpoint import TrainingState, clean_output, find_checkpoints, find_resume_folder, step_of
 from .distributed import World, join_world, leave_world
 from .evaluate import Predictor
 from .loop import train
 from .passes import Passes
 from .runlog import RunLog, print_summary, set_up_logging, write_results
-from .state import TrainingState
 from .task import Task
 
 logger = logging.getLogger(__name__)
@@ -148,8 +147,7 @@ def _train(
         f"training: {len(lengths)} examples, {total} updates of {batch_size * accumulation} "
         f"examples ({total / plan.updates_per_epoch:g} epochs), starting at update {state.step}"
     )
-    passes = Passes(task, model, teacher, settings, world)
-    batches = training_batches(plan, task, state.step, total, args.num_workers, world)
+    passes, batches = Passes(task, state, teacher), training_batches(plan, task, state)
     with masked(teacher) if teacher else nullcontext():  # its masks never change
         return train(state, passes, batches, log, predictor)
 

@@ -50,19 +50,12 @@ class RunLog:
                 self.writer.add_scalar(name, value, step)
 
     def update(
-        self,
-        means: dict[str, float],
-        optimizer: Optimizer,
-        threshold: float,
-        penalty_weight: float,
-        masks: Masks | None,
-        step: int,
+        self, step: int, values: dict[str, float], optimizer: Optimizer, masks: Masks | None
     ) -> None:
-        """Log losses, learning rates, threshold, lambda and remaining weights."""
-        values = means | {f"learning_rate/{g['name']}": g["lr"] for g in optimizer.param_groups}
+        """Log values, learning rates and remaining weights."""
+        values = values | {f"learning_rate/{g['name']}": g["lr"] for g in optimizer.param_groups}
         if masks:
             counts = count(masks)
-            values |= {"threshold": threshold, "lambda": penalty_weight}
             values["remaining/overall"] = counts.overall
             for name, total in counts.total.items():
                 values[f"remaining/{name}"] = counts.remaining[name] / total

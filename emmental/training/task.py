@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..losses import distillation_loss
 
+Batch = dict[str, Tensor]
 Logits = tuple[Tensor, ...]
 
 
@@ -51,15 +52,15 @@ class Task:
         """Turn the examples into features for the model."""
         raise NotImplementedError
 
-    def collate(self, features: list[dict]) -> dict[str, Tensor]:
+    def collate(self, features: list[dict]) -> Batch:
         """A batch as tensors (batch, ...): the inputs of the model and of the loss."""
         raise NotImplementedError
 
-    def logits(self, outputs, batch: dict[str, Tensor]) -> Logits:
+    def logits(self, outputs, batch: Batch) -> Logits:
         """The logits (batch, ...) of a model's outputs, in float32."""
         return (outputs.logits.float(),)
 
-    def loss(self, logits: Logits, batch: dict[str, Tensor]) -> Tensor:
+    def loss(self, logits: Logits, batch: Batch) -> Tensor:
         """The loss: a mean over the examples of the batch, or over what `weight` counts."""
         raise NotImplementedError
 
@@ -68,7 +69,7 @@ class Task:
     weight = None
 
     def distillation_loss(
-        self, student: Logits, teacher: Logits, batch: dict[str, Tensor], temperature: float
+        self, student: Logits, teacher: Logits, batch: Batch, temperature: float
     ) -> Tensor:
         """The loss between student and teacher, a mean over the same as `loss`."""
         return distillation_loss(student, teacher, temperature)
