@@ -61,7 +61,7 @@ def train(
             if logs and settings.evaluate_during_training:
                 log.evaluation(predictor.evaluate(model, state.step), state.step)
                 model.train()
-            stopping = world.largest(max(signals, default=0))  # on any rank
+            stopping = world.largest(signals[0] if signals else 0)  # on any rank
             if stopping or (settings.save_steps and state.step % settings.save_steps == 0):
                 state.save(time.perf_counter() - begun)
                 log.score_histograms(model, state.step)
