@@ -1,6 +1,6 @@
 """The command line of the training scripts: its flags, their checks, and the values made of them.
 
-All problems are reported together, before anything is loaded: one line each, exit status 2.
+All contradictions are reported together, before anything is loaded: one line each, status 2.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from ..errors import UserError
 from ..families import FAMILIES, MASKED, is_masked
 from ..losses import PENALTIES
 from ..modules.masked_nn import MASK_INITS
@@ -297,7 +298,9 @@ class Settings:
 
 
 def training_settings(args: argparse.Namespace, total_step: int) -> Settings:
-    """The settings of a training of `total_step` updates."""
+    """The settings of a training of `total_step` updates. Raises UserError if plateaus overlap."""
+    if is_masked(args.model_type) and (problem := plateau_problem(args, total_step)):
+        raise UserError(problem)
     scheduled = vars(args) | {"total_step": total_step}
     if args.target_remaining is not None:
         scheduled["final_lambda"] = 1.0  # the steering finds lambda, the schedule scales it

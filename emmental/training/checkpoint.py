@@ -95,9 +95,7 @@ class TrainingState:
             "scaler": self.scaler.state_dict(),
             "mask_generator": self.mask_generator.get_state(),
             "random_states": self.world.gather(random_state),
-            "data": self._data_digest,
-            "labels": self._labels,
-        }
+        } | self._data
 
         def fill(place: Path) -> None:
             self._save_model(place)
@@ -152,7 +150,7 @@ class TrainingState:
             for name, value in sorted(self.settings.arguments.items())
             if name not in FREE_ARGUMENTS and arguments.get(name) != value
         ]
-        if (saved["data"], saved["labels"]) != (self._data_digest, self._labels):
+        if {name: saved[name] for name in self._data} != self._data:
             problems.append("the training data has changed")
         if (processes := len(saved["random_states"])) != self.world.size:
             problems.append(
@@ -197,13 +195,9 @@ class TrainingState:
         self.tokenizer.save_pretrained(place)
         write_json(place / ARGS_FILE, self.settings.arguments)
 
-    @property
-    def _labels(self) -> list[str]:
-        return list(self.model.config.id2label.values())
-
     @functools.cached_property
-    def _data_digest(self) -> str:
-        """Hash of the inputs and labels of all training examples."""
+    def _data(self) -> dict:
+        """A hash of the inputs and labels of all training examples, and the names of the labels."""
         digest = hashlib.sha256()
         for batch in self.train_set.with_format("arrow").iter(batch_size=10_000):
             for name, column in zip(batch.column_names, batch.columns):
@@ -213,7 +207,8 @@ class TrainingState:
                     digest.update(values.value_lengths().to_numpy())
                     values = values.flatten()
                 digest.update(values.to_numpy(zero_copy_only=False))
-        return digest.hexdigest()
+        labels = list(self.model.config.id2label.values())
+        return {"data": digest.hexdigest(), "labels": labels}
 
 
 def make_steering(model: PreTrainedModel, settings: Settings) -> LambdaSteering | None:

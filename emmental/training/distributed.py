@@ -40,9 +40,10 @@ class World:
 
     def largest(self, value: int) -> int:
         """The largest `value` of all ranks."""
+        if self.size == 1:
+            return value
         tensor = torch.tensor(value, device=self.device)
-        if self.size > 1:
-            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return int(tensor)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -25,23 +25,17 @@ def choice(*options: str) -> Callable[[str], str]:
 def number(
     kind: type, *, at_least: float = -math.inf, above: float = -math.inf, below: float = math.inf
 ) -> Callable[[str], float]:
-    """An argparse type: an int or a finite float. `Parser.range_problems` checks its range."""
+    """An argparse type: an int or a finite float in a range."""
+    limits = {"at least": at_least, "above": above, "below": below}
+    range_ = " and ".join(f"{word} {x}" for word, x in limits.items() if math.isfinite(x))
 
     def parse(text: str) -> float:
         value = kind(text)
-        if value != value:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+        if not (at_least <= value and above < value < below):
+            raise argparse.ArgumentTypeError(f"must be {range_ or 'finite'}, got {text}")
         return value
 
-    def problem(value: float) -> str | None:
-        if at_least <= value and above < value < below:
-            return None
-        limits = {"at least": at_least, "above": above, "below": below}
-        finite = [f"{word} {limit}" for word, limit in limits.items() if math.isfinite(limit)]
-        return f"must be {' and '.join(finite) or 'finite'}, got {value}"
-
     parse.__name__ = kind.__name__  # for argparse's message: invalid int value
-    parse.problem = problem
     return parse
 
 
@@ -66,12 +60,6 @@ class Parser(argparse.ArgumentParser):
         bare = argparse.Namespace(**{action.dest: absent for action in self._actions})
         parsed, _ = self.parse_known_args(args, bare)
         return {name for name, value in vars(parsed).items() if value is not absent}
-
-    def range_problems(self, args: argparse.Namespace) -> list[str]:
-        """A line for each number outside the range of its flag."""
-        values = [(a, getattr(args, a.dest)) for a in self._actions if hasattr(a.type, "problem")]
-        found = [(a.dest, a.type.problem(value)) for a, value in values if value is not None]
-        return [f"--{name} {problem}" for name, problem in found if problem]
 
     def error(self, message: str):
         fail([message])

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from ..errors import UserError, fail, one_line_errors
+from ..errors import fail, one_line_errors
 from ..export import mask_report
 from ..families import is_masked
 from ..loading import load_model, load_student, load_teacher
@@ -19,7 +19,6 @@ from ..modules.masks import masked
 from .args import (
     check_common_arguments,
     make_parser,
-    plateau_problem,
     precision_of,
     resumes_in_place,
     student_options,
@@ -46,8 +45,7 @@ def main(
     set_up_logging()
     parser = make_parser(task, description)
     args, given = parser.parse_args(argv), parser.given(argv)
-    problems = parser.range_problems(args)
-    problems += check_common_arguments(args, given) + task.check(args, given)
+    problems = check_common_arguments(args, given) + task.check(args, given)
     if args.sparse_inference and not sparsify:
         problems.append("--sparse_inference: this script has no sparse form of its models")
     if problems:
@@ -125,8 +123,7 @@ def _train(
     lengths, accumulation = task.train_set["length"], args.gradient_accumulation_steps
     plan = BatchPlan(lengths, batch_size, accumulation, args.seed)
     total = args.max_steps if args.max_steps > 0 else plan.total_updates(args.num_train_epochs)
-    if is_masked(args.model_type) and (problem := plateau_problem(args, total)):
-        raise UserError(problem)
+    settings = training_settings(args, total)
     teacher = None
     if args.teacher_name_or_path:
         teacher = load_teacher(
@@ -137,7 +134,6 @@ def _train(
             tokenizer=tokenizer,
             cache_dir=args.cache_dir,
         )
-    settings = training_settings(args, total)
     state = TrainingState(model, tokenizer, task.train_set, settings, world)
     if resume_folder:
         state.load(resume_folder)
