@@ -104,6 +104,10 @@ SOFT = (
             "plateaus",
         ),
         (f"--do_train {SOFT} --target_remaining 10", "must lie between 0.006 and 1"),
+        (
+            f"--do_train {SOFT} --target_remaining 0.1 --final_threshold 0",
+            "needs a --final_threshold between 0 and 1",
+        ),
         ("--do_train --max_seq_length 384", "exceeds what the model takes (64)"),
     ],
 )

@@ -189,6 +189,8 @@ def _check_pruning(args: argparse.Namespace) -> list[str]:
             problems.append(f"--target_remaining steers a penalty: use {' or '.join(options)}")
         if not 1.2 * MIN_REMAINING < args.target_remaining < 1:
             problems.append(f"--target_remaining must lie between {1.2 * MIN_REMAINING:g} and 1")
+        if method.penalty and method.threshold and not 0 < args.final_threshold < 1:
+            problems.append("--target_remaining needs a --final_threshold between 0 and 1")
     if args.do_train and (problem := plateau_problem(args, args.max_steps)):
         problems.append(problem)
     return problems
@@ -211,6 +213,7 @@ def _check_output_dir(args: argparse.Namespace) -> list[str]:
 
 
 def _warn(args: argparse.Namespace, given: set[str]) -> None:
+    """Warn of flags without effect, and of soft movement and l0 that would hardly prune."""
     method, masked = METHODS[args.pruning_method], is_masked(args.model_type)
     for needed, group, present in (
         ("--teacher_name_or_path", "distillation", args.teacher_name_or_path),

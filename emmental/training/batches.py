@@ -44,9 +44,9 @@ class BatchPlan:
         return self._epoch(epoch)[place * self.accumulation : (place + 1) * self.accumulation]
 
     def local(self, step: int, rank: int, world_size: int) -> list[tuple[list[int], float]]:
-        """A rank's examples of each batch, and the part of the update's examples that they are.
+        """For each batch, a rank's examples and their share of the update's examples.
 
-        A rank without examples in a small batch gets one whose part is 0.
+        A rank without examples in a small batch gets one with a share of 0.
         """
         batches = self.update(step)
         total = sum(map(len, batches))
@@ -67,7 +67,7 @@ class BatchPlan:
 def training_batches(
     plan: BatchPlan, task: Task, state: TrainingState
 ) -> Iterator[tuple[Iterator[Batch], list[float]]]:
-    """For each update to come, this rank's batches and the part of the update in each."""
+    """For each update to come, this rank's batches and their shares of its examples."""
     settings, world = state.settings, state.world
     steps = range(state.step, settings.schedule.total_step)
     local = functools.partial(plan.local, rank=world.rank, world_size=world.size)

@@ -300,7 +300,7 @@ def remove_old_checkpoints(output_dir: Path, limit: int | None) -> None:
 
 
 def clean_output(output_dir: Path, result_files: Iterable[str], resumes_in_place: bool) -> None:
-    """Remove what a killed run has half written and, unless it is resumed, what it has finished."""
+    """Remove half-written files and, unless the run is resumed, the results of an older run."""
     old = [*output_dir.glob(".checkpoint-*"), *output_dir.glob(".writing-*")]
     if not resumes_in_place:
         old += find_checkpoints(output_dir)

@@ -35,8 +35,8 @@ class Passes:
     ) -> dict[str, Tensor]:
         """Add the gradients of one update to the parameters; returns its losses on this rank.
 
-        shares: the part of the update's examples in each batch. Batches weigh by them, or by
-        `task.weight`, so the update is the mean over its examples however they are divided.
+        shares: the part of the update's examples in each batch. It is the weight of the batch,
+        unless `task.weight` gives another: an update is the mean over all its examples.
         """
         if self.task.weight:
             batches = list(batches)
