@@ -119,5 +119,5 @@ class Means:
         if self.count:
             means = torch.stack(list(self.sums.values())) / (self.count * self.world.size)
             values |= dict(zip(self.sums, self.world.sum(means).tolist(), strict=True))
-        self.__init__(self.world)
+        self.sums, self.count, self.skipped = defaultdict(float), 0, 0
         return values
