@@ -27,10 +27,8 @@ def train(
     begun, total = time.perf_counter() - state.seconds, schedule.total_step
     log.start(start)
     steps = {"iterable": range(start, total), "initial": start, "total": total}
-    with (
-        stop_signals() as signals,
-        progress_bar(world, **steps, desc="training", unit="update") as bar,
-    ):
+    bar = progress_bar(world, **steps, desc="training", unit="update")
+    with stop_signals() as signals, bar:
         for step in bar:
             threshold, penalty_weight = schedule.threshold(step)
             if steering:
