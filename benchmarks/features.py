@@ -41,7 +41,6 @@ from emmental.training.distributed import World, keep_freed_memory
 from emmental.training.evaluate import Predictor
 from emmental.training.optim import build_optimizer, set_learning_rates
 from emmental.training.passes import MODEL_INPUTS, forward
-from emmental.training.settings import Precision
 
 
 class Squad:
@@ -195,7 +194,7 @@ class Learner:
     def __init__(self, task: Squad | Glue, features: Dataset, tokenizer, fixed: int | None, args):
         self.task, self.features, self.fixed, self.args = task, features, fixed, args
         self.pad = tokenizer.pad_token_id or 0
-        self.precision = Precision(torch.bfloat16 if args.bf16 else None)
+        self.precision = torch.bfloat16 if args.bf16 else None
         lengths = np.asarray(features["length"])
         if fixed is not None:
             lengths = np.zeros_like(lengths)  # all alike: random batches
@@ -217,7 +216,7 @@ class Learner:
             for name in MODEL_INPUTS:
                 value = self.pad if name == "input_ids" else 0
                 batch[name] = F.pad(batch[name], (0, room), value=value)
-        logits = forward(self.task, self.model, batch, self.precision, WORLD.device)
+        logits = forward(self.task, self.model, batch, self.precision)
         self.task.loss(logits, batch).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()

@@ -1,9 +1,14 @@
 """Batches: every example once, the same whoever asks, little padding."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 
-from emmental.training.batches import BatchPlan, LocalBatches, evaluation_batches
+from emmental.training.batches import BatchPlan, evaluation_batches, training_batches
+from emmental.training.distributed import World
+from emmental.training.task import Task
 
 SIZES = [
     (1, 4, 2),
@@ -47,22 +52,17 @@ def test_each_example_once_per_epoch(count, batch_size, accumulation):
 def test_ranks_share_out_the_global_batches(count, batch_size, accumulation, world_size):
     plan = BatchPlan(make_lengths(count), batch_size, accumulation, seed=1)
     stop = min(2 * plan.updates_per_epoch, 60)
-    ranks = [LocalBatches(plan, 0, stop, rank, world_size) for rank in range(world_size)]
-    iterators = [iter(rank) for rank in ranks]
     for step in range(stop):
-        shares = np.array([rank.shares(step) for rank in ranks])
-        assert shares.sum() == pytest.approx(1.0)
-        examples = sum(len(batch) for batch in plan.update(step))
-        for place, batch in enumerate(plan.update(step)):
-            parts = [next(iterator) for iterator in iterators]
-            held = [part for part, share in zip(parts, shares[:, place], strict=True) if share > 0]
+        ranks = [plan.local(step, rank, world_size) for rank in range(world_size)]
+        batches = plan.update(step)
+        total = sum(map(len, batches))
+        assert sum(share for rank in ranks for _, share in rank) == pytest.approx(1.0)
+        for batch, parts in zip(batches, zip(*ranks, strict=True), strict=True):
+            held = [examples for examples, share in parts if share > 0]
             assert sorted(sum(held, [])) == sorted(batch.tolist())
-            assert all(parts)  # no rank stands idle, or DistributedDataParallel would wait for it
-            assert shares[:, place].tolist() == [
-                len(part) / examples if share else 0.0
-                for part, share in zip(parts, shares[:, place], strict=True)
-            ]
-    assert [next(iterator, None) for iterator in iterators] == [None] * world_size
+            for examples, share in parts:
+                assert examples  # no rank is idle: DistributedDataParallel would wait for it
+                assert share in (0, len(examples) / total)
 
 
 def test_update_depends_on_seed_and_step_alone():
@@ -76,10 +76,31 @@ def test_update_depends_on_seed_and_step_alone():
     assert [batch.tolist() for batch in BatchPlan(lengths, 4, 2, seed=6).update(0)] != answers[1]
 
 
-def test_resuming_continues_the_order():
+class Numbers(Task):
+    """A task whose batches are numbers of examples."""
+
+    train_set = range(50)
+
+    def collate(self, features):
+        return {"numbers": torch.tensor(features)}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_resuming_continues_the_order(num_workers):
     plan = BatchPlan(make_lengths(50), 4, 2, seed=5)
-    whole, head = list(LocalBatches(plan, 0, 20, 1, 2)), list(LocalBatches(plan, 0, 9, 1, 2))
-    assert head + list(LocalBatches(plan, 9, 20, 1, 2)) == whole
+
+    def updates(start, stop):
+        schedule = SimpleNamespace(total_step=stop)
+        settings = SimpleNamespace(schedule=schedule, num_workers=num_workers)
+        world = World(torch.device("cpu"), 1, 2)
+        state = SimpleNamespace(settings=settings, step=start, world=world)
+        return [
+            ([batch["numbers"].tolist() for batch in batches], shares)
+            for batches, shares in training_batches(plan, Numbers(), state)
+        ]
+
+    assert updates(0, 9) + updates(9, 20) == updates(0, 20)
+    assert updates(3, 4) == [tuple(map(list, zip(*plan.local(3, 1, 2), strict=True)))]
 
 
 @pytest.mark.parametrize(

@@ -14,27 +14,31 @@ from safetensors.torch import load_file
 from emmental.training import checkpoint
 
 ROOT = Path(__file__).parent.parent
-FLAGS = [
-    "--model_type", "masked_bert", "--do_lower_case", "--do_train", "--do_eval", "--max_seq_length", "48",
-    "--max_steps", "8", "--warmup_steps", "1", "--save_steps", "0", "--logging_steps", "2", "--adam_epsilon", "1e-4",
-]  # fmt: skip
+FLAGS = (
+    "--model_type masked_bert --do_lower_case --do_train --do_eval --max_seq_length 48 "
+    "--max_steps 8 --warmup_steps 1 --save_steps 0 --logging_steps 2 --adam_epsilon 1e-4"
+).split()
 SQUAD = ["--max_query_length", "16", "--doc_stride", "16"]
 METHODS = {
-    "topK": ["--pruning_method", "topK", "--final_threshold", "0.3", "--gradient_accumulation_steps", "2"],
-    "l0": ["--pruning_method", "l0", "--initial_threshold", "1", "--final_threshold", "1", "--mask_scale", "2.197",
-           "--regularization", "l0", "--final_lambda", "10"],
-    "threshold": ["--pruning_method", "threshold", "--final_threshold", "0.3", "--global_topk",
-                  "--global_topk_frequency_compute", "3"],
-}  # fmt: skip
+    "topK": "--pruning_method topK --final_threshold 0.3 --gradient_accumulation_steps 2",
+    "l0": "--pruning_method l0 --initial_threshold 1 --final_threshold 1 --mask_scale 2.197 "
+    "--regularization l0 --final_lambda 10",
+    "threshold": "--pruning_method threshold --final_threshold 0.3 --global_topk "
+    "--global_topk_frequency_compute 3",
+}
+METHODS = {name: flags.split() for name, flags in METHODS.items()}
 
 
 def run(launcher, output, cache, model, data, *flags, script="masked_run_squad.py"):
-    command = [
-        *launcher, str(ROOT / script), *FLAGS, *flags, "--output_dir", str(output),
-        "--cache_dir", str(cache), "--model_name_or_path", str(model), "--data_dir", str(data),
-    ]  # fmt: skip
+    places = {
+        "output_dir": output,
+        "cache_dir": cache,
+        "model_name_or_path": model,
+        "data_dir": data,
+    }
+    places = [word for name, place in places.items() for word in (f"--{name}", str(place))]
     done = subprocess.run(
-        command,
+        [*launcher, str(ROOT / script), *FLAGS, *flags, *places],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -46,14 +50,8 @@ def run(launcher, output, cache, model, data, *flags, script="masked_run_squad.p
 
 
 def torchrun(processes):
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(processes),
-    ]
+    command = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node {processes}"
+    return command.split()
 
 
 TORCHRUN = torchrun(2)
@@ -63,7 +61,7 @@ TORCHRUN = torchrun(2)
 def test_several_processes_reach_the_weights_of_one(
     method, processes, tmp_path, tiny_bert, squad_dir
 ):
-    # 24 questions in batches of 10 or 20: the last of an epoch is uneven, and some rank has no part in it.
+    # 24 questions in batches of 10 or 20: in the last of an epoch, some rank has no example.
     common = (tmp_path / "cache", tiny_bert, squad_dir, *SQUAD, *METHODS[method])
     run(
         [sys.executable],
@@ -199,30 +197,37 @@ def set_learning_rates(optimizer, factor):
     if number == 6 and rank == 1 and act == "drift":
         optimizer.param_groups[0]["params"][0].data.view(-1)[0] += 1e-3
     if number == 6 and rank == 0 and act == "stop":
-        os.kill(os.getppid(), signal.SIGTERM)  # torchrun, which tells all; as does who stops a group of processes
+        os.kill(os.getppid(), signal.SIGTERM)  # torchrun passes it on to all
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1)
     original(optimizer, factor)
 
 loop.set_learning_rates = set_learning_rates
 if act == "die writing" and rank == 0:
-    fill = checkpoint.file_digest
-    checkpoint.file_digest = lambda path: os.kill(os.getpid(), signal.SIGKILL) if "checkpoint-8" in str(path) else fill(path)
+    digest = checkpoint.file_digest
+
+    def die(path):
+        if "checkpoint-8" in str(path):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return digest(path)
+
+    checkpoint.file_digest = die
 masked_run_squad.main()
 """
 
 
 @pytest.fixture
 def spoiled(tmp_path, tiny_bert, squad_dir):
-    """Run two processes, of which one does something at update 6; returns how it ended, and the seconds it took."""
+    """Run two processes, one of which does `act` at update 6; returns how it ended, and seconds."""
 
     def start(act, *flags, launcher=TORCHRUN):
         (tmp_path / "script.py").write_text(SCRIPT.format(root=str(ROOT), act=act))
-        command = [
-            *launcher, str(tmp_path / "script.py"), *FLAGS, *SQUAD, *METHODS["topK"], "--per_gpu_train_batch_size", "5",
-            "--save_steps", "2", "--max_steps", "8", "--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache"),
-            "--model_name_or_path", str(tiny_bert), "--data_dir", str(squad_dir), *flags,
-        ]  # fmt: skip
+        places = f"--output_dir {tmp_path}/out --cache_dir {tmp_path}/cache "
+        places += f"--model_name_or_path {tiny_bert} --data_dir {squad_dir}"
+        own = "--per_gpu_train_batch_size 5 --save_steps 2 --max_steps 8"
+        script = [*launcher, str(tmp_path / "script.py")]
+        common = [*FLAGS, *SQUAD, *METHODS["topK"], *own.split(), *places.split()]
+        command = [*script, *common, *flags]
         started = time.perf_counter()
         done = subprocess.run(
             command,
@@ -271,10 +276,8 @@ def test_a_rank_that_is_killed_stops_the_others(spoiled, tmp_path, tiny_bert, sq
 def test_a_rank_that_drifts_is_found(spoiled):
     done, _ = spoiled("drift", "--check_ranks")
     assert done.returncode != 0
-    assert (
-        "--check_ranks: after update 6, bert.encoder.layer.0.attention.self.query.mask_scores of rank 1 is not that"
-        in done.stderr
-    )
+    scores = "bert.encoder.layer.0.attention.self.query.mask_scores"
+    assert f"--check_ranks: after update 6, {scores} of rank 1 is not that" in done.stderr
 
 
 def test_a_signal_to_all_ranks(spoiled, tmp_path):

@@ -1,4 +1,4 @@
-"""What goes wrong while a run is written or stopped: a checkpoint is whole or absent, and resuming is exact."""
+"""What goes wrong while a run is written or stopped: checkpoints stay whole, resuming is exact."""
 
 import json
 import os
@@ -9,35 +9,26 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from stress import kill_resume
-from test_masked_run_squad import SHORT
 
 import masked_run_squad
 from emmental.training import checkpoint, guards, loop, passes
 from emmental.training import run as narrative
 from emmental.training.distributed import World
 
-TOPK = ["--pruning_method", "topK", "--initial_threshold", "1", "--final_threshold", "0.2"]
-TRAIN = [
-    "--do_train",
-    "--max_steps",
-    "12",
-    "--warmup_steps",
-    "2",
-    "--save_steps",
-    "4",
-    "--logging_steps",
-    "4",
-]
+FLAGS = (
+    "--model_type masked_bert --do_lower_case --do_train --max_steps 12 --warmup_steps 2 "
+    "--save_steps 4 --logging_steps 4 --initial_threshold 1 --final_threshold 0.2 "
+    "--max_seq_length 48 --max_query_length 16 --doc_stride 16 --per_gpu_train_batch_size 4"
+)
 
 
 @pytest.fixture
 def run(tmp_path, tiny_bert, squad_dir):
     def run_squad(*flags, output="out"):
         out = tmp_path / output
-        masked_run_squad.main([
-            "--model_type", "masked_bert", "--model_name_or_path", str(tiny_bert), "--data_dir", str(squad_dir), "--do_lower_case",
-            "--output_dir", str(out), "--cache_dir", str(tmp_path / "cache"), *SHORT, *TOPK, *TRAIN, *flags,
-        ])  # fmt: skip
+        places = f"--model_name_or_path {tiny_bert} --data_dir {squad_dir} --output_dir {out}"
+        command = f"{FLAGS} {places} --cache_dir {tmp_path / 'cache'}"
+        masked_run_squad.main([*command.split(), *flags])
         return out
 
     return run_squad
@@ -69,7 +60,7 @@ def break_after(monkeypatch, module, name, calls, action):
     monkeypatch.setattr(module, name, wrapper)
 
 
-# ------------------------------------------------------------------------------------------ signals
+# ---- signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -109,7 +100,7 @@ def test_a_second_signal_does_not_wait(run, capsys, monkeypatch):
     assert "interrupted" in stopped(capsys, run, output="other", status=130)
 
 
-# -------------------------------------------------------------------------------------- checkpoints
+# ---- checkpoints
 
 
 def test_the_list_of_files(run):
@@ -128,17 +119,14 @@ def flip(folder):
 
 
 DAMAGES = {
-    "flipped": (flip, "the checksum of model.safetensors does not match"),
+    "flipped": (flip, "model.safetensors is damaged"),
     "truncated": (
         lambda folder: os.truncate(folder / "training_state.pt", 1000),
-        "training_state.pt has 1,000 bytes",
+        "training_state.pt is damaged",
     ),
     "missing": (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
-    "list": (
-        lambda folder: (folder / "files.json").write_text('{"a": 1}'),
-        "files.json is damaged|a is missing",
-    ),
-    "no json": (lambda folder: (folder / "files.json").write_text("{"), "files.json is damaged"),
+    "list": (lambda folder: (folder / "files.json").write_text('{"a": 1}'), "a is missing"),
+    "no json": (lambda folder: (folder / "files.json").write_text("{"), "files.json or another"),
 }
 
 
@@ -149,43 +137,29 @@ def test_latest_skips_a_broken_checkpoint(run, capsys, caplog, damage):
     out = run("--save_steps", "5")
     spoil(out / "checkpoint-10")
     error = stopped(capsys, run, "--resume_from_checkpoint", str(out / "checkpoint-10"), status=2)
-    assert "checkpoint-10 is broken" in error
+    assert "checkpoint-10: no checkpoint is whole" in error
     caplog.clear()
     run("--resume_from_checkpoint", "latest", "--save_steps", "0")
     (message,) = [message for message in caplog.messages if "is broken and skipped" in message]
-    assert "checkpoint-10" in message and any(part in message for part in said.split("|"))
+    assert "checkpoint-10" in message and said in message
     assert "starting at update 5" in caplog.text
     assert same_files(whole, out, "model.safetensors")
     spoil(out / "checkpoint-5")
     if not (out / "checkpoint-10").exists():
         shutil.copytree(out / "checkpoint-5", out / "checkpoint-10")
-    assert "no checkpoint in" in stopped(
-        capsys, run, "--resume_from_checkpoint", "latest", status=2
-    )
+    error = stopped(capsys, run, "--resume_from_checkpoint", "latest", status=2)
+    assert "no checkpoint is whole" in error
 
 
-def test_the_only_good_checkpoint_is_never_removed(tmp_path):
-    for step in (5, 10, 15):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        for name in ("training_state.pt", "config.json"):
-            (folder / name).write_text(f"{step}")
-        (folder / "files.json").write_text(json.dumps(checkpoint._manifest(folder)))
-    for step in (10, 15):
-        (tmp_path / f"checkpoint-{step}" / "config.json").write_text("damaged")
+def test_the_newest_checkpoints_are_kept(tmp_path):
+    for step in (5, 10, 15, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "training_state.pt").touch()
+    (tmp_path / "checkpoint-best").mkdir()
+    checkpoint.remove_old_checkpoints(tmp_path, None)
     checkpoint.remove_old_checkpoints(tmp_path, 2)
-    assert [folder.name for folder in checkpoint.find_checkpoints(tmp_path)] == [
-        "checkpoint-5",
-        "checkpoint-10",
-        "checkpoint-15",
-    ]
-    (tmp_path / "checkpoint-15" / "config.json").write_text("15")
-    checkpoint.remove_old_checkpoints(tmp_path, 2)
-    assert [folder.name for folder in checkpoint.find_checkpoints(tmp_path)] == [
-        "checkpoint-10",
-        "checkpoint-15",
-    ]
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-10", "checkpoint-15"}
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"checkpoint-15", "checkpoint-100", "checkpoint-best"}
 
 
 def test_a_folder_removed_while_running(run, capsys, monkeypatch, tmp_path):
@@ -194,7 +168,8 @@ def test_a_folder_removed_while_running(run, capsys, monkeypatch, tmp_path):
         (tmp_path / "out").write_text("in the way")
 
     break_after(monkeypatch, loop, "set_learning_rates", 6, remove)
-    assert "cannot write" in stopped(capsys, run, status=1)
+    error = stopped(capsys, run, status=1)
+    assert "error: " in error and "out" in error
 
 
 def test_a_disk_that_is_full(tmp_path, tiny_bert, squad_dir):
@@ -203,9 +178,7 @@ def test_a_disk_that_is_full(tmp_path, tiny_bert, squad_dir):
     done = small.start("out", "--save_steps", "4", limit=200_000)
     _, error = done.communicate(timeout=120)
     assert done.returncode == 1 and "Traceback" not in error
-    assert "File too large" in error and any(
-        line.startswith("masked_run_squad.py: error: cannot write") for line in error.splitlines()
-    )
+    assert "File too large" in error and "masked_run_squad.py: error: cannot write" in error
     assert not list((tmp_path / "out").glob("*checkpoint*"))
 
 
@@ -215,17 +188,9 @@ def test_a_read_only_folder(run, capsys, tmp_path):
     assert "cannot be written to" in stopped(capsys, run, status=2)
 
 
-# ------------------------------------------------------------------------------------------- numbers
+# ---- numbers
 
-TEACH = [
-    "--alpha_ce",
-    "0.5",
-    "--alpha_distil",
-    "0.5",
-    "--teacher_type",
-    "bert",
-    "--teacher_name_or_path",
-]
+TEACH = "--alpha_ce 0.5 --alpha_distil 0.5 --teacher_type bert --teacher_name_or_path".split()
 
 
 def spoil_loss(monkeypatch, name, calls, value=torch.nan):
@@ -252,10 +217,10 @@ def test_a_loss_that_is_not_finite_stops_and_is_named(run, capsys, monkeypatch):
     assert same_files(whole, out, "model.safetensors")
 
 
-@pytest.mark.parametrize("part, flags", [
-    ("loss/distil", TEACH),
-    ("loss/penalty", ["--regularization", "l1", "--final_lambda", "1"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "part, flags",
+    [("loss/distil", TEACH), ("loss/penalty", ["--regularization", "l1", "--final_lambda", "1"])],
+)
 def test_every_part_of_the_loss_is_named(run, capsys, monkeypatch, tiny_bert, part, flags):
     count = iter(range(1, 100))
 
@@ -295,7 +260,7 @@ def test_weights_that_are_not_finite_are_not_saved(run, capsys, monkeypatch, tmp
 
     monkeypatch.setattr(loop, "set_learning_rates", spoil)
     error = stopped(capsys, run, "--save_total_limit", "1", status=1)
-    assert "update 8: " in error and "is not finite any more: nothing is saved" in error
+    assert "update 8: " in error and "is not finite: nothing is saved" in error
     assert [folder.name for folder in checkpoint.find_checkpoints(tmp_path / "out")] == [
         "checkpoint-4"
     ]
@@ -348,7 +313,7 @@ def test_the_same_seed_gives_the_same_bits(run):
     assert kill_resume.alike(*states)
 
 
-# -------------------------------------------------------------------------------------------- murder
+# ---- kills
 
 
 @pytest.mark.parametrize("method, kills", [("topK", 1), ("l0", 1)])

@@ -1,4 +1,4 @@
-"""A task that only the tests have: names and places in a sentence, token by token, through the whole of `run`."""
+"""A task of the tests alone, through all of `run`: names and places in a sentence, by token."""
 
 import json
 import os
@@ -20,14 +20,15 @@ from emmental.training import run
 from emmental.training.task import Task
 
 ROOT = Path(__file__).parent.parent
-FLAGS = [
-    "--model_type", "masked_bert", "--do_train", "--do_eval", "--max_steps", "6", "--warmup_steps", "1", "--learning_rate", "3e-3",
-    "--final_threshold", "0.5", "--logging_steps", "3", "--save_steps", "3", "--adam_epsilon", "1e-4", "--no_cuda",
-]  # fmt: skip
+FLAGS = (
+    "--model_type masked_bert --do_train --do_eval --max_steps 6 --warmup_steps 1 "
+    "--learning_rate 3e-3 --final_threshold 0.5 --logging_steps 3 --save_steps 3 "
+    "--adam_epsilon 1e-4 --no_cuda"
+)
 
 
 class Tagging(Task):
-    """Which words are names, which are places; the loss is a mean over the words, of which sentences differ in number."""
+    """Which words are names or places; the loss is a mean over words, not over sentences."""
 
     head, labels = "TokenClassification", ("other", "name", "place")
     max_seq_length, logging_steps, save_steps = 32, 10, 10
@@ -47,11 +48,11 @@ class Tagging(Task):
 
     def make_features(self, args, tokenizer, model):
         kinds = dict.fromkeys(NAMES, 1) | dict.fromkeys(PLACES, 2)
-        rows = [{
-            "input_ids": tokenizer(sentence, is_split_into_words=True).input_ids,
-            "tags": [-100, *(kinds.get(word, 0) for word in sentence), -100],
-            "length": len(sentence) + 2,
-        } for sentence in self.sentences]  # fmt: skip
+        rows = []
+        for sentence in self.sentences:
+            tags = [-100, *(kinds.get(word, 0) for word in sentence), -100]
+            ids = tokenizer(sentence, is_split_into_words=True).input_ids
+            rows.append({"input_ids": ids, "tags": tags, "length": len(tags)})
         self.train_set = Dataset.from_list(rows)
         self.evaluation_sets = {"dev": Dataset.from_list(rows[:7])}
 
@@ -90,13 +91,13 @@ class Tagging(Task):
         return {"accuracy": sum(a == b for a, b in pairs) / len(pairs)}
 
 
-def flags(tmp_path, model, name, *more):
-    return [*FLAGS, "--model_name_or_path", str(model), "--output_dir", str(tmp_path / name), *more]
+def flags(tmp_path, model, name, more):
+    return f"{FLAGS} --model_name_or_path {model} --output_dir {tmp_path / name} {more}".split()
 
 
 @pytest.fixture
 def tagger(tmp_path, tiny_bert):
-    """The tiny BERT with an output for each tag, whose weights do not depend on the seed of a run."""
+    """The tiny BERT with an output for each tag, the same for every seed of a run."""
     torch.manual_seed(1)
     model = AutoModelForTokenClassification.from_pretrained(tiny_bert, num_labels=3)
     model.config.id2label = dict(enumerate(Tagging.labels))
@@ -108,46 +109,26 @@ def tagger(tmp_path, tiny_bert):
 
 
 def test_it_trains_evaluates_and_resumes(tmp_path, tagger):
-    more = ("--per_gpu_train_batch_size", "3", "--gradient_accumulation_steps", "3", "--evaluate_during_training",
-            "--max_steps", "30", "--logging_steps", "10", "--save_steps", "10", "--alpha_ce", "1", "--alpha_distil", "0.1",
-            "--teacher_type", "bert", "--teacher_name_or_path", str(tagger))  # fmt: skip
-    results = run.main(Tagging(), "Tags.", flags(tmp_path, tagger, "whole", *more))
-    assert results["accuracy"] > 0.5 and results["remaining_percent_linear"] == pytest.approx(
-        50, abs=0.1
+    more = (
+        "--per_gpu_train_batch_size 3 --gradient_accumulation_steps 3 --evaluate_during_training "
+        "--max_steps 30 --logging_steps 10 --save_steps 10 --alpha_ce 1 --alpha_distil 0.1 "
+        f"--teacher_type bert --teacher_name_or_path {tagger}"
     )
+    results = run.main(Tagging(), "Tags.", flags(tmp_path, tagger, "whole", more))
+    assert results["accuracy"] > 0.5
+    assert results["remaining_percent_linear"] == pytest.approx(50, abs=0.1)
     whole = tmp_path / "whole"
     assert {path.name for path in whole.glob("tags_*")} == {
         f"tags_{step}.json" for step in ("", 10, 20, 30)
     }
-    assert json.loads((whole / "config.json").read_text())["id2label"] == {
-        "0": "other",
-        "1": "name",
-        "2": "place",
-    }
-    run.main(
-        Tagging(),
-        "Tags.",
-        flags(
-            tmp_path,
-            tagger,
-            "again",
-            *more,
-            "--resume_from_checkpoint",
-            str(whole / "checkpoint-20"),
-        ),
-    )
-    assert (whole / "model.safetensors").read_bytes() == (
-        tmp_path / "again" / "model.safetensors"
-    ).read_bytes()
-    alone = [
-        *FLAGS[:2],
-        "--do_eval",
-        "--no_cuda",
-        "--model_name_or_path",
-        str(whole),
-        "--output_dir",
-        str(tmp_path / "alone"),
-    ]
+    labels = json.loads((whole / "config.json").read_text())["id2label"]
+    assert labels == {"0": "other", "1": "name", "2": "place"}
+    more = f"{more} --resume_from_checkpoint {whole / 'checkpoint-20'}"
+    run.main(Tagging(), "Tags.", flags(tmp_path, tagger, "again", more))
+    ends = [tmp_path / name / "model.safetensors" for name in ("whole", "again")]
+    assert ends[0].read_bytes() == ends[1].read_bytes()
+    places = f"--model_name_or_path {whole} --output_dir {tmp_path / 'alone'}"
+    alone = f"--model_type masked_bert --do_eval --no_cuda {places}".split()
     assert run.main(Tagging(), "Tags.", alone)["accuracy"] == results["accuracy"]
 
 
@@ -162,42 +143,16 @@ run.main(Tagging(), "Tags.")
 
 
 def test_words_weigh_alike_in_whatever_batch_they_are(tmp_path, tagger):
-    """One batch of 20, four of 5 accumulated, and two ranks: the same mean over all words of an update."""
+    """One batch of 20, four of 5 accumulated, and two ranks: the same mean over all words."""
     (tmp_path / "script.py").write_text(SCRIPT.format(root=str(ROOT), tests=str(ROOT / "tests")))
-    run.main(Tagging(), "Tags.", flags(tmp_path, tagger, "one", "--per_gpu_train_batch_size", "20"))
-    run.main(
-        Tagging(),
-        "Tags.",
-        flags(
-            tmp_path,
-            tagger,
-            "parts",
-            "--per_gpu_train_batch_size",
-            "6",
-            "--gradient_accumulation_steps",
-            "4",
-        ),
-    )
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
-    ranks = flags(
-        tmp_path,
-        tagger,
-        "ranks",
-        "--per_gpu_train_batch_size",
-        "3",
-        "--gradient_accumulation_steps",
-        "4",
-        "--check_ranks",
-    )
-    done = subprocess.run([*launcher, str(tmp_path / "script.py"), *ranks], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    size, accumulation = "--per_gpu_train_batch_size", "--gradient_accumulation_steps 4"
+    run.main(Tagging(), "Tags.", flags(tmp_path, tagger, "one", f"{size} 20"))
+    run.main(Tagging(), "Tags.", flags(tmp_path, tagger, "parts", f"{size} 6 {accumulation}"))
+    launcher = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 2"
+    ranks = flags(tmp_path, tagger, "ranks", f"{size} 3 {accumulation} --check_ranks")
+    command = [*launcher.split(), str(tmp_path / "script.py"), *ranks]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     one, *others = (
         load_file(tmp_path / name / "model.safetensors") for name in ("one", "parts", "ranks")
@@ -214,20 +169,9 @@ def test_examples_alone_would_weigh_otherwise(tmp_path, tagger):
     class Unweighted(Tagging):
         weight = None
 
+    more = "--per_gpu_train_batch_size 3 --gradient_accumulation_steps 7"
     for name, task in ("words", Tagging), ("sentences", Unweighted):
-        run.main(
-            task(),
-            "Tags.",
-            flags(
-                tmp_path,
-                tagger,
-                name,
-                "--per_gpu_train_batch_size",
-                "3",
-                "--gradient_accumulation_steps",
-                "7",
-            ),
-        )
+        run.main(task(), "Tags.", flags(tmp_path, tagger, name, more))
     words, sentences = (
         load_file(tmp_path / name / "model.safetensors") for name in ("words", "sentences")
     )

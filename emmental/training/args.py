@@ -1,6 +1,6 @@
-"""The command line that the scripts share, the checks on it, and the values that are made of it.
+"""The command line of the training scripts: its flags, their checks, and the values made of them.
 
-All problems are reported together, before anything is loaded: one line each, exit status 2.
+All contradictions are reported together, before anything is loaded: one line each, status 2.
 """
 
 import argparse
@@ -8,10 +8,12 @@ import logging
 import math
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 
+from ..errors import UserError
 from ..families import FAMILIES, MASKED, is_masked
 from ..losses import PENALTIES
 from ..modules.masked_nn import MASK_INITS
@@ -19,42 +21,39 @@ from ..modules.methods import METHODS
 from ..modules.topk import MIN_REMAINING
 from ..schedule import Schedule, plateaus_overlap
 from .parser import Parser, choice, number
-from .settings import Distillation, Precision, Settings
 from .task import Task
 
 logger = logging.getLogger(__name__)
 
-PRUNING_ARGUMENTS = (
-    "pruning_method", "mask_init", "mask_scale", "mask_scores_learning_rate", "initial_threshold", "final_threshold",
-    "initial_warmup", "final_warmup", "regularization", "final_lambda", "target_remaining", "global_topk", "global_topk_frequency_compute",
-)  # fmt: skip
-WITHOUT_MEANING = ("fp16_opt_level", "server_ip", "server_port", "lang_id")
-COUNT, POSITIVE, NOT_NEGATIVE = (
-    number(int, at_least=1),
-    number(float, above=0),
-    number(float, at_least=0),
-)
+COUNT, COUNT_OR_0 = number(int, at_least=1), number(int, at_least=0)
+NUMBER, POSITIVE, NOT_NEGATIVE = number(float), number(float, above=0), number(float, at_least=0)
+OBSOLETE = ("fp16_opt_level", "server_ip", "server_port", "lang_id")  # the last: of SQuAD alone
+RATES = ("learning_rate", "mask_scores_learning_rate", "weight_decay", "adam_epsilon")
+SEED = number(int, at_least=0, below=2**32)
+
+
+def model_type(text: str) -> str:
+    """An argparse type: a family of models, plain or masked."""
+    return choice(*(prefix + family for family in FAMILIES for prefix in ("", MASKED)))(text)
 
 
 def pruning_method(text: str) -> str:
-    """An argparse type: the name of a pruning method."""
-    return choice(*METHODS, aliases={"sigmoid_threshold": "sigmoied_threshold"})(text)
+    """An argparse type: the name of a pruning method, in the published or the usual spelling."""
+    return choice(*METHODS)("sigmoied_threshold" if text == "sigmoid_threshold" else text)
+
+
+def penalty(text: str) -> str | None:
+    """An argparse type: the name of a penalty, or None for the "null" of published commands."""
+    return None if text == "null" else choice(*PENALTIES, "null")(text)
 
 
 def add_mask_flags(add: Callable) -> None:
     """The flags of the scripts that read a masked checkpoint; see `given_masks`."""
-    add("--pruning_method", type=pruning_method, help="method (default: from config.json)")
-    add(
-        "--threshold",
-        type=float,
-        help="threshold (default: from config.json): a fraction in [0, 1], or a score for `threshold`",
-    )
-    add(
-        "--global_topk",
-        action="store_true",
-        default=None,
-        help="all matrices were ranked together (default: from config.json)",
-    )
+    default = "(default: from config.json)"
+    add("--pruning_method", type=pruning_method, help=f"method {default}")
+    add("--threshold", type=float, help=f"threshold {default}: a fraction in [0, 1], or a score")
+    ranked = f"all matrices were ranked together {default}"
+    add("--global_topk", action="store_true", default=None, help=ranked)
 
 
 def given_masks(args: argparse.Namespace) -> dict:
@@ -62,133 +61,111 @@ def given_masks(args: argparse.Namespace) -> dict:
     return {name: getattr(args, name) for name in ("pruning_method", "threshold", "global_topk")}
 
 
-def model_types() -> list[str]:
-    """What --model_type may be."""
-    return [prefix + family for family in FAMILIES for prefix in ("", MASKED)]
+# fmt: off
+# name, type (bool: a switch), default (...: required; None in places where the task has one), help
+FLAGS = {
+    "what to run": [
+        ("model_type", model_type, ..., "masked_bert to fine-prune; bert for dense models"),
+        ("model_name_or_path", str, ..., "checkpoint folder, or name of a model on the hub"),
+        ("output_dir", str, ..., "where the model, its results and checkpoints go"),
+        ("do_train", bool, False, "train"),
+        ("do_eval", bool, False, "evaluate the trained model, or the one given"),
+        ("evaluate_during_training", bool, False, "also evaluate every --logging_steps"),
+        ("eval_all_checkpoints", bool, False, "with --do_eval: evaluate all checkpoints, too"),
+        ("overwrite_output_dir", bool, False, "train even if output_dir is not empty"),
+        ("resume_from_checkpoint", str, None, "checkpoint-<step> folder to continue, or 'latest'"),
+        ("seed", SEED, 42, "seed of data order, dropout, fresh heads and scores"),
+    ],
+    "model, tokenizer and features": [
+        ("config_name", str, None, "configuration, if not the model's own"),
+        ("tokenizer_name", str, None, "tokenizer, if not the model's own"),
+        ("cache_dir", str, None, "where downloads and features are cached"),
+        ("do_lower_case", bool, False, "lower-case the text (uncased models)"),
+        ("max_seq_length", COUNT, None, "tokens at which longer inputs are cut"),
+        ("threads", COUNT, 1, "processes that make features"),
+        ("overwrite_cache", bool, False, "make the features again"),
+    ],
+    "pruning": [
+        ("pruning_method", pruning_method, "topK", "topK (movement), sigmoied_threshold (soft "
+         "movement), magnitude, l0, or threshold"),
+        ("initial_threshold", NUMBER, 1.0, "threshold at the start, a fraction: of remaining "
+         "weights (1 for topK), or on sigmoid(score) (0 for sigmoied_threshold)"),
+        ("final_threshold", NUMBER, 0.7, "threshold at the end; the density of topK and magnitude"),
+        ("initial_warmup", NOT_NEGATIVE, 1, "updates at the first threshold, in warmup_steps"),
+        ("final_warmup", NOT_NEGATIVE, 2, "updates at the last threshold, in warmup_steps; "
+         "raise it if the metric still climbs at the end"),
+        ("mask_init", choice(*MASK_INITS), "constant", "constant, uniform or kaiming scores"),
+        ("mask_scale", NUMBER, 0.0, "value (constant) or range (uniform) of initial scores"),
+        ("regularization", penalty, None, "penalty on the scores: l1 (soft movement), l0 or null"),
+        ("final_lambda", NOT_NEGATIVE, 0.0, "final weight of the penalty; raise it to prune more"),
+        ("target_remaining", NUMBER, None, "fraction of the weights to keep: steers lambda, "
+         "from --final_lambda or a usual value (soft movement, l0)"),
+        ("global_topk", bool, False, "rank all matrices together (topK, threshold, magnitude)"),
+        ("global_topk_frequency_compute", COUNT, 25, "updates between two global cut-offs"),
+    ],
+    "distillation": [
+        ("teacher_type", model_type, None, "model type of the teacher"),
+        ("teacher_name_or_path", str, None, "fine-tuned teacher: folder or name on the hub"),
+        ("alpha_ce", NOT_NEGATIVE, 0.5, "weight of the task's own loss"),
+        ("alpha_distil", NOT_NEGATIVE, 0.5, "weight of the distillation loss"),
+        ("temperature", POSITIVE, 2.0, "softens the distributions of student and teacher"),
+    ],
+    "optimisation": [
+        ("per_gpu_train_batch_size", COUNT, 8, "examples per device and batch"),
+        ("per_gpu_eval_batch_size", COUNT, 8, "examples per device in evaluation"),
+        ("gradient_accumulation_steps", COUNT, 1, "batches per update"),
+        ("learning_rate", POSITIVE, 5e-5, "peak learning rate of the weights"),
+        ("mask_scores_learning_rate", POSITIVE, 1e-2, "of the scores; raise it for short runs"),
+        ("num_train_epochs", POSITIVE, 3.0, "epochs, may be fractional"),
+        ("max_steps", int, -1, "updates in all; overrides --num_train_epochs"),
+        ("warmup_steps", COUNT_OR_0, 0, "updates of learning-rate warm-up; unit of plateaus"),
+        ("weight_decay", NOT_NEGATIVE, 0.0, "decay of weights; none for scores, bias, LayerNorm"),
+        ("adam_epsilon", POSITIVE, 1e-8, "epsilon of AdamW"),
+        ("max_grad_norm", NOT_NEGATIVE, 1.0, "norm at which the gradient is clipped; 0: never"),
+    ],
+    "logging and checkpoints": [
+        ("logging_steps", COUNT, None, "updates between points in TensorBoard"),
+        ("save_steps", COUNT_OR_0, None, "updates between checkpoints; 0 for none"),
+        ("save_total_limit", COUNT, None, "checkpoints to keep (2, or all if all are evaluated)"),
+    ],
+    "hardware": [
+        ("no_cuda", bool, False, "stay on the CPU"),
+        ("sparse_inference", bool, False, "evaluate with sparse kernels, faster on a CPU"),
+        ("fp16", bool, False, "mixed precision in float16 (GPU)"),
+        ("bf16", bool, False, "mixed precision in bfloat16 (GPU, recent CPUs)"),
+        ("compile", bool, False, "compile the encoder; pays off after some hundred updates"),
+        ("num_workers", COUNT_OR_0, 0, "processes that load batches"),
+        ("check_ranks", bool, False, "for debugging: stop if masks or weights differ by rank"),
+        ("local_rank", int, -1, "for old launchers; torchrun does not need it"),
+    ],
+}
+# fmt: on
 
 
 def make_parser(task: Task, description: str) -> Parser:
     """The parser of a script: the flags of every task, and the task's own."""
-    parser = Parser(description=description)
-    add_common_arguments(parser, task)
+    parser = Parser(description=description, usage="%(prog)s [options]")
+    for title, flags in FLAGS.items():
+        add = parser.add_argument_group(title).add_argument
+        for name, kind, default, text in flags:
+            default = getattr(task, name, default)
+            if kind is bool:
+                add(f"--{name}", action="store_true", help=text)
+            else:
+                add(f"--{name}", type=kind, default=default, required=default is ..., help=text)
     task.add_arguments(parser)
+    for name in OBSOLETE[:-1]:
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     return parser
 
 
-def add_common_arguments(parser: argparse.ArgumentParser, task: Task) -> None:
-    """Add every flag that is not a task's own, in groups."""
-    # fmt: off
-    group = parser.add_argument_group("what to run")
-    add = group.add_argument
-    add("--model_type", type=choice(*model_types()), required=True,
-        help="masked_bert to fine-prune; bert for the dense baseline or the teacher")
-    add("--model_name_or_path", required=True, help="checkpoint folder, or a model name on the hub")
-    add("--output_dir", required=True, help="where the fine-pruned model, its results and its checkpoints go")
-    add("--do_train", action="store_true", help="train")
-    add("--do_eval", action="store_true", help="evaluate the trained model (or, without --do_train, the one given)")
-    add("--evaluate_during_training", action="store_true", help="also evaluate at every --logging_steps")
-    add("--eval_all_checkpoints", action="store_true", help="with --do_eval, evaluate each checkpoint-<step> as well")
-    add("--overwrite_output_dir", action="store_true", help="train although output_dir is not empty")
-    add("--resume_from_checkpoint", metavar="PATH",
-        help="continue exactly from this checkpoint-<step> folder; 'latest' takes the newest one in output_dir")
-    add("--seed", type=number(int, at_least=0, below=2**32), default=42, help="seed of data order, dropout, fresh heads and scores")
-
-    group = parser.add_argument_group("model, tokenizer and features")
-    add = group.add_argument
-    add("--config_name", help="configuration, when it is not the model's own")
-    add("--tokenizer_name", help="tokenizer, when it is not the model's own")
-    add("--cache_dir", help="where downloads and features are cached")
-    add("--do_lower_case", action="store_true", help="lower-case the text (uncased models)")
-    add("--max_seq_length", type=COUNT, default=task.max_seq_length, help="longest input in tokens; longer ones are cut")
-    add("--threads", type=COUNT, default=1, help="processes that make features")
-    add("--overwrite_cache", action="store_true", help="make the features anew, whatever the cache holds")
-
-    group = parser.add_argument_group(
-        "pruning", "A threshold is a fraction in [0, 1]: the remaining weights for topK and magnitude, the cut on "
-        "sigmoid(score) for sigmoied_threshold. It moves along a cubic between two plateaus."
-    )
-    add = group.add_argument
-    add("--pruning_method", type=pruning_method, default="topK",
-        help="topK (movement), sigmoied_threshold (soft movement), magnitude, l0, or threshold")
-    add("--initial_threshold", type=number(float), default=1.0, help="threshold at the start (1 for topK, 0 for sigmoied_threshold)")
-    add("--final_threshold", type=number(float), default=0.7, help="threshold at the end; sets the sparsity of topK and magnitude")
-    add("--initial_warmup", type=NOT_NEGATIVE, default=1, help="first plateau of the threshold, in units of warmup_steps")
-    add("--final_warmup", type=NOT_NEGATIVE, default=2,
-        help="last plateau, in units of warmup_steps; lengthen it when the metric still climbs at the end")
-    add("--mask_init", type=choice(*MASK_INITS), default="constant", help="initialisation of the scores")
-    add("--mask_scale", type=number(float), default=0.0, help="value (constant) or range (uniform) of the initial scores")
-    add("--regularization", type=choice(*PENALTIES, "null"), default=None,
-        help="penalty on the scores: l1 for soft movement, l0 for l0; null for none")
-    add("--final_lambda", type=NOT_NEGATIVE, default=0.0,
-        help="coefficient of the penalty at the end; raise it for fewer remaining weights")
-    add("--target_remaining", type=number(float),
-        help="fraction of the weights to end with (soft movement, l0): lambda is steered to it, beginning at --final_lambda or at the paper's for this target")
-    add("--global_topk", action="store_true", help="rank all matrices together (topK, threshold or magnitude)")
-    add("--global_topk_frequency_compute", type=COUNT, default=25, help="updates between two global cut-offs")
-
-    group = parser.add_argument_group("distillation")
-    add = group.add_argument
-    add("--teacher_type", type=choice(*model_types()), help="type of the teacher; needed with --teacher_name_or_path")
-    add("--teacher_name_or_path", help="fine-tuned teacher, a checkpoint folder or a name on the hub")
-    add("--alpha_ce", type=NOT_NEGATIVE, default=0.5, help="weight of the task's own loss")
-    add("--alpha_distil", type=NOT_NEGATIVE, default=0.5, help="weight of the distillation loss")
-    add("--temperature", type=POSITIVE, default=2.0, help="softens both distributions of the distillation")
-
-    group = parser.add_argument_group("optimisation")
-    add = group.add_argument
-    add("--per_gpu_train_batch_size", type=COUNT, default=8, help="examples per device and step")
-    add("--per_gpu_eval_batch_size", type=COUNT, default=8, help="examples per device in evaluation")
-    add("--gradient_accumulation_steps", type=COUNT, default=1, help="batches per update")
-    add("--learning_rate", type=POSITIVE, default=5e-5, help="peak learning rate of the weights")
-    add("--mask_scores_learning_rate", type=POSITIVE, default=1e-2,
-        help="peak learning rate of the scores; raise it for short runs")
-    add("--num_train_epochs", type=number(float), default=3.0, help="epochs, may be fractional")
-    add("--max_steps", type=int, default=-1, help="updates in all; overrides --num_train_epochs")
-    add("--warmup_steps", type=number(int, at_least=0), default=0, help="updates of learning-rate warm-up; also the unit of the plateaus")
-    add("--weight_decay", type=NOT_NEGATIVE, default=0.0, help="decay of the weights (not of scores, bias, LayerNorm)")
-    add("--adam_epsilon", type=POSITIVE, default=1e-8, help="epsilon of AdamW")
-    add("--max_grad_norm", type=NOT_NEGATIVE, default=1.0, help="clip the gradient at this norm; 0 never clips")
-
-    group = parser.add_argument_group("logging and checkpoints")
-    add = group.add_argument
-    add("--logging_steps", type=COUNT, default=task.logging_steps, help="updates between two lines in TensorBoard")
-    add("--save_steps", type=number(int, at_least=0), default=task.save_steps, help="updates between two checkpoints; 0 for none")
-    add("--save_total_limit", type=COUNT,
-        help="checkpoints to keep, the newest (default: 2, or all with --eval_all_checkpoints)")
-
-    group = parser.add_argument_group("hardware")
-    add = group.add_argument
-    add("--no_cuda", action="store_true", help="stay on the CPU")
-    add("--sparse_inference", action="store_true",
-        help="evaluate with sparse kernels, which are faster on a CPU; same predictions")
-    add("--fp16", action="store_true", help="mixed precision in float16 (GPU)")
-    add("--bf16", action="store_true", help="mixed precision in bfloat16 (GPU, recent CPUs)")
-    add("--compile", action="store_true", help="compile the encoder; pays after some hundred updates")
-    add("--num_workers", type=number(int, at_least=0), default=0, help="processes that load batches")
-    add("--check_ranks", action="store_true",
-        help="for debugging: compare cut-offs, masks and weights of all processes after every update, and stop where they differ")
-    add("--local_rank", type=int, default=-1, help="accepted for old launchers; torchrun's environment wins")
-    for name in WITHOUT_MEANING:
-        if name != "lang_id":  # a SQuAD flag
-            add(f"--{name}", default=None, help=argparse.SUPPRESS)
-
-
-    # fmt: on
-
-
 def check_common_arguments(args: argparse.Namespace, given: set[str]) -> list[str]:
-    """Every problem that the arguments have among themselves, one line each."""
+    """The problems of the arguments, one line each. Warns of arguments without effect."""
     problems = []
-    for name in sorted(given & set(WITHOUT_MEANING)):
+    for name in sorted(given & set(OBSOLETE)):
         logger.warning("--%s is obsolete and ignored", name)
-
-    actions = [name for name in ("do_train", "do_eval", "do_predict") if name in vars(args)]
-    if not any(getattr(args, name) for name in actions):
-        problems.append(
-            f"nothing to do: give {' or '.join(f'--{name}' for name in actions)}, or several of them"
-        )
-    if args.max_steps <= 0 and not 0 < args.num_train_epochs < float("inf"):
-        problems.append(f"--num_train_epochs must be positive, got {args.num_train_epochs}")
+    if not (args.do_train or args.do_eval or getattr(args, "do_predict", False)):
+        problems.append("nothing to do: give --do_train or --do_eval")
     if args.fp16 and args.bf16:
         problems.append("--fp16 and --bf16 exclude each other: give one")
     if args.sparse_inference and (args.fp16 or args.bf16):
@@ -200,196 +177,164 @@ def check_common_arguments(args: argparse.Namespace, given: set[str]) -> list[st
     if args.resume_from_checkpoint and not args.do_train:
         problems.append("--resume_from_checkpoint continues training: add --do_train")
     if is_masked(args.model_type):
-        problems += _check_pruning_arguments(args)
+        problems += _check_pruning(args)
     if not problems:
-        _warn_of_idle_arguments(args, given)
-    if not args.output_dir.strip():
-        problems.append("--output_dir is empty: is its variable set?")
-        return problems
-    existing = os.path.abspath(args.output_dir)
-    while not os.path.exists(existing):
-        existing = os.path.dirname(existing)
-    if not os.path.isdir(existing):
-        problems.append(f"--output_dir {args.output_dir}: {existing} is a file, not a folder")
-    elif not os.access(existing, os.W_OK):
-        problems.append(f"--output_dir {args.output_dir}: {existing} cannot be written to")
-    elif (
-        args.do_train
-        and not (args.overwrite_output_dir or resumes_in_place(args))
-        and (os.path.isdir(args.output_dir) and os.listdir(args.output_dir))
-    ):
-        problems.append(
-            f"--output_dir {args.output_dir} is not empty: choose another folder, or give --overwrite_output_dir, "
-            "or --resume_from_checkpoint latest to continue the run there"
-        )
+        _warn(args, given)
+    return problems + _check_output_dir(args)
+
+
+def _check_pruning(args: argparse.Namespace) -> list[str]:
+    problems, method = [], METHODS[args.pruning_method]
+    for name in ("initial_threshold", "final_threshold"):
+        value = getattr(args, name)
+        if (method.is_fraction or args.global_topk) and not 0 <= value <= 1:
+            problems.append(f"--{name} is a fraction and must lie in [0, 1], got {value}")
+    if args.regularization and not method.scores:
+        problems.append(f"--regularization needs scores, and {method.name} has none")
+    if args.do_train and args.final_lambda and not args.regularization:
+        problems.append("--final_lambda has no effect without --regularization: add it (l1 or l0)")
+    if args.global_topk and not method.ranks_together:
+        fitting = ", ".join(name for name, other in METHODS.items() if other.ranks_together)
+        problems.append(f"--global_topk goes with {fitting}, not with {method.name}")
+    if args.target_remaining is not None:
+        if not method.penalty or args.regularization != method.penalty:
+            options = [
+                f"{n} with --regularization {m.penalty}" for n, m in METHODS.items() if m.penalty
+            ]
+            problems.append(f"--target_remaining steers a penalty: use {' or '.join(options)}")
+        if not 1.2 * MIN_REMAINING < args.target_remaining < 1:
+            problems.append(f"--target_remaining must lie between {1.2 * MIN_REMAINING:g} and 1")
+        if method.penalty and method.threshold and not 0 < args.final_threshold < 1:
+            problems.append("--target_remaining needs a --final_threshold between 0 and 1")
+    if args.do_train and (problem := plateau_problem(args, args.max_steps)):
+        problems.append(problem)
     return problems
+
+
+def _check_output_dir(args: argparse.Namespace) -> list[str]:
+    folder = Path(args.output_dir).absolute()
+    if not args.output_dir.strip():
+        return ["--output_dir is empty: is its variable set?"]
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        return [f"--output_dir {folder} cannot be written to: see {existing}"]
+    may_exist = args.overwrite_output_dir or resumes_in_place(args) or not args.do_train
+    if existing == folder and any(folder.iterdir()) and not may_exist:
+        return [
+            f"--output_dir {folder} is not empty: choose another folder, or give "
+            "--overwrite_output_dir, or --resume_from_checkpoint latest to continue the run there"
+        ]
+    return []
+
+
+def _warn(args: argparse.Namespace, given: set[str]) -> None:
+    """Warn of flags without effect, and of soft movement and l0 that would hardly prune."""
+    method, masked = METHODS[args.pruning_method], is_masked(args.model_type)
+    for needed, group, present in (
+        ("--teacher_name_or_path", "distillation", args.teacher_name_or_path),
+        (f"--model_type {MASKED}{args.model_type}", "pruning", masked),
+    ):
+        idle = [f"--{name}" for name, *_ in FLAGS[group] if name in given]
+        if idle and not present:
+            logger.warning("%s: no effect without %s", ", ".join(idle), needed)
+    if not (masked and args.do_train and method.penalty):
+        return
+    if not args.regularization or not (args.final_lambda or args.target_remaining):
+        advice = f"add --regularization {method.penalty} --final_lambda ..."
+        logger.warning("%s prunes little without a penalty: %s", method.title, advice)
+    if method.threshold and args.initial_threshold > args.final_threshold:
+        logger.warning("%s: the paper starts with --initial_threshold 0", method.title)
 
 
 def resumes_in_place(args: argparse.Namespace) -> bool:
-    """Whether the run continues one of output_dir itself; another one's checkpoints may lie anywhere."""
-    asked = args.resume_from_checkpoint
-    return (
-        asked == "latest"
-        or bool(asked)
-        and Path(asked).resolve().parent == Path(args.output_dir).resolve()
-    )
+    """Whether the run continues from a checkpoint in output_dir itself."""
+    folder = args.resume_from_checkpoint
+    if not folder or folder == "latest":
+        return bool(folder)
+    return Path(folder).resolve().parent == Path(args.output_dir).resolve()
 
 
-def _warn_of_idle_arguments(args: argparse.Namespace, given: set[str]) -> None:
-    """Warn of arguments that ask for something and change nothing, as they stand together."""
-    idle = {
-        "--do_train": ()
-        if args.do_train
-        else (
-            "evaluate_during_training",
-            "teacher_name_or_path",
-            "regularization",
-            "target_remaining",
-        ),
-        "--do_eval": () if args.do_eval else ("eval_all_checkpoints",),
-        "--teacher_name_or_path": ()
-        if args.teacher_name_or_path
-        else ("alpha_ce", "alpha_distil", "temperature"),
-        f"--model_type {MASKED}{args.model_type}": ()
-        if is_masked(args.model_type)
-        else PRUNING_ARGUMENTS,
-    }
-    for needed, names in idle.items():
-        if without_effect := [f"--{name}" for name in names if name in given]:
-            logger.warning("%s: no effect without %s", ", ".join(without_effect), needed)
-    method = METHODS[args.pruning_method]
-    if args.do_train and is_masked(args.model_type) and method.penalty:
-        if not (regularization_mode(args) and (args.final_lambda or args.target_remaining)):
-            logger.warning(
-                "%s prunes little without a penalty: add --regularization %s --final_lambda ...",
-                method.title,
-                method.penalty,
-            )
-        if method.threshold and args.initial_threshold > args.final_threshold:
-            logger.warning(
-                "%s starts at --initial_threshold %g, which masks more than --final_threshold %g does: "
-                "the paper starts at 0", method.title, args.initial_threshold, args.final_threshold,
-            )  # fmt: skip
+def plateau_problem(args: argparse.Namespace, total_step: int) -> str | None:
+    """Why the threshold's plateaus do not fit into `total_step` updates; None if they do."""
+    is_constant = args.initial_threshold == args.final_threshold and args.target_remaining is None
+    if is_constant or total_step <= 0:
+        return None
+    plateaus = args.warmup_steps, args.initial_warmup, args.final_warmup
+    return plateaus_overlap(total_step, *plateaus)
 
 
-def _check_pruning_arguments(args: argparse.Namespace) -> list[str]:
-    problems, method = [], METHODS[args.pruning_method]
-    if method.is_fraction or args.global_topk:
-        for name in ("initial_threshold", "final_threshold"):
-            if not 0 <= getattr(args, name) <= 1:
-                problems.append(
-                    f"--{name} is a fraction and must lie in [0, 1], got {getattr(args, name)}"
-                )
-    penalty = regularization_mode(args)
-    if penalty and not method.scores:
-        problems.append(
-            f"--regularization {penalty} needs scores, and --pruning_method {args.pruning_method} has none"
-        )
-    if args.target_remaining is not None:
-        problems += _check_target(args)
-    elif penalty and args.do_train and args.final_lambda == 0:
-        logger.warning("--regularization %s has no effect with --final_lambda 0", penalty)
-    if args.final_lambda and not penalty and args.do_train:
-        problems.append(
-            "--final_lambda has no effect without --regularization: add --regularization l1 or l0"
-        )
-    if args.global_topk and not method.ranks_together:
-        fitting = [name for name, other in METHODS.items() if other.ranks_together]
-        problems.append(f"--global_topk goes with {', '.join(fitting)}, not with {method.name}")
-    if args.do_train and args.max_steps > 0:
-        problems += check_plateaus(args, args.max_steps)
-    return problems
+def precision_of(args: argparse.Namespace) -> torch.dtype | None:
+    """The dtype of --fp16 or --bf16; None for float32."""
+    return torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else None
 
 
-def _check_target(args: argparse.Namespace) -> list[str]:
-    problems, method = [], METHODS[args.pruning_method]
-    if not 0 < args.target_remaining < 1:
-        problems.append(
-            f"--target_remaining is a fraction and must lie between 0 and 1, got {args.target_remaining}"
-        )
-    elif method.penalty and method.has_floor and args.target_remaining <= 1.2 * MIN_REMAINING:
-        problems.append(
-            f"--target_remaining {args.target_remaining:g}: each matrix keeps {MIN_REMAINING:.1%} at least, so ask for more than "
-            f"{1.2 * MIN_REMAINING:g}"
-        )
-    if not method.penalty:
-        methods = " and ".join(name for name, other in METHODS.items() if other.penalty)
-        problems.append(
-            f"--target_remaining goes with {methods}; --final_threshold sets what {method.name} leaves"
-        )
-    elif regularization_mode(args) != method.penalty:
-        problems.append(
-            f"--target_remaining steers the penalty: add --regularization {method.penalty}"
-        )
-    elif method.threshold and not 0 < args.final_threshold < 1:
-        problems.append(
-            f"--target_remaining needs a --final_threshold between 0 and 1, got {args.final_threshold}"
-        )
-    return problems
+def student_options(args: argparse.Namespace, given: set[str], resumed: bool) -> dict:
+    """Options of `load_student`. In evaluation, only given flags replace the masks' settings."""
+    names = ["cache_dir", "tokenizer_name", "do_lower_case", "max_seq_length"]
+    masked = is_masked(args.model_type)
+    if masked:
+        settings = ("pruning_method", "mask_init", "mask_scale", "global_topk")
+        names += [name for name in settings if args.do_train or name in given]
+    options = {name: getattr(args, name) for name in names}
+    if masked and args.do_train:
+        options["threshold"] = None  # known once the model is trained
+    elif masked and "final_threshold" in given:
+        options["threshold"] = args.final_threshold
+    config_name = None if resumed else args.config_name
+    return options | {"masked": masked, "trained": not args.do_train, "config_name": config_name}
 
 
-def schedule_of(args: argparse.Namespace, total_step: int) -> Schedule:
-    """The schedule of a run of so many updates. Steered, lambda is a factor of what the steering says."""
-    steered = args.target_remaining is not None
-    return Schedule(
-        total_step=total_step,
-        warmup_steps=args.warmup_steps,
-        initial_threshold=args.initial_threshold,
-        final_threshold=args.final_threshold,
-        initial_warmup=args.initial_warmup,
-        final_warmup=args.final_warmup,
-        final_lambda=1.0 if steered else args.final_lambda,
-    )
+@dataclass(frozen=True)
+class Settings:
+    """What a training needs to know; functions below `run` do not see the command line.
 
+    Fields without a comment are the flags of the same name.
+    """
 
-def check_plateaus(args: argparse.Namespace, total_step: int) -> list[str]:
-    """The problem, if any, that the plateaus of the threshold have with `total_step` updates."""
-    if args.initial_threshold == args.final_threshold and args.target_remaining is None:
-        return []  # a constant threshold needs no room to move
-    problem = plateaus_overlap(
-        total_step, args.warmup_steps, args.initial_warmup, args.final_warmup
-    )
-    return [problem] if problem else []
-
-
-def precision_of(args: argparse.Namespace) -> Precision:
-    """Mixed precision as --fp16 or --bf16 ask for it."""
-    return Precision(torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else None)
+    arguments: dict  # the command line, saved with every checkpoint, compared when one is resumed
+    output_dir: Path
+    schedule: Schedule
+    precision: torch.dtype | None  # of mixed precision; None for float32. Parameters stay float32
+    rates: dict[str, float]  # learning rates, decay and epsilon, for `build_optimizer`
+    first_cut: float  # the initial scores, for the steering
+    keep: int | None  # checkpoints to keep, None for all
+    seed: int
+    max_grad_norm: float  # infinite for no clipping
+    alpha_ce: float
+    alpha_distil: float
+    temperature: float
+    regularization: str | None  # l0, l1 or None
+    target_remaining: float | None
+    final_lambda: float
+    global_topk_frequency_compute: int
+    logging_steps: int
+    save_steps: int
+    evaluate_during_training: bool
+    compile: bool
+    num_workers: int
+    check_ranks: bool
 
 
 def training_settings(args: argparse.Namespace, total_step: int) -> Settings:
-    """The values of a training of so many updates."""
-    rates = ("learning_rate", "mask_scores_learning_rate", "weight_decay", "adam_epsilon")
-    same = ("seed", "target_remaining", "final_lambda", "global_topk_frequency_compute", "logging_steps",
-            "save_steps", "compile", "num_workers", "check_ranks")  # fmt: skip
-    return Settings(
-        arguments=vars(args),
-        output_dir=Path(args.output_dir),
-        schedule=schedule_of(args, total_step),
-        rates={name: getattr(args, name) for name in rates},
-        max_grad_norm=args.max_grad_norm or math.inf,
-        precision=precision_of(args),
-        distillation=Distillation(args.alpha_ce, args.alpha_distil, args.temperature),
-        penalty=regularization_mode(args),
-        first_cut=args.mask_scale if args.mask_init == "constant" else 0.0,
-        keep=args.save_total_limit or (None if args.eval_all_checkpoints else 2),
-        evaluate=args.evaluate_during_training,
-        **{name: getattr(args, name) for name in same},
-    )
-
-
-def mask_settings(args: argparse.Namespace, given: set[str]) -> dict:
-    """What the arguments say about the masks of a model: all of it in training, else what stands on the command line."""
-    settings = {
-        name: getattr(args, name)
-        for name in ("pruning_method", "mask_init", "mask_scale", "global_topk")
+    """The settings of a training of `total_step` updates. Raises UserError if plateaus overlap."""
+    if is_masked(args.model_type) and (problem := plateau_problem(args, total_step)):
+        raise UserError(problem)
+    scheduled = vars(args) | {"total_step": total_step}
+    if args.target_remaining is not None:
+        scheduled["final_lambda"] = 1.0  # the steering finds lambda, the schedule scales it
+    values = vars(args) | {
+        "arguments": vars(args),
+        "output_dir": Path(args.output_dir),
+        "schedule": _take_fields(Schedule, scheduled),
+        "precision": precision_of(args),
+        "rates": {name: getattr(args, name) for name in RATES},
+        "first_cut": args.mask_scale if args.mask_init == "constant" else 0.0,
+        "keep": args.save_total_limit or (None if args.eval_all_checkpoints else 2),
+        "max_grad_norm": args.max_grad_norm or math.inf,
     }
-    if args.do_train:
-        return settings | {"threshold": None}  # known once it is trained
-    settings = {name: value for name, value in settings.items() if name in given}
-    return settings | ({"threshold": args.final_threshold} if "final_threshold" in given else {})
+    return _take_fields(Settings, values)
 
 
-def regularization_mode(args: argparse.Namespace) -> str | None:
-    """The penalty asked for, None for none (published commands may say "null")."""
-    return None if args.regularization == "null" else args.regularization
+def _take_fields(kind: type, values: dict):
+    """An object of the dataclass `kind`; `values` may hold more than its fields."""
+    return kind(**{field.name: values[field.name] for field in fields(kind)})

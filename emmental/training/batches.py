@@ -1,9 +1,8 @@
-"""Which examples make up which update: a pure function of seed and step.
+"""The examples of each update: a pure function of seed and step.
 
-Examples of similar length share a batch, so that little is padded: an epoch's random order is cut into
-pools, each pool is sorted by length and cut into batches, and the batches are shuffled. A batch is
-global: the ranks share it out, so that several processes see what one would. Resuming needs no
-replay: the update after step s is the same whoever asks.
+Examples of similar length share a batch, which saves padding. The random order of an epoch is cut
+into pools; each pool is sorted by length and cut into batches; the batches are shuffled. The ranks
+share each batch, so several processes see the same batches as one. Resuming replays nothing.
 """
 
 import functools
@@ -12,89 +11,97 @@ import math
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-from torch import Tensor
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
 
-POOL = 64  # batches whose examples are sorted by length together
+from .checkpoint import TrainingState
+from .task import Batch, Task
+
+POOL = 64  # batches in a pool
 
 
 class BatchPlan:
-    """Batches of a training run.
+    """The batches of a training run.
 
     lengths: tokens of each example. batch_size: examples of a batch over all ranks. accumulation:
     batches of an update; the last update of an epoch may have fewer, and its last batch be smaller.
     """
 
     def __init__(self, lengths: np.ndarray, batch_size: int, accumulation: int, seed: int):
-        self.lengths = np.asarray(lengths)
-        self.batch_size = batch_size
-        self.accumulation = accumulation
-        self.seed = seed
+        self.lengths, self.batch_size = np.asarray(lengths), batch_size
+        self.accumulation, self.seed = accumulation, seed
         self.updates_per_epoch = math.ceil(math.ceil(len(self.lengths) / batch_size) / accumulation)
         self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
 
     def total_updates(self, epochs: float) -> int:
-        """Updates of so many epochs, which may be fractional."""
-        return math.ceil(
-            round(self.updates_per_epoch * epochs, 6)
-        )  # 100 * 1.1 is 110.00000000000001
+        """Updates of a number of epochs, which may be fractional."""
+        return math.ceil(round(self.updates_per_epoch * epochs, 6))  # 100 * 1.1 is 110.00000000001
 
     def update(self, step: int) -> list[np.ndarray]:
-        """The batches, arrays of example indices, of the update after `step` completed ones."""
+        """The batches, as example indices, of the update after `step` completed ones."""
         epoch, place = divmod(step, self.updates_per_epoch)
         return self._epoch(epoch)[place * self.accumulation : (place + 1) * self.accumulation]
+
+    def local(self, step: int, rank: int, world_size: int) -> list[tuple[list[int], float]]:
+        """For each batch, a rank's examples and their share of the update's examples.
+
+        A rank without examples in a small batch gets one with a share of 0.
+        """
+        batches = self.update(step)
+        total = sum(map(len, batches))
+        own = [(batch[rank::world_size], batch[:1]) for batch in batches]
+        return [((part if len(part) else spare).tolist(), len(part) / total) for part, spare in own]
 
     def _make_epoch(self, epoch: int) -> list[np.ndarray]:
         generator = np.random.default_rng([self.seed, epoch])
         order = generator.permutation(len(self.lengths))
         pools = np.split(order, range(POOL * self.batch_size, len(order), POOL * self.batch_size))
-        order = np.concatenate(
-            [pool[np.argsort(self.lengths[pool], kind="stable")] for pool in pools]
+        by_length = [pool[np.argsort(self.lengths[pool], kind="stable")] for pool in pools]
+        batches = np.split(
+            np.concatenate(by_length), range(self.batch_size, len(order), self.batch_size)
         )
-        batches = np.split(order, range(self.batch_size, len(order), self.batch_size))
-        for batch in batches:
-            batch.flags.writeable = False  # they are cached
         return [batches[i] for i in generator.permutation(len(batches))]
 
 
-class LocalBatches:
-    """A rank's share of the batches of updates `start` to `stop`, as a sampler of a DataLoader.
-
-    A rank that gets nothing of a small batch is given one example of it, which `share` weighs with 0.
-    """
-
-    def __init__(self, plan: BatchPlan, start: int, stop: int, rank: int, world_size: int):
-        self.plan, self.start, self.stop = plan, start, stop
-        self.rank, self.world_size = rank, world_size
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.start, self.stop):
-            for batch in self.plan.update(step):
-                local = batch[self.rank :: self.world_size]
-                yield (local if len(local) else batch[:1]).tolist()
-
-    def shares(self, step: int) -> list[float]:
-        """For each batch of an update, the part of the update's examples that this rank holds."""
-        batches = self.plan.update(step)
-        total = sum(len(batch) for batch in batches)
-        return [len(batch[self.rank :: self.world_size]) / total for batch in batches]
+def training_batches(
+    plan: BatchPlan, task: Task, state: TrainingState
+) -> Iterator[tuple[Iterator[Batch], list[float]]]:
+    """For each update to come, this rank's batches and their shares of its examples."""
+    settings, world = state.settings, state.world
+    steps = range(state.step, settings.schedule.total_step)
+    local = functools.partial(plan.local, rank=world.rank, world_size=world.size)
+    examples = (part for step in steps for part, _ in local(step))
+    batches = load_batches(task, task.train_set, examples, settings.num_workers, world.device)
+    for step in steps:
+        shares = [share for _, share in local(step)]
+        yield itertools.islice(batches, len(shares)), shares
 
 
-class UpdateBatches:
-    """The batches of one update after the other, as a loader over `local` yields them."""
-
-    def __init__(self, local: LocalBatches, loader: Iterable[dict[str, Tensor]]):
-        self.local, self.loader = local, iter(loader)
-
-    def take(self, step: int) -> tuple[Iterator[dict[str, Tensor]], list[float]]:
-        """The batches of the update after `step` completed ones, and their shares."""
-        shares = self.local.shares(step)
-        return itertools.islice(self.loader, len(shares)), shares
+def load_batches(
+    task: Task,
+    dataset: Dataset,
+    examples: Iterable[list[int]],
+    num_workers: int,
+    device: torch.device,
+) -> Iterator[Batch]:
+    """Batches of the data set with these examples, as tensors on the device."""
+    loader = DataLoader(
+        dataset,
+        batch_sampler=examples,
+        collate_fn=task.collate,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # else the loader would draw from dropout's generator
+    )
+    for batch in loader:
+        yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def evaluation_batches(
     lengths: np.ndarray, batch_size: int, rank: int, world_size: int
 ) -> list[list[int]]:
-    """A rank's share of an evaluation: each example once, longest first, similar lengths together."""
-    order = np.argsort(-np.asarray(lengths), kind="stable")
-    batches = np.split(order, range(batch_size, len(order), batch_size)) if len(order) else []
-    return [batch.tolist() for batch in batches[rank::world_size]]
+    """A rank's batches of an evaluation: each example once, the longest first."""
+    order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    return batches[rank::world_size]

@@ -1,9 +1,9 @@
-"""Checkpoints: one state that holds all that an exact resume needs, written whole or not at all.
+"""Checkpoints: all that an exact resume needs, written whole or not at all.
 
-A `checkpoint-<step>` folder is a normal model folder (config.json, model.safetensors, tokenizer) with
-`training_args.json` and `training_state.pt` beside: optimiser, gradient scaler, random states of every
-rank, global cut-off, completed updates. It is read with `weights_only=True`; nothing in it is ever
-executed. `files.json` lists all of these with their sizes and SHA-256: a checkpoint is whole when they match.
+A `checkpoint-<step>` folder is a normal model folder with `training_args.json` and
+`training_state.pt`: optimiser, gradient scaler, random states of every rank, global cut-off,
+completed updates. It is read with `weights_only=True`; nothing in it is ever executed. `files.json`
+lists the files with their sizes and SHA-256: a checkpoint is whole if they match.
 """
 
 import functools
@@ -13,7 +13,6 @@ import logging
 import re
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,10 +20,15 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from ..errors import UserError
+from ..errors import TrainingError, UserError
+from ..families import layers_of
 from ..files import file_digest, write_folder, write_into, write_json
-from ..steering import LambdaSteering
-from .distributed import World
+from ..modules.masks import count, find_masks, masked_layers
+from ..modules.methods import METHODS
+from ..steering import LambdaSteering, usual_lambda
+from .args import Settings
+from .distributed import World, describe_hardware
+from .optim import build_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -34,130 +38,166 @@ SUMMARY_FILE = "training_summary.json"
 MANIFEST_FILE = "files.json"
 WEIGHTS_FILE = "model.safetensors"
 
-# Arguments that may change when a run is continued, because its weights do not depend on them.
+# Arguments that may differ in a resumed run, because its weights do not depend on them.
 FREE_ARGUMENTS = {
-    "output_dir", "model_name_or_path", "do_eval", "do_predict", "evaluate_during_training", "eval_all_checkpoints",
-    "overwrite_output_dir", "overwrite_cache", "resume_from_checkpoint", "cache_dir", "config_name", "tokenizer_name",
-    "per_gpu_eval_batch_size", "logging_steps", "save_steps", "save_total_limit", "num_workers", "local_rank", "check_ranks",
-    "data_dir", "train_file", "predict_file", "threads", "verbose_logging", "n_best_size",
-    "max_answer_length", "null_score_diff_threshold", "sparse_inference", "fp16_opt_level", "server_ip", "server_port", "lang_id",
+    "output_dir", "model_name_or_path", "config_name", "tokenizer_name", "cache_dir", "data_dir",
+    "train_file", "predict_file", "do_eval", "do_predict", "evaluate_during_training",
+    "eval_all_checkpoints", "overwrite_output_dir", "overwrite_cache", "resume_from_checkpoint",
+    "per_gpu_eval_batch_size", "logging_steps", "save_steps", "save_total_limit", "num_workers",
+    "threads", "local_rank", "check_ranks", "sparse_inference", "verbose_logging", "n_best_size",
+    "max_answer_length", "null_score_diff_threshold", "fp16_opt_level", "server_ip", "server_port",
+    "lang_id",
 }  # fmt: skip
 
 
-@dataclass
 class TrainingState:
-    """What training changes, whole: saved and loaded together."""
+    """Model, optimiser and all else that training changes.
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerFast
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    mask_generator: torch.Generator
-    world: World
-    train_set: Dataset = field(repr=False)
-    step: int = 0
-    cutoff: float | None = None  # global cut-off in force, see --global_topk_frequency_compute
-    steering: LambdaSteering | None = None  # of --target_remaining
-    seconds: float = 0.0  # of training, up to the checkpoint that the run continues from
+    step: completed updates. cutoff: the global cut-off in force, see
+    --global_topk_frequency_compute. seconds: of training, before this process.
+    """
 
-    def save(self, folder: Path, arguments: dict, seconds: float = 0.0) -> None:
-        """Write the checkpoint `folder`, after so many seconds of training; every rank must call this.
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        train_set: Dataset,
+        settings: Settings,
+        world: World,
+    ):
+        self.model, self.tokenizer, self.train_set = model, tokenizer, train_set
+        self.settings, self.world = settings, world
+        model.to(world.device).train()
+        self.optimizer = build_optimizer(model, **settings.rates)
+        is_scaled = settings.precision == torch.float16
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=is_scaled)
+        self.mask_generator = torch.Generator(world.device)
+        self.mask_generator.manual_seed(settings.seed)  # the same masks on all ranks
+        self.steering = make_steering(model, settings)
+        self.step, self.cutoff, self.seconds = 0, None, 0.0
+        torch.manual_seed(settings.seed + world.rank)  # other dropout on each rank
+        for layer in layers_of(model) if settings.compile else ():
+            layer.compile()  # one by one, as equal layers share compiled code
 
-        arguments: those of the run, compared when it is resumed.
-        """
-        random_states = self.world.gather(_random_state(self.world.device))
+    def save(self, seconds: float) -> None:
+        """Write a checkpoint after `seconds` of training, on every rank, and remove old ones."""
+        self._check_weights()
+        output_dir, device = self.settings.output_dir, self.world.device
+        random_state = {"cpu": torch.get_rng_state()}
+        if device.type == "cuda":
+            random_state["cuda"] = torch.cuda.get_rng_state(device)
+        state = {
+            "step": self.step,
+            "cutoff": self.cutoff,
+            "steering": self.steering and self.steering.integral,
+            "seconds": seconds,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "mask_generator": self.mask_generator.get_state(),
+            "random_states": self.world.gather(random_state),
+        } | self._data
+
+        def fill(place: Path) -> None:
+            self._save_model(place)
+            with (place / STATE_FILE).open("wb") as file:  # given a path, torch hides OS errors
+                torch.save(state, file)
+            write_json(place / MANIFEST_FILE, describe_files(place))
+
         if self.world.is_main:
-            state = {
-                "step": self.step,
-                "cutoff": self.cutoff,
-                "steering": self.steering and self.steering.integral,
-                "seconds": seconds,
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "mask_generator": self.mask_generator.get_state(),
-                "random_states": random_states,
-                "data": self._data_digest,
-                "labels": self._labels,
-            }
-
-            def fill(place: Path) -> None:
-                self.save_model(place, arguments)
-                with (place / STATE_FILE).open(
-                    "wb"
-                ) as file:  # given a path, torch hides what the system says of it
-                    torch.save(state, file)
-                write_json(place / MANIFEST_FILE, _manifest(place))
-
-            write_folder(folder, fill)
+            write_folder(output_dir / f"checkpoint-{self.step}", fill)
+            remove_old_checkpoints(output_dir, self.settings.keep)
         self.world.barrier()
 
-    def save_model(self, place: Path, arguments: dict) -> None:
-        """Write model, tokenizer and arguments into the folder `place`."""
-        self.model.save_pretrained(place)
-        self.tokenizer.save_pretrained(place)
-        write_json(place / ARGS_FILE, arguments)
+    def load(self, folder: Path) -> None:
+        """Continue from the checkpoint `folder`, from which the model's weights are loaded already.
 
-    def load(self, folder: Path, arguments: dict) -> None:
-        """Continue from the checkpoint `folder`; the model's weights must have been loaded from there.
-
-        Raises UserError when the folder is no such checkpoint, or of a run with other arguments, other
-        data or another number of processes.
+        Raises UserError if it is damaged, or has other arguments, data or number of processes.
         """
-        saved_args = _read_json(folder, ARGS_FILE)
-        differing = [
-            f"--{name} {saved_args.get(name)} there, {value} now"
-            for name, value in sorted(json.loads(json.dumps(arguments)).items())
-            if name not in FREE_ARGUMENTS and saved_args.get(name) != value
-        ]
-        if differing:
-            raise UserError(
-                f"cannot continue {folder} exactly, the arguments differ: {'; '.join(differing)}"
-            )
         try:
+            arguments = json.loads((folder / ARGS_FILE).read_text(encoding="utf-8"))
             saved = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-            data, labels, processes = saved["data"], saved["labels"], len(saved["random_states"])
+            self._check_same_run(folder, arguments, saved)
             self.step, self.cutoff = int(saved["step"]), saved["cutoff"]
-            self.seconds = float(saved.get("seconds", 0.0))
+            self.seconds = saved["seconds"]
             if self.steering:
-                self.steering.integral = float(saved["steering"])
-            settings = [dict(group) for group in self.optimizer.param_groups]
-            self.optimizer.load_state_dict(saved["optimizer"])
-            for group, own in zip(
-                self.optimizer.param_groups, settings, strict=True
-            ):  # they come from the arguments
-                group |= {
-                    name: value for name, value in own.items() if name not in ("params", "updates")
-                }
-            for parameter, moments in self.optimizer.state.items():
-                for tensor in moments.values():
-                    if tensor.shape not in (parameter.shape, ()):
-                        raise ValueError("moments of other weights")
+                self.steering.integral = saved["steering"]
+            self._load_moments(**saved["optimizer"])
             self.scaler.load_state_dict(saved["scaler"])
             self.mask_generator.set_state(saved["mask_generator"])
-            _set_random_state(
-                saved["random_states"][self.world.rank % processes], self.world.device
-            )
-        except (
-            Exception
-        ) as error:  # a broken archive, or one that holds something else, raises whatever it likes
+            random_state = saved["random_states"][self.world.rank]
+            torch.set_rng_state(random_state["cpu"])
+            if self.world.device.type == "cuda" and "cuda" in random_state:
+                torch.cuda.set_rng_state(random_state["cuda"], self.world.device)
+        except UserError:
+            raise
+        except Exception as error:  # a broken file may raise anything
             raise UserError(
-                f"{folder / STATE_FILE} is damaged, or was not written by these scripts: continue from another checkpoint"
+                f"{folder} is damaged, or not by these scripts: continue from another checkpoint"
             ) from error
-        if data != self._data_digest or labels != self._labels:
-            raise UserError(f"cannot continue {folder} exactly: the training data has changed")
-        if processes != self.world.size:
-            raise UserError(
-                f"cannot continue {folder} exactly: it was written by {processes} processes, "
-                f"and this run has {self.world.size}"
-            )
 
-    @property
-    def _labels(self) -> list[str]:
-        return list(self.model.config.id2label.values())
+    def _load_moments(self, state: dict, param_groups: list[dict]) -> None:
+        groups = self.optimizer.state_dict()["param_groups"]  # their settings come from the flags
+        for group, saved in zip(groups, param_groups, strict=True):
+            group["updates"] = saved["updates"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        for parameter, moments in self.optimizer.state.items():
+            if any(moment.shape not in (parameter.shape, ()) for moment in moments.values()):
+                raise ValueError("moments of other weights")  # would corrupt the memory
+
+    def _check_same_run(self, folder: Path, arguments: dict, saved: dict) -> None:
+        problems = [
+            f"--{name} was {arguments.get(name)} and is {value}"
+            for name, value in sorted(self.settings.arguments.items())
+            if name not in FREE_ARGUMENTS and arguments.get(name) != value
+        ]
+        if {name: saved[name] for name in self._data} != self._data:
+            problems.append("the training data has changed")
+        if (processes := len(saved["random_states"])) != self.world.size:
+            problems.append(
+                f"it was written by {processes} processes, and this run has {self.world.size}"
+            )
+        if problems:
+            raise UserError(f"cannot continue {folder} exactly: {'; '.join(problems)}")
+
+    def finish(self, seconds: float) -> dict[str, float]:
+        """Save the trained model, after `seconds` of training. Returns the figures of the run."""
+        model, output_dir = self.model, self.settings.output_dir
+        self._check_weights()
+        model.eval()
+        if masked_layers(model):
+            model.config.threshold = self.settings.schedule.final_threshold
+            if self.steering:
+                target, found = self.steering.target, count(find_masks(model)).overall
+                logger.info(f"--target_remaining {target:g}: {found:.2%} of the weights remain")
+        figures = {"updates": self.step, "seconds": seconds}
+        figures["seconds_per_update"] = seconds / self.step
+
+        def fill(place: Path) -> None:
+            self._save_model(place)
+            made_by = {"hardware": describe_hardware(self.world), "torch": torch.__version__}
+            digest = {"weights": file_digest(place / WEIGHTS_FILE)}
+            write_json(place / SUMMARY_FILE, figures | made_by | digest)
+
+        if self.world.is_main:
+            write_into(output_dir, fill)
+        return figures
+
+    def _check_weights(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise TrainingError(
+                    f"update {self.step}: {name} is not finite: nothing is saved; lower the "
+                    "learning rates, and continue from the last checkpoint"
+                )
+
+    def _save_model(self, place: Path) -> None:
+        self.model.save_pretrained(place)
+        self.tokenizer.save_pretrained(place)
+        write_json(place / ARGS_FILE, self.settings.arguments)
 
     @functools.cached_property
-    def _data_digest(self) -> str:
-        """Hash of all that the training examples hold: inputs and labels."""
+    def _data(self) -> dict:
+        """A hash of the inputs and labels of all training examples, and the names of the labels."""
         digest = hashlib.sha256()
         for batch in self.train_set.with_format("arrow").iter(batch_size=10_000):
             for name, column in zip(batch.column_names, batch.columns):
@@ -167,150 +207,104 @@ class TrainingState:
                     digest.update(values.value_lengths().to_numpy())
                     values = values.flatten()
                 digest.update(values.to_numpy(zero_copy_only=False))
-        return digest.hexdigest()
+        labels = list(self.model.config.id2label.values())
+        return {"data": digest.hexdigest(), "labels": labels}
 
 
-def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def _read_json(folder: Path, name: str) -> dict:
-    try:
-        value = json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        value = None
-    if type(value) is not dict:
-        raise UserError(f"{folder} is no checkpoint to resume from: {name} is missing or broken")
-    return value
-
-
-def _manifest(folder: Path) -> dict[str, dict]:
-    files = sorted(path for path in folder.iterdir() if path.name != MANIFEST_FILE)
-    return {
-        path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in files
-    }
-
-
-def damage_of(folder: Path) -> str | None:
-    """What a checkpoint lacks of what was written, by its list of files; None for nothing, or when there is no list.
-
-    (There is none in the checkpoints of older versions.)
-    """
-    if not (folder / MANIFEST_FILE).exists():
+def make_steering(model: PreTrainedModel, settings: Settings) -> LambdaSteering | None:
+    """What steers lambda to --target_remaining, if it is given."""
+    target, schedule = settings.target_remaining, settings.schedule
+    if target is None or not masked_layers(model):
         return None
-    try:
-        listed = _read_json(folder, MANIFEST_FILE)
-        for name, entry in listed.items():
-            path = folder / name
-            if path.parent != folder or not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != entry["bytes"]:
-                return f"{name} has {path.stat().st_size:,} bytes, not {entry['bytes']:,}"
-            if file_digest(path) != entry["sha256"]:
-                return f"the checksum of {name} does not match"
-    except (UserError, KeyError, TypeError):
-        return f"{MANIFEST_FILE} is damaged"
-    except OSError as error:
-        return f"it cannot be read ({error.strerror or error})"
-    return None
+    method = METHODS[model.config.pruning_method]
+    return LambdaSteering(
+        target=target,
+        first_cut=settings.first_cut,
+        last_cut=method.closing_score(schedule.final_threshold),
+        start=schedule.initial_warmup * schedule.warmup_steps,
+        end=schedule.total_step - schedule.final_warmup * schedule.warmup_steps,
+        total_step=schedule.total_step,
+        first_lambda=settings.final_lambda or usual_lambda(target, method.penalty),
+    )
 
 
 def find_checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first; `damage_of` tells whether they are whole."""
-    found = {}
-    for folder in output_dir.glob("checkpoint-*"):
-        match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-        if match and (folder / STATE_FILE).is_file():
-            found[int(match[1])] = folder
-    return [found[step] for step in sorted(found)]
+    """The checkpoints of a run, oldest first, whole or not."""
+    folders = [path.parent for path in output_dir.glob(f"checkpoint-*/{STATE_FILE}")]
+    folders = [folder for folder in folders if re.fullmatch(r"checkpoint-\d+", folder.name)]
+    return sorted(folders, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The completed updates of a checkpoint."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def damage_of(folder: Path) -> str | None:
+    """What differs from a checkpoint's list of files, or None. Old checkpoints have no list."""
+    if not (folder / MANIFEST_FILE).exists():
+        return None
+    try:
+        listed = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        found = describe_files(folder)
+        damaged = [name for name, entry in listed.items() if found.get(name) != entry]
+    except (OSError, ValueError, AttributeError):
+        return f"{MANIFEST_FILE} or another file cannot be read"
+    if not damaged:
+        return None
+    return f"{damaged[0]} is {'damaged' if damaged[0] in found else 'missing'}"
+
+
+def describe_files(folder: Path) -> dict[str, dict]:
+    """Size and SHA-256 of each file in a folder."""
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    return {f.name: {"bytes": f.stat().st_size, "sha256": file_digest(f)} for f in files}
 
 
 def find_resume_folder(asked: str | None, output_dir: Path, overwrite: bool) -> Path | None:
     """The checkpoint that --resume_from_checkpoint means; None to start from the beginning.
 
-    Raises UserError when the given folder is no checkpoint.
+    Raises UserError if there is no whole checkpoint.
     """
     if not asked:
         return None
-    if asked == "latest":
-        checkpoints = find_checkpoints(output_dir)
-        if not checkpoints:
-            if (output_dir / "config.json").exists() and not overwrite:
-                raise UserError(
-                    f"--output_dir {output_dir} holds a finished model and no checkpoint to resume from"
-                )
-            logger.warning(
-                "%s holds no checkpoint yet: training starts from the beginning", output_dir
-            )
-            return None
-        for folder in reversed(checkpoints):
-            problem = damage_of(folder)
-            if not problem:
-                return folder
-            logger.warning("%s is broken and skipped: %s", folder, problem)
+    if asked != "latest" and not (Path(asked) / STATE_FILE).is_file():
         raise UserError(
-            f"no checkpoint in {output_dir} is whole (see above): remove them to start from the beginning"
-        )
-    folder = Path(asked)
-    if not (folder / STATE_FILE).is_file():
-        raise UserError(
-            f"--resume_from_checkpoint {folder} is no checkpoint (it holds no {STATE_FILE}): "
+            f"--resume_from_checkpoint {asked} is no checkpoint (it has no {STATE_FILE}): "
             "give a checkpoint-<step> folder, or 'latest'"
         )
-    if problem := damage_of(folder):
+    problem = None
+    for folder in find_checkpoints(output_dir)[::-1] if asked == "latest" else [Path(asked)]:
+        problem = damage_of(folder)
+        if not problem:
+            return folder
+        logger.warning("%s is broken and skipped: %s", folder, problem)
+    if problem:
         raise UserError(
-            f"--resume_from_checkpoint {folder} is broken: {problem}; 'latest' takes the newest whole one"
+            f"--resume_from_checkpoint {asked}: no checkpoint is whole ({problem}); give another "
+            "one, or remove them to start from the beginning"
         )
-    return folder
+    if (output_dir / "config.json").exists() and not overwrite:
+        raise UserError(
+            f"--output_dir {output_dir} holds a finished model and no checkpoint to resume from"
+        )
+    logger.warning("%s holds no checkpoint yet: training starts from the beginning", output_dir)
+    return None
 
 
 def remove_old_checkpoints(output_dir: Path, limit: int | None) -> None:
-    """Keep the newest `limit` checkpoints of a run, and more where none of these is whole."""
-    if limit is None:
-        return
-    checkpoints = find_checkpoints(output_dir)
-    if len(checkpoints) <= limit or all(
-        damage_of(folder) for folder in reversed(checkpoints[-limit:])
-    ):
-        return
-    for folder in checkpoints[:-limit]:
-        gone = folder.with_name(
-            f".{folder.name}-old"
-        )  # a name that `remove_leftovers` knows, should this be killed
-        folder.rename(gone)
+    """Keep the newest `limit` checkpoints; None keeps all."""
+    for folder in find_checkpoints(output_dir)[:-limit] if limit else ():
+        gone = folder.rename(folder.with_name(f".{folder.name}-old"))  # whole or a leftover
         shutil.rmtree(gone)
 
 
-def remove_leftovers(output_dir: Path) -> None:
-    """Remove what a killed run had not finished writing."""
-    for pattern in (".checkpoint-*", ".writing-*"):
-        for folder in output_dir.glob(pattern):
-            shutil.rmtree(folder)
-
-
-def clear_output(output_dir: Path, result_files: Iterable[str]) -> None:
-    """Remove what an earlier run left that a new one could be mixed up with: checkpoints, curves, `result_files`."""
-    for folder in find_checkpoints(output_dir):
-        shutil.rmtree(folder)
-    for pattern in ("events.out.tfevents.*", *result_files):
-        for file in output_dir.glob(pattern):
-            file.unlink()
-
-
-def save_final(output_dir: Path, state: TrainingState, arguments: dict, summary: dict) -> None:
-    """Put the trained model, the arguments of its run and its figures into output_dir."""
-
-    def fill(place: Path) -> None:
-        state.save_model(place, arguments)
-        write_json(place / SUMMARY_FILE, summary | {"weights": file_digest(place / WEIGHTS_FILE)})
-
-    write_into(output_dir, fill)
+def clean_output(output_dir: Path, result_files: Iterable[str], resumes_in_place: bool) -> None:
+    """Remove half-written files and, unless the run is resumed, the results of an older run."""
+    old = [*output_dir.glob(".checkpoint-*"), *output_dir.glob(".writing-*")]
+    if not resumes_in_place:
+        old += find_checkpoints(output_dir)
+        for pattern in ("events.out.tfevents.*", *result_files):
+            old += output_dir.glob(pattern)
+    for path in old:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,4 +1,4 @@
-"""One process or many: device, rank, and the few exchanges that training and evaluation need."""
+"""One process or many: device, rank, and what the processes exchange."""
 
 import ctypes
 import os
@@ -15,7 +15,7 @@ from ..hardware import processor_name
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: its device, its rank and how many there are."""
+    """This process among all: its device, its rank, and the number of processes."""
 
     device: torch.device
     rank: int = 0
@@ -27,43 +27,24 @@ class World:
 
     @contextmanager
     def main_first(self):
-        """Rank 0 runs the block (and fills the caches) before the others do.
-
-        When it fails there, every other rank raises UserError with the message of rank 0.
-        """
-        if self.size > 1 and not self.is_main:
-            outcome = [None]
-            dist.broadcast_object_list(outcome, src=0)
-            if outcome[0]:
-                raise UserError(outcome[0])
-        try:
-            yield
-        except Exception as error:
-            if self.size > 1 and self.is_main:
-                dist.broadcast_object_list([str(error) or type(error).__name__], src=0)
-            raise
-        if self.size > 1 and self.is_main:
-            dist.broadcast_object_list([None], src=0)
-
-    def largest(self, value: int) -> int:
-        """The largest `value` of all ranks, on every rank."""
-        if self.size == 1:
-            return value
-        tensor = torch.tensor(value, device=self.device)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return int(tensor)
+        """Rank 0 runs the block, and fills the caches, before the others do."""
+        if not self.is_main:
+            self.barrier()
+        yield
+        if self.is_main:
+            self.barrier()
 
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
 
-    def gather(self, value) -> list:
-        """`value` of every rank, in order, on every rank."""
+    def largest(self, value: int) -> int:
+        """The largest `value` of all ranks."""
         if self.size == 1:
-            return [value]
-        values = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
+            return value
+        tensor = torch.tensor(value, device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return int(tensor)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of `tensor` over all ranks."""
@@ -71,48 +52,50 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def gather(self, value) -> list:
+        """The `value` of every rank, in order, on every rank."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
 
 def join_world(no_cuda: bool, local_rank: int, fp16: bool) -> World:
     """Find the device and, under torchrun, join the other processes (nccl on GPUs, gloo on CPUs).
 
-    local_rank: as old launchers pass it; torchrun's environment wins. Raises UserError for fp16 without a GPU, and for
-    more processes on a node than it has GPUs.
+    local_rank: from old launchers; torchrun's environment wins. Raises UserError for fp16 without a
+    GPU, and for more processes on a node than it has GPUs.
     """
-    use_cuda = torch.cuda.is_available() and not no_cuda
-    if fp16 and not use_cuda:
+    on_gpu = torch.cuda.is_available() and not no_cuda
+    if fp16 and not on_gpu:
         raise UserError("--fp16 needs a GPU: use --bf16 on a CPU, or full precision")
-    size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", max(local_rank, 0)))
-    if use_cuda:
-        processes, gpus = (
-            max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), local_rank + 1),
-            torch.cuda.device_count(),
-        )
-        if processes > gpus:
-            raise UserError(
-                f"{processes} processes on this node, which has {gpus} GPUs: start no more than one for each"
-            )
+    if on_gpu:
+        processes = max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), local_rank + 1)
+        if processes > (gpus := torch.cuda.device_count()):
+            raise UserError(f"{processes} processes on a node with {gpus} GPUs: start one per GPU")
         torch.cuda.set_device(local_rank)
-    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
-    if not use_cuda:
+    else:
         keep_freed_memory()
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if size > 1:
-        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timedelta(hours=2))
-    return World(device, int(os.environ.get("RANK", 0)), size)
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))
+    return World(torch.device("cuda", local_rank) if on_gpu else torch.device("cpu"), rank, size)
+
+
+def leave_world() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep the memory that tensors give back, for the rest of the process.
+    """Have the C library keep the memory of freed tensors for the rest of the process.
 
-    glibc returns every large block to the kernel, which hands it out again page by page, zeroed: training on
-    a CPU allocates all gradients anew at each step. One heap serves all threads, as each would keep its own.
-    Other libraries are left as they are.
+    glibc returns every large block to the kernel, which zeroes it page by page when it is used
+    again: slow in training on a CPU, which allocates all gradients at each step. With one heap for
+    all threads, they share what is kept. Other C libraries stay as they are.
     """
-    arena_max, mmap_max, trim_threshold = (
-        -8,
-        -4,
-        -1,
-    )  # the names that <malloc.h> gives these numbers
+    arena_max, mmap_max, trim_threshold = -8, -4, -1  # the constants of <malloc.h>
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt:
         mallopt(arena_max, 1)
@@ -125,8 +108,3 @@ def describe_hardware(world: World) -> str:
     if world.device.type == "cuda":
         return f"{world.size} x {torch.cuda.get_device_name(world.device)}"
     return f"{world.size} x {torch.get_num_threads()} threads of {processor_name()}"
-
-
-def leave_world() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What stops a training before it does harm: signals, values that are not finite, ranks that differ."""
+"""What stops a training before it does harm: signals, non-finite values, ranks that differ."""
 
 import hashlib
 import logging
@@ -6,120 +6,94 @@ import math
 import signal
 import threading
 import time
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import Interrupted, TrainingError
 from ..modules.masks import Masks
+from .checkpoint import TrainingState
 from .distributed import World
-from .settings import Settings
 
 logger = logging.getLogger(__name__)
 
-SAME_SIGNAL = 3.0  # seconds in which a second signal is taken for the first
+SAME_SIGNAL = 3.0  # seconds: torchrun passes on a signal that the process group also got
 PATIENCE_FP16 = 50  # updates in a row that the gradient scaler may skip
 
 
-class StopSignals:
-    """SIGTERM and SIGINT while it is entered: noted, for the update to be finished. A later one interrupts at once.
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT inside the block; one that follows later interrupts at once."""
+    numbers, first = [], 0.0
 
-    (One that follows soon is the same: a process group's, which torchrun passes on besides.)
-    """
+    def note(number: int, frame) -> None:
+        nonlocal first
+        if not numbers:
+            first = time.monotonic()
+            logger.warning("stopping after this update, with a checkpoint")
+        elif time.monotonic() - first >= SAME_SIGNAL:
+            raise KeyboardInterrupt
+        numbers.append(number)
 
-    def __init__(self):
-        self.number, self.noted = 0, 0.0
-        self.handlers = {}
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self.handlers[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.handlers.items():
+    in_main = threading.current_thread() is threading.main_thread()  # only it may set handlers
+    caught = (signal.SIGTERM, signal.SIGINT) if in_main else ()
+    before = {number: signal.signal(number, note) for number in caught}
+    try:
+        yield numbers
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame) -> None:
-        if self.number:
-            if time.monotonic() - self.noted >= SAME_SIGNAL:
-                raise KeyboardInterrupt
-            return
-        self.number, self.noted = number, time.monotonic()
-        logger.warning(
-            "%s: stopping after this update, with a checkpoint", signal.Signals(number).name
-        )
 
-    @staticmethod
-    def interruption(number: int, step: int, total: int) -> Interrupted:
-        """The error that ends a run which a signal stopped."""
-        return Interrupted(
-            f"stopped by {signal.Signals(number).name} after update {step} of {total}: give the same command again with "
-            "--resume_from_checkpoint latest to continue",
-            number,
-        )
+def interruption(number: int, step: int, total: int) -> Interrupted:
+    """The error that ends a run after a signal."""
+    return Interrupted(
+        f"stopped by {signal.Signals(number).name} after update {step} of {total}: "
+        "give the same command again with --resume_from_checkpoint latest to continue",
+        number,
+    )
 
 
 class GradientGuard:
-    """Stops a run whose gradients are not finite; with a gradient scaler, once they have not been for a while."""
+    """Stops a run with a non-finite gradient; with a gradient scaler, after many in a row."""
 
-    def __init__(self, settings: Settings, world: World):
-        self.scaled = settings.precision.scales_gradients
-        self.output_dir, self.world = settings.output_dir, world
+    def __init__(self, scaled: bool, world: World):
+        self.patience, self.world = PATIENCE_FP16 if scaled else 0, world
         self.skipped = 0  # updates in a row
 
     def skips(self, step: int, grad_norm: Tensor, losses: dict[str, Tensor]) -> bool:
-        """Whether the gradient scaler skips this update. Raises TrainingError when training must stop."""
+        """Whether the gradient scaler skips this update. Raises TrainingError to stop."""
         self.skipped = 0 if torch.isfinite(grad_norm) else self.skipped + 1
-        if self.skipped > (PATIENCE_FP16 if self.scaled else 0):
-            raise TrainingError(self._explain(step, losses))
-        return self.skipped > 0
-
-    def _explain(self, step: int, losses: dict[str, Tensor]) -> str:
-        values = {name: value.item() for name, value in losses.items()}
+        if self.skipped <= self.patience:
+            return self.skipped > 0
+        values = {name: value.item() for name, value in losses.items() if name != "loss"}
         found = [
-            f"{name} = {value:.4g} on rank {rank}"
-            for rank, part in enumerate(self.world.gather(values))
-            for name, value in part.items()
-            if name != "loss" and not math.isfinite(value)
-        ]
-        what = (
-            f"{', '.join(found)}"
-            if found
-            else "the gradient is not finite, though every part of the loss is"
-        )
-        series = f" for {PATIENCE_FP16 + 1} updates in a row" if self.scaled else ""
-        return (
-            f"update {step + 1}{series}: {what}: training stops; lower the learning rates or do without --fp16, and "
-            f"continue from the last checkpoint in {self.output_dir}"
+            f"{name} = {value} on rank {rank}"
+            for rank, own in enumerate(self.world.gather(values))
+            for name, value in own.items()
+            if not math.isfinite(value)
+        ] or ["the gradient is not finite, though every part of the loss is"]
+        series = f" for {self.skipped} updates in a row" if self.patience else ""
+        raise TrainingError(
+            f"update {step + 1}{series}: {', '.join(found)}: training stops; lower the learning "
+            "rates or drop --fp16, and continue from the last checkpoint"
         )
 
 
-def check_weights(model: nn.Module, step: int, output_dir: Path) -> None:
-    """Raises TrainingError for weights or scores that are not finite: such a checkpoint would push out a good one."""
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise TrainingError(
-                f"update {step}: {name} is not finite any more: nothing is saved; lower the learning rates, and continue "
-                f"from the last checkpoint in {output_dir}"
-            )
-
-
-def check_ranks(model: nn.Module, masks: Masks | None, step: int, world: World) -> None:
-    """Raises TrainingError when cut-off, masks, scores or weights are not the same on every rank, bit for bit."""
-    tensors = dict(model.named_parameters())
+def check_ranks(state: TrainingState, masks: Masks | None) -> None:
+    """Raises TrainingError if cut-off, masks or parameters differ between ranks in any bit."""
+    own = {"global cut-off": state.cutoff}
+    tensors = dict(state.model.named_parameters())
     tensors |= {f"{name}.mask": mask for name, mask in masks.by_layer.items()} if masks else {}
-    own = {
-        name: hashlib.sha256(tensor.detach().cpu().numpy()).hexdigest()
-        for name, tensor in tensors.items()
-    }
-    ranks = world.gather(own | {"global cut-off": masks and masks.cutoff})
-    for name in ranks[0]:
-        if other := next(
-            (rank for rank, values in enumerate(ranks) if values[name] != ranks[0][name]), None
-        ):
-            raise TrainingError(
-                f"--check_ranks: after update {step}, {name} of rank {other} is not that of rank 0"
-            )
+    for name, tensor in tensors.items():
+        own[name] = hashlib.sha256(tensor.detach().cpu().numpy()).hexdigest()
+    first, *others = state.world.gather(own)
+    for rank, values in enumerate(others, 1):
+        for name in own:
+            if values[name] != first[name]:
+                raise TrainingError(
+                    f"--check_ranks: after update {state.step}, {name} of rank {rank} is not that "
+                    "of rank 0"
+                )

@@ -1,36 +1,35 @@
-"""The training loop. It knows no task: passes and batches are the task's."""
+"""The training loop, for every task and pruning method."""
 
 import time
 
 from torch import nn
 
 from ..modules.masks import count, find_masks, masked
-from .batches import UpdateBatches
 from .checkpoint import TrainingState
-from .distributed import World
 from .evaluate import Predictor
-from .guards import GradientGuard, StopSignals, check_ranks
+from .guards import GradientGuard, check_ranks, interruption, stop_signals
 from .optim import set_learning_rates
 from .passes import Means, Passes, observe_scores
-from .runlog import RunLog, TrainingBar
-from .settings import Settings
-from .stages import finish, save
+from .runlog import RunLog, progress_bar, show_progress
 
 
 def train(
-    state: TrainingState, passes: Passes, batches: UpdateBatches, settings: Settings,
-    world: World, log: RunLog, predictor: Predictor,
-) -> dict[str, float]:  # fmt: skip
+    state: TrainingState, passes: Passes, batches, log: RunLog, predictor: Predictor
+) -> dict[str, float]:
     """Train from `state` to the end of the schedule, and save to output_dir. Returns figures.
 
-    Raises TrainingError when a gradient is no longer finite, Interrupted after a signal.
+    batches: see `training_batches`. Raises TrainingError for a gradient that is not finite, and
+    Interrupted after a signal.
     """
-    schedule, total, start = settings.schedule, settings.schedule.total_step, state.step
+    settings, world, schedule = state.settings, state.world, state.settings.schedule
     model, optimizer, scaler, steering = state.model, state.optimizer, state.scaler, state.steering
-    means, guard, begun = Means(world), GradientGuard(settings, world), time.perf_counter()
+    means, guard, start = Means(world), GradientGuard(scaler.is_enabled(), world), state.step
+    begun, total = time.perf_counter() - state.seconds, schedule.total_step
     log.start(start)
-    with StopSignals() as signals, TrainingBar(world, total, start) as bar:
-        for step in range(start, total):
+    steps = {"iterable": range(start, total), "initial": start, "total": total}
+    bar = progress_bar(world, **steps, desc="training", unit="update")
+    with stop_signals() as signals, bar:
+        for step in bar:
             threshold, penalty_weight = schedule.threshold(step)
             if steering:
                 left = count(find_masks(model, above=steering.reference(step))).overall
@@ -39,7 +38,7 @@ def train(
             cutoff = state.cutoff if step % settings.global_topk_frequency_compute else None
 
             with masked(model, threshold, cutoff, state.mask_generator) as masks:
-                losses = passes.backward(*batches.take(step), penalty_weight, scaler)
+                losses = passes.backward(*next(batches), penalty_weight)
             scaler.unscale_(optimizer)
             observe_scores(model, scaler)
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
@@ -49,19 +48,23 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             state.step, state.cutoff = step + 1, masks and masks.cutoff
             if settings.check_ranks:
-                check_ranks(model, masks, state.step, world)
+                check_ranks(state, masks)
 
             means.add(losses, grad_norm, skipped)
-            bar.advance(losses, optimizer, threshold, masks)
+            show_progress(bar, state.step, losses, threshold, masks)
             logs = state.step % settings.logging_steps == 0
             if logs or state.step == total:
-                log.update(means.take(), optimizer, threshold, penalty_weight, masks, state.step)
-            if logs and settings.evaluate:
+                values = {"threshold": threshold, "lambda": penalty_weight} if masks else {}
+                log.update(state.step, means.take() | values, optimizer, masks)
+            if logs and settings.evaluate_during_training:
                 log.evaluation(predictor.evaluate(model, state.step), state.step)
                 model.train()
-            stopping = world.largest(signals.number)  # of any rank
+            stopping = world.largest(signals[0] if signals else 0)  # on any rank
             if stopping or (settings.save_steps and state.step % settings.save_steps == 0):
-                save(state, settings, world, log, state.seconds + time.perf_counter() - begun)
+                state.save(time.perf_counter() - begun)
+                log.score_histograms(model, state.step)
             if stopping:
-                raise signals.interruption(stopping, state.step, total)
-    return finish(state, settings, world, log, time.perf_counter() - begun, total - start)
+                raise interruption(stopping, state.step, total)
+    figures = state.finish(time.perf_counter() - begun)
+    log.score_histograms(model, total)
+    return figures

@@ -1,53 +1,51 @@
 """What a script does, from the command line to the results: load, train, evaluate, report."""
 
 import argparse
+import logging
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from ..errors import UserError, fail, one_line_errors
+from ..errors import fail, one_line_errors
 from ..export import mask_report
 from ..families import is_masked
 from ..loading import load_model, load_student, load_teacher
 from ..modules.masks import masked
 from .args import (
     check_common_arguments,
-    check_plateaus,
     make_parser,
-    mask_settings,
     precision_of,
     resumes_in_place,
+    student_options,
     training_settings,
 )
-from .batches import BatchPlan
-from .checkpoint import clear_output, find_checkpoints, find_resume_folder, remove_leftovers
+from .batches import BatchPlan, training_batches
+from .checkpoint import TrainingState, clean_output, find_checkpoints, find_resume_folder, step_of
 from .distributed import World, join_world, leave_world
 from .evaluate import Predictor
 from .loop import train
+from .passes import Passes
 from .runlog import RunLog, print_summary, set_up_logging, write_results
-from .stages import begin, load_batches, make_passes
 from .task import Task
+
+logger = logging.getLogger(__name__)
+
+Sparsify = Callable[[nn.Module], nn.Module]
 
 
 def main(
-    task: Task,
-    description: str,
-    argv: list[str] | None = None,
-    sparsify: Callable[[nn.Module], nn.Module] | None = None,
+    task: Task, description: str, argv: list[str] | None = None, sparsify: Sparsify | None = None
 ) -> dict[str, float | str]:
-    """Run a script: `sparsify` makes the faster model that --sparse_inference evaluates. Returns the results."""
+    """Run a script, and return its results. sparsify: makes the model of --sparse_inference."""
     set_up_logging()
     parser = make_parser(task, description)
     args, given = parser.parse_args(argv), parser.given(argv)
-    problems = (
-        parser.range_problems(args) + check_common_arguments(args, given) + task.check(args, given)
-    )
+    problems = check_common_arguments(args, given) + task.check(args, given)
     if args.sparse_inference and not sparsify:
         problems.append("--sparse_inference: this script has no sparse form of its models")
     if problems:
@@ -60,41 +58,26 @@ def main(
 
 
 def run(
-    task: Task,
-    args: argparse.Namespace,
-    given: set[str],
-    sparsify: Callable[[nn.Module], nn.Module] | None = None,
+    task: Task, args: argparse.Namespace, given: set[str], sparsify: Sparsify | None
 ) -> dict[str, float | str]:
-    """All that the arguments ask for; returns the evaluation's results."""
+    """Do all that the arguments ask for, and return the results of the evaluation."""
     started = time.perf_counter()
     world = join_world(args.no_cuda, args.local_rank, args.fp16)
-    output_dir, has_masks = Path(args.output_dir), is_masked(args.model_type)
+    output_dir = Path(args.output_dir)
     resume_folder = find_resume_folder(
         args.resume_from_checkpoint, output_dir, args.overwrite_output_dir
     )
     source = str(resume_folder or args.model_name_or_path)
-
     with world.main_first():
         task.load_examples(args, source)
     torch.manual_seed(args.seed)
-    model, tokenizer = load_student(
-        source,
-        task.head,
-        masked=has_masks,
-        trained=not args.do_train,
-        config_name=None if resume_folder else args.config_name,
-        cache_dir=args.cache_dir,
-        tokenizer_name=args.tokenizer_name,
-        do_lower_case=args.do_lower_case,
-        max_seq_length=args.max_seq_length,
-        labels=task.labels,
-        **(mask_settings(args, given) if has_masks else {}),
-    )
+    options = student_options(args, given, resumed=resume_folder is not None)
+    model, tokenizer = load_student(source, task.head, labels=task.labels, **options)
     with world.main_first():
         task.make_features(args, tokenizer, model)
-
+    if world.is_main:
+        output_dir.mkdir(parents=True, exist_ok=True)
     log = RunLog(output_dir, world)
-    prepare = sparsify if args.sparse_inference else None
     predictor = Predictor(
         task,
         world,
@@ -102,26 +85,25 @@ def run(
         args.per_gpu_eval_batch_size,
         args.num_workers,
         output_dir,
-        prepare,
+        sparsify if args.sparse_inference else None,
     )
-    summary, results = {}, {}
+    figures, results = {}, {}
     if args.do_train:
-        summary = _train(task, args, model, tokenizer, resume_folder, world, log, predictor)
+        figures = _train(task, args, model, tokenizer, resume_folder, world, log, predictor)
     if args.do_eval:
         if args.eval_all_checkpoints:
-            results = _evaluate_checkpoints(args, task, predictor)
+            results = _evaluate_checkpoints(task, args, predictor)
         final = predictor.evaluate(model)
-        log.evaluation(final)
+        log.evaluation(final, figures.get("updates", 0))
         results |= final
     log.close()
     predictor.submit(model)
-    if has_masks and world.is_main:
-        results |= mask_report(model)
-    if args.do_eval and world.is_main:
-        write_results(output_dir, results)
-    print_summary(
-        world, results | summary | {"total_seconds": time.perf_counter() - started}, output_dir
-    )
+    if world.is_main:
+        results |= mask_report(model) if is_masked(args.model_type) else {}
+        if args.do_eval:
+            write_results(output_dir, results)
+        total = {"total_seconds": time.perf_counter() - started}
+        print_summary(results | figures | total, output_dir)
     world.barrier()
     return results
 
@@ -136,15 +118,12 @@ def _train(
     log: RunLog,
     predictor: Predictor,
 ) -> dict[str, float]:
-    """Train the model in place, and save it to output_dir. Raises UserError when the schedule does not fit the data."""
-    lengths, batch_size = (
-        np.asarray(task.train_set["length"]),
-        args.per_gpu_train_batch_size * world.size,
-    )
-    plan = BatchPlan(lengths, batch_size, args.gradient_accumulation_steps, args.seed)
+    """Train the model in place, save it to output_dir, and return the figures of the training."""
+    batch_size = args.per_gpu_train_batch_size * world.size
+    lengths, accumulation = task.train_set["length"], args.gradient_accumulation_steps
+    plan = BatchPlan(lengths, batch_size, accumulation, args.seed)
     total = args.max_steps if args.max_steps > 0 else plan.total_updates(args.num_train_epochs)
-    if is_masked(args.model_type) and (problems := check_plateaus(args, total)):
-        raise UserError(problems[0])
+    settings = training_settings(args, total)
     teacher = None
     if args.teacher_name_or_path:
         teacher = load_teacher(
@@ -155,33 +134,30 @@ def _train(
             tokenizer=tokenizer,
             cache_dir=args.cache_dir,
         )
-    settings = training_settings(args, total)
-    state = begin(task, model, tokenizer, settings, world)
-    if world.is_main:
-        remove_leftovers(settings.output_dir)
+    state = TrainingState(model, tokenizer, task.train_set, settings, world)
     if resume_folder:
-        state.load(resume_folder, settings.arguments)
-    if world.is_main and not (resume_folder and resumes_in_place(args)):
-        clear_output(settings.output_dir, task.result_files)
-    passes = make_passes(task, model, teacher, settings, world)
-    batches = load_batches(task, plan, state.step, settings, world)
+        state.load(resume_folder)
+    if world.is_main:
+        clean_output(settings.output_dir, task.result_files, resumes_in_place(args))
+    logger.info(
+        f"training: {len(lengths)} examples, {total} updates of {batch_size * accumulation} "
+        f"examples ({total / plan.updates_per_epoch:g} epochs), starting at update {state.step}"
+    )
+    passes, batches = Passes(task, state, teacher), training_batches(plan, task, state)
     with masked(teacher) if teacher else nullcontext():  # its masks never change
-        return train(state, passes, batches, settings, world, log, predictor)
+        return train(state, passes, batches, log, predictor)
 
 
 def _evaluate_checkpoints(
-    args: argparse.Namespace, task: Task, predictor: Predictor
+    task: Task, args: argparse.Namespace, predictor: Predictor
 ) -> dict[str, float]:
-    """Results of every checkpoint, whose step ends their names."""
+    """Metrics of every checkpoint, with its step at the end of their names."""
     results, has_masks = {}, is_masked(args.model_type)
-    for folder in find_checkpoints(
-        Path(args.output_dir if args.do_train else args.model_name_or_path)
-    ):
-        step = int(folder.name.rpartition("-")[2])
+    output_dir = Path(args.output_dir if args.do_train else args.model_name_or_path)
+    for folder in find_checkpoints(output_dir):
         model = load_model(
             str(folder), task.head, masked=has_masks, trained=True, labels=task.labels
         )
-        results |= {
-            f"{name}_{step}": value for name, value in predictor.evaluate(model, step).items()
-        }
+        metrics = predictor.evaluate(model, step_of(folder))
+        results |= {f"{name}_{step_of(folder)}": value for name, value in metrics.items()}
     return results

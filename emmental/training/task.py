@@ -1,4 +1,4 @@
-"""What a script says of its task. `run` calls the methods in the order in which they stand here."""
+"""What a script says of its task. `run` calls the methods in this order."""
 
 import argparse
 from pathlib import Path
@@ -10,14 +10,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..losses import distillation_loss
 
+Batch = dict[str, Tensor]
+Logits = tuple[Tensor, ...]
+
 
 class Task:
     """A task: its flags, data, loss and metrics.
 
-    head: the head of its models, one of `families.HEADS`. result_files: patterns of what its evaluation leaves in
-    output_dir; a new run removes what an old one left. labels, set by `load_examples`: outputs of the head, how many or
-    their names, none for a regression. train_set, evaluation_sets, test_sets, set by `make_features`: the features, with
-    a column `length` (tokens), by split; what the flags do not ask for is None or empty.
+    head: the head of its models, one of `families.HEADS`. result_files: patterns of the files that
+    its evaluation writes to output_dir; a new run removes old ones. labels, set by `load_examples`:
+    the number or the names of the head's outputs; none for a regression. train_set,
+    evaluation_sets, test_sets, set by `make_features`: the features, by split, with a column
+    `length` (tokens); None or empty if the flags do not ask for them.
     """
 
     head: str
@@ -35,11 +39,11 @@ class Task:
         """Add the task's own flags."""
 
     def check(self, args: argparse.Namespace, given: set[str]) -> list[str]:
-        """Every problem that the task has with the arguments, one line each. `given`: those on the command line."""
+        """The task's problems with the arguments, one line each. given: flags of the command."""
         return []
 
     def load_examples(self, args: argparse.Namespace, source: str) -> None:
-        """Read the examples of the splits that the arguments ask for. source: the model, for what its labels say."""
+        """Read the examples that the arguments ask for. source: the model, which has labels."""
         raise NotImplementedError
 
     def make_features(
@@ -48,36 +52,32 @@ class Task:
         """Turn the examples into features for the model."""
         raise NotImplementedError
 
-    def collate(self, features: list[dict]) -> dict[str, Tensor]:
-        """A batch of features as tensors (batch, ...): the model's inputs, and what the loss needs besides."""
+    def collate(self, features: list[dict]) -> Batch:
+        """A batch as tensors (batch, ...): the inputs of the model and of the loss."""
         raise NotImplementedError
 
-    def logits(self, outputs, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    def logits(self, outputs, batch: Batch) -> Logits:
         """The logits (batch, ...) of a model's outputs, in float32."""
         return (outputs.logits.float(),)
 
-    def loss(self, logits: tuple[Tensor, ...], batch: dict[str, Tensor]) -> Tensor:
-        """The loss, a mean over the examples of the batch, or over what `weight` counts."""
+    def loss(self, logits: Logits, batch: Batch) -> Tensor:
+        """The loss: a mean over the examples of the batch, or over what `weight` counts."""
         raise NotImplementedError
 
-    # weight(batch) -> float: what a batch weighs in the mean of an update. None: as much as it has examples. A task whose
-    # loss is a mean over something else (tokens) defines the method, and pays an exchange between the ranks per update.
+    # A method weight(batch) -> float, if the loss is a mean over something else than examples, such
+    # as tokens: the batch's weight in the mean of an update. The ranks exchange it at each update.
     weight = None
 
     def distillation_loss(
-        self,
-        student: tuple[Tensor, ...],
-        teacher: tuple[Tensor, ...],
-        batch: dict[str, Tensor],
-        temperature: float,
+        self, student: Logits, teacher: Logits, batch: Batch, temperature: float
     ) -> Tensor:
-        """The loss that follows the teacher's logits, a mean over what `loss` is a mean over."""
+        """The loss between student and teacher, a mean over the same as `loss`."""
         return distillation_loss(student, teacher, temperature)
 
     def score(
         self, split: str, logits: list[tuple[np.ndarray, ...]], step: int | None, output_dir: Path
     ) -> dict[str, float]:
-        """Metrics of an evaluation split, whose predictions are written. step: of a checkpoint, None for the final model."""
+        """Write the predictions, return the metrics. step: of a checkpoint; None for the end."""
         raise NotImplementedError
 
     def submit(self, split: str, logits: list[tuple[np.ndarray, ...]], output_dir: Path) -> None:
