@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import datasets
 import report
 import torch
 import transformers
@@ -121,7 +122,7 @@ def make_features(path: str, folder: str) -> dict:
     """Time and memory of reading a SQuAD file and making its features, for a separate process."""
     tokenizer = make_tokenizer()
     transformers.utils.logging.disable_progress_bar()
-    squad.datasets.disable_progress_bars()
+    datasets.disable_progress_bars()
     resident, begun = status("VmRSS"), time.perf_counter()
     with peak_memory() as found:
         examples, _ = squad.drop_misaligned(squad.read_examples(path, False, cache_dir=folder))

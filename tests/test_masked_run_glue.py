@@ -491,7 +491,7 @@ def test_a_regression_of_ones_own(run, custom_dir):
             ["--do_train", "--text_column", "premise"],
             "has no column premise; found: index, sentence1",
         ),
-        ("rte", [], "give --do_train or --do_eval or --do_predict"),
+        ("rte", [], "give --do_train or --do_eval"),
         ("rte", ["--do_train", "--max_seq_length", "4"], "must be at least 5"),
     ],
 )

@@ -84,7 +84,7 @@ _TASKS = (
 )
 # fmt: on
 TASKS = {task.name: task for task in _TASKS}
-SUBMISSION_FILES = [CUSTOM_SUBMISSION, *(f for task in _TASKS for f in task.submissions.values())]
+SUBMISSION_FILES = {CUSTOM_SUBMISSION, *(f for task in _TASKS for f in task.submissions.values())}
 
 
 def task_name(text: str) -> str:
