@@ -71,6 +71,8 @@ class Glue(Task):
     def load_examples(self, args, source):
         self.task = TASKS.get(args.task_name) or own_task(args, source)
         self.labels = self.task.labels
+        if args.task_name in TASKS:
+            self.data, self.dataset = f"GLUE {args.task_name}", glue.HUB_NAME
         splits = ["train"] if args.do_train else []
         if args.do_eval or args.evaluate_during_training:
             splits += self.task.evaluation_splits

@@ -70,6 +70,14 @@ class Squad(Task):
         add("--lang_id", default=None, help=argparse.SUPPRESS)
     # fmt: on
 
+    @property
+    def data(self):
+        return f"SQuAD v{'2.0' if self.v2 else '1.1'}"
+
+    @property
+    def dataset(self):
+        return squad.HUB_NAMES[self.v2]
+
     def check(self, args, given):
         missing = {s: file for s, file in data_files(args).items() if file and not file.is_file()}
         return [f"--{split}_file: there is no file {file}" for split, file in missing.items()]

@@ -33,15 +33,19 @@ ALLOWED = {  # part: (parts of emmental it may import, third-party libraries; No
     **{part: (MODELS, {"torch", "transformers"}) for part in STATEMENTS},
     "export": ({"modules"} | MODELS, {"torch", "transformers"}),
     "loading": (LEAVES | {"modules"} | MODELS, {"torch", "transformers"}),
+    "card": (
+        LEAVES | {"modules", "families", "export"},
+        {"torch", "transformers", "huggingface_hub"},
+    ),
     "data": (LEAVES | {"data"}, None),
-    "training": (LEAVES | SCIENCE | MODELS | {"export", "loading", "training"}, None),
+    "training": (LEAVES | SCIENCE | MODELS | {"card", "export", "loading", "training"}, None),
     "coding": (LEAVES, {"numpy", "constriction"}),
     "inference": (
         LEAVES | {"modules", "families", "export", "inference"},
         {"torch", "transformers", "numpy", "scipy"},
     ),
     "storage": (
-        LEAVES | {"coding", "export", "families", "inference", "loading"},
+        LEAVES | {"card", "coding", "export", "families", "inference", "loading"},
         {"torch", "transformers", "numpy", "scipy"},
     ),
     "tables": (

@@ -153,6 +153,7 @@ def test_every_task_trains_evaluates_predicts_and_bertarizes(run, name, capsys):
     task = glue_tasks.TASKS[name]
     names = {file.name for file in out.iterdir() if not file.name.startswith("events.out.tfevents")}
     assert names == {
+        "README.md",
         "config.json",
         "model.safetensors",
         "tokenizer.json",

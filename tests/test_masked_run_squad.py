@@ -109,6 +109,7 @@ def test_a_run_leaves_exactly_what_the_readme_says(run):
     out = run(*METHODS["topK"], *TRAIN, "--do_eval", "--save_steps", "5")
     names = {file.name for file in out.iterdir() if not file.name.startswith("events.out.tfevents")}
     assert names == {
+        "README.md",
         "config.json",
         "model.safetensors",
         "tokenizer.json",
@@ -329,6 +330,7 @@ def test_overwriting_removes_the_results_of_the_old_run(run):
     run(*METHODS["magnitude"], *TRAIN, "--overwrite_output_dir")
     names = {file.name for file in out.iterdir() if not file.name.startswith("events.out")}
     assert names == {
+        "README.md",
         "config.json",
         "model.safetensors",
         "tokenizer.json",

@@ -35,6 +35,7 @@ from emmental.data.features import (
 from emmental.errors import UserError
 
 VERSION = 1  # raise it when the features of the same input change: old caches are then ignored
+HUB_NAMES = {False: "rajpurkar/squad", True: "rajpurkar/squad_v2"}
 NO_SPAN_ODDS = 1e6  # null odds of a question without a valid span: finite, above every real score
 EXAMPLE_FEATURES = Features(
     id=Value("string"),
@@ -116,7 +117,7 @@ def load_hub_examples(
     split: str, version_2_with_negative: bool, cache_dir: str | None = None
 ) -> Dataset:
     """Load `split` ("train" or "validation") from the hub, with the columns of `read_examples`."""
-    name = "rajpurkar/squad_v2" if version_2_with_negative else "rajpurkar/squad"
+    name = HUB_NAMES[version_2_with_negative]
     hub = load_hub(name, split=split, cache_dir=cache_dir)
     is_impossible = [not answers["text"] for answers in hub["answers"]]
     return hub.add_column("is_impossible", is_impossible).select_columns(list(EXAMPLE_FEATURES))
