@@ -599,6 +599,7 @@ def test_custom_regression(tmp_path):
         ("train.jsonl", '{"a": "x"}\r{"a": "y"}', "train.jsonl: its lines end in CR alone"),
         ("train.csv", "a,b,y\n" + "x" * 200_000 + ",z,1\n", "has 1 different labels"),
         ("train.csv", b"a,b,y\nx,z,\xff\n", "train.csv:2: is not UTF-8 CSV"),
+        ("train.csv", "a,b,y\r\nx,z,1\r\n".encode("utf-16"), "train.csv:1: is not UTF-8 CSV"),
         ("train.jsonl", '{"a": "x", "b": "z", "y": 1}\n{"a"', "train.jsonl:2: is not UTF-8 JSONL"),
         ("train.jsonl", "[" * 100_000, "train.jsonl:1: is not UTF-8 JSONL"),
         ("train.jsonl", '["x"]', 'train.jsonl:1: must be an object with "y"'),

@@ -206,7 +206,8 @@ def _rows(path: Path) -> Iterator[tuple[int, object]]:
     number = 0
     with open(path, "rb") as file:
         first, second = file.readline(), file.readline()
-    if b"\r" in first.rstrip(b"\r\n") and (path.suffix == ".csv" or not second):
+    is_csv = path.suffix == ".csv" and b"\0" not in first  # not UTF-16
+    if b"\r" in first.rstrip(b"\r\n") and (is_csv or not second):
         raise UserError(f"{path}: its lines end in CR alone; save it with LF or CRLF line ends")
 
     def lines() -> Iterator[str]:
