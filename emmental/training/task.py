@@ -46,7 +46,10 @@ class Task:
         return []
 
     def load_examples(self, args: argparse.Namespace, source: str) -> None:
-        """Read the examples that the arguments ask for. source: the model, which has labels."""
+        """Read the examples that the arguments ask for: `max_train_samples`, `max_eval_samples`.
+
+        source: the model, which has labels.
+        """
         raise NotImplementedError
 
     def make_features(
