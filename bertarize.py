@@ -62,7 +62,6 @@ def main(argv: list[str] | None = None) -> Path:
         try:
             tokenizer = load_tokenizer(str(source))
         except UserError:
-            print(f"{source} has no tokenizer: none is written")
             tokenizer = None
 
         plain_class = getattr(transformers, type(masked).__name__.removeprefix("Masked"))
@@ -78,6 +77,8 @@ def main(argv: list[str] | None = None) -> Path:
             write_text(folder / CARD_FILE, card)
 
         write_folder(target, fill)
+        if not tokenizer:
+            print(f"{source} has no tokenizer: none is written")
         percent = remaining_weights(masked).linear_percent
         print(f"{plain_class.__name__} with {percent:.2f} % of its encoder's weights: {target}")
         if args.push_to_hub:
