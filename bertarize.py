@@ -14,7 +14,8 @@ import transformers
 from emmental.errors import UserError, one_line_errors
 from emmental.export import bertarized_config, bertarized_state_dict, remaining_weights
 from emmental.files import write_folder
-from emmental.loading import load_masked, load_tokenizer
+from emmental.loading import load_masked
+from emmental.tokenizer import tokenizer_to_copy
 from emmental.training.args import Parser, add_mask_flags, given_masks
 from emmental.training.runlog import set_up_logging
 
@@ -57,11 +58,7 @@ def main(argv: list[str] | None = None) -> Path:
         source = Path(args.model_name_or_path)
         target = target_folder(source, args.target_model_path)
         masked = load_masked(str(source), **given_masks(args))
-        try:
-            tokenizer = load_tokenizer(str(source))
-        except UserError:
-            print(f"{source} has no tokenizer: none is written")
-            tokenizer = None
+        tokenizer = tokenizer_to_copy(str(source))
 
         plain_class = getattr(transformers, type(masked).__name__.removeprefix("Masked"))
         plain = plain_class(bertarized_config(masked.config)).eval()

@@ -46,9 +46,11 @@ def fail(problems: list[str], status: int = 2):
 
 
 @contextmanager
-def one_line_errors():
-    """End the script with one line, not a traceback, when an expected error leaves the block."""
-    resume = "resume with --resume_from_checkpoint latest"
+def one_line_errors(resume: str = "run it again"):
+    """End the script with one line, not a traceback, when an expected error leaves the block.
+
+    resume: how to go on after an interruption.
+    """
     try:
         yield
     except UserError as error:
@@ -57,13 +59,13 @@ def one_line_errors():
         file = f": {error.filename}" if error.filename else ""
         fail([f"{error.strerror or error}{file}"], 1)
     except MemoryError:
-        fail(["out of memory: use smaller batches"], 1)
+        fail(["out of memory: use smaller batches, or close other programs"], 1)
     except RuntimeError as error:
         if not _lost_connection(error):
             raise
         fail([f"another process died; see its error above; {resume}"], 1)
     except KeyboardInterrupt:
-        fail([f"interrupted; if there is a checkpoint, {resume}"], 130)
+        fail([f"interrupted; {resume}"], 130)
 
 
 def _lost_connection(error: RuntimeError) -> bool:

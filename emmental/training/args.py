@@ -80,7 +80,7 @@ FLAGS = {
         ("config_name", str, None, "configuration, if not the model's own"),
         ("tokenizer_name", str, None, "tokenizer, if not the model's own"),
         ("cache_dir", str, None, "where downloads and features are cached"),
-        ("do_lower_case", bool, False, "lower-case the text (uncased models)"),
+        ("do_lower_case", bool, False, "lower-case even if the tokenizer's files do not say so"),
         ("max_seq_length", COUNT, None, "tokens at which longer inputs are cut"),
         ("threads", COUNT, 1, "processes that make features"),
         ("overwrite_cache", bool, False, "make the features again"),
@@ -269,12 +269,13 @@ def precision_of(args: argparse.Namespace) -> torch.dtype | None:
 
 
 def student_options(args: argparse.Namespace, given: set[str], resumed: bool) -> dict:
-    """Options of `load_student`. In evaluation, only given flags replace the masks' settings."""
+    """Options of `load_student`. Only given flags replace the settings of masks in evaluation,
+    and those of initial scores ever: their defaults are the configuration's."""
     names = ["cache_dir", "tokenizer_name", "do_lower_case", "max_seq_length"]
     masked = is_masked(args.model_type)
     if masked:
-        settings = ("pruning_method", "mask_init", "mask_scale", "global_topk")
-        names += [name for name in settings if args.do_train or name in given]
+        names += [x for x in ("pruning_method", "global_topk") if args.do_train or x in given]
+        names += [x for x in ("mask_init", "mask_scale") if x in given]
     options = {name: getattr(args, name) for name in names}
     if masked and args.do_train:
         options["threshold"] = None  # known once the model is trained

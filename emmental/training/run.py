@@ -50,7 +50,7 @@ def main(
         problems.append("--sparse_inference: this script has no sparse form of its models")
     if problems:
         fail(problems)
-    with one_line_errors():
+    with one_line_errors("if there is a checkpoint, resume with --resume_from_checkpoint latest"):
         try:
             return run(task, args, given, sparsify)
         finally:
@@ -132,6 +132,7 @@ def _train(
             masked=is_masked(args.teacher_type),
             student=model,
             tokenizer=tokenizer,
+            max_seq_length=args.max_seq_length,
             cache_dir=args.cache_dir,
         )
     state = TrainingState(model, tokenizer, task.train_set, settings, world)
