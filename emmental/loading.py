@@ -110,7 +110,6 @@ def load_model(
     values = _neutral(config_name or source, values, trained)
     masks, other_scores = _mask_settings(recorded, overrides, trained)
     values |= masks | _label_settings(labels)
-    del values["model_type"]  # the class of the configuration has its own
     try:
         config = CONFIG_MAPPING[MASKED + family if masked else family].from_dict(values)
         model, info = getattr(transformers, f"AutoModelFor{head}").from_pretrained(
@@ -156,13 +155,14 @@ def _ignored(problem: str, trained: bool) -> None:
 
 
 def _neutral(source: str, values: dict, trained: bool) -> dict:
-    """The configuration without what `_mask_settings` decides, and what no model here computes."""
+    """The configuration without what the code decides, and without what no model here computes."""
     neutral = NEUTRAL | {"embedding_size": values.get("hidden_size")}
     foreign = {x for x, plain in neutral.items() if values.get(x) and values[x] != plain}
     for name in sorted(foreign):
         problem = f"{source}/config.json has {name} {values[name]!r}, which BERT does not compute"
         _ignored(problem, trained)
-    return {x: value for x, value in values.items() if x not in foreign | {*INITIAL_SCORES}}
+    dropped = foreign | {*INITIAL_SCORES, "model_type", "return_dict"}
+    return {name: value for name, value in values.items() if name not in dropped}
 
 
 def _mask_settings(recorded: dict, asked: dict, trained: bool) -> tuple[dict, bool]:

@@ -556,6 +556,11 @@ FOREIGN = {  # what a checkpoint may hold that the model does not compute
 }
 
 
+def warned(caplog):
+    """What the code itself says; transformers' own reports are off in the scripts."""
+    return [r.getMessage() for r in caplog.records if r.name.startswith("emmental")]
+
+
 @pytest.fixture
 def holding(tmp_path):
     """A copy of a checkpoint with a further setting, or further weights."""
@@ -579,12 +584,13 @@ def test_what_a_model_does_not_compute_is_refused_or_said(
     said = "encoder.layer.1" if name == "num_hidden_layers" else name
     with pytest.raises(UserError, match=said):
         load_qa(folder, masked=False, trained=True)
-    assert not caplog.records
+    assert not warned(caplog)
     load_qa(folder).save_pretrained(tmp_path / "trained")
-    assert len(caplog.messages) == 1 and said in caplog.text and "training goes on" in caplog.text
+    (line,) = warned(caplog)
+    assert said in line and "training goes on" in line
     caplog.clear()
     load_qa(tmp_path / "trained", trained=True, threshold=0.5)  # its settings are those computed
-    assert not caplog.records
+    assert not warned(caplog)
     shutil.rmtree(folder)
     with pytest.raises(UserError, match=said):
         load_masked(str(holding(pruned, (name, FOREIGN[name]))))
@@ -596,7 +602,8 @@ def test_extra_weights_of_a_base_model_are_said(tiny_config, tmp_path, caplog):
     state["encoder.layer.0.adapter.weight"] = torch.zeros(4)
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     load_qa(tmp_path)
-    assert len(caplog.messages) == 1 and "encoder.layer.0.adapter.weight" in caplog.text
+    (line,) = warned(caplog)
+    assert "encoder.layer.0.adapter.weight" in line
 
 
 def test_harmless_extras_pass(tiny_bert, pruned, holding, tmp_path, caplog):
@@ -611,13 +618,16 @@ def test_harmless_extras_pass(tiny_bert, pruned, holding, tmp_path, caplog):
         "pruned_heads": {},
         "layer_norm_type": "layer_norm",
         "embedding_size": 32,
+        "return_dict": False,
     }
-    load_qa(holding(tiny_bert, *harmless.items()), masked=False, trained=True)
+    model = load_qa(holding(tiny_bert, *harmless.items()), masked=False, trained=True)
+    assert model(**INPUTS).start_logits.shape == INPUTS["input_ids"].shape
     load_qa(tmp_path / "holding")
     load_qa(pruned, trained=True)
-    assert not caplog.records
+    assert not warned(caplog)
     load_qa(pruned, trained=True, pruning_method="magnitude")  # it leaves the scores
-    assert "contradicts" in caplog.text and "weights" not in caplog.text
+    (line,) = warned(caplog)
+    assert "pruning_method magnitude contradicts topK" in line
     config = json.loads((pruned / "config.json").read_text()) | {"model_type": "bert"}
     (pruned / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="mask_scores"):  # the dense weights are not the model
@@ -711,10 +721,10 @@ def test_training_keeps_scores_or_starts_them_afresh(pruned, caplog, given):
     assert all(kept.state_dict()[key].equal(value) for key, value in saved.items())
     assert (kept.config.mask_init, kept.config.mask_scale) == ("uniform", 1.0)
     no_effect = "the checkpoint's scores are kept; --{} has no effect"
-    assert caplog.messages == [no_effect.format(name) for name in given]
+    assert warned(caplog) == [no_effect.format(name) for name in given]
     caplog.clear()
     fresh = load_qa(pruned, pruning_method="l0", threshold=None, **given)
-    assert caplog.messages == [
+    assert warned(caplog) == [
         "pruning_method l0 contradicts topK of the checkpoint, and is used; the scores start fresh"
     ]
     scale = given.get("mask_scale", 0.0)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig
 
 from ..errors import UserError
 from ..families import FAMILIES, MASKED, is_masked
@@ -316,9 +317,12 @@ class Settings:
     check_ranks: bool
 
 
-def training_settings(args: argparse.Namespace, total_step: int) -> Settings:
+def training_settings(
+    args: argparse.Namespace, total_step: int, config: PreTrainedConfig
+) -> Settings:
     """The settings of a training of `total_step` updates. Raises UserError if plateaus overlap."""
-    if is_masked(args.model_type) and (problem := plateau_problem(args, total_step)):
+    masked = is_masked(args.model_type)
+    if masked and (problem := plateau_problem(args, total_step)):
         raise UserError(problem)
     scheduled = vars(args) | {"total_step": total_step}
     if args.target_remaining is not None:
@@ -329,7 +333,7 @@ def training_settings(args: argparse.Namespace, total_step: int) -> Settings:
         "schedule": _take_fields(Schedule, scheduled),
         "precision": precision_of(args),
         "rates": {name: getattr(args, name) for name in RATES},
-        "first_cut": args.mask_scale if args.mask_init == "constant" else 0.0,
+        "first_cut": config.mask_scale if masked and config.mask_init == "constant" else 0.0,
         "keep": args.save_total_limit or (None if args.eval_all_checkpoints else 2),
         "max_grad_norm": args.max_grad_norm or math.inf,
     }
