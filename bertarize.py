@@ -11,9 +11,10 @@ from pathlib import Path
 
 import transformers
 
+from emmental.card import CARD_FILE, derived_card, push_to_hub, read_card
 from emmental.errors import UserError, one_line_errors
 from emmental.export import bertarized_config, bertarized_state_dict, remaining_weights
-from emmental.files import write_folder
+from emmental.files import write_folder, write_text
 from emmental.loading import load_masked
 from emmental.tokenizer import tokenizer_to_copy
 from emmental.training.args import Parser, add_mask_flags, given_masks
@@ -21,7 +22,7 @@ from emmental.training.runlog import set_up_logging
 
 # The files of a bertarized folder. A target folder with any other file is not overwritten.
 MODEL_FILES = set(
-    """config.json model.safetensors pytorch_model.bin tokenizer.json vocab.txt
+    """README.md config.json model.safetensors pytorch_model.bin tokenizer.json vocab.txt
     tokenizer_config.json special_tokens_map.json added_tokens.json""".split()
 )
 
@@ -31,6 +32,7 @@ def get_parser() -> Parser:
     add = parser.add_argument
     add("--model_name_or_path", required=True, help="folder of the fine-pruned (masked) checkpoint")
     add("--target_model_path", help="folder to write (default: bertarized_<name> beside it)")
+    add("--push_to_hub", metavar="ID", help="also upload the folder to this repository of the hub")
     add_mask_flags(add)
     return parser
 
@@ -63,15 +65,20 @@ def main(argv: list[str] | None = None) -> Path:
         plain_class = getattr(transformers, type(masked).__name__.removeprefix("Masked"))
         plain = plain_class(bertarized_config(masked.config)).eval()
         plain.load_state_dict(bertarized_state_dict(masked))
+        origin = f"Converted with `bertarize.py` from `{source.resolve().name}`."
+        card = derived_card(read_card(source), args.push_to_hub or target.name, plain, origin)
 
         def fill(folder: Path) -> None:
             plain.save_pretrained(folder)
             if tokenizer:
                 tokenizer.save_pretrained(folder)
+            write_text(folder / CARD_FILE, card)
 
         write_folder(target, fill)
         percent = remaining_weights(masked).linear_percent
         print(f"{plain_class.__name__} with {percent:.2f} % of its encoder's weights: {target}")
+        if args.push_to_hub:
+            print(f"pushed to {push_to_hub(target, args.push_to_hub)}")
     return target
 
 

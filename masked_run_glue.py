@@ -20,7 +20,7 @@ import numpy as np
 from torch.nn import functional as F
 
 from emmental.data import glue
-from emmental.data.features import padding_of
+from emmental.data.features import padding_of, take_first
 from emmental.data.glue_tasks import CUSTOM, SUBMISSION_FILES, TASKS, custom_task, task_name
 from emmental.data.metrics import glue_metrics, mean_entropy
 from emmental.errors import UserError
@@ -71,6 +71,8 @@ class Glue(Task):
     def load_examples(self, args, source):
         self.task = TASKS.get(args.task_name) or own_task(args, source)
         self.labels = self.task.labels
+        if args.task_name in TASKS:
+            self.data, self.dataset = f"GLUE {args.task_name}", glue.HUB_NAME
         splits = ["train"] if args.do_train else []
         if args.do_eval or args.evaluate_during_training:
             splits += self.task.evaluation_splits
@@ -80,7 +82,12 @@ class Glue(Task):
             read = functools.partial(glue.read_examples, self.task, args.data_dir)
         else:
             read = functools.partial(glue.load_hub_examples, self.task)
-        self.examples = {split: read(split, cache_dir=args.cache_dir) for split in splits}
+        limits = dict.fromkeys(self.task.evaluation_splits, args.max_eval_samples)
+        limits["train"] = args.max_train_samples
+        self.examples = {
+            split: take_first(read(split, cache_dir=args.cache_dir), limits.get(split))
+            for split in splits
+        }
 
     def make_features(self, args, tokenizer, model):
         self.padding = padding_of(tokenizer, model)
@@ -121,7 +128,10 @@ class Glue(Task):
 
 
 def own_task(args: argparse.Namespace, source: str) -> glue.Task:
-    """Your own task, with the labels of the training file, or else of the model `source`."""
+    """Your own task, with the labels of the training file, or else of the model `source`.
+
+    A model without names of labels takes those of the evaluation file.
+    """
     text_columns = tuple(filter(None, (args.text_column, args.text_pair_column)))
     task = custom_task((), text_columns, args.label_column)
     if not args.do_train:
@@ -129,6 +139,8 @@ def own_task(args: argparse.Namespace, source: str) -> glue.Task:
         if (len(labels) == 1) != args.regression:
             change = "drop" if args.regression else "add"
             raise UserError(f"{source} has {len(labels)} outputs: {change} --regression")
+        if args.do_eval and not args.regression:
+            labels = glue.name_outputs(labels, glue.split_file(task, args.data_dir, "dev"), task)
     elif not args.regression:
         labels = glue.find_labels(glue.split_file(task, args.data_dir, "train"), task)
     return task if args.regression else custom_task(labels, text_columns, args.label_column)

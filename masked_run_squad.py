@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from emmental.data import squad
-from emmental.data.features import padding_of
+from emmental.data.features import padding_of, take_first
 from emmental.data.metrics import squad_metrics
 from emmental.errors import UserError
 from emmental.files import write_json
@@ -70,9 +70,25 @@ class Squad(Task):
         add("--lang_id", default=None, help=argparse.SUPPRESS)
     # fmt: on
 
+    @property
+    def data(self):
+        return f"SQuAD v{'2.0' if self.v2 else '1.1'}"
+
+    @property
+    def dataset(self):
+        return squad.HUB_NAMES[self.v2]
+
     def check(self, args, given):
-        missing = {s: file for s, file in data_files(args).items() if file and not file.is_file()}
-        return [f"--{split}_file: there is no file {file}" for split, file in missing.items()]
+        problems, one_is_given = [], args.train_file or args.predict_file
+        for split, file in data_files(args).items():
+            if file and not file.is_file():
+                problems.append(f"--{split}_file: there is no file {file}")
+            elif one_is_given and not file:
+                problems.append(
+                    f"--{split}_file is missing: give it, or --data_dir (SQuAD comes from the hub "
+                    "if no file is given)"
+                )
+        return problems
 
     def load_examples(self, args, source):
         self.v2, self.examples = args.version_2_with_negative, {}
@@ -82,14 +98,15 @@ class Squad(Task):
             else:
                 hub_split = "train" if split == "train" else "validation"
                 rows = squad.load_hub_examples(hub_split, self.v2, args.cache_dir)
-            self.examples[split] = rows
+            limit = args.max_train_samples if split == "train" else args.max_eval_samples
+            self.examples[split] = take_first(rows, limit)
         if args.do_train:
             self.examples["train"], skipped = squad.drop_misaligned(self.examples["train"])
-            if skipped:
-                shown = ", ".join(skipped if args.verbose_logging else skipped[:5])
+            for reason, ids in skipped.items():
+                shown = ", ".join(ids if args.verbose_logging else ids[:5])
                 logger.warning(
-                    f"skipped {len(skipped)} training questions whose answer is not at its "
-                    f"answer_start: {shown} (--verbose_logging lists all)"
+                    f"skipped {len(ids)} training questions, {reason}: {shown} "
+                    "(--verbose_logging lists all)"
                 )
             if not len(self.examples["train"]):
                 raise UserError("no training question is usable: see the warning above")
@@ -127,6 +144,9 @@ class Squad(Task):
         write_json(output_dir / f"nbest_predictions_{suffix}.json", nbest)
         if self.v2:
             write_json(output_dir / f"null_odds_{suffix}.json", null_odds)
+        if all(map(squad.is_unanswerable, examples["answers"])):
+            logger.warning("no question has an answer: nothing to score")
+            return {}
         return squad_metrics(examples, predictions, null_odds, **options)
 
 

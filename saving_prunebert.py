@@ -22,6 +22,7 @@ from emmental.errors import UserError, one_line_errors
 from emmental.families import is_masked
 from emmental.files import write_json
 from emmental.loading import read_config
+from emmental.tokenizer import VOCABULARIES
 from emmental.training.args import Parser, add_mask_flags, given_masks
 from emmental.training.runlog import set_up_logging
 
@@ -132,7 +133,8 @@ def evaluate(model: str, args: Namespace) -> dict[str, float]:
 def verify(args: Namespace) -> int:
     """Compare a packed file with its checkpoint, print the result, and return the exit status."""
     header = storage.open_packed(args.file).header
-    if (args.data_dir or args.predict_file) and not header["files"]:
+    names = {entry["name"] for entry in header["files"]}
+    if (args.data_dir or args.predict_file) and names.isdisjoint(VOCABULARIES):
         raise UserError(
             f"{args.file} has no tokenizer, and cannot be evaluated: leave out the data"
         )

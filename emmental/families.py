@@ -13,9 +13,10 @@ A masked class has the name of the stock class after "Masked", and the stock `mo
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
@@ -125,17 +126,20 @@ class MaskedHead(Masked):
 
 def _with_threshold(stock: Callable) -> Callable:
     """The forward of a stock class, with `threshold` as a further argument."""
+    signature = inspect.signature(stock)
+    places = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in signature.parameters.values())
 
     @functools.wraps(stock)
     def forward(self, *args, threshold: float | None = None, **kwargs):
+        if len(args) == places:  # self is not in args: ONNX's old exporter adds the threshold
+            *args, threshold = args
         with _forward_masks(self, threshold):
             return stock(self, *args, **kwargs)
 
-    signature = inspect.signature(stock)  # transformers' Trainer reads it
     kind = inspect.Parameter.KEYWORD_ONLY
     own = inspect.Parameter("threshold", kind, default=None, annotation=float | None)
     parameters = sorted([*signature.parameters.values(), own], key=lambda p: p.kind)
-    forward.__signature__ = signature.replace(parameters=parameters)
+    forward.__signature__ = signature.replace(parameters=parameters)  # Trainer reads it
     return forward
 
 
@@ -145,7 +149,7 @@ def _forward_masks(model: nn.Module, threshold: float | None) -> Iterator[None]:
 
     Raises ValueError for another threshold than the block's.
     """
-    with LOCK:
+    with nullcontext() if torch.compiler.is_compiling() else LOCK:  # which graphs cannot hold
         layer = next((x for x in masked_layers(model).values() if x.in_force), None)
         if not layer or (layer.in_force.sampled and not model.training):  # no samples in evaluation
             with masked(model, threshold, lasting=False):

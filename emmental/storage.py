@@ -1,8 +1,7 @@
 """Packed files: a fine-pruned BERT close to the entropy of its weights, loaded with one call.
 
-A file holds the plain (bertarized) model: its configuration, its tokenizer (if there is one), and
-each tensor as one stream of `emmental.coding`. Nothing in it is ever executed. All integers are
-little-endian:
+A file holds the plain (bertarized) model: its configuration, any tokenizer and model card, and each
+tensor as one stream of `emmental.coding`. Nothing of it is executed. Integers are little-endian:
 
     offset  size  content
     0       8     b"PRUNBERT"
@@ -41,6 +40,7 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from . import coding
+from .card import CARD_FILE, derived_card, read_card
 from .errors import UserError, first_line
 from .export import bertarized_config, bertarized_state_dict
 from .families import HEADS, MASKED, is_masked
@@ -51,9 +51,9 @@ from .tokenizer import tokenizer_to_copy
 
 MAGIC, VERSION = b"PRUNBERT", 1
 PREFIX = struct.Struct("<8sIII16s")
-TOKENIZER_FILES = re.compile(
+TEXT_FILES = re.compile(
     r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.(json|txt)"
-    r"|chat_template\.jinja"
+    r"|chat_template\.jinja|README\.md"
 )
 EMBEDDINGS = "bert.embeddings."
 ENCODER = "bert.encoder."
@@ -131,8 +131,7 @@ def pack(
     if target.is_dir():
         raise UserError(f"{target} is a folder: give the name of the file to write")
     architecture, config, state = load_plain(checkpoint, pruning_method, threshold, global_topk)
-    tokenizer = tokenizer_to_copy(checkpoint)
-    files = _encode_tokenizer(tokenizer) if tokenizer else []
+    files = _encode_files(tokenizer_to_copy(checkpoint), Path(checkpoint))
     base = None
     if base_model:
         base = {"name": base_model, "digest": _embeddings_digest(base_embeddings(base_model))}
@@ -197,12 +196,17 @@ def base_embeddings(name_or_path: str) -> dict[str, Tensor]:
     return {f"{EMBEDDINGS}{name}": tensor for name, tensor in model.embeddings.state_dict().items()}
 
 
-def _encode_tokenizer(tokenizer: PreTrainedTokenizerFast) -> list[tuple[dict, bytes]]:
+def _encode_files(
+    tokenizer: PreTrainedTokenizerFast | None, checkpoint: Path
+) -> list[tuple[dict, bytes]]:
     files = []
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
+        if tokenizer:
+            tokenizer.save_pretrained(folder)
+        if card := read_card(checkpoint):
+            (Path(folder) / CARD_FILE).write_text(card, encoding="utf-8")
         for path in sorted(Path(folder).iterdir()):
-            if TOKENIZER_FILES.fullmatch(path.name):
+            if TEXT_FILES.fullmatch(path.name):
                 raw = path.read_bytes()
                 content = lzma.compress(raw, preset=9)
                 entry = {"name": path.name, "bytes": len(content), "size": len(raw)}
@@ -299,8 +303,8 @@ def _check_header(packed: Packed) -> None:
     if header["architecture"] not in {f"BertFor{head}" for head in HEADS}:
         raise ValueError(f"unknown architecture {header['architecture']!r}")
     for entry in header["files"]:
-        if not TOKENIZER_FILES.fullmatch(entry["name"]):
-            raise ValueError(f"{entry['name']!r} is not a file of a tokenizer")
+        if not TEXT_FILES.fullmatch(entry["name"]):
+            raise ValueError(f"{entry['name']!r} is neither a card nor a file of a tokenizer")
     with torch.device("meta"):  # without memory for the weights
         model = packed.model_class(packed.config)
     wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -372,6 +376,11 @@ def unpack(file: str, folder: str, base_model: str | None = None) -> PreTrainedM
         model.save_pretrained(folder)
         for entry, content in packed.streams("files"):
             (folder / entry["name"]).write_bytes(lzma.decompress(content))
+        origin = (
+            f"Unpacked from `{packed.path.name}`, with weights of {packed.header['bits']} bits."
+        )
+        card = derived_card(read_card(folder), target.name, model, origin)
+        (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
     write_folder(target, fill)
     return model

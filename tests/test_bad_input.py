@@ -338,6 +338,22 @@ def test_data_that_is_not_squad(refused, tmp_path, content, said):
     assert said in message and "bad.json" in message
 
 
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--train_file {} --do_eval", "--predict_file is missing: give it, or --data_dir"),
+        ("--train_file {} --do_train --do_eval", "--predict_file is missing"),
+        ("--predict_file {} --do_train", "--train_file is missing: give it, or --data_dir"),
+        ("--predict_file {} --do_train --do_eval", "--train_file is missing"),
+        ("--train_file {} --do_train --evaluate_during_training", "--predict_file is missing"),
+    ],
+)
+def test_one_file_is_not_completed_from_the_hub(refused, flags, said, squad_dir, tmp_path):
+    where = f"--model_type bert --model_name_or_path gone --output_dir {tmp_path}/out "
+    flags = where + flags.format(squad_dir / "train-v1.1.json")
+    assert said in refused(*flags.split(), bare=True)
+
+
 def test_unanswerable_questions_want_their_flag(refused, squad_dir):
     assert "--version_2_with_negative" in refused(
         *PRUNE, "--train_file", squad_dir / "train-v2.0.json"

@@ -16,6 +16,7 @@ from emmental.data.glue import (
     collate,
     find_labels,
     load_hub_examples,
+    name_outputs,
     read_examples,
     split_file,
     submission,
@@ -312,9 +313,11 @@ def sts_row(score):
         ),
         (
             "rte",
-            RTE + "0\ta\tb\t0\n",
-            ["dev.tsv:2: the label '0' is not one of entailment, not_entailment"],
+            RTE + "0\ta\tb\t2\n",
+            ["dev.tsv:2: the label '2' is not one of entailment, not_entailment, 0, 1"],
         ),
+        ("sst-2", "sentence\tlabel\rfine\t1\r", ["dev.tsv: its lines end in CR alone"]),
+        ("cola", "gj04\t1\t\tok\rgj04\t0\t*\tnot ok\r\n", ["its lines end in CR alone"]),
         ("rte", RTE + "0\ta\tb\tneutral\n", ["dev.tsv:2: the label 'neutral'"]),
         (
             "mnli",
@@ -337,6 +340,23 @@ def test_refuses_bad_files(tmp_path, name, content, parts):
     split = TASKS[name].evaluation_splits[0]
     write(tmp_path / f"{split}.tsv", content)
     refused(lambda: read_examples(TASKS[name], tmp_path, split), tmp_path, *parts)
+
+
+@pytest.mark.parametrize("name", ["rte", "qnli", "mnli"])
+def test_numbers_are_indices_in_the_order_of_the_task(tmp_path, name, caplog):
+    task, (header, _, _, label_column, _) = TASKS[name], LAYOUTS[name]
+    split, count = task.evaluation_splits[0], len(task.labels)
+    numbers = [*map(str, range(count)), task.labels[0]]
+    rows = [[value if column == label_column else "x" for column in header] for value in numbers]
+    for _ in range(2):  # from the file, then from the cache
+        caplog.clear()
+        write(tmp_path / f"{split}.tsv", table(header, rows))
+        assert list(read_examples(task, tmp_path, split)["label"]) == [*range(count), 0]
+        said = "0 contradiction, 1 entailment, 2 neutral; the hub has another order"
+        assert (said in caplog.text) == (name == "mnli")
+    examples = read_examples(task, tmp_path, split)
+    predicted = submission(task, examples, np.eye(count)[examples["label"]])
+    assert predicted.split()[3::2] == [*task.labels, task.labels[0]]  # names, as before
 
 
 @pytest.mark.parametrize("index", ["", "x", "-1", "1.5"])
@@ -513,6 +533,39 @@ def test_json_labels(tmp_path):
     assert [row["label"] for row in examples] == [1, 3, 0, 4, 2]
 
 
+@pytest.mark.parametrize(
+    "labels",
+    [
+        [str(n) for n in range(12)],
+        ["-10", "-9", "0", "2", "10"],
+        ["0.0", "1.0", "2.0", "10.0"],
+        [f"LABEL_{n}" for n in range(12)],
+        ["01", "1", "2", "10"],
+        ["1", "10", "2", "two"],  # not all are numbers
+        ["1.5", "10.5", "2.5"],
+    ],
+)
+def test_whole_numbers_sort_as_numbers(tmp_path, labels):
+    path = write(tmp_path / "train.csv", "a,y\n" + "".join(f"x,{y}\n" for y in labels[::-1]))
+    assert list(find_labels(path, SINGLE)) == labels
+
+
+def test_outputs_without_names_take_those_of_a_file(tmp_path):
+    def named(outputs, *labels):
+        text = "a,y\n" + "".join(f"x,{label}\n" for label in labels)
+        return name_outputs(outputs, write(tmp_path / "dev.csv", text), SINGLE)
+
+    three = ("LABEL_0", "LABEL_1", "LABEL_2")
+    assert named(("no", "yes"), "yes") == ("no", "yes")  # the model's own
+    assert named(three, "c", "b", "a") == ("a", "b", "c")
+    assert named(three, "10", "9", "8") == ("8", "9", "10")
+    assert named(three, "2", "0") == ("0", "1", "2")  # indices: one class may be missing
+    assert named(three, "1", "2", "3") == ("1", "2", "3")
+    assert named(three, "LABEL_2") == three
+    refused(lambda: named(three, "a", "b"), "dev.csv: has 2 labels (a, b)", "3 outputs", "id2label")
+    refused(lambda: named(three, "0", "3"), "dev.csv: has 2 labels (0, 3)")
+
+
 def test_custom_regression(tmp_path):
     lines = [{"a": "x", "y": label} for label in (10, -0.1, "1e3")]
     path = write(tmp_path / "train.jsonl", "\n".join(map(json.dumps, lines)))
@@ -540,8 +593,13 @@ def test_custom_regression(tmp_path):
         ("train.csv", 'a,b,y\n"x,z,1\nx,z,2\n', "train.csv:3: is not UTF-8 CSV"),
         ("train.csv", 'a,b,y\n"x"z,z,1\n', "train.csv:2: is not UTF-8 CSV"),
         ("train.csv", "a,b,y\nx,z, \n", "train.csv:2: y is empty"),
+        ("train.csv", "a,b,y\rx,z,1\r", "train.csv: its lines end in CR alone"),
+        ("train.csv", 'a,b,y\rx,"z\nz",1\r', "train.csv: its lines end in CR alone"),
+        ("train.tsv", "a\tb\ty\rx\tz\t1\r\n", "train.tsv: its lines end in CR alone"),
+        ("train.jsonl", '{"a": "x"}\r{"a": "y"}', "train.jsonl: its lines end in CR alone"),
         ("train.csv", "a,b,y\n" + "x" * 200_000 + ",z,1\n", "has 1 different labels"),
         ("train.csv", b"a,b,y\nx,z,\xff\n", "train.csv:2: is not UTF-8 CSV"),
+        ("train.csv", "a,b,y\r\nx,z,1\r\n".encode("utf-16"), "train.csv:1: is not UTF-8 CSV"),
         ("train.jsonl", '{"a": "x", "b": "z", "y": 1}\n{"a"', "train.jsonl:2: is not UTF-8 JSONL"),
         ("train.jsonl", "[" * 100_000, "train.jsonl:1: is not UTF-8 JSONL"),
         ("train.jsonl", '["x"]', 'train.jsonl:1: must be an object with "y"'),
@@ -792,11 +850,24 @@ def test_matthews_correlation():
     )
     wanted = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
     assert glue_metrics(TASKS["cola"], logits, labels) == {"mcc": pytest.approx(wanted)}
-    assert glue_metrics(TASKS["cola"], np.zeros((4, 2)), [0, 1, 1, 0]) == {"mcc": 0.0}
+    mixed = np.eye(2)[[0, 1, 0, 1]]
+    assert glue_metrics(TASKS["cola"], mixed, [0, 1, 1, 0]) == {"mcc": 0.0}
+
+
+@pytest.mark.parametrize(
+    "predicted, labels, said",
+    [
+        ([0, 0, 0], [0, 1, 1], "mcc (all predictions are equal)"),
+        ([0, 1, 0], [1, 1, 1], "mcc (all labels are equal)"),
+    ],
+)
+def test_undefined_matthews_correlations_are_left_out(predicted, labels, said, caplog):
+    assert glue_metrics(TASKS["cola"], np.eye(2)[predicted], labels) == {}
+    assert f"undefined and left out: {said}" in caplog.text and len(caplog.records) == 1
 
 
 @pytest.mark.parametrize("name", ["mrpc", "qqp"])
-def test_f1_is_that_of_the_equivalent(name):
+def test_f1_is_that_of_the_equivalent(name, caplog):
     logits, labels, predictions = random_classes(2, seed=3)
     labels[:50] = 1
     shared_ones = ((predictions == 1) & (labels == 1)).sum()
@@ -810,7 +881,9 @@ def test_f1_is_that_of_the_equivalent(name):
     assert glue_metrics(TASKS[name], never, [0, 0, 1]) == pytest.approx(
         {"acc": 2 / 3, "f1": 0.0, "acc_and_f1": 1 / 3}
     )
-    assert glue_metrics(TASKS[name], never, [0, 0, 0]) == {"acc": 1.0, "f1": 0.0, "acc_and_f1": 0.5}
+    assert not caplog.records
+    assert glue_metrics(TASKS[name], never, [0, 0, 0]) == {"acc": 1.0}
+    assert "left out: f1 (no label and no prediction is positive)" in caplog.text
 
 
 def ranks(values):
@@ -848,10 +921,10 @@ def test_correlations():
         ([1.0, math.nan, 2.0], [1.0, 2.0, 3.0]),
     ],
 )
-def test_undefined_correlations_are_zero(logits, labels, caplog):
+def test_undefined_correlations_are_left_out(logits, labels, caplog):
     metrics = glue_metrics(TASKS["sts-b"], np.array(logits), labels)
-    assert metrics == {"pearson": 0.0, "spearmanr": 0.0, "corr": 0.0}
-    assert "pearsonr is undefined" in caplog.text and "spearmanr is undefined" in caplog.text
+    assert metrics == {} and len(caplog.records) == 1
+    assert "left out: pearson (all " in caplog.text and "spearmanr (all " in caplog.text
 
 
 def test_metrics_are_plain_floats():

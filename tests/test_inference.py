@@ -480,6 +480,23 @@ def test_unsupported_calls(tiny_config):
         sparse.eval().double()(**given)
 
 
+def test_traces_and_exports(tiny_config, kernel):
+    sparse = sparsify(build(tiny_config), kernel)
+    given = inputs(2, 6)
+    traces = [
+        lambda: torch.jit.trace(sparse, example_kwarg_inputs=dict(given), strict=False),
+        lambda: torch.export.export(sparse, (), dict(given)).module(),
+        lambda: torch.export.export(sparse, (), dict(given), strict=True).module(),
+    ]
+    sparse.config.return_dict = False
+    for trace in traces:
+        if kernel == "compact":  # plain Linears
+            torch.testing.assert_close(trace()(**given)[0], sparse(**given)[0])
+        else:
+            with pytest.raises(Exception, match="traced or exported: take the bertarized model"):
+                trace()
+
+
 # ------------------------------------------------------------ the build and the cache
 
 

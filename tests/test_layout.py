@@ -34,15 +34,19 @@ ALLOWED = {  # part: (parts of emmental it may import, third-party libraries; No
     "export": ({"modules"} | MODELS, {"torch", "transformers"}),
     "tokenizer": (LEAVES, {"tokenizers", "transformers"}),
     "loading": (LEAVES | {"modules", "tokenizer"} | MODELS, {"torch", "transformers"}),
+    "card": (
+        LEAVES | {"modules", "families", "export"},
+        {"torch", "transformers", "huggingface_hub"},
+    ),
     "data": (LEAVES | {"data"}, None),
-    "training": (LEAVES | SCIENCE | MODELS | {"export", "loading", "training"}, None),
+    "training": (LEAVES | SCIENCE | MODELS | {"card", "export", "loading", "training"}, None),
     "coding": (LEAVES, {"numpy", "constriction"}),
     "inference": (
         LEAVES | {"modules", "families", "export", "inference"},
         {"torch", "transformers", "numpy", "scipy"},
     ),
     "storage": (
-        LEAVES | {"coding", "export", "families", "inference", "loading", "tokenizer"},
+        LEAVES | {"card", "coding", "export", "families", "inference", "loading", "tokenizer"},
         {"torch", "transformers", "numpy", "scipy"},
     ),
     "tables": (

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import datasets
 import numpy as np
@@ -149,10 +150,13 @@ def predictions(path):
 
 @pytest.mark.parametrize("name", [name for name in glue_tasks.TASKS if name != "ax"])
 def test_every_task_trains_evaluates_predicts_and_bertarizes(run, name, capsys):
-    out = run(name, *TOPK, *TRAIN, "--do_eval", "--do_predict")
+    # Until it has learned something, it predicts one class, and CoLA has no metric.
+    longer = "--max_steps 60 --learning_rate 3e-3".split() if name == "cola" else []
+    out = run(name, *TOPK, *TRAIN, *longer, "--do_eval", "--do_predict")
     task = glue_tasks.TASKS[name]
     names = {file.name for file in out.iterdir() if not file.name.startswith("events.out.tfevents")}
     assert names == {
+        "README.md",
         "config.json",
         "model.safetensors",
         "tokenizer.json",
@@ -475,6 +479,116 @@ def test_a_regression_of_ones_own(run, custom_dir):
     )
     assert results(out).keys() == {"pearson", "spearmanr", "corr"} | MASK_KEYS
     assert np.isfinite([float(text) for _, text in predictions(out / "predictions.tsv")]).all()
+
+
+def test_undefined_metrics_are_left_out(run, glue_dir, tmp_path, caplog):
+    """Of the results and of TensorBoard; the others stay."""
+    data = tmp_path / "cola"
+    shutil.copytree(glue_dir / "cola", data)
+    (data / "dev.tsv").write_text("gj04\t1\t\tada lives .\ngj04\t1\t\tben lives .\n")
+    out = run("cola", *TOPK, *TRAIN, "--do_eval", "--evaluate_during_training", data=data)
+    assert results(out).keys() == {"entropy"} | MASK_KEYS
+    assert caplog.text.count("undefined and left out: mcc (all labels are equal)") == 3
+    events = EventAccumulator(str(out))
+    events.Reload()
+    assert [tag for tag in events.Tags()["scalars"] if tag.startswith("eval/")] == ["eval/entropy"]
+
+
+def test_the_first_samples_only(run, caplog):
+    """Of each evaluation set; a submission is always whole."""
+    few = ["--max_train_samples", "5", "--max_eval_samples", "2"]
+    out = run("mnli", *TOPK, *TRAIN, "--do_eval", "--do_predict", *few)
+    assert "training: 5 examples" in caplog.text
+    assert results(out)["acc_matched"] in (0, 0.5, 1) and results(out)["acc_mismatched"] in (
+        0,
+        0.5,
+        1,
+    )
+    assert [len(predictions(out / file)) for file in ("MNLI-m.tsv", "MNLI-mm.tsv")] == [9, 9]
+
+
+def test_files_with_numbers_are_those_with_names(run, glue_dir, tmp_path, caplog):
+    data = tmp_path / "numbers"
+    shutil.copytree(glue_dir / "mnli", data)
+    for file in data.glob("[td][re]*.tsv"):
+        text = file.read_text()
+        for number, name in enumerate(("contradiction", "entailment", "neutral")):
+            text = text.replace(f"\t{name}\n", f"\t{number}\n")
+        file.write_text(text)
+    out = run("mnli", *TOPK, *TRAIN, "--do_eval", "--do_predict")
+    assert "the hub has another order" not in caplog.text
+    same = run("mnli", *TOPK, *TRAIN, "--do_eval", "--do_predict", data=data, output="same")
+    assert results(same) == results(out) and "the hub has another order" in caplog.text
+    assert (same / "MNLI-m.tsv").read_text() == (out / "MNLI-m.tsv").read_text()
+
+
+TWELVE = [str(number) for number in range(12)]
+
+
+@pytest.fixture
+def teachers(tmp_path, tiny_bert):
+    """The same model of twelve classes, with names in another order and without names."""
+    model = BertForSequenceClassification.from_pretrained(tiny_bert, num_labels=12)
+    folders = tmp_path / "anonymous", tmp_path / "named"
+    for folder, order in zip(folders, (range(12), range(11, -1, -1)), strict=True):
+        if folder.name == "named":
+            model.config.id2label = {place: str(label) for place, label in enumerate(order)}
+            model.config.label2id = {str(label): place for place, label in enumerate(order)}
+            with torch.no_grad():
+                for values in (model.classifier.weight, model.classifier.bias):
+                    values.copy_(values[list(order)].clone())
+        model.save_pretrained(folder)
+        for file in tiny_bert.glob("tokenizer*"):
+            shutil.copy(file, folder)
+    return folders
+
+
+def test_twelve_numbered_labels_meet_those_of_a_teacher(run, custom_dir, teachers):
+    """LABEL_10 is 10, not the third label in the order of texts, and names meet by name."""
+    data = custom_dir("csv", labels=TWELVE)
+    anonymous, named = teachers
+    for student, teacher in (named, anonymous), (anonymous, named):
+        flags = "--do_train --max_steps 1 --save_steps 0 --learning_rate 1e-9 --teacher_type bert"
+        flags = [*flags.split(), "--teacher_name_or_path", str(teacher)]
+        output = f"student_of_{teacher.name}"
+        out = run(
+            "custom", *CUSTOM, *flags, data=data, model=student, model_type="bert", output=output
+        )
+        assert list(json.loads((out / "config.json").read_text())["id2label"].values()) == TWELVE
+        events = EventAccumulator(str(out))
+        events.Reload()
+        assert events.Scalars("loss/distil")[-1].value == pytest.approx(0, abs=1e-6)
+
+
+def test_evaluating_a_model_without_names_on_ones_own_task(run, refused, custom_dir, caplog):
+    data = custom_dir("tsv")
+    model = run("custom", *CUSTOM, "--do_train", "--max_steps", "20", data=data, model_type="bert")
+    alone = {"model": model, "model_type": "bert", "output": "alone", "data": data}
+    run("custom", *CUSTOM, "--do_eval", "--do_predict", **alone)
+    wanted = (
+        results(model.with_name("alone")),
+        (model.with_name("alone") / "predictions.tsv").read_text(),
+    )
+    config = json.loads((model / "config.json").read_text())
+    config.pop("id2label"), config.pop("label2id")
+    (model / "config.json").write_text(json.dumps(config | {"num_labels": 3}))
+    out = run("custom", *CUSTOM, "--do_eval", "--do_predict", **alone)
+    assert (results(out), (out / "predictions.tsv").read_text()) == wanted
+    said = "have no names; they are read as refutes, supports, unknown"
+    assert caplog.text.count(said) == 1
+    out = run("custom", *CUSTOM, "--do_predict", **alone | {"output": "predicted"})
+    assert {label for _, label in predictions(out / "predictions.tsv")} <= set(
+        ["LABEL_0", "LABEL_1", "LABEL_2"]
+    )
+
+    numbers = custom_dir("tsv", labels=("0", "1", "2"), folder="numbers")
+    out = run("custom", *CUSTOM, "--do_eval", **alone | {"data": numbers, "output": "numbers"})
+    assert results(out) == wanted[0] and "read as 0, 1, 2" in caplog.text
+    (model / "model.safetensors").rename(model / "weights")
+    two = custom_dir("tsv", labels=("no", "yes"), folder="two")
+    assert "dev.tsv: has 2 labels (no, yes), and the model has 3 outputs without names" in refused(
+        "custom", *CUSTOM, "--do_eval", **alone | {"data": two}
+    )
 
 
 # ---------------------------------------------------------------------------------------- bad input

@@ -109,6 +109,7 @@ def test_a_run_leaves_exactly_what_the_readme_says(run):
     out = run(*METHODS["topK"], *TRAIN, "--do_eval", "--save_steps", "5")
     names = {file.name for file in out.iterdir() if not file.name.startswith("events.out.tfevents")}
     assert names == {
+        "README.md",
         "config.json",
         "model.safetensors",
         "tokenizer.json",
@@ -329,6 +330,7 @@ def test_overwriting_removes_the_results_of_the_old_run(run):
     run(*METHODS["magnitude"], *TRAIN, "--overwrite_output_dir")
     names = {file.name for file in out.iterdir() if not file.name.startswith("events.out")}
     assert names == {
+        "README.md",
         "config.json",
         "model.safetensors",
         "tokenizer.json",
@@ -575,6 +577,88 @@ def test_misaligned_answers_are_skipped_with_their_ids(run, squad_dir, tmp_path,
     run(*METHODS["topK"], *TRAIN, "--train_file", str(tmp_path / "shifted.json"))
     assert any(
         "skipped 1 training questions" in message and "q3" in message for message in caplog.messages
+    )
+
+
+TEXT = "ada lives in oslo . ben lives in rome ."
+
+
+@pytest.fixture
+def squad_file(tmp_path):
+    """Write a SQuAD file with one context; returns its path."""
+
+    def write(*questions, name="file.json"):
+        article = {"title": "t", "paragraphs": [{"context": TEXT, "qas": questions}]}
+        (tmp_path / name).write_text(json.dumps({"data": [article]}))
+        return str(tmp_path / name)
+
+    return write
+
+
+def asked(id_, *starts, **more):
+    """A question; its answers are "oslo" at these places."""
+    answers = [{"text": "oslo", "answer_start": start} for start in starts]
+    return {"id": id_, "question": "where does ada live ?", "answers": answers, **more}
+
+
+@pytest.mark.parametrize(
+    "questions, v2, trained, skipped",
+    [
+        ([asked(262780, 13, is_impossible=False), asked(7, 13)], False, 2, ()),
+        ([asked("a", 13), *(asked(f"n{n}") for n in range(3))], True, 4, ()),
+        ([asked("q1", 13), asked("q2", -1)], False, 1, ["is not at its answer_start: q2"]),
+        (
+            [asked("q1", 13), asked("q2", None), asked("q3"), asked("q4", 22.0), asked("q5")],
+            False,
+            1,
+            ["skipped 2 training questions, the answer is", "no answer: q3, q5"],
+        ),
+        ([asked("q1", 13), asked("q2", is_impossible=1)], True, 2, ()),
+    ],
+)
+def test_trains_on_files_of_other_tools(run, squad_file, caplog, questions, v2, trained, skipped):
+    flags = ["--train_file", squad_file(*questions), *["--version_2_with_negative"] * v2]
+    run(*METHODS["topK"], *TRAIN, *flags)
+    assert f"training: {trained} examples" in caplog.text
+    assert caplog.text.count("skipped") == len(skipped)
+    assert all(reason in caplog.text for reason in skipped)
+
+
+@pytest.mark.parametrize("v2", [False, True])
+@pytest.mark.parametrize("answers", [None, [], [{"text": " "}]])
+def test_without_answers_there_are_predictions_and_no_metrics(run, squad_file, caplog, v2, answers):
+    """In the results, the return value and TensorBoard."""
+    file = squad_file(*(asked(n) | {"answers": answers} for n in range(3)), name="dev.json")
+    flags = ["--predict_file", file, *["--version_2_with_negative"] * v2]
+    out = run(*METHODS["topK"], *TRAIN, "--do_eval", "--evaluate_during_training", *flags)
+    assert set(json.loads((out / "predictions_.json").read_text())) == {"0", "1", "2"}
+    assert caplog.text.count("no question has an answer: nothing to score") == 4
+    assert not {"exact", "f1", "total", "best_f1"} & set(
+        json.loads((out / "eval_results.json").read_text())
+    )
+    assert not any(tag.startswith("eval/") for tag in scalars(out)[0])
+
+
+def test_a_dense_model_without_metrics_leaves_an_empty_file_of_results(run, squad_file, tiny_bert):
+    file = squad_file(asked("a"), name="dev.json")
+    out = run("--do_eval", "--predict_file", file, model_type="bert")
+    assert json.loads((out / "eval_results.json").read_text()) == {}
+    assert (out / "eval_results.txt").read_text() == ""
+
+
+def test_the_first_samples_only(run, capsys, caplog):
+    flags = [*METHODS["topK"], *TRAIN, "--save_steps", "5", "--do_eval"]
+    out = run(*flags, "--max_train_samples", "7", "--max_eval_samples", "3")
+    assert "training: 7 examples" in caplog.text
+    assert set(json.loads((out / "predictions_.json").read_text())) == {"q0", "q1", "q2"}
+    assert json.loads((out / "eval_results.json").read_text())["total"] == 3
+    resume = ["--resume_from_checkpoint", "latest"]
+    again = run(*flags, *resume, "--max_train_samples", "7", "--max_eval_samples", "99")
+    assert json.loads((again / "eval_results.json").read_text())["total"] == 10
+    error = refused(capsys, run, *flags[4:], *resume, "--max_train_samples", "8")
+    assert "--max_train_samples was 7 and is 8" in error
+    assert "--max_train_samples: must be at least 1" in refused(
+        capsys, run, "--max_train_samples", "0"
     )
 
 

@@ -1,5 +1,6 @@
 """Masks in scope: right in anybody's loop, found once in a block, and never stale."""
 
+import contextlib
 import copy
 import functools
 import io
@@ -7,10 +8,14 @@ import pickle
 import threading
 import types
 
+import accelerate
+import peft
 import pytest
 import torch
+import torch.distributed.fsdp
 import transformers
 from torch import nn
+from torch.nn.utils import prune
 
 from emmental import MaskedBertConfig, MaskedBertForQuestionAnswering, MaskedBertModel
 from emmental.export import bertarized_config, bertarized_state_dict
@@ -206,6 +211,59 @@ def test_a_stock_loop_moves_the_masks():
     assert first.sum() == last.sum() and not torch.equal(first, last)
 
 
+def test_a_stock_loop_with_thresholds_in_its_calls(tmp_path):
+    model = make(threshold=None).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.3)
+    first = find_masks(model, 0.4).by_layer[LAYER]
+    for threshold in (0.8, 0.6, 0.4):
+        model(**INPUTS, threshold=threshold).last_hidden_state[..., 0].sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    last = find_masks(model).by_layer[LAYER]  # at the threshold of the last call
+    assert first.sum() == last.sum() and not torch.equal(first, last)
+    wanted = model.eval()(**INPUTS).last_hidden_state
+    torch.testing.assert_close(wanted, plain_output(model))
+    model.save_pretrained(tmp_path)
+    again = MaskedBertModel.from_pretrained(tmp_path).eval()
+    assert again.config.threshold == 0.4
+    assert torch.equal(again(**INPUTS).last_hidden_state, wanted)
+
+
+@pytest.mark.parametrize("method", ["topK", "magnitude"])
+def test_weights_swapped_with_their_moving_average(method):
+    model = make(method)
+    torch.manual_seed(9)
+    own = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    averages = {name: torch.randn_like(value) for name, value in own.items()}
+    outputs = []
+    for values in (own, averages, own):
+        for name, parameter in model.named_parameters():
+            parameter.data.copy_(values[name])
+        with masked(model), torch.no_grad():
+            outputs.append(model(**INPUTS).last_hidden_state)
+        torch.testing.assert_close(outputs[-1], plain_output(model))
+    assert torch.equal(outputs[0], outputs[2]) and not torch.allclose(outputs[0], outputs[1])
+
+
+@pytest.mark.parametrize("method", ["topK", "magnitude"])
+def test_pruning_of_torch(method):
+    model, same = make(method, initializer_range=0.2), make(method, initializer_range=0.2)
+    with masked(model), torch.no_grad():
+        before = model(**INPUTS).last_hidden_state
+    layer, plain = model.get_submodule(LAYER), same.get_submodule(LAYER)
+    prune.l1_unstructured(layer, "weight", 0.9)
+    for change in (lambda: None, lambda: layer.weight_orig.data.mul_(2)):
+        change()
+        plain.weight.data.copy_(layer.weight_orig * layer.weight_mask)
+        wanted = same(**INPUTS).last_hidden_state
+        assert not torch.allclose(wanted, before)
+        torch.testing.assert_close(model(**INPUTS).last_hidden_state, wanted)
+        with masked(model), torch.no_grad():
+            torch.testing.assert_close(model(**INPUTS).last_hidden_state, wanted)
+    prune.remove(layer, "weight")
+    torch.testing.assert_close(model(**INPUTS).last_hidden_state, wanted)
+
+
 def test_averaged_models():
     model = make()
     averaged = torch.optim.swa_utils.AveragedModel(model)  # before any forward
@@ -249,40 +307,107 @@ def test_copies_are_in_no_block(method):
 # --- clients ---
 
 
+GRAPHS = "open `with masked.model.:` around it, or convert the model with bertarize.py first"
+
+
+def traced(model):
+    model.config.return_dict = False
+    return torch.jit.trace(model, example_kwarg_inputs=dict(INPUTS), strict=False)
+
+
+def exported(model, **settings):
+    return torch.export.export(model, (), dict(INPUTS), **settings).module()
+
+
+TRACES = {"trace": traced, "export": exported, "strict": functools.partial(exported, strict=True)}
+
+
+@pytest.mark.parametrize("method, grad", [("topK", True), ("l0", False)])
+@pytest.mark.parametrize("trace", TRACES.values(), ids=TRACES)
+def test_traces_and_exports_in_a_block(trace, method, grad):
+    model = make(method, MaskedBertForQuestionAnswering, initializer_range=0.2)
+    wanted = model(**INPUTS).start_logits
+    with masked(model), torch.set_grad_enabled(grad):
+        got = trace(model)(**INPUTS)  # the first forward of the block
+        torch.testing.assert_close(got[0] if isinstance(got, tuple) else got.start_logits, wanted)
+        torch.testing.assert_close(model(**INPUTS)[0], wanted)  # it left no trace in the model
+
+
 @pytest.mark.parametrize("method", ["topK", "l0"])
-def test_export(method):
+@pytest.mark.parametrize("trace", TRACES.values(), ids=TRACES)
+def test_traces_and_exports_elsewhere_are_refused(trace, method):
     model = make(method)
-    with masked(model), torch.no_grad():
-        wanted = model(**INPUTS).last_hidden_state
-        program = torch.export.export(model, (), dict(INPUTS))
-        torch.testing.assert_close(program.module()(**INPUTS).last_hidden_state, wanted)
+    with pytest.raises((ValueError, torch._dynamo.exc.Unsupported), match=GRAPHS):
+        trace(model)
+    with masked(model.train()), pytest.raises(Exception, match="call model.eval.. first"):
+        trace(model)
+    assert all(layer.in_force is None for layer in masked_layers(model).values())
+
+
+def test_the_old_exporter_of_onnx_gives_the_threshold_by_position():
+    model = make(cls=MaskedBertForQuestionAnswering)
+    ids = (IDS, *(None,) * 6)  # all arguments of the stock forward
+    given = model(*ids, 0.2).start_logits
+    assert torch.equal(given, model(IDS, threshold=0.2).start_logits)
+    assert torch.equal(given, model(*ids, None).start_logits)
+
+
+def counting(compiles):
+    return lambda graph, inputs: compiles.append(graph) or graph.forward
+
+
+@pytest.mark.parametrize("method, train", [("sigmoied_threshold", True), ("l0", False)])
+@pytest.mark.parametrize("form", ["block", "call", "config"])
+def test_compile_under_a_moving_threshold(form, method, train):
+    model = make(method, MaskedBertForQuestionAnswering).train(train)
+    compiles = []
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=counting(compiles))
+    for step in range(12):
+        threshold = 1 - 0.08 * step
+        with torch.set_grad_enabled(train), contextlib.ExitStack() as stack:
+            if form == "block":
+                stack.enter_context(masked(model, threshold))
+            elif form == "config":
+                model.config.threshold = threshold
+            given = {"threshold": threshold} if form == "call" else {}
+            torch.manual_seed(step)  # for the masks of l0
+            got = compiled(**INPUTS, **given).start_logits
+            torch.manual_seed(step)
+            torch.testing.assert_close(got, model(**INPUTS, **given).start_logits)
+        assert model.config.threshold == threshold
+        if train:
+            got.sum().backward()
+        for parameter in model.parameters():
+            parameter.data.mul_(1.01)
+    assert 0 < len(compiles) <= 2
+
+
+def test_compile_of_a_layer_under_a_moving_threshold():
+    layer, compiles = MaskedLinear(8, 6, pruning_method="sigmoied_threshold"), []
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend=counting(compiles))
+    for step in range(12):
+        compiled(torch.ones(2, 8), threshold=0.05 * step)
+    assert 0 < len(compiles) <= 3
 
 
 @pytest.mark.parametrize("grad", [False, True])
-def test_compile_over_changing_masks(grad):
+def test_a_full_graph_needs_a_block(grad):
     model = make().train(grad)
-    compiles = []
-
-    def backend(graph, inputs):
-        compiles.append(graph)
-        return graph.forward
-
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend=backend)
-    for number in range(4):
-        with masked(model, 0.2 + 0.1 * number), torch.set_grad_enabled(grad):
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for threshold in (0.2, 0.3, 0.4):
+        with masked(model, threshold), torch.set_grad_enabled(grad):
             wanted = model(**INPUTS).last_hidden_state
             got = compiled(**INPUTS).last_hidden_state
             torch.testing.assert_close(got, wanted)
             if grad:
-                gradients = [
-                    torch.autograd.grad(x.sum(), model.get_submodule(LAYER).mask_scores)[0]
-                    for x in (got, wanted)
-                ]
-                torch.testing.assert_close(*gradients)
-        if number == 0:
-            first = len(compiles)
-    assert first > 0 and len(compiles) == first
+                scores = model.get_submodule(LAYER).mask_scores
+                first, second = (torch.autograd.grad(x.sum(), scores)[0] for x in (got, wanted))
+                torch.testing.assert_close(first, second)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=GRAPHS):
+        compiled(**INPUTS)
 
 
 def test_gradients_of_functions():
@@ -634,10 +759,97 @@ def test_a_nested_block_leaves_the_threshold_of_the_outer():
         assert model.config.threshold == 0.5
 
 
-def test_export_as_the_first_forward_of_a_block():
-    model = make()
-    with masked(model), torch.no_grad():
-        program = torch.export.export(model, (), dict(INPUTS))
-        torch.testing.assert_close(
-            program.module()(**INPUTS).last_hidden_state, model(**INPUTS).last_hidden_state
-        )
+# --- PEFT, offloading, sharding ---
+
+
+@pytest.mark.parametrize("targets", [["query", "value"], "all-linear"])
+@pytest.mark.parametrize("method", ["topK", "magnitude"])
+def test_adapters_over_masked_layers_are_refused(method, targets):
+    config = peft.LoraConfig(target_modules=targets, init_lora_weights=False)
+    model = peft.get_peft_model(make(method, MaskedBertForQuestionAnswering), config)
+    with pytest.raises(ValueError, match="adapter.*bertarize.py first"):
+        model(**INPUTS)
+    with pytest.raises(ValueError, match="adapter.*bertarize.py first"), masked(model):
+        pass
+
+
+def test_adapters_elsewhere_are_merged():
+    masked_model = make(cls=MaskedBertForQuestionAnswering, initializer_range=0.2)
+    bertarized = transformers.BertForQuestionAnswering(bertarized_config(masked_model.config))
+    bertarized.load_state_dict(bertarized_state_dict(masked_model))
+    for model, targets in [(bertarized.eval(), ["query", "value"]), (masked_model, ["qa_outputs"])]:
+        before = model(**INPUTS).start_logits
+        config = peft.LoraConfig(target_modules=targets, init_lora_weights=False)
+        model = peft.get_peft_model(model, config).eval()
+        wanted = model(**INPUTS).start_logits
+        merged = model.merge_and_unload()(**INPUTS).start_logits
+        torch.testing.assert_close(merged, wanted, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(merged, before, atol=1e-3)
+
+
+OFFLOADS = {
+    "cpu_offload": lambda model, folder: accelerate.cpu_offload(model, torch.device("cpu")),
+    "disk_offload": lambda model, folder: accelerate.disk_offload(
+        model, folder, torch.device("cpu")
+    ),
+    "dispatch_model": lambda model, folder: accelerate.dispatch_model(
+        model,
+        {"embeddings": "cpu", "encoder": "disk", "pooler": "cpu"},
+        main_device="cpu",
+        offload_dir=folder,
+    ),
+    "from_pretrained": lambda model, folder: MaskedBertModel.from_pretrained(
+        model.save_pretrained(folder / "saved") or folder / "saved",
+        device_map={"embeddings": "cpu", "encoder": "disk", "pooler": "cpu"},
+        offload_folder=folder,
+    ),
+}
+
+
+@pytest.mark.parametrize("method", ["topK", "magnitude"])
+@pytest.mark.parametrize("offload", OFFLOADS.values(), ids=OFFLOADS)
+def test_offloaded_weights_are_refused(offload, method, tmp_path):
+    model = offload(make(method), tmp_path)
+    with pytest.raises(ValueError, match="offloaded or sharded.*bertarize.py first"):
+        model(**INPUTS)
+    with pytest.raises(ValueError, match="offloaded or sharded.*bertarize.py first"), masked(model):
+        pass
+
+
+def test_a_model_on_one_device_is_dispatched(tmp_path):
+    wanted = make()(**INPUTS).last_hidden_state
+    model = accelerate.dispatch_model(make(), {"": "cpu"}, force_hooks=True)
+    torch.testing.assert_close(model(**INPUTS).last_hidden_state, wanted)
+
+
+@pytest.fixture
+def one_process():
+    """A process group of this process alone."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("method", ["topK", "magnitude"])
+def test_weights_sharded_by_layer_are_refused(method, one_process):
+    model = make(method)
+    for layer in model.encoder.layer:
+        torch.distributed.fsdp.fully_shard(layer, mesh=one_process)
+    torch.distributed.fsdp.fully_shard(model, mesh=one_process)
+    with pytest.raises(ValueError, match="offloaded or sharded.*bertarize.py first"):
+        model(**INPUTS)
+    with pytest.raises(ValueError, match="offloaded or sharded.*bertarize.py first"), masked(model):
+        pass
+
+
+@pytest.mark.parametrize("method", ["topK", "magnitude"])
+def test_weights_sharded_as_a_whole_train(method, one_process):
+    """FSDP gathers them before the forward, which then finds its masks."""
+    models = make(method).train(), make(method).train()
+    torch.distributed.fsdp.fully_shard(models[1], mesh=one_process)
+    for model in models:
+        two_steps(model, functools.partial(torch.optim.SGD, lr=1.0))
+    for name, parameter in models[1].named_parameters():
+        whole = parameter.full_tensor().detach()
+        torch.testing.assert_close(whole, models[0].get_parameter(name).detach(), msg=name)

@@ -776,17 +776,6 @@ def test_the_signature_is_the_stock_one_and_threshold(tiny_config, suffix):
     torch.testing.assert_close(model(inputs_embeds=embeds, **inputs)[0], wanted)
 
 
-def test_a_block_can_be_traced_by_keywords(tiny_config):
-    model = make_masked(
-        tiny_config, MaskedBertForQuestionAnswering, threshold=0.4, return_dict=False
-    ).eval()
-    with masked(model), torch.no_grad():
-        wanted = model(**INPUTS)  # W * M is kept from here on
-        traced = torch.jit.trace(model, example_kwarg_inputs=dict(INPUTS), strict=False)
-    for got, value in zip(traced(**INPUTS), wanted, strict=True):
-        torch.testing.assert_close(got, value)
-
-
 @pytest.mark.parametrize("suffix", SUFFIXES[1:])
 def test_a_head_builds_one_encoder(tiny_config, suffix, monkeypatch):
     built = []

@@ -2,11 +2,14 @@
 
 import collections
 import functools
+import gzip
 import json
 import logging
+import os
 import pickle
 import re
 import string
+import time
 from pathlib import Path
 
 import datasets
@@ -185,7 +188,8 @@ QUESTION = f"{PARAGRAPH}, qas[2]"
         ),
         (broken(lambda a, p, q: p.pop("qas")), [PARAGRAPH, '"qas" is missing']),
         (broken(lambda a, p, q: q.pop("id")), [QUESTION, '"id" is missing']),
-        (broken(lambda a, p, q: q.update(id=7)), [QUESTION, '"id" must be a string']),
+        (broken(lambda a, p, q: q.update(id=1.5)), [QUESTION, '"id" must be a string']),
+        (broken(lambda a, p, q: q.update(id=True)), [QUESTION, '"id" must be a string']),
         (broken(lambda a, p, q: q.pop("question")), [QUESTION, '"question" is missing']),
         (broken(lambda a, p, q: q.update(answers="x")), [QUESTION, '"answers" must be a list']),
         (
@@ -193,26 +197,23 @@ QUESTION = f"{PARAGRAPH}, qas[2]"
             [f"{QUESTION}, answers[0]", '"text" is missing'],
         ),
         (
-            broken(lambda a, p, q: q["answers"][0].pop("answer_start")),
-            [QUESTION, '"answer_start" is missing'],
-        ),
-        (
             broken(lambda a, p, q: q["answers"][0].update(answer_start="3")),
             [QUESTION, "must be a whole number"],
         ),
         (
-            broken(lambda a, p, q: q["answers"][0].update(answer_start=1.5)),
-            [QUESTION, "whole number, not 1.5"],
+            broken(lambda a, p, q: q["answers"][0].update(answer_start=True)),
+            [QUESTION, "whole number, not true"],
         ),
         (
-            broken(lambda a, p, q: q["answers"][0].update(answer_start=-1)),
-            [QUESTION, "whole number, not -1"],
+            broken(lambda a, p, q: q.update(is_impossible=2)),
+            [QUESTION, '"is_impossible" must be true or false'],
         ),
         (
-            broken(lambda a, p, q: q.update(is_impossible=1)),
+            broken(lambda a, p, q: q.update(is_impossible="true")),
             [QUESTION, '"is_impossible" must be true or false'],
         ),
         (broken(lambda a, p, q: q.update(is_impossible=True)), [QUESTION, "no answers"]),
+        (broken(lambda a, p, q: q.update(is_impossible=1)), [QUESTION, "no answers"]),
         (
             broken(lambda a, p, q: q.update(is_impossible=True, answers=[])),
             [QUESTION, "--version_2_with_negative"],
@@ -233,10 +234,90 @@ def test_refuses_bad_files(tmp_path, content, parts):
         assert part in message
 
 
-def test_refuses_other_encodings(tmp_path):
-    (tmp_path / "latin.json").write_bytes('{"data": "é"}'.encode("latin-1"))
-    with pytest.raises(UserError, match="latin.json: is not JSON in UTF-8"):
-        read_examples(tmp_path / "latin.json", False)
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 30288272\n"
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (LFS, "it is a pointer of git-lfs; run `git lfs pull`"),
+        (b"\n<!DOCTYPE html><html>", "it is HTML or XML"),
+        (b"\xef\xbb\xbf<?xml version='1.0'?>", "it is HTML or XML"),
+        (json.dumps(good()).encode("utf-16"), "it is UTF-16 or UTF-32; save it as UTF-8"),
+        (json.dumps(good()).encode("utf-16-le"), "it is UTF-16 or UTF-32"),
+        ('{"data": "é"}'.encode("latin-1"), "can't decode byte 0xe9 in position 10"),
+        (gzip.compress(b"{}", mtime=0), "it is compressed; unpack it"),
+        (b"id,question\n1,who?\n", "it is other text, such as CSV ('id,question 1,who?')"),
+        (b'{"data": [\n  1,\n ]}', "trailing comma"),
+        (b'{"data": [], }', "trailing comma"),
+        (b'{"data" []}', "line 1 column 9 (char 8); correct it"),
+        (b'{"data": ["on', "it ends early; download it again"),
+        (b"", "it ends early; download it again"),
+    ],
+)
+def test_says_what_a_file_is_that_is_not_json(tmp_path, content, said):
+    (tmp_path / "other.json").write_bytes(content)
+    with pytest.raises(UserError) as error:
+        read_examples(tmp_path / "other.json", False)
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path}/other.json: is not JSON in UTF-8: ") and said in message
+    assert message.count("download it again") == ("ends early" in said)
+
+
+def test_reads_what_other_tools_write(tmp_path):
+    """Integer ids, null for what is absent, and places that do not matter in an evaluation."""
+    starts = (22, -1, None, 22.0, 10_000, len(CONTEXT))
+    questions = [
+        qa(2**40 + n, CONTEXT) | {"answers": [{"text": "France", "answer_start": start}]}
+        for n, start in enumerate(starts)
+    ]
+    del questions[2]["answers"][0]["answer_start"]
+    questions[0] |= {"is_impossible": None}
+    questions[1] |= {"is_impossible": 0, "plausible_answers": None}
+    content = document((CONTEXT, [*questions, qa("none", CONTEXT, answers=None)]), title=None)
+    examples = examples_of(tmp_path, content)
+    assert list(examples["id"]) == [str(2**40 + n) for n in range(6)] + ["none"]
+    assert set(examples["title"]) == {""} and not any(examples["is_impossible"])
+    assert [answers["answer_start"] for answers in examples["answers"]] == (
+        [[22], [-1], [-1], [-1], [-1], [-1], []]
+    )
+    kept, skipped = drop_misaligned(examples)
+    assert not len(kept)
+    ids = list(examples["id"])
+    assert skipped == {"the answer is not at its answer_start": ids[:6], "no answer": ["none"]}
+
+
+def test_an_integer_id_and_its_text_are_the_same(tmp_path):
+    content = document((CONTEXT, [qa(7, CONTEXT, "France"), qa("7", CONTEXT, "France")]))
+    with pytest.raises(UserError, match="the id '7' already belongs to another question"):
+        examples_of(tmp_path, content)
+
+
+def test_a_last_character_is_not_found_from_the_end(tmp_path):
+    """In Python, -1 is a place: that of the last character."""
+    question = qa("a", "x y", "y")
+    question["answers"][0]["answer_start"] = -1
+    _, skipped = drop_misaligned(examples_of(tmp_path, document(("x y", [question]))))
+    assert skipped == {"the answer is not at its answer_start": ["a"]}
+
+
+BLANK = {"answers": [{"text": " ", "answer_start": -1}]}
+NULL = {"answers": [{"text": None, "answer_start": None}], "is_impossible": True}
+
+
+def test_questions_without_answer_are_unanswerable_in_v2_alone(tmp_path):
+    marks = [{}, {"is_impossible": None}, {"is_impossible": False}, BLANK, {"answers": None}]
+    only_v2 = [{"is_impossible": True}, {"is_impossible": 1}, BLANK | {"is_impossible": 1}, NULL]
+    for v2 in (False, True):
+        used = marks + only_v2 * v2
+        questions = [qa(f"n{n}", CONTEXT) | mark for n, mark in enumerate(used)]
+        content = document((CONTEXT, [qa("a", CONTEXT, "France"), *questions]))
+        examples = examples_of(tmp_path, content, v2)
+        assert list(examples["is_impossible"]) == [False, *[v2] * len(used)]
+        kept, skipped = drop_misaligned(examples)
+        assert skipped == ({} if v2 else {"no answer": [f"n{n}" for n in range(len(used))]})
+        assert len(kept) == (len(used) + 1 if v2 else 1)
+    assert list(examples["answers"])[1:] == [{"text": [], "answer_start": []}] * len(used)
 
 
 def test_repeated_ids_are_allowed_on_request(tmp_path):
@@ -264,9 +345,9 @@ def test_drop_misaligned(tmp_path):
         qa("z", CONTEXT, "people"),
     ]
     kept, skipped = drop_misaligned(examples_of(tmp_path, document((CONTEXT, questions)), True))
-    assert skipped == ["off", "none", "blank", "beyond"]
-    assert list(kept["id"]) == ["second", "impossible", "z"]
-    assert drop_misaligned(kept) == (kept, [])
+    assert skipped == {"the answer is not at its answer_start": ["off", "beyond"]}
+    assert list(kept["id"]) == ["second", "none", "blank", "impossible", "z"]
+    assert drop_misaligned(kept) == (kept, {})
 
 
 @pytest.mark.parametrize("v2, name", [(False, "rajpurkar/squad"), (True, "rajpurkar/squad_v2")])
@@ -287,7 +368,8 @@ def test_hub(tmp_path, monkeypatch, v2, name):
     assert calls == [((name,), {"split": "validation", "cache_dir": tmp_path / "elsewhere"})]
     assert examples.features == wanted.features
     assert examples.remove_columns("is_impossible")[:] == wanted.remove_columns("is_impossible")[:]
-    assert list(examples["is_impossible"]) == [False, True]
+    assert list(examples["is_impossible"]) == [False, v2]
+    assert drop_misaligned(examples)[1] == ({} if v2 else {"no answer": ["b"]})
 
 
 def test_hub_out_of_reach(monkeypatch):
@@ -589,10 +671,30 @@ def test_unwritable_cache(tmp_path, tokenizer, caplog):
 
 def test_a_bad_file_leaves_nothing_in_the_cache(tmp_path, cache):
     content = good()
-    content["data"][0]["paragraphs"][1]["qas"][0]["id"] = 3
+    content["data"][0]["paragraphs"][1]["qas"][0]["id"] = [3]
     with pytest.raises(UserError, match='"id" must be a string'):
         examples_of(tmp_path, content)
     assert not list(cache.rglob("*.arrow"))
+
+
+def test_leftovers_of_killed_processes_are_removed_after_a_day(tmp_path, cache, tokenizer):
+    examples = examples_of(tmp_path, good())
+    place, now = cache / "emmental", time.time()
+    for name, hours in {"old": 25, "new": 23}.items():
+        folder = place / f".writing-{name}"
+        (folder / "new").mkdir(parents=True)
+        (folder / "new" / "x.arrow").write_text("half")
+        (place / f"tmp{name}_0abc").write_text("half")
+        for path in (*folder.rglob("*"), folder, place / f"tmp{name}_0abc"):
+            os.utime(path, (now, now - hours * 3600))
+    (place / ".writing-busy").mkdir()
+    (place / ".writing-busy" / "x.arrow").write_text("growing")
+    os.utime(place / ".writing-busy", (0, 0))
+    (place / "tmp.json").write_text("mine")
+    os.utime(place / "tmp.json", (0, 0))
+    build_features(examples, tokenizer, training=True, **SIZES)
+    left = {path.name for path in place.iterdir() if path.suffix != ".arrow"}
+    assert left == {".writing-new", ".writing-busy", "tmpnew_0abc", "tmp.json"}
 
 
 # ----------------------------------------------------------------------------------------- collate
@@ -835,6 +937,14 @@ def test_v1_averages_and_counts_missing_predictions_as_wrong(tmp_path):
     examples = gold_examples(tmp_path, [["cat"], ["dog"], ["black dog"], [""]])
     metrics = squad_metrics(examples, {"0": "cat", "2": "dog"}, version_2_with_negative=False)
     assert metrics == {"exact": 25.0, "f1": pytest.approx(100 * (1 + 2 / 3) / 4), "total": 4}
+
+
+def test_v1_questions_without_answer_are_not_scored(tmp_path, caplog):
+    examples = gold_examples(tmp_path, [["cat"], [], ["dog"]])
+    predictions = {"0": "cat", "1": "x", "2": "x"}
+    metrics = squad_metrics(examples, predictions, version_2_with_negative=False)
+    assert metrics == {"exact": 50.0, "f1": 50.0, "total": 2}
+    assert "1 questions have no answer and are not scored" in caplog.text
 
 
 @pytest.mark.parametrize(

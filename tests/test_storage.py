@@ -123,7 +123,9 @@ def test_unpack_writes_a_normal_folder(tmp_path, checkpoint, capsys):
     assert saving_prunebert.main(["pack", str(checkpoint), file]) == 0
     assert saving_prunebert.main(["unpack", file, str(folder)]) == 0
     names = {path.name for path in folder.iterdir()}
-    assert names == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert names == set(
+        "README.md config.json model.safetensors tokenizer.json tokenizer_config.json".split()
+    )
     assert [path.name for path in folder.parent.iterdir()] == ["folder"]
     model = AutoModelForQuestionAnswering.from_pretrained(folder)
     assert type(model).__name__ == "BertForQuestionAnswering"
@@ -314,7 +316,7 @@ def test_a_model_without_a_tokenizer_packs_without(tmp_path, checkpoint, capsys,
     assert saving_prunebert.main(["verify", file, str(bare)]) == 0
     saving_prunebert.main(["unpack", file, str(tmp_path / "out")])
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"config.json", "model.safetensors"}
+    assert names == {"config.json", "model.safetensors", "README.md"}
     assert "has no tokenizer" in refused(capsys, "verify", file, bare, "--data_dir", tmp_path)
 
 

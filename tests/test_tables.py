@@ -314,6 +314,12 @@ def spoil_results(folder):
     edit(folder / "eval_results.json", remaining_percent_linear=5.0)
 
 
+def lose_metrics(folder):
+    results = json.loads((folder / "eval_results.json").read_text())
+    results = {name: value for name, value in results.items() if name not in ("exact", "f1")}
+    (folder / "eval_results.json").write_text(json.dumps(results))
+
+
 def interrupt(folder):
     for file in folder.iterdir():
         file.is_file() and file.unlink()
@@ -322,6 +328,7 @@ def interrupt(folder):
 @pytest.mark.parametrize("spoil, said", [
     (spoil_results, "eval_results.json records 5.00% remaining weights, but its checkpoint has"),
     (spoil_weights, "its model.safetensors has changed since the end of the training"),
+    (lose_metrics, "its eval_results.json has no metric: they are undefined for its data"),
     (interrupt, "it is not finished: it has no eval_results.json"),
     (lambda folder: (folder / "training_summary.json").write_text("{"), "its files are damaged"),
     (lambda folder: (folder / "training_args.json").write_text("{}"), "its files are damaged"),
@@ -355,6 +362,19 @@ def test_headline(runs):
     assert paper[:5] == ["squad (exact/f1), distilled", "paper", "80.4/88.1", "10%", "70.2/80.1"]
     seeds = "15.0/15.0 (10.0 to 20.0, 2 seeds) at 10.0%"
     assert sorted(ours[6].split("; ")) == [seeds, "50.0/50.0 at 10.0%"]
+
+
+def test_headline_of_seeds_with_an_undefined_metric(runs):
+    own = runs / "squad" / "10D3"
+    shutil.copytree(own, own.with_name("second"))
+    edit(own.with_name("second") / "training_args.json", seed=1)
+    found = [read_run(own), read_run(own.with_name("second"))]
+    for run, metrics in zip(found, ({"acc": 10.0}, {"acc": 20.0, "f1": 30.0}), strict=True):
+        run.task, run.metrics, run.remaining = "mrpc", metrics, 10.0
+    for order in (found, found[::-1]):
+        _, ours = headline(order)
+        assert ours[0] == "mrpc (acc/f1), distilled"
+        assert ours[6] == "15.0 (10.0 to 20.0, 2 seeds) at 10.0%"
 
 
 def test_plot(runs, capsys, tmp_path):

@@ -12,6 +12,8 @@ import inspect
 import json
 import logging
 import re
+import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,16 @@ logger = logging.getLogger(__name__)
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 BATCH = 1000  # rows per step
-JSON_TYPES = {list: "a list", str: "a string", bool: "true or false", int: "a whole number"}
+DAY = 24 * 60 * 60  # seconds
+LABEL = (str, int, bool)
+JSON_TYPES = {
+    list: "a list",
+    str: "a string",
+    bool: "true or false",
+    (int, float): "a whole number",
+    (str, int): "a string or a whole number",
+    LABEL: "a string or a whole number, unless --regression is given",
+}
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -44,16 +55,24 @@ def brief(text: object, longest: int = 60) -> str:
     return line if len(line) <= longest else f"{line[: longest - 3]}..."
 
 
-def json_field(record: object, name: str, kind: type, where: str, default=None) -> Any:
-    """`record[name]`, or `default` if it is missing; raises UserError unless it is a `kind`."""
+def json_field(
+    record: object, name: str, kind: type | tuple[type, ...], where: str, default=None
+) -> Any:
+    """`record[name]`, or `default` if it is missing or null; 0 and 1 are false and true.
+
+    Raises UserError unless it is a `kind`.
+    """
     if not isinstance(record, dict):
         raise UserError(f'{where}: must be an object with "{name}", not {brief(record)}')
-    value = record.get(name, default)
+    value = record.get(name)
+    value = default if value is None else value
     if value is None:
         raise UserError(f'{where}: "{name}" is missing or null; correct it')
-    if not isinstance(value, kind) or (kind is int and not 0 <= value < 2**31):
-        wanted = JSON_TYPES.get(kind, "a string or a whole number, unless --regression is given")
-        raise UserError(f'{where}: "{name}" must be {wanted}, not {brief(json.dumps(value))}')
+    if kind is bool and value in (0, 1):
+        value = bool(value)
+    if type(value) not in (kind if isinstance(kind, tuple) else (kind,)):
+        given = brief(json.dumps(value))
+        raise UserError(f'{where}: "{name}" must be {JSON_TYPES[kind]}, not {given}')
     if isinstance(value, str) and SURROGATE.search(value):
         raise UserError(f'{where}: "{name}" holds half a surrogate pair; correct it')
     return value
@@ -69,6 +88,11 @@ def load_hub(*name: str, split: str, cache_dir: str | None) -> Dataset:
             f"{', '.join(name)} ({split}): cannot be loaded from the hub ({reason}); "
             "pass local files with --data_dir"
         ) from error
+
+
+def take_first(examples: Dataset, count: int | None) -> Dataset:
+    """The first `count` examples; None for all."""
+    return examples if count is None else examples.select(range(min(count, len(examples))))
 
 
 def row_tuples(examples: Dataset, names: list[str]) -> Iterator[tuple]:
@@ -112,6 +136,15 @@ def cached_rows(
         return Dataset.from_list(list(rows()), features=features)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left half-written in a cache, if it is unchanged for a day."""
+    for path in (*folder.glob(".writing-*"), *folder.glob("tmp" + "[a-z0-9_]" * 8)):
+        with contextlib.suppress(OSError):  # another process removes it, or may not
+            changes = [part.stat().st_mtime for part in (path, *path.rglob("*"))]
+            if max(changes) < time.time() - DAY:
+                shutil.rmtree(path) if path.name.startswith(".") else path.unlink()
+
+
 def cached_map(
     examples: Dataset,
     featurize: Callable,
@@ -126,6 +159,8 @@ def cached_map(
 
     key: hash of everything else that the features depend on. Rows do not depend on `num_proc`.
     """
+    for folder in {Path(file["filename"]).parent for file in examples.cache_files}:
+        remove_leftovers(folder)
     build = functools.partial(
         examples.map,
         featurize,

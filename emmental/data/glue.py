@@ -5,6 +5,7 @@ A sentence becomes `[CLS] text_a [SEP]`, a pair `[CLS] text_a [SEP] text_b [SEP]
 labels differently, so labels are matched by name: a class index is an index into `Task.labels`.
 """
 
+import collections
 import contextlib
 import csv
 import dataclasses
@@ -13,6 +14,7 @@ import itertools
 import json
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from datasets import Dataset, Features, Value
 from transformers import PreTrainedTokenizerBase
 
 from emmental.data.features import (
+    LABEL,
     brief,
     cached_map,
     cached_rows,
@@ -70,6 +73,11 @@ def read_examples(
     examples = _cached(records, task, labelled, path, cache_dir)
     if not len(examples):
         raise UserError(f"{path}: is empty; it holds no examples")
+    if task.name.startswith("mnli") and labelled:
+        where, record = next(records())
+        if _class_name(record, task, where).isdecimal():
+            order = ", ".join(f"{index} {name}" for index, name in enumerate(task.labels))
+            logger.warning(f"{path}: labels are read as {order}; the hub has another order")
     if task.short_rows and labelled:
         if skipped := sum(1 for _ in _rows(path)) - 1 - len(examples):
             logger.warning(f"{path}: {skipped} rows with too few fields are skipped")
@@ -96,17 +104,45 @@ def load_hub_examples(task: Task, split: str, cache_dir: str | None = None) -> D
 
 
 def find_labels(path: Path, task: Task) -> tuple[str, ...]:
-    """The labels in a file of your own task, sorted; raises UserError if all are the same."""
-    found = [_class_name(record, task, where) for where, record in _records(path, task, True)]
-    labels = tuple(sorted(set(found)))
+    """The labels in a file of your own task, in order; raises UserError if all are the same."""
+    counts = _count_labels(path, task)
+    labels, rows = tuple(counts), counts.total()
     if len(labels) < 2:
         raise UserError(f"{path}: has {len(labels)} different labels; it must have two or more")
-    if len(labels) > max(20, len(found) / 10):
+    if len(labels) > max(20, rows / 10):
         logger.warning(
-            f"{path}: has {len(labels)} labels in {len(found)} rows; if they are numbers to "
-            "predict, add --regression"
+            f"{path}: has {len(labels)} labels in {rows} rows; if they are numbers to predict, "
+            "add --regression"
         )
     return labels
+
+
+def name_outputs(outputs: tuple[str, ...], path: Path, task: Task) -> tuple[str, ...]:
+    """The names of a model's outputs, or if they are only LABEL_0, ..., those that a file has.
+
+    These are the labels of the file in order, or indices. Raises UserError if they do not fit.
+    """
+    if outputs != tuple(f"LABEL_{index}" for index in range(len(outputs))):
+        return outputs
+    labels = tuple(_count_labels(path, task))
+    for names in (outputs, tuple(map(str, range(len(outputs))))):
+        if set(labels) <= set(names):
+            return names
+    if len(labels) == len(outputs):
+        return labels
+    raise UserError(
+        f"{path}: has {len(labels)} labels ({brief(', '.join(labels))}), and the model has "
+        f"{len(outputs)} outputs without names: name them in id2label of its config.json"
+    )
+
+
+def _count_labels(path: Path, task: Task) -> collections.Counter:
+    """The labels in a file of your own task, sorted (1, 2, 10 as numbers), with their counts."""
+    records = _records(path, task, True)
+    counts = collections.Counter(_class_name(record, task, where) for where, record in records)
+    numbers = {name: re.fullmatch(r"(?:LABEL_)?([+-]?\d{1,18})(?:\.0+)?", name) for name in counts}
+    key = (lambda name: (int(numbers[name][1]), name)) if all(numbers.values()) else str
+    return collections.Counter({name: counts[name] for name in sorted(counts, key=key)})
 
 
 def _cached(
@@ -168,6 +204,11 @@ def _rows(path: Path) -> Iterator[tuple[int, object]]:
     Only \\n and \\r\\n end a line: a text may hold any other separator.
     """
     number = 0
+    with open(path, "rb") as file:
+        first, second = file.readline(), file.readline()
+    is_csv = path.suffix == ".csv" and b"\0" not in first  # not UTF-16
+    if b"\r" in first.rstrip(b"\r\n") and (is_csv or not second):
+        raise UserError(f"{path}: its lines end in CR alone; save it with LF or CRLF line ends")
 
     def lines() -> Iterator[str]:
         nonlocal number
@@ -193,7 +234,7 @@ def _rows(path: Path) -> Iterator[tuple[int, object]]:
 
 def _class_name(record: dict, task: Task, where: str) -> str:
     """The label of a record as a text."""
-    name = " ".join(str(json_field(record, task.label_column, str | int, where)).split())
+    name = " ".join(str(json_field(record, task.label_column, LABEL, where)).split())
     if not name:
         raise UserError(f"{where}: {task.label_column} is empty; correct it")
     return name

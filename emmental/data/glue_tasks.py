@@ -22,7 +22,7 @@ class Task:
     metrics: tuple[str, ...] = ("acc",)  # keys of `glue_metrics`; the last compares runs
     evaluation_splits: tuple[str, ...] = ("dev",)
     submissions: dict[str, str] = field(default_factory=dict)  # test split: file of predictions
-    numbered: bool = False  # files and submissions hold class indices, not names
+    numbered: bool = False  # submissions hold class indices, not names
     score_range: tuple[float, float] = (-math.inf, math.inf)  # of a regression's labels
     headerless: tuple[str, ...] = ()  # columns of the labelled files, if they have no header
     short_rows: bool = False  # labelled files have broken rows, with too few fields
@@ -39,9 +39,9 @@ class Task:
 
     @functools.cached_property
     def indices(self) -> dict[str, int]:
-        """Class index of every label, and of every number if the files hold numbers."""
+        """Class index of every label; files of GLUE may hold the indices themselves."""
         indices = {name: index for index, name in enumerate(self.labels)}
-        if self.numbered:
+        if self.name != CUSTOM:
             indices |= {str(index): index for index in range(len(self.labels))}
         return indices
 

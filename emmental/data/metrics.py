@@ -4,7 +4,6 @@ import collections
 import logging
 import re
 import string
-from collections.abc import Callable
 
 import numpy as np
 from datasets import Dataset
@@ -30,11 +29,14 @@ def squad_metrics(
     Keys: exact, f1, total; for v2.0 also HasAns_* and NoAns_* (if there are such questions) and,
     with `null_odds`, best_exact, best_exact_thresh, best_f1, best_f1_thresh: the best scores that
     another threshold on the null odds would give. A question without a prediction counts as wrong.
+    Questions of v1.1 without an answer are not counted, with a warning.
     """
     exact, f1, has_answer = {}, {}, {}
     for id_, answers in row_tuples(examples, ["id", "answers"]):
         golds = [_words(text) for text in answers["text"]]
         has_answer[id_] = bool(golds)
+        if not (golds or version_2_with_negative):
+            continue
         if version_2_with_negative:
             golds = [gold for gold in golds if gold] or [[]]
         if id_ not in predictions:
@@ -48,6 +50,8 @@ def squad_metrics(
         means = [100.0 * total / len(ids) for total in sums]
         return dict(zip((f"{prefix}exact", f"{prefix}f1", f"{prefix}total"), (*means, len(ids))))
 
+    if unscored := len(has_answer) - len(exact):
+        logger.warning(f"{unscored} questions have no answer and are not scored")
     metrics = averages("", list(exact))
     if version_2_with_negative:
         for prefix, answered in ("HasAns_", True), ("NoAns_", False):
@@ -88,34 +92,48 @@ def _best_threshold(scores, predictions, null_odds, has_answer):
     return 100.0 * best / len(scores), threshold
 
 
+GLUE_METRICS = {  # of predictions and labels
+    "acc": lambda predictions, labels: accuracy_score(labels, predictions),
+    "f1": lambda predictions, labels: f1_score(labels, predictions),
+    "mcc": lambda predictions, labels: matthews_corrcoef(labels, predictions),
+    "pearson": lambda predictions, labels: pearsonr(predictions, labels).statistic,
+    "spearmanr": lambda predictions, labels: spearmanr(predictions, labels).statistic,
+}
+MEANS = {"acc_and_f1": ("acc", "f1"), "corr": ("pearson", "spearmanr")}
+
+
 def glue_metrics(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """The metrics of `task.metrics`: fractions of 1, correlations from -1 to 1.
 
     logits: (examples, labels of the task), or for a regression (examples, 1) or (examples,).
-    labels: (examples,). F1 is that of the second label. Undefined correlations count as 0.
+    labels: (examples,). F1 is that of the second label. Undefined metrics are left out, with a
+    warning.
     """
     logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
-    if task.is_regression:
-        scores = logits.reshape(len(labels))
-        pearson, spearman = (_correlation(f, scores, labels) for f in (pearsonr, spearmanr))
-        return {"pearson": pearson, "spearmanr": spearman, "corr": (pearson + spearman) / 2}
-    predictions = logits.argmax(axis=1)
-    if task.key_metric == "mcc":
-        return {"mcc": float(matthews_corrcoef(labels, predictions))}
-    metrics = {"acc": float(accuracy_score(labels, predictions))}
-    if "f1" in task.metrics:
-        metrics["f1"] = float(f1_score(labels, predictions, zero_division=0.0))
-        metrics["acc_and_f1"] = (metrics["acc"] + metrics["f1"]) / 2
+    predictions = logits.reshape(len(labels)) if task.is_regression else logits.argmax(axis=1)
+    metrics, undefined = {}, []
+    for name in task.metrics:
+        if name in MEANS:
+            if all(part in metrics for part in MEANS[name]):
+                metrics[name] = sum(metrics[part] for part in MEANS[name]) / 2
+        elif reason := _why_undefined(name, predictions, labels):
+            undefined.append(f"{name} ({reason})")
+        else:
+            metrics[name] = float(GLUE_METRICS[name](predictions, labels))
+    if undefined:
+        logger.warning(f"undefined and left out: {', '.join(undefined)}")
     return metrics
 
 
-def _correlation(correlate: Callable, scores: np.ndarray, labels: np.ndarray) -> float:
-    if all(0 < np.ptp(values) < np.inf for values in (scores, labels)):
-        return float(correlate(scores, labels).statistic)
-    logger.warning(
-        f"{correlate.__name__} is undefined for equal predictions or labels; it counts as 0"
-    )
-    return 0.0
+def _why_undefined(name: str, predictions: np.ndarray, labels: np.ndarray) -> str | None:
+    """Why a metric has no value; None if it has one."""
+    if name == "f1" and not (predictions.any() or labels.any()):
+        return "no label and no prediction is positive"
+    if name in ("mcc", "pearson", "spearmanr"):
+        for values, title in (labels, "labels"), (predictions, "predictions"):
+            if not 0 < np.ptp(values) < np.inf:
+                return f"all {title} are equal"
+    return None
 
 
 def mean_entropy(logits: np.ndarray) -> float:

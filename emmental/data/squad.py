@@ -6,6 +6,7 @@ token keeps its start and end character, so an answer is a slice of the original
 context is tokenized once, not once per question.
 """
 
+import codecs
 import collections
 import functools
 import itertools
@@ -34,7 +35,8 @@ from emmental.data.features import (
 )
 from emmental.errors import UserError
 
-VERSION = 1  # raise it when the features of the same input change: old caches are then ignored
+VERSION = 2  # raise it when the features of the same input change: old caches are then ignored
+HUB_NAMES = {False: "rajpurkar/squad", True: "rajpurkar/squad_v2"}
 NO_SPAN_ODDS = 1e6  # null odds of a question without a valid span: finite, above every real score
 EXAMPLE_FEATURES = Features(
     id=Value("string"),
@@ -72,38 +74,89 @@ def read_examples(
 
 def _questions(path: Path, version_2_with_negative: bool, unique_ids: bool) -> Iterator[dict]:
     """Check and yield the questions of a file, as rows of the data set."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not JSON in UTF-8 ({error}); download it again") from error
     ids = set()
-    for article, in_article in _items(content, "data", str(path)):
+    for article, in_article in _items(_read_json(path), "data", str(path)):
         title = json_field(article, "title", str, in_article, default="")
         for paragraph, in_paragraph in _items(article, "paragraphs", in_article):
             context = json_field(paragraph, "context", str, in_paragraph)
             for qa, where in _items(paragraph, "qas", in_paragraph):
-                answers = {"text": [], "answer_start": []}
-                for answer, in_answer in _items(qa, "answers", where, default=[]):
-                    for name, kind in ("text", str), ("answer_start", int):
-                        answers[name].append(json_field(answer, name, kind, in_answer))
-                is_impossible = json_field(qa, "is_impossible", bool, where, default=False)
-                if is_impossible and (answers["text"] or not version_2_with_negative):
+                id_ = str(json_field(qa, "id", (str, int), where))
+                if unique_ids and id_ in ids:
                     raise UserError(
-                        f"{where}: is_impossible is true; add --version_2_with_negative and give "
-                        "the question no answers"
+                        f"{where}: the id {brief(id_)!r} already belongs to another question"
                     )
-                row = {name: json_field(qa, name, str, where) for name in ("id", "question")}
-                if unique_ids and row["id"] in ids:
-                    raise UserError(
-                        f"{where}: the id {brief(row['id'])!r} already belongs to another question"
-                    )
-                ids.add(row["id"])
-                yield row | {
+                ids.add(id_)
+                question = json_field(qa, "question", str, where)
+                answers = _answers(qa, where, len(context), version_2_with_negative)
+                yield {
+                    "id": id_,
                     "title": title,
                     "context": context,
+                    "question": question,
                     "answers": answers,
-                    "is_impossible": is_impossible,
+                    "is_impossible": version_2_with_negative and is_unanswerable(answers),
                 }
+
+
+def _answers(qa: dict, where: str, length: int, version_2_with_negative: bool) -> dict[str, list]:
+    """The answers of a question about a context of `length` characters.
+
+    An `answer_start` that is missing or cannot be is -1: evaluation does not need it.
+    """
+    marked = json_field(qa, "is_impossible", bool, where, default=False)
+    texts, starts = [], []
+    for answer, in_answer in _items(qa, "answers", where, default=[]):
+        texts.append(json_field(answer, "text", str, in_answer, default="" if marked else None))
+        start = json_field(answer, "answer_start", (int, float), in_answer, default=-1)
+        starts.append(start if isinstance(start, int) and 0 <= start < length else -1)
+    answers = {"text": texts, "answer_start": starts}
+    if marked and not (version_2_with_negative and is_unanswerable(answers)):
+        raise UserError(
+            f"{where}: is_impossible is true; add --version_2_with_negative and give the question "
+            "no answers"
+        )
+    if version_2_with_negative and is_unanswerable(answers):
+        return {"text": [], "answer_start": []}
+    return answers
+
+
+def is_unanswerable(answers: dict[str, list]) -> bool:
+    """Whether a question has no answer: in v2.0 that is right, v1.1 cannot train on it."""
+    return not any(text.strip() for text in answers["text"])
+
+
+def _read_json(path: Path) -> object:
+    content = path.read_bytes()
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not JSON in UTF-8: {_what_it_is(content, error)}") from error
+
+
+def _what_it_is(content: bytes, error: Exception) -> str:
+    """What a file is that is not JSON, and what to do."""
+    start = content[:200].removeprefix(codecs.BOM_UTF8).lstrip()
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a pointer of git-lfs; run `git lfs pull` in its repository"
+    if start.startswith(b"<"):
+        return "it is HTML or XML, such as a web page; download the file itself"
+    if start.startswith((b"\x1f\x8b", b"PK\x03\x04")):
+        return "it is compressed; unpack it"
+    if not json.detect_encoding(content).startswith("utf-8"):
+        return "it is UTF-16 or UTF-32; save it as UTF-8"
+    if isinstance(error, UnicodeDecodeError):
+        return f"{error}; save it as UTF-8"
+    if start and not start.startswith((b"{", b"[")):
+        return (
+            f"it is other text, such as CSV ({brief(start.decode(errors='replace'))!r}); convert it"
+        )
+    if not isinstance(error, json.JSONDecodeError):  # nested too deeply, an endless number
+        return f"{error}; correct it"
+    before, after = error.doc[: error.pos].rstrip(), error.doc[error.pos :].lstrip()
+    if not after or error.msg.startswith("Unterminated"):
+        return f"{error}: it ends early; download it again"
+    trailing = ": a trailing comma" if before.endswith(",") and after[0] in "]}" else ""
+    return f"{error}{trailing}; correct it"
 
 
 def _items(record: dict, name: str, where: str, **default) -> Iterator[tuple[object, str]]:
@@ -116,26 +169,28 @@ def load_hub_examples(
     split: str, version_2_with_negative: bool, cache_dir: str | None = None
 ) -> Dataset:
     """Load `split` ("train" or "validation") from the hub, with the columns of `read_examples`."""
-    name = "rajpurkar/squad_v2" if version_2_with_negative else "rajpurkar/squad"
+    name = HUB_NAMES[version_2_with_negative]
     hub = load_hub(name, split=split, cache_dir=cache_dir)
-    is_impossible = [not answers["text"] for answers in hub["answers"]]
+    is_impossible = [version_2_with_negative and is_unanswerable(a) for a in hub["answers"]]
     return hub.add_column("is_impossible", is_impossible).select_columns(list(EXAMPLE_FEATURES))
 
 
-def drop_misaligned(examples: Dataset) -> tuple[Dataset, list[str]]:
-    """Drop the questions that cannot be trained on; returns (the others, the dropped ids).
+def drop_misaligned(examples: Dataset) -> tuple[Dataset, dict[str, list[str]]]:
+    """Drop the questions that cannot be trained on; returns (the others, {reason: dropped ids}).
 
-    These are answerable questions without an answer, and those whose first answer is blank or not
-    at its `answer_start`.
+    These are questions of v1.1 without an answer, and those whose first answer is blank or not at
+    its `answer_start`.
     """
-    keep, dropped = [], []
+    keep, dropped = [], collections.defaultdict(list)
     names = ["id", "context", "answers", "is_impossible"]
     for row, (id_, context, answers, is_impossible) in enumerate(row_tuples(examples, names)):
-        text, start = next(zip(answers["text"], answers["answer_start"]), ("", 0))
-        if is_impossible or (text.strip() and context.startswith(text, start)):
+        text, start = next(zip(answers["text"], answers["answer_start"]), ("", -1))
+        if is_impossible or (text.strip() and start >= 0 and context.startswith(text, start)):
             keep.append(row)
+        elif is_unanswerable(answers):
+            dropped["no answer"].append(id_)
         else:
-            dropped.append(id_)
+            dropped["the answer is not at its answer_start"].append(id_)
     return (examples.select(keep, keep_in_memory=True) if dropped else examples), dropped
 
 

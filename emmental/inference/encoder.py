@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from transformers import BertConfig
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from ..modules.numeric import is_traced
 from .compaction import Affine, Layer
 from .kernels import Library, Matrix, Native
 
+NOT_IN_GRAPHS = "a sparse model cannot be traced or exported: take the bertarized model instead"
 GROUP_TOKENS = 512  # tokens that pass all layers together, so that activations stay in the cache
 
 
@@ -61,7 +63,7 @@ class SparseEncoder(nn.Module):
         """Multiply-adds per token of a sequence of `length`, which bound the speed."""
         return sum(layer.multiply_adds(length) for layer in self.layers)
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason=NOT_IN_GRAPHS)
     @torch.no_grad()
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs
@@ -98,6 +100,8 @@ class SparseEncoder(nn.Module):
         return run.leave(x)
 
     def _check(self, hidden_states: Tensor, kwargs: dict) -> None:
+        if is_traced():
+            raise ValueError(NOT_IN_GRAPHS)
         if self.training:
             raise ValueError(
                 "a sparse model cannot be trained: call eval(), or train the model it was made from"

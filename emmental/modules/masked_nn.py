@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from .binarizer import compute_mask  # noqa: F401, published here
 from .granularity import GRANULARITIES
 from .methods import find_method
-from .numeric import apply_mask
+from .numeric import NOT_IN_GRAPHS, apply_mask, check_values, is_traced
 from .product import MaskedProduct
 
 MASK_INITS = ("constant", "uniform", "kaiming")
@@ -89,6 +89,7 @@ class MaskedLinear(nn.Linear):
     def source(self) -> Tensor:
         """What the mask follows from: the scores, or the weights that magnitude pruning ranks."""
         scores = self.mask_scores
+        check_values(self.weight, scores)
         return self.granularity.rank(self.weight.detach()) if scores is None else scores
 
     @property
@@ -104,23 +105,29 @@ class MaskedLinear(nn.Linear):
     def forward(self, input: Tensor, threshold: float | None = None) -> Tensor:
         current = self.in_force
         if threshold is not None:
-            mask = self.method.masks([self.source], threshold, self.training)[0]
-            current = MaskInForce(mask, threshold, self.training, lasting=False)
+            current = self._find_mask(threshold)
         elif current is None:
             raise RuntimeError("no mask: use `with masked(model, threshold):`, or threshold=...")
-        if current.lasting and not (self.training or torch.is_grad_enabled()):
+        if is_traced() and self.training:
+            raise ValueError("a trace or export keeps its masks for good: call model.eval() first")
+        if is_traced() or (current.lasting and not (self.training or torch.is_grad_enabled())):
             own = type(self.weight) is nn.Parameter  # torch.func.functional_call passes a tensor
             weight = current.masked_weight if own else None
             if weight is None:
                 mask = self.granularity.expand(current.mask, self.weight.shape)
                 weight = apply_mask(self.weight.detach(), mask)
-            if own and not torch.compiler.is_exporting():
+            if own and not is_traced():
                 current.masked_weight = weight
             return F.linear(input, weight, self.bias)
         if torch.is_autocast_enabled(input.device.type):  # MaskedProduct casts W and b
             input = input.to(torch.get_autocast_dtype(input.device.type))
         tensors = input, self.weight, self.mask_scores, current.mask, self.bias
         return MaskedProduct.apply(*tensors, self.method, self.granularity, current.sampled)
+
+    @torch.compiler.disable(reason=NOT_IN_GRAPHS)  # they would be compiled for each threshold
+    def _find_mask(self, threshold: float) -> MaskInForce:
+        mask = self.method.masks([self.source], threshold, self.training)[0]
+        return MaskInForce(mask, threshold, self.training, lasting=False)
 
     def _forget_masked_weight(self) -> None:
         if self.in_force:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .masked_nn import MaskedLinear, MaskInForce
 from .methods import check_fraction
+from .numeric import NOT_IN_GRAPHS
 from .topk import count_ones, keep_largest_together
 
 LOCK = threading.RLock()  # held by the thread that puts masks in force, or that uses its own
@@ -64,6 +65,7 @@ def count(masks: Masks) -> Counts:
     return Counts(remaining, {n: mask.numel() * sizes[n] for n, mask in masks.by_layer.items()})
 
 
+@torch.compiler.disable(reason=NOT_IN_GRAPHS)  # they would be compiled for each threshold
 @torch.no_grad()
 def find_masks(
     model: nn.Module,
@@ -88,6 +90,11 @@ def find_masks(
     layers, config = masked_layers(model), _config(model)
     if not layers:
         raise ValueError("the model has no masked layers")
+    if any(name.rpartition(".")[2] == "base_layer" for name in layers):
+        raise ValueError(
+            "an adapter (PEFT) over a masked layer could not be merged: convert the model with "
+            "bertarize.py first, and add the adapter to the result"
+        )
     method = next(iter(layers.values())).method
     sources = {layer.owner: layer.source for layer in layers.values()}  # layers may share scores
     values = list(sources.values())

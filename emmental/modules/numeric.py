@@ -6,6 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+NOT_IN_GRAPHS = (
+    "masks cannot be found within a trace, an export or a full graph: open `with masked(model):` "
+    "around it, or convert the model with bertarize.py first"
+)
+
 
 def apply_mask(tensor: Tensor, mask: Tensor) -> Tensor:
     """tensor * mask, in the dtype of `tensor`."""
@@ -15,7 +20,25 @@ def apply_mask(tensor: Tensor, mask: Tensor) -> Tensor:
 
 def as_factor(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """The mask in a floating dtype. A CPU converts bytes ten times as fast as booleans."""
-    return (mask.view(torch.int8) if mask.dtype == torch.bool else mask).to(dtype)
+    as_bytes = mask.dtype == torch.bool and not is_traced()  # TorchScript and ONNX lack such views
+    return (mask.view(torch.int8) if as_bytes else mask).to(dtype)
+
+
+def is_traced() -> bool:
+    """Whether `torch.jit.trace`, `torch.export` or `torch.onnx` records this call."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
+def check_values(weight: Tensor, scores: Tensor | None) -> None:
+    """Raises ValueError where a mask cannot be found, as there are no values to compare."""
+    if is_traced():
+        raise ValueError(NOT_IN_GRAPHS)
+    stored = weight if scores is None else scores
+    if stored.is_meta or type(stored.detach()) is not Tensor or weight.dim() != 2:
+        raise ValueError(
+            "masks need all weights, but these are offloaded or sharded: keep them whole, as DDP "
+            "does, or convert the model with bertarize.py first"
+        )
 
 
 def uniform_noise(scores: Tensor, generator: torch.Generator | None = None, margin: float = 1e-4):

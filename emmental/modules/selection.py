@@ -17,7 +17,7 @@ SAMPLE_STRIDE = 61  # a prime, so that a sample has entries of every column
 def select_largest(value: Tensor, count: int, absolute: bool = False) -> Tensor:
     """Boolean mask of the `count` largest (absolute) entries of a CPU tensor, first ones first."""
     dtype = torch.promote_types(value.dtype, torch.float32)  # NumPy has no bfloat16
-    vector = value.detach().to(dtype).reshape(-1).numpy()
+    vector = np.from_dlpack(value.detach().to(dtype).reshape(-1))  # numpy() would pin FSDP's memory
     vector = np.abs(vector) if absolute else vector
     return torch.from_numpy(_select_largest(vector, count)).view(value.shape)
 

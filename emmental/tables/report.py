@@ -32,7 +32,8 @@ def headline(runs: list[Run]) -> list[list[str]]:
             if not any(cells):
                 continue
             teacher = "distilled" if distil else "without teacher"
-            title = f"{task} ({'/'.join(own[0].metrics)}), {teacher}"
+            metrics = max((run.metrics for run in own), key=len)
+            title = f"{task} ({'/'.join(metrics)}), {teacher}"
             if task in TASKS:
                 paper_dense = _joined(load_points(task)[0].metrics.values())
                 paper = _paper_cells(task, distil, level)
@@ -47,7 +48,7 @@ def _cell(runs: Iterable[Run]) -> str:
     by_settings = sorted(runs, key=lambda run: run.settings)
     for _, group in itertools.groupby(by_settings, key=lambda run: run.settings):
         seeds = list(group)
-        names = seeds[0].metrics
+        names = [n for n in seeds[0].metrics if all(n in run.metrics for run in seeds)]
         part = _joined(statistics.mean(run.metrics[name] for run in seeds) for name in names)
         if len(seeds) > 1:
             first = [next(iter(run.metrics.values())) for run in seeds]

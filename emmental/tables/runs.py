@@ -39,7 +39,7 @@ class Run:
     @property
     def settings(self) -> str:
         """The arguments that the result depends on, without the seed."""
-        ignored = FREE_ARGUMENTS - {"model_name_or_path"} | {"seed"}
+        ignored = FREE_ARGUMENTS - {"model_name_or_path", "max_eval_samples"} | {"seed"}
         return str(sorted((k, str(v)) for k, v in self.args.items() if k not in ignored))
 
 
@@ -86,6 +86,8 @@ def read_run(folder: Path) -> Run:
         args=args,
         summary=summary,
     )
+    if not run.metrics:
+        raise UserError(f"its {RESULTS} has no metric: they are undefined for its data")
     if is_masked(args["model_type"]):
         run.method = METHODS[args["pruning_method"]].title + (GLOBAL if args["global_topk"] else "")
         counts = remaining_weights(load_masked(str(folder)))

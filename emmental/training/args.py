@@ -83,6 +83,8 @@ FLAGS = {
         ("cache_dir", str, None, "where downloads and features are cached"),
         ("do_lower_case", bool, False, "lower-case even if the tokenizer's files do not say so"),
         ("max_seq_length", COUNT, None, "tokens at which longer inputs are cut"),
+        ("max_train_samples", COUNT, None, "train on the first examples only, so many"),
+        ("max_eval_samples", COUNT, None, "evaluate the first examples only, so many of each set"),
         ("threads", COUNT, 1, "processes that make features"),
         ("overwrite_cache", bool, False, "make the features again"),
     ],

@@ -45,8 +45,8 @@ FREE_ARGUMENTS = {
     "eval_all_checkpoints", "overwrite_output_dir", "overwrite_cache", "resume_from_checkpoint",
     "per_gpu_eval_batch_size", "logging_steps", "save_steps", "save_total_limit", "num_workers",
     "threads", "local_rank", "check_ranks", "sparse_inference", "verbose_logging", "n_best_size",
-    "max_answer_length", "null_score_diff_threshold", "fp16_opt_level", "server_ip", "server_port",
-    "lang_id",
+    "max_answer_length", "null_score_diff_threshold", "max_eval_samples", "fp16_opt_level",
+    "server_ip", "server_port", "lang_id",
 }  # fmt: skip
 
 

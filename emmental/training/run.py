@@ -1,6 +1,7 @@
 """What a script does, from the command line to the results: load, train, evaluate, report."""
 
 import argparse
+import inspect
 import logging
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from ..card import write_run_card
 from ..errors import fail, one_line_errors
 from ..export import mask_report
 from ..families import is_masked
@@ -87,13 +89,13 @@ def run(
         output_dir,
         sparsify if args.sparse_inference else None,
     )
-    figures, results = {}, {}
+    figures, results, final = {}, {}, {}
     if args.do_train:
         figures = _train(task, args, model, tokenizer, resume_folder, world, log, predictor)
     if args.do_eval:
         if args.eval_all_checkpoints:
             results = _evaluate_checkpoints(task, args, predictor)
-        final = predictor.evaluate(model)
+        final |= predictor.evaluate(model)
         log.evaluation(final, figures.get("updates", 0))
         results |= final
     log.close()
@@ -102,6 +104,8 @@ def run(
         results |= mask_report(model) if is_masked(args.model_type) else {}
         if args.do_eval:
             write_results(output_dir, results)
+        if args.do_train:
+            _write_card(task, args, given, model, final)
         total = {"total_seconds": time.perf_counter() - started}
         print_summary(results | figures | total, output_dir)
     world.barrier()
@@ -147,6 +151,29 @@ def _train(
     passes, batches = Passes(task, state, teacher), training_batches(plan, task, state)
     with masked(teacher) if teacher else nullcontext():  # its masks never change
         return train(state, passes, batches, log, predictor)
+
+
+def _write_card(
+    task: Task,
+    args: argparse.Namespace,
+    given: set[str],
+    model: PreTrainedModel,
+    metrics: dict[str, float],
+) -> None:
+    command = ["python", Path(inspect.getfile(type(task))).name]
+    for name, value in vars(args).items():
+        if name in given and name != "resume_from_checkpoint":
+            command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    write_run_card(
+        Path(args.output_dir),
+        model,
+        base=args.model_name_or_path,
+        data=task.data,
+        dataset=task.dataset,
+        teacher=args.teacher_name_or_path,
+        metrics={name: value for name, value in metrics.items() if isinstance(value, float)},
+        command=command,
+    )
 
 
 def _evaluate_checkpoints(

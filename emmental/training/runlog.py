@@ -21,7 +21,7 @@ def set_up_logging() -> None:
     is_main = int(os.environ.get("RANK", 0)) == 0
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger().setLevel(logging.INFO if is_main else logging.ERROR)
-    for name in ("datasets", "httpx", "fsspec", "filelock", "torch"):
+    for name in ("datasets", "httpx", "httpx2", "fsspec", "filelock", "torch"):
         logging.getLogger(name).setLevel(logging.WARNING if is_main else logging.ERROR)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of every retry
     transformers.utils.logging.set_verbosity_error()  # loading.py reports what matters

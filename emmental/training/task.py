@@ -18,8 +18,9 @@ class Task:
     """A task: its flags, data, loss and metrics.
 
     head: the head of its models, one of `families.HEADS`. result_files: patterns of the files that
-    its evaluation writes to output_dir; a new run removes old ones. labels, set by `load_examples`:
-    the number or the names of the head's outputs; none for a regression. train_set,
+    its evaluation writes to output_dir; a new run removes old ones. data, dataset: the name of its
+    data, and their name on the hub, for the model card. labels, set by `load_examples`: the number
+    or the names of the head's outputs; none for a regression. train_set,
     evaluation_sets, test_sets, set by `make_features`: the features, by split, with a column
     `length` (tokens); None or empty if the flags do not ask for them.
     """
@@ -30,6 +31,8 @@ class Task:
     save_steps: int
     result_files: tuple[str, ...] = ("eval_results.*",)
 
+    data: str = "your own data"
+    dataset: str | None = None
     labels: int | tuple[str, ...]
     train_set: Dataset | None = None
     evaluation_sets: dict[str, Dataset] = {}
@@ -43,7 +46,10 @@ class Task:
         return []
 
     def load_examples(self, args: argparse.Namespace, source: str) -> None:
-        """Read the examples that the arguments ask for. source: the model, which has labels."""
+        """Read the examples that the arguments ask for: `max_train_samples`, `max_eval_samples`.
+
+        source: the model, which has labels.
+        """
         raise NotImplementedError
 
     def make_features(

@@ -1,0 +1,150 @@
+"""Model cards: the README.md of a saved model, which the hub shows as its page.
+
+The card of a fine-pruned model ends with the section `MADE`: its data, metrics and command. The
+bertarized and the packed forms of the model take over its metadata and this section.
+"""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch import nn
+from transformers import PreTrainedModel
+
+from .errors import TrainingError, first_line
+from .export import remaining_weights
+from .families import encoder_of
+from .files import write_text
+from .modules.masks import masked_layers
+from .modules.methods import METHODS
+
+CARD_FILE = "README.md"
+MADE = "## How it was made"
+PAPER = "[Movement Pruning: Adaptive Sparsity by Fine-Tuning](https://arxiv.org/abs/2005.07683)"
+PIPELINES = {
+    "QuestionAnswering": "question-answering",
+    "SequenceClassification": "text-classification",
+    "TokenClassification": "token-classification",
+    "MultipleChoice": "multiple-choice",
+}
+
+
+def write_run_card(
+    folder: Path,
+    model: PreTrainedModel,
+    *,
+    base: str,
+    data: str,
+    dataset: str | None,
+    teacher: str | None,
+    metrics: dict[str, float],
+    command: Sequence[str],
+) -> None:
+    """Write the card of the model that a training run saved to `folder`.
+
+    base: the model that it started from. data, dataset: what it was trained on, and the name of
+    this on the hub. metrics: of its evaluation. command: the words of the command of the run.
+    """
+    head = type(model).__name__.partition("For")[2]
+    scores = [
+        EvalResult(
+            task_type=PIPELINES[head],
+            dataset_type=dataset or data,
+            dataset_name=data,
+            metric_type=name,
+            metric_value=value,
+        )
+        for name, value in metrics.items()
+    ]
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=PIPELINES[head],
+        tags=["movement-pruning"] if masked_layers(model) else None,
+        base_model=None if Path(base).exists() else base,
+        datasets=[dataset] if dataset else None,
+        model_name=folder.resolve().name if scores else None,
+        eval_results=scores or None,
+    )
+    rows = {"started from": f"`{base}`", "data": data}
+    if teacher:
+        rows["teacher"] = f"`{teacher}`"
+    rows |= {name: f"{value:.4g}" for name, value in metrics.items()}
+    table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+    made = f"{MADE}\n\n| | |\n|---|---|\n{table}\n```bash\n{shlex.join(command)}\n```\n"
+    write_text(folder / CARD_FILE, _card(metadata, folder.resolve().name, model, made))
+
+
+def derived_card(source: str | None, name: str, model: PreTrainedModel, origin: str) -> str:
+    """The card of a plain model made from a fine-pruned one.
+
+    source: the card of that model, if it has one. name: of the plain model. origin: a sentence
+    that says what it was made from.
+    """
+    metadata, made = ModelCardData(library_name="transformers"), ""
+    if source:
+        metadata = ModelCard(source).data
+        made = source[source.index(MADE) :] if MADE in source else ""
+    if metadata.eval_results:
+        metadata.model_name = name
+    made = made.removeprefix(MADE).lstrip("\n")
+    return _card(metadata, name, model, f"{MADE}\n\n{origin}\n\n{made}")
+
+
+def read_card(folder: Path) -> str | None:
+    """The card in a folder; None if there is none."""
+    path = folder / CARD_FILE
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+
+
+def push_to_hub(folder: Path, repo_id: str) -> str:
+    """Upload a saved model with its card, and return its URL. Raises TrainingError."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        url = api.create_repo(repo_id, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=repo_id)
+    except Exception as error:  # no network, no token, no permission: each has its own type
+        raise TrainingError(
+            f"{folder} is written, but cannot be pushed to {repo_id}: {first_line(error)}"
+        ) from error
+    return str(url)
+
+
+def _card(metadata: ModelCardData, name: str, model: PreTrainedModel, made: str) -> str:
+    kind, config = type(model).__name__, model.config
+    if masked_layers(model):
+        method, counts = METHODS[config.pruning_method], remaining_weights(model)
+        linear, published = counts.linear_percent, counts.published_percent
+        at = f" at threshold {config.threshold:g}" if method.threshold else ""
+        intro = (
+            f"A `{kind}` after {method.title} pruning (`{config.pruning_method}`{at}, {PAPER}). "
+            "It holds all weights, and the scores from which the masks follow."
+        )
+        load = f"from emmental import {kind}\n\nmodel = {kind}"
+    else:
+        linear, published = _dense_percents(model)
+        intro = f"A plain `{kind}`, whose pruned weights are zero ({PAPER})."
+        if linear == 100:
+            intro = f"A `{kind}` without pruned weights."
+        load = f"from transformers import {kind}\n\nmodel = {kind}"
+    remain = (
+        f"{linear:.1f}% of the weights of its encoder's linear layers remain "
+        f"({published:.1f}% of the encoder, bias and LayerNorm included)."
+    )
+    return (
+        f"---\n{metadata.to_yaml()}\n---\n\n# {name}\n\n{intro} {remain}\n\n"
+        f'## Load\n\n```python\n{load}.from_pretrained("{name}")\n```\n\n{made}'
+    )
+
+
+@torch.no_grad()
+def _dense_percents(model: PreTrainedModel) -> tuple[float, float]:
+    """Percentages of weights that are not zero: of the encoder's Linears, and of the encoder."""
+    encoder = encoder_of(model)
+    weights = [module.weight for module in encoder.modules() if isinstance(module, nn.Linear)]
+    kept, total = (sum(int(f(w)) for w in weights) for f in (torch.count_nonzero, torch.numel))
+    others = sum(parameter.numel() for parameter in encoder.parameters()) - total
+    return 100 * kept / total, 100 * (kept + others) / (total + others)
