@@ -15,7 +15,8 @@ from emmental.card import CARD_FILE, derived_card, push_to_hub, read_card
 from emmental.errors import UserError, one_line_errors
 from emmental.export import bertarized_config, bertarized_state_dict, remaining_weights
 from emmental.files import write_folder, write_text
-from emmental.loading import load_masked, load_tokenizer
+from emmental.loading import load_masked
+from emmental.tokenizer import tokenizer_to_copy
 from emmental.training.args import Parser, add_mask_flags, given_masks
 from emmental.training.runlog import set_up_logging
 
@@ -59,10 +60,7 @@ def main(argv: list[str] | None = None) -> Path:
         source = Path(args.model_name_or_path)
         target = target_folder(source, args.target_model_path)
         masked = load_masked(str(source), **given_masks(args))
-        try:
-            tokenizer = load_tokenizer(str(source))
-        except UserError:
-            tokenizer = None
+        tokenizer = tokenizer_to_copy(str(source))
 
         plain_class = getattr(transformers, type(masked).__name__.removeprefix("Masked"))
         plain = plain_class(bertarized_config(masked.config)).eval()
@@ -77,8 +75,6 @@ def main(argv: list[str] | None = None) -> Path:
             write_text(folder / CARD_FILE, card)
 
         write_folder(target, fill)
-        if not tokenizer:
-            print(f"{source} has no tokenizer: none is written")
         percent = remaining_weights(masked).linear_percent
         print(f"{plain_class.__name__} with {percent:.2f} % of its encoder's weights: {target}")
         if args.push_to_hub:

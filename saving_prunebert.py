@@ -22,11 +22,12 @@ from emmental.errors import UserError, one_line_errors
 from emmental.families import is_masked
 from emmental.files import write_json
 from emmental.loading import read_config
+from emmental.tokenizer import VOCABULARIES
 from emmental.training.args import Parser, add_mask_flags, given_masks
 from emmental.training.runlog import set_up_logging
 
 MB = 1e6
-CHECKPOINT = "checkpoint", "folder of a masked, bertarized or dense BERT with its tokenizer"
+CHECKPOINT = "checkpoint", "folder of a masked, bertarized or dense BERT with a fine-tuned head"
 FILE = "file", "packed file"
 FOLDER = "folder", "folder to write"
 
@@ -131,12 +132,19 @@ def evaluate(model: str, args: Namespace) -> dict[str, float]:
 
 def verify(args: Namespace) -> int:
     """Compare a packed file with its checkpoint, print the result, and return the exit status."""
+    header = storage.open_packed(args.file).header
+    names = {entry["name"] for entry in header["files"]}
+    if (args.data_dir or args.predict_file) and names.isdisjoint(VOCABULARIES):
+        raise UserError(
+            f"{args.file} has no tokenizer, and cannot be evaluated: leave out the data"
+        )
     problems = storage.compare(args.file, args.checkpoint, args.base_model, **given_masks(args))
     for problem in problems:
         print(problem)
     if not problems:
-        bits = storage.open_packed(args.file).header["bits"]
-        print(f"all masks are equal, and all weights within the error bound of {bits} bits")
+        print(
+            f"all masks are equal, and all weights within the error bound of {header['bits']} bits"
+        )
     if args.data_dir or args.predict_file:
         with tempfile.TemporaryDirectory() as folder:
             storage.unpack(args.file, f"{folder}/model", args.base_model)
@@ -160,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{args.file}: {size / MB:.2f} MB, {args.bits} bits")
         elif args.verb == "unpack":
             model = storage.unpack(args.file, args.folder, args.base_model)
-            print(f"{type(model).__name__} and its tokenizer are written to {args.folder}")
+            print(f"{type(model).__name__} is written to {args.folder}")
         else:
             packed = storage.open_packed(args.file)
             report = storage.summary(packed)

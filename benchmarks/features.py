@@ -34,8 +34,9 @@ import masked_run_squad
 from emmental.data import glue, glue_tasks, squad
 from emmental.data.metrics import glue_metrics, squad_metrics
 from emmental.errors import UserError, one_line_errors
-from emmental.loading import load_model, load_tokenizer
+from emmental.loading import load_model
 from emmental.schedule import learning_rate_factor
+from emmental.tokenizer import load_tokenizer
 from emmental.training.batches import BatchPlan
 from emmental.training.distributed import World, keep_freed_memory
 from emmental.training.evaluate import Predictor

@@ -73,7 +73,7 @@ def one_line_errors(advice: str = "") -> Iterator[None]:
         file = f": {error.filename}" if error.filename else ""
         fail([f"{error.strerror or error}{file}"], 1)
     except MemoryError:
-        fail(["out of memory: use smaller batches"], 1)
+        fail(["out of memory: use smaller batches, or close other programs"], 1)
     except RuntimeError as error:
         if not _lost_connection(error):
             raise

@@ -12,20 +12,35 @@ from pathlib import Path
 import torch
 import transformers
 from torch import nn
-from transformers import (
-    CONFIG_MAPPING,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from .errors import UserError, first_line
 from .families import FAMILIES, HEADS, MASKED, family_of, is_masked
 from .modules.masks import find_masks, masked_layers
 from .modules.methods import METHODS
+from .tokenizer import declared_casing, has_tokenizer, load_tokenizer, lower_cases
 
 logger = logging.getLogger(__name__)
+
+INITIAL_SCORES = ("mask_init", "mask_scale")
+# Unexpected weights that change no result: buffers, an unused pooler. (Heads are found elsewhere.)
+HARMLESS = re.compile(r"(^|\.)((position|token_type)_ids$|pooler\.)")
+# Settings of other encoders that pass for BERT, and the values at which they change nothing.
+NEUTRAL = {
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "is_encoder_decoder": False,
+    "pruned_heads": {},
+    "layer_norm_type": "layer_norm",
+    "layer_norm_patch": False,
+    "gelu_patch": False,
+    "normalization_type": "layer_norm",
+    "trigram_input": False,
+    "use_bottleneck": False,
+    "num_feedforward_networks": 1,
+    "relative_attention": False,
+}
 
 
 def read_config(source: str, cache_dir: str | None = None) -> dict:
@@ -56,8 +71,9 @@ def head_of(source: str, config: dict) -> str:
         if any(name.endswith(f"For{head}") for name in names):
             return head
     raise UserError(
-        f"{source} has no fine-tuned head: `architectures` in its config.json must end with "
-        f"For{', For'.join(HEADS)}"
+        f"{source} has no head of a task ({', '.join(names) or 'no architectures'} in its "
+        f"config.json): give a model fine-tuned for one of {', '.join(HEADS)}, not a base model "
+        "or a masked-LM head"
     )
 
 
@@ -70,6 +86,7 @@ def load_model(
     config_name: str | None = None,
     cache_dir: str | None = None,
     labels: int | Sequence[str] | None = None,
+    advice: str = "bertarize it first",
     **overrides,
 ) -> PreTrainedModel:
     """The model of a checkpoint with a stock or masked head, in float32 and evaluation mode.
@@ -79,27 +96,20 @@ def load_model(
     labels: the outputs of the head, by default the configuration's: their number or their names. No
         names mean a regression. The outputs of a trained head are put in the order of the names. A
         head with other names is refused if `trained`, and otherwise starts fresh.
-    overrides: values in place of the configuration's. A masked checkpoint's are logged.
-    Raises UserError for a checkpoint that is missing or broken, or does not fit what is asked for.
+    advice: how the caller's user can help where a masked checkpoint records no threshold.
+    overrides: settings of the masks in place of the configuration's. The scores of a masked
+        checkpoint are kept, unless another method is to be trained.
+    Raises UserError for a checkpoint that is missing or broken, does not fit what is asked for, or,
+    if `trained`, holds what the model cannot compute.
     """
-    values = read_config(source, cache_dir)
-    family, was_masked = values["model_type"].removeprefix(MASKED), is_masked(values["model_type"])
-    if was_masked and not masked:
-        raise UserError(
-            f"{source} is a masked checkpoint: use model type {MASKED}{family}, or bertarize it"
-        )
-    if trained and masked and not was_masked:
-        raise UserError(
-            f"{source} is a plain model without masks: use model type {family}, or fine-prune it"
-        )
+    recorded = values = read_config(source, cache_dir)
+    family = values["model_type"].removeprefix(MASKED)
+    _check_kind(source, values["model_type"], masked, trained)
     if config_name:
         values = read_config(config_name, cache_dir)
-    for name, value in overrides.items():
-        old = values.get(name)
-        if was_masked and None not in (value, old) and value != old:
-            logger.warning("%s %s contradicts %s of the checkpoint, and is used", name, value, old)
-    del values["model_type"]  # the class of the configuration has its own
-    values |= overrides | ({} if labels is None else _label_settings(labels))
+    values = _neutral(config_name or source, values, trained)
+    masks, other_scores = _mask_settings(recorded, overrides, trained)
+    values |= masks | _label_settings(labels)
     try:
         config = CONFIG_MAPPING[MASKED + family if masked else family].from_dict(values)
         model, info = getattr(transformers, f"AutoModelFor{head}").from_pretrained(
@@ -115,14 +125,74 @@ def load_model(
         raise UserError(f"cannot load the checkpoint {source}: {first_line(error)}") from error
     fresh = _check_weights(source, model, info, trained)
     if masked:
-        _check_masks(source, model, trained)
+        _check_masks(source, model, trained, advice)
+        for layer in masked_layers(model).values() if other_scores else ():
+            layer.reset_scores()
     if isinstance(labels, Sequence) and labels:
         own = checkpoint_labels(source, cache_dir)
         _align_labels(source, model, fresh, own, labels, trained)
     return model.eval()
 
 
-def _label_settings(labels: int | Sequence[str]) -> dict:
+def _check_kind(source: str, model_type: str, masked: bool, trained: bool) -> None:
+    """Raises UserError for a masked checkpoint if plain is asked for, or the other way round."""
+    family = model_type.removeprefix(MASKED)
+    if is_masked(model_type) and not masked:
+        raise UserError(
+            f"{source} is a masked checkpoint: use model type {MASKED}{family}, or bertarize it"
+        )
+    if trained and masked and not is_masked(model_type):
+        raise UserError(
+            f"{source} is a plain model without masks: use model type {family}, or fine-prune it"
+        )
+
+
+def _ignored(problem: str, trained: bool) -> None:
+    """Refuse what the model cannot compute of a checkpoint or, before a training, warn of it."""
+    if trained:
+        raise UserError(f"{problem}: its results would be wrong; give a BERT without it")
+    logger.warning("%s: training goes on without it", problem)
+
+
+def _neutral(source: str, values: dict, trained: bool) -> dict:
+    """The configuration without what the code decides, and without what no model here computes."""
+    neutral = NEUTRAL | {"embedding_size": values.get("hidden_size")}
+    foreign = {x for x, plain in neutral.items() if values.get(x) and values[x] != plain}
+    for name in sorted(foreign):
+        problem = f"{source}/config.json has {name} {values[name]!r}, which BERT does not compute"
+        _ignored(problem, trained)
+    dropped = foreign | {*INITIAL_SCORES, "model_type", "return_dict"}
+    return {name: value for name, value in values.items() if name not in dropped}
+
+
+def _mask_settings(recorded: dict, asked: dict, trained: bool) -> tuple[dict, bool]:
+    """The settings of the masks, and whether the scores of a masked checkpoint start fresh.
+
+    recorded: the configuration of the checkpoint. asked: what the caller wants; differences are
+    logged.
+    """
+    if not is_masked(recorded["model_type"]):
+        return asked, False
+    methods = {settings.get("pruning_method") for settings in (recorded, asked)} - {None}
+    fresh_scores = not trained and len(methods) > 1
+    for name, value in asked.items():
+        old = recorded.get(name)
+        if None in (value, old) or value == old:
+            continue
+        if name in INITIAL_SCORES:
+            if not fresh_scores:
+                logger.warning("the checkpoint's scores are kept; --%s has no effect", name)
+            continue
+        fresh = "; the scores start fresh" if fresh_scores and name == "pruning_method" else ""
+        message = "%s %s contradicts %s of the checkpoint, and is used%s"
+        logger.warning(message, name, value, old, fresh)
+    kept = () if fresh_scores else [name for name in INITIAL_SCORES if name in recorded]
+    return asked | {name: recorded[name] for name in kept}, fresh_scores
+
+
+def _label_settings(labels: int | Sequence[str] | None) -> dict:
+    if labels is None:
+        return {}
     names = [f"LABEL_{n}" for n in range(labels)] if isinstance(labels, int) else list(labels)
     problem_type = None if names else "regression"
     columns = dict(enumerate(names or ["LABEL_0"]))
@@ -160,12 +230,27 @@ def _check_weights(source: str, model: PreTrainedModel, info: dict, trained: boo
             )
         raise UserError(
             f"{source} has no trained {type(model).__name__} head ({key} is missing): fine-tune "
-            "it first with --do_train"
+            "it first"
         )
+    _check_extra_weights(source, model, info["unexpected_keys"], trained)
     return fresh
 
 
-def _check_masks(source: str, model: PreTrainedModel, trained: bool) -> None:
+def _check_extra_weights(
+    source: str, model: PreTrainedModel, keys: Sequence[str], trained: bool
+) -> None:
+    """Refuse, or warn of, weights in parts of the model that have no place for them."""
+    own = {name for part in (model, model.base_model) for name, _ in part.named_children()}
+    extra = sorted(k for k in keys if k.split(".")[0] in own and not HARMLESS.search(k))
+    if is_masked(model.config.model_type):  # a method without scores leaves them
+        extra = [key for key in extra if not key.endswith(".mask_scores")]
+    if extra:
+        shown = ", ".join(extra[:2]) + (f" and {len(extra) - 2} more" if extra[2:] else "")
+        name = type(model).__name__
+        _ignored(f"{source} holds weights that a {name} lacks ({shown})", trained)
+
+
+def _check_masks(source: str, model: PreTrainedModel, trained: bool, advice: str) -> None:
     """Raises UserError for a masked model without layers or, if trained, without usable masks."""
     layers, config = masked_layers(model).values(), model.config
     if not layers:
@@ -173,11 +258,7 @@ def _check_masks(source: str, model: PreTrainedModel, trained: bool) -> None:
     if not trained:
         return
     if config.threshold is None and METHODS[config.pruning_method].threshold:
-        raise UserError(
-            f"{source} does not record the threshold that it was trained at: give --threshold "
-            "(counts_parameters.py, bertarize.py) or --final_threshold (training scripts); "
-            "bertarize a teacher first"
-        )
+        raise UserError(f"{source} does not record the threshold that it was trained at: {advice}")
     if not all(x.mask_scores.isfinite().all() for x in layers if x.mask_scores is not None):
         raise UserError(f"{source} holds scores that are not finite: its training diverged")
     try:
@@ -253,29 +334,8 @@ def load_masked(
     given = {"pruning_method": pruning_method, "threshold": threshold, "global_topk": global_topk}
     overrides = {name: value for name, value in given.items() if value is not None}
     head = head_of(folder, read_config(folder))
-    return load_model(folder, head, masked=True, trained=True, **overrides)
-
-
-def load_tokenizer(
-    source: str, do_lower_case: bool = False, cache_dir: str | None = None
-) -> PreTrainedTokenizerFast:
-    """The tokenizer of a checkpoint; `do_lower_case` can only switch lower-casing on.
-
-    Raises UserError when there is none.
-    """
-    options = {"do_lower_case": True} if do_lower_case else {}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, cache_dir=cache_dir, use_fast=True, trust_remote_code=False, **options
-        )
-        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers made it up
-            raise ValueError("there is no vocabulary")
-    except Exception as error:  # a missing vocabulary has many errors
-        raise UserError(
-            f"no tokenizer found at {source!r}: give one with --tokenizer_name "
-            f"({first_line(error)})"
-        ) from error
-    return tokenizer
+    advice = "give --threshold"
+    return load_model(folder, head, masked=True, trained=True, advice=advice, **overrides)
 
 
 def load_student(
@@ -292,9 +352,17 @@ def load_student(
 
     Raises UserError when the model, the tokenizer and `max_seq_length` (tokens) do not fit.
     """
-    model = load_model(source, head, cache_dir=cache_dir, **options)
+    advice = "give --final_threshold"
+    model = load_model(source, head, cache_dir=cache_dir, advice=advice, **options)
     tokenizer_name = tokenizer_name or source
-    tokenizer = load_tokenizer(tokenizer_name, do_lower_case, cache_dir)
+    try:
+        tokenizer = load_tokenizer(tokenizer_name, do_lower_case, cache_dir)
+    except UserError as error:
+        raise UserError(f"{error}: give one with --tokenizer_name") from error
+    if do_lower_case and declared_casing(tokenizer_name, cache_dir) is False:
+        logger.warning("%s declares a cased tokenizer; --do_lower_case wins", tokenizer_name)
+    casing = "uncased" if lower_cases(tokenizer.backend_tokenizer) else "cased"
+    logger.info("tokenizer: %s", casing)
     config, highest = model.config, max(tokenizer.get_vocab().values())
     if highest >= config.vocab_size:
         raise UserError(
@@ -327,28 +395,43 @@ def load_teacher(
     masked: bool,
     student: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
+    max_seq_length: int | None = None,
     cache_dir: str | None = None,
 ) -> PreTrainedModel:
     """The teacher for distillation, frozen, in evaluation mode, its labels in the student's order.
 
-    Raises UserError when its vocabulary, labels or sizes do not fit the student.
+    max_seq_length: tokens of the longest input, by default as many as the student takes. Raises
+    UserError when the teacher's vocabulary, labels or sizes do not fit.
     """
     labels = [str(name) for name in student.config.id2label.values()]
     labels = None if _are_anonymous(labels) else labels
     teacher = load_model(
         source, head, masked=masked, trained=True, labels=labels, cache_dir=cache_dir
     )
+    config, own, exact = teacher.config, student.config, {"num_labels"}
     misfit = f"the teacher {source} does not fit the student: "
-    for name in ("vocab_size", "num_labels", "max_position_embeddings", "type_vocab_size"):
-        ours, theirs = (getattr(m.config, name, 0) for m in (student, teacher))
-        if theirs < ours or (theirs > ours and name in ("vocab_size", "num_labels")):
-            raise UserError(f"{misfit}{name} {theirs} against {ours}")
-    try:
-        vocabulary = load_tokenizer(source, cache_dir=cache_dir).get_vocab()
-    except UserError:
-        message = "the teacher %s has no tokenizer: its vocabulary cannot be compared"
-        logger.warning(message, source)
-    else:
+    if has_tokenizer(source, cache_dir):
+        casing = lower_cases(tokenizer.backend_tokenizer)
+        vocabulary = load_tokenizer(source, casing, cache_dir).get_vocab()
         if vocabulary != tokenizer.get_vocab():
             raise UserError(f"{misfit}their vocabularies differ")
+        if declared_casing(source, cache_dir) not in (None, casing):
+            message = "the teacher %s is %s, unlike the tokenizer in use"
+            logger.warning(message, source, "cased" if casing else "uncased")
+        words = max(vocabulary.values()) + 1  # a model may have more, as padding
+    else:
+        message = "the teacher %s has no tokenizer: its vocabulary cannot be compared"
+        logger.warning(message, source)
+        words = own.vocab_size
+        exact.add("vocab_size")
+    needed = {
+        "vocab_size": words,
+        "num_labels": own.num_labels,
+        "max_position_embeddings": max_seq_length or own.max_position_embeddings,
+        "type_vocab_size": min(2, getattr(own, "type_vocab_size", 0)),
+    }
+    for name, need in needed.items():
+        theirs = getattr(config, name, 0)
+        if theirs < need or (theirs > need and name in exact):
+            raise UserError(f"{misfit}{name} {theirs} against {need}")
     return teacher.requires_grad_(False)

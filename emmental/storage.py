@@ -1,7 +1,7 @@
 """Packed files: a fine-pruned BERT close to the entropy of its weights, loaded with one call.
 
-A file holds the plain (bertarized) model: its configuration, its tokenizer, and each tensor as one
-stream of `emmental.coding`. Nothing in it is ever executed. All integers are little-endian:
+A file holds the plain (bertarized) model: its configuration, any tokenizer and model card, and each
+tensor as one stream of `emmental.coding`. Nothing of it is executed. Integers are little-endian:
 
     offset  size  content
     0       8     b"PRUNBERT"
@@ -46,7 +46,8 @@ from .export import bertarized_config, bertarized_state_dict
 from .families import HEADS, MASKED, is_masked
 from .files import write_file, write_folder
 from .inference import sparse_model
-from .loading import head_of, load_masked, load_model, load_tokenizer, read_config
+from .loading import head_of, load_masked, load_model, read_config
+from .tokenizer import tokenizer_to_copy
 
 MAGIC, VERSION = b"PRUNBERT", 1
 PREFIX = struct.Struct("<8sIII16s")
@@ -130,7 +131,7 @@ def pack(
     if target.is_dir():
         raise UserError(f"{target} is a folder: give the name of the file to write")
     architecture, config, state = load_plain(checkpoint, pruning_method, threshold, global_topk)
-    files = _encode_files(load_tokenizer(checkpoint), Path(checkpoint))
+    files = _encode_files(tokenizer_to_copy(checkpoint), Path(checkpoint))
     base = None
     if base_model:
         base = {"name": base_model, "digest": _embeddings_digest(base_embeddings(base_model))}
@@ -195,10 +196,13 @@ def base_embeddings(name_or_path: str) -> dict[str, Tensor]:
     return {f"{EMBEDDINGS}{name}": tensor for name, tensor in model.embeddings.state_dict().items()}
 
 
-def _encode_files(tokenizer: PreTrainedTokenizerFast, checkpoint: Path) -> list[tuple[dict, bytes]]:
+def _encode_files(
+    tokenizer: PreTrainedTokenizerFast | None, checkpoint: Path
+) -> list[tuple[dict, bytes]]:
     files = []
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
+        if tokenizer:
+            tokenizer.save_pretrained(folder)
         if card := read_card(checkpoint):
             (Path(folder) / CARD_FILE).write_text(card, encoding="utf-8")
         for path in sorted(Path(folder).iterdir()):
@@ -359,7 +363,7 @@ def _fetch_embeddings(packed: Packed, base_model: str | None) -> dict[str, Tenso
 
 
 def unpack(file: str, folder: str, base_model: str | None = None) -> PreTrainedModel:
-    """Write model and tokenizer of a packed file to a new `folder`, for `from_pretrained`.
+    """Write the model of a packed file, and its tokenizer if it has one, to a new `folder`.
 
     Returns the model. Raises UserError, or TrainingError for a folder that cannot be written.
     """

@@ -1,18 +1,36 @@
 """Bad input gets one clear line and exit status 2, before any work; a traceback is a bug."""
 
+import json
+import re
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForQuestionAnswering, DistilBertConfig
 
 import bertarize
 import counts_parameters
 import masked_run_squad
 import saving_prunebert
-from emmental import MaskedBertConfig, MaskedBertForQuestionAnswering
+from emmental import MaskedBertConfig, MaskedBertForQuestionAnswering, storage
 from emmental.training.args import check_common_arguments
 
+SOME = "--model_type bert --model_name_or_path m --output_dir o".split()
 PRUNE = ["--max_seq_length", "48", "--max_query_length", "16", "--max_steps", "4", "--do_train"]
+
+
+@pytest.fixture
+def run(tmp_path, tiny_bert, squad_dir):
+    """Run the SQuAD script, and return its output folder."""
+
+    def run_squad(*flags, model=tiny_bert, model_type="masked_bert"):
+        common = f"--model_type {model_type} --model_name_or_path {model} --data_dir {squad_dir} "
+        common = f"{common} --output_dir {tmp_path}/out --cache_dir {tmp_path}/cache".split()
+        masked_run_squad.main([*common, *map(str, flags)])
+        return tmp_path / "out"
+
+    return run_squad
 
 
 @pytest.fixture
@@ -249,12 +267,78 @@ def test_teachers_that_do_not_fit(refused, tmp_path, tiny_bert, tiny_config, tin
         tmp_path / "labels"
     )
     assert "num_labels 3 against 2" in refused(*teach, tmp_path / "labels")
+    short = BertConfig(**tiny_config | {"max_position_embeddings": 40})
+    BertForQuestionAnswering(short).save_pretrained(tmp_path / "short")
+    tiny_tokenizer.save_pretrained(tmp_path / "short")
+    assert "max_position_embeddings 40 against 48" in refused(*teach, tmp_path / "short")
     shutil.copytree(tiny_bert, tmp_path / "words")
     for file in (tmp_path / "words").glob("tokenizer*"):
         file.unlink()
     words = list(tiny_tokenizer.get_vocab())
     (tmp_path / "words" / "vocab.txt").write_text("\n".join(words[:5] + words[:4:-1]))
     assert "vocabularies differ" in refused(*teach, tmp_path / "words")
+
+
+@pytest.mark.parametrize("sizes", [{"vocab_size": 128}, {"max_position_embeddings": 48}])
+def test_teachers_of_other_sizes_that_fit(run, tmp_path, tiny_config, tiny_tokenizer, sizes):
+    teacher = BertForQuestionAnswering(BertConfig(**tiny_config | sizes))
+    teacher.save_pretrained(tmp_path / "teacher")
+    tiny_tokenizer.save_pretrained(tmp_path / "teacher")
+    run(*PRUNE, "--teacher_type", "bert", "--teacher_name_or_path", tmp_path / "teacher")
+
+
+def test_scores_of_a_masked_checkpoint_continue(run, tmp_path, caplog):
+    """A flag of initial scores has no effect on the method's own, and its own on another's."""
+    still = [*PRUNE, "--mask_scores_learning_rate", "1e-12", "--final_threshold", "0.5"]
+    before = load_file(run(*still, "--mask_scale", "-1.5") / "model.safetensors")
+    shutil.move(tmp_path / "out", tmp_path / "first")
+    for method, value in (("topK", -1.5), ("l0", 2.197)):
+        caplog.clear()
+        flags = ["--pruning_method", method, "--mask_scale", "2.197", "--overwrite_output_dir"]
+        out = run(*still, *flags, model=tmp_path / "first")
+        for key, weight in load_file(out / "model.safetensors").items():
+            if key.endswith("mask_scores"):
+                assert torch.allclose(weight, torch.full_like(weight, value), atol=1e-6)
+            assert weight.shape == before[key].shape
+        assert json.loads((out / "config.json").read_text())["mask_scale"] == value
+        kept = "the checkpoint's scores are kept; --mask_scale has no effect"
+        assert (kept in caplog.messages) == (method == "topK")
+        assert ("start fresh" in caplog.text) == (method == "l0")
+
+
+@pytest.mark.parametrize(
+    "name, value", [("position_embedding_type", "relative_key"), ("num_hidden_layers", 1)]
+)
+def test_what_a_checkpoint_holds_and_no_model_computes(
+    refused, run, tmp_path, tiny_bert, tiny_config, tiny_tokenizer, name, value, caplog
+):
+    def write(folder, model):
+        model.save_pretrained(folder)
+        tiny_tokenizer.save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {name: value}))
+        return folder
+
+    plain = write(tmp_path / "plain", BertForQuestionAnswering(BertConfig(**tiny_config)))
+    model = MaskedBertForQuestionAnswering(MaskedBertConfig(**tiny_config, threshold=0.5))
+    masked = write(tmp_path / "masked", model)
+    length = PRUNE[:4]
+    said = [
+        refused(*length, "--do_eval", model=plain, model_type="bert"),
+        refused(*length, "--do_eval", model=masked),
+        refused(*PRUNE, "--teacher_type", "bert", "--teacher_name_or_path", plain),
+        refused("--serialization_dir", masked, script=counts_parameters, bare=True),
+        refused("--model_name_or_path", masked, script=bertarize, bare=True),
+        refused("pack", masked, tmp_path / "file", script=saving_prunebert, bare=True),
+        refused("pack", plain, tmp_path / "file", script=saving_prunebert, bare=True),
+    ]
+    storage.pack(str(tiny_bert), str(tmp_path / "file"))
+    said += [refused("verify", tmp_path / "file", plain, script=saving_prunebert, bare=True)]
+    assert all("results would be wrong" in line for line in said)
+    caplog.clear()
+    run(*PRUNE, model=plain)
+    assert sum("training goes on without it" in line for line in caplog.messages) == 1
+    run(*length, "--do_eval", model=tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -339,3 +423,53 @@ def test_a_contradicting_flag_is_used_with_a_warning(tmp_path, tiny_config, capl
     )
     assert counts.linear_percent == pytest.approx(25)
     assert any("threshold 0.25 contradicts 0.5" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize("script", ["count", "bertarize", "pack", "evaluate", "teach"])
+@pytest.mark.parametrize("lacks", ["threshold", "head", "tokenizer"])
+def test_messages_name_the_flags_of_their_own_script(
+    refused, tmp_path, tiny_config, tiny_tokenizer, script, lacks
+):
+    model = MaskedBertForQuestionAnswering(MaskedBertConfig(**tiny_config, threshold=0.5))
+    model.config.threshold = None if lacks == "threshold" else 0.5
+    folder = tmp_path / "lacking"
+    model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    if lacks == "head":
+        state = load_file(folder / "model.safetensors")
+        del state["qa_outputs.weight"]
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
+    if lacks == "tokenizer":
+        (folder / "tokenizer.json").write_text("{")
+    flags, module = {
+        "count": (["--serialization_dir", folder], counts_parameters),
+        "bertarize": (["--model_name_or_path", folder], bertarize),
+        "pack": (["pack", folder, tmp_path / "file"], saving_prunebert),
+        "evaluate": ([*PRUNE[:4], "--do_eval"], None),
+        "teach": (
+            [*PRUNE, "--teacher_type", "masked_bert", "--teacher_name_or_path", folder],
+            None,
+        ),
+    }[script]
+    if (script, lacks) == ("count", "tokenizer"):
+        return  # it needs none
+    if module:
+        said = refused(*flags, script=module, bare=True)
+        named = set(re.findall(r"--\w+", said))
+        known = "pruning_method threshold global_topk bits base_model".split()
+        assert named <= {f"--{name}" for name in known}
+    else:
+        said = refused(*flags, **({"model": folder} if script == "evaluate" else {}))
+        named = set(re.findall(r"--\w+", said))
+        assert named <= {f"--{x}" for x in vars(masked_run_squad.get_parser().parse_args(SOME))}
+    assert str(folder) in said
+
+
+def test_an_interrupted_count_advises_no_flag_of_training(refused, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(counts_parameters, "load_masked", stop)
+    with pytest.raises(SystemExit) as end:
+        counts_parameters.main(["--serialization_dir", "x"])
+    assert end.value.code == 130 and "--" not in capsys.readouterr().err

@@ -32,7 +32,8 @@ ALLOWED = {  # part: (parts of emmental it may import, third-party libraries; No
     "families": ({"modules"}, {"torch", "transformers"}),
     **{part: (MODELS, {"torch", "transformers"}) for part in STATEMENTS},
     "export": ({"modules"} | MODELS, {"torch", "transformers"}),
-    "loading": (LEAVES | {"modules"} | MODELS, {"torch", "transformers"}),
+    "tokenizer": (LEAVES, {"tokenizers", "transformers"}),
+    "loading": (LEAVES | {"modules", "tokenizer"} | MODELS, {"torch", "transformers"}),
     "card": (
         LEAVES | {"modules", "families", "export"},
         {"torch", "transformers", "huggingface_hub"},
@@ -45,7 +46,7 @@ ALLOWED = {  # part: (parts of emmental it may import, third-party libraries; No
         {"torch", "transformers", "numpy", "scipy"},
     ),
     "storage": (
-        LEAVES | {"card", "coding", "export", "families", "inference", "loading"},
+        LEAVES | {"card", "coding", "export", "families", "inference", "loading", "tokenizer"},
         {"torch", "transformers", "numpy", "scipy"},
     ),
     "tables": (

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -478,13 +479,23 @@ def test_load_model_of_another_head(tiny_bert):
         load_model(str(tiny_bert), "SequenceClassification", masked=False, trained=True)
 
 
+MNLI = ["contradiction", "entailment", "neutral"]
+
+
+@pytest.mark.parametrize(
+    "names, theirs, order",
+    [
+        (["no", "maybe", "yes"], ["Yes", "No", "Maybe"], [1, 2, 0]),
+        (MNLI, ["entailment", "neutral", "contradiction"], [2, 0, 1]),  # the hub's data set
+        (MNLI, ["CONTRADICTION", "NEUTRAL", "ENTAILMENT"], [0, 2, 1]),  # many models of the hub
+    ],
+)
 def test_the_labels_of_a_teacher_take_the_order_of_the_student(
-    tiny_config, tmp_path, tiny_tokenizer
+    tiny_config, tmp_path, tiny_tokenizer, names, theirs, order
 ):
-    names = ["no", "maybe", "yes"]
     config = transformers.BertConfig(**tiny_config, id2label=dict(enumerate(names)))
     student = transformers.BertForSequenceClassification(config)
-    config = transformers.BertConfig(**tiny_config, id2label={0: "Yes", 1: "No", 2: "Maybe"})
+    config = transformers.BertConfig(**tiny_config, id2label=dict(enumerate(theirs)))
     stored = transformers.BertForSequenceClassification(config).eval()
     stored.save_pretrained(tmp_path)
     teacher = load_teacher(
@@ -495,7 +506,7 @@ def test_the_labels_of_a_teacher_take_the_order_of_the_student(
         tokenizer=tiny_tokenizer,
     )
     assert list(teacher.config.id2label.values()) == names
-    torch.testing.assert_close(teacher(**INPUTS).logits, stored(**INPUTS).logits[:, [1, 2, 0]])
+    torch.testing.assert_close(teacher(**INPUTS).logits, stored(**INPUTS).logits[:, order])
 
 
 def drop_key(key):
@@ -524,6 +535,103 @@ SCORES = "bert.encoder.layer.1.output.dense.mask_scores"
 def test_gaps_in_a_checkpoint_are_refused(pruned, tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         load_masked(str(rewrite(pruned, tmp_path / "broken", change)))
+
+
+FOREIGN = {  # what a checkpoint may hold that the model does not compute
+    "position_embedding_type": "relative_key",
+    "is_decoder": True,
+    "add_cross_attention": True,
+    "layer_norm_type": "no_norm",
+    "normalization_type": "no_norm",
+    "gelu_patch": True,
+    "pruned_heads": {"0": [1]},
+    "embedding_size": 16,
+    "num_hidden_layers": 1,
+    "bert.encoder.layer.2.output.dense.weight": torch.zeros(32, 64),
+    "bert.encoder.layer.0.attention.self.distance_embedding.weight": torch.zeros(127, 8),
+    "bert.encoder.layer.0.output.adapter.down.weight": torch.zeros(4, 32),
+    "bert.embeddings.projection.weight": torch.zeros(32, 32),
+    "bert.prompts": torch.zeros(4, 32),
+    "qa_outputs.norm.weight": torch.zeros(32),
+}
+
+
+def warned(caplog):
+    """What the code itself says; transformers' own reports are off in the scripts."""
+    return [r.getMessage() for r in caplog.records if r.name.startswith("emmental")]
+
+
+@pytest.fixture
+def holding(tmp_path):
+    """A copy of a checkpoint with a further setting, or further weights."""
+
+    def write(source, *things):
+        weights = {name: value for name, value in things if torch.is_tensor(value)}
+        folder = rewrite(source, tmp_path / "holding", lambda state: state | weights)
+        config = json.loads((folder / "config.json").read_text())
+        config |= {name: value for name, value in things if not torch.is_tensor(value)}
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return write
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_a_model_does_not_compute_is_refused_or_said(
+    tiny_bert, pruned, holding, tmp_path, caplog, name
+):
+    folder = holding(tiny_bert, (name, FOREIGN[name]))
+    said = "encoder.layer.1" if name == "num_hidden_layers" else name
+    with pytest.raises(UserError, match=said):
+        load_qa(folder, masked=False, trained=True)
+    assert not warned(caplog)
+    load_qa(folder).save_pretrained(tmp_path / "trained")
+    (line,) = warned(caplog)
+    assert said in line and "training goes on" in line
+    caplog.clear()
+    load_qa(tmp_path / "trained", trained=True, threshold=0.5)  # its settings are those computed
+    assert not warned(caplog)
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match=said):
+        load_masked(str(holding(pruned, (name, FOREIGN[name]))))
+
+
+def test_extra_weights_of_a_base_model_are_said(tiny_config, tmp_path, caplog):
+    transformers.BertModel(transformers.BertConfig(**tiny_config)).save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")  # without the prefix of a model with a head
+    state["encoder.layer.0.adapter.weight"] = torch.zeros(4)
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    load_qa(tmp_path)
+    (line,) = warned(caplog)
+    assert "encoder.layer.0.adapter.weight" in line
+
+
+def test_harmless_extras_pass(tiny_bert, pruned, holding, tmp_path, caplog):
+    harmless = {
+        "bert.embeddings.position_ids": torch.arange(64)[None],
+        "bert.embeddings.token_type_ids": torch.zeros(1, 64, dtype=torch.long),
+        "bert.pooler.dense.weight": torch.zeros(32, 32),
+        "cls.predictions.bias": torch.zeros(120),
+        "cls.seq_relationship.weight": torch.zeros(2, 32),
+        "position_embedding_type": "absolute",
+        "is_decoder": False,
+        "pruned_heads": {},
+        "layer_norm_type": "layer_norm",
+        "embedding_size": 32,
+        "return_dict": False,
+    }
+    model = load_qa(holding(tiny_bert, *harmless.items()), masked=False, trained=True)
+    assert model(**INPUTS).start_logits.shape == INPUTS["input_ids"].shape
+    load_qa(tmp_path / "holding")
+    load_qa(pruned, trained=True)
+    assert not warned(caplog)
+    load_qa(pruned, trained=True, pruning_method="magnitude")  # it leaves the scores
+    (line,) = warned(caplog)
+    assert "pruning_method magnitude contradicts topK" in line
+    config = json.loads((pruned / "config.json").read_text()) | {"model_type": "bert"}
+    (pruned / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="mask_scores"):  # the dense weights are not the model
+        load_qa(pruned, masked=False, trained=True)
 
 
 @pytest.mark.parametrize("change", [drop_key, halve_key])
@@ -604,6 +712,27 @@ def test_load_masked_warns_of_a_contradiction(pruned, caplog):
     )
     assert [r.getMessage() for r in caplog.records if "contradicts" in r.getMessage()]
     assert "threshold" in caplog.text and "pruning_method" not in caplog.text
+
+
+@pytest.mark.parametrize("given", [{}, {"mask_init": "constant", "mask_scale": 2.197}])
+def test_training_keeps_scores_or_starts_them_afresh(pruned, caplog, given):
+    saved = load_file(pruned / "model.safetensors")
+    kept = load_qa(pruned, pruning_method="topK", threshold=None, **given)
+    assert all(kept.state_dict()[key].equal(value) for key, value in saved.items())
+    assert (kept.config.mask_init, kept.config.mask_scale) == ("uniform", 1.0)
+    no_effect = "the checkpoint's scores are kept; --{} has no effect"
+    assert warned(caplog) == [no_effect.format(name) for name in given]
+    caplog.clear()
+    fresh = load_qa(pruned, pruning_method="l0", threshold=None, **given)
+    assert warned(caplog) == [
+        "pruning_method l0 contradicts topK of the checkpoint, and is used; the scores start fresh"
+    ]
+    scale = given.get("mask_scale", 0.0)
+    assert (fresh.config.mask_init, fresh.config.mask_scale) == ("constant", scale)
+    for key, value in fresh.state_dict().items():
+        assert value.equal(torch.full_like(value, scale) if "mask" in key else saved[key])
+    counted = load_masked(str(pruned), pruning_method="sigmoied_threshold").state_dict()
+    assert counted[SCORES].equal(saved[SCORES])
 
 
 def test_load_masked_needs_a_threshold(tiny_config, tmp_path):

@@ -304,11 +304,40 @@ def test_another_head_is_refused(tmp_path, packed, tiny_config, tiny_tokenizer, 
     assert "head" in refused(capsys, "pack", tmp_path / "headless", tmp_path / "file")
 
 
-def test_a_missing_tokenizer_is_refused(tmp_path, checkpoint, capsys):
-    no_tokenizer = shutil.ignore_patterns("tokenizer*", "vocab*")
-    shutil.copytree(checkpoint, tmp_path / "bare", ignore=no_tokenizer)
-    assert "tokenizer" in refused(capsys, "pack", tmp_path / "bare", tmp_path / "file")
-    assert not (tmp_path / "file").exists()
+def test_a_model_without_a_tokenizer_packs_without(tmp_path, checkpoint, capsys, caplog):
+    bare, file = tmp_path / "bare", str(tmp_path / "file")
+    shutil.copytree(checkpoint, bare, ignore=shutil.ignore_patterns("tokenizer*", "vocab*"))
+    saving_prunebert.main(["pack", str(bare), file])
+    assert f"{bare} has no tokenizer: none is written" in caplog.messages
+    assert storage.open_packed(file).header["files"] == []
+    plain = storage.load_plain(str(bare))[2]
+    assert storage.load_packed(file).state_dict().keys() == plain.keys()
+    saving_prunebert.main(["info", file])
+    assert saving_prunebert.main(["verify", file, str(bare)]) == 0
+    saving_prunebert.main(["unpack", file, str(tmp_path / "out")])
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"config.json", "model.safetensors", "README.md"}
+    assert "has no tokenizer" in refused(capsys, "verify", file, bare, "--data_dir", tmp_path)
+
+
+@pytest.mark.parametrize("act", ["pack", "bertarize"])
+def test_a_damaged_tokenizer_is_not_taken_for_none(tmp_path, checkpoint, capsys, act):
+    shutil.copytree(checkpoint, tmp_path / "damaged")
+    (tmp_path / "damaged" / "tokenizer.json").write_text("{")
+    with pytest.raises(SystemExit, match="2"):
+        if act == "pack":
+            saving_prunebert.main(["pack", str(tmp_path / "damaged"), str(tmp_path / "file")])
+        else:
+            bertarize.main(["--model_name_or_path", str(tmp_path / "damaged")])
+    assert str(tmp_path / "damaged") in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
+
+
+@pytest.mark.parametrize("name", ["BertModel", "BertForMaskedLM", "BertForPreTraining"])
+def test_models_without_a_head_of_a_task_are_refused(tmp_path, tiny_config, capsys, name):
+    getattr(transformers, name)(BertConfig(**tiny_config)).save_pretrained(tmp_path / "model")
+    said = refused(capsys, "pack", tmp_path / "model", tmp_path / "file")
+    assert name in said and all(head in said for head in HEADS)
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path, checkpoint, capsys):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig
 
 from ..errors import UserError
 from ..families import FAMILIES, MASKED, is_masked
@@ -80,7 +81,7 @@ FLAGS = {
         ("config_name", str, None, "configuration, if not the model's own"),
         ("tokenizer_name", str, None, "tokenizer, if not the model's own"),
         ("cache_dir", str, None, "where downloads and features are cached"),
-        ("do_lower_case", bool, False, "lower-case the text (uncased models)"),
+        ("do_lower_case", bool, False, "lower-case even if the tokenizer's files do not say so"),
         ("max_seq_length", COUNT, None, "tokens at which longer inputs are cut"),
         ("max_train_samples", COUNT, None, "train on the first examples only, so many"),
         ("max_eval_samples", COUNT, None, "evaluate the first examples only, so many of each set"),
@@ -293,12 +294,13 @@ def precision_of(args: argparse.Namespace) -> torch.dtype | None:
 
 
 def student_options(args: argparse.Namespace, given: set[str], resumed: bool) -> dict:
-    """Options of `load_student`. In evaluation, only given flags replace the masks' settings."""
+    """Options of `load_student`. Only given flags replace the settings of masks in evaluation,
+    and those of initial scores ever: their defaults are the configuration's."""
     names = ["cache_dir", "tokenizer_name", "do_lower_case", "max_seq_length"]
     masked = is_masked(args.model_type)
     if masked:
-        settings = ("pruning_method", "mask_init", "mask_scale", "global_topk")
-        names += [name for name in settings if args.do_train or name in given]
+        names += [x for x in ("pruning_method", "global_topk") if args.do_train or x in given]
+        names += [x for x in ("mask_init", "mask_scale") if x in given]
     options = {name: getattr(args, name) for name in names}
     if masked and args.do_train:
         options["threshold"] = None  # known once the model is trained
@@ -339,9 +341,12 @@ class Settings:
     check_ranks: bool
 
 
-def training_settings(args: argparse.Namespace, total_step: int) -> Settings:
+def training_settings(
+    args: argparse.Namespace, total_step: int, config: PreTrainedConfig
+) -> Settings:
     """The settings of a training of `total_step` updates. Raises UserError if plateaus overlap."""
-    if is_masked(args.model_type) and (problem := plateau_problem(args, total_step)):
+    masked = is_masked(args.model_type)
+    if masked and (problem := plateau_problem(args, total_step)):
         raise UserError(problem)
     warmup_steps = warmup_updates(args, total_step)
     scheduled = vars(args) | {"total_step": total_step, "warmup_steps": warmup_steps}
@@ -353,7 +358,7 @@ def training_settings(args: argparse.Namespace, total_step: int) -> Settings:
         "schedule": _take_fields(Schedule, scheduled),
         "precision": precision_of(args),
         "rates": {name: getattr(args, name) for name in RATES},
-        "first_cut": args.mask_scale if args.mask_init == "constant" else 0.0,
+        "first_cut": config.mask_scale if masked and config.mask_init == "constant" else 0.0,
         "keep": args.save_total_limit or (None if args.eval_all_checkpoints else 2),
         "max_grad_norm": args.max_grad_norm or math.inf,
     }

@@ -128,7 +128,7 @@ def _train(
     lengths, accumulation = task.train_set["length"], args.gradient_accumulation_steps
     plan = BatchPlan(lengths, batch_size, accumulation, args.seed)
     total = args.max_steps if args.max_steps > 0 else plan.total_updates(args.num_train_epochs)
-    settings = training_settings(args, total)
+    settings = training_settings(args, total, model.config)
     teacher = None
     if args.teacher_name_or_path:
         teacher = load_teacher(
@@ -137,6 +137,7 @@ def _train(
             masked=is_masked(args.teacher_type),
             student=model,
             tokenizer=tokenizer,
+            max_seq_length=args.max_seq_length,
             cache_dir=args.cache_dir,
         )
     state = TrainingState(model, tokenizer, task.train_set, settings, world)

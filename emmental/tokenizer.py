@@ -1,0 +1,79 @@
+"""The tokenizer of a checkpoint, cased or uncased as its files say.
+
+Without a word of them, transformers lower-cases for every BERT. Here a tokenizer.json, or
+`do_lower_case` in tokenizer_config.json, decides; a vocab.txt alone is cased unless asked.
+"""
+
+import logging
+
+from tokenizers import Tokenizer, normalizers
+from transformers import AutoTokenizer, BertConfig, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import cached_file
+
+from .errors import UserError, first_line
+
+logger = logging.getLogger(__name__)
+
+VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json")
+
+
+def has_tokenizer(source: str, cache_dir: str | None = None) -> bool:
+    """Whether a checkpoint has files of a tokenizer, whole or damaged."""
+    return any(_find_file(source, name, cache_dir) for name in VOCABULARIES)
+
+
+def _find_file(source: str, name: str, cache_dir: str | None) -> str | None:
+    quiet = {"_raise_exceptions_for_missing_entries": False}
+    return cached_file(source, name, cache_dir=cache_dir, **quiet)
+
+
+def lower_cases(tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer (the `backend_tokenizer` of transformers') lower-cases its text."""
+    normalizer = tokenizer.normalizer
+    return bool(normalizer) and "A" not in normalizer.normalize_str("A")
+
+
+def declared_casing(source: str, cache_dir: str | None) -> bool | None:
+    """Whether the files of a tokenizer say that it lower-cases; None if they do not say."""
+    declared = get_tokenizer_config(source, cache_dir=cache_dir).get("do_lower_case")
+    file = _find_file(source, "tokenizer.json", cache_dir)
+    return lower_cases(Tokenizer.from_file(file)) if declared is None and file else declared
+
+
+def load_tokenizer(
+    source: str, do_lower_case: bool = False, cache_dir: str | None = None
+) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint: uncased if `do_lower_case`, or if its files say so.
+
+    Without it, transformers would lower-case for BERT unless tokenizer_config.json forbids it.
+    Raises UserError when there is none.
+    """
+    options = {"cache_dir": cache_dir, "use_fast": True, "trust_remote_code": False}
+    try:
+        config = PreTrainedConfig.get_config_dict(source, cache_dir=cache_dir)[0]
+        if "model_type" not in config and (config or _find_file(source, "vocab.txt", cache_dir)):
+            options["config"] = BertConfig()  # as in `read_config`
+        options["do_lower_case"] = do_lower_case or bool(declared_casing(source, cache_dir))
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers made it up
+            raise ValueError("there is no vocabulary")
+        backend = tokenizer.backend_tokenizer
+        if do_lower_case and not lower_cases(backend):  # a class that does not know the option
+            parts = [normalizers.BertNormalizer(lowercase=True), backend.normalizer]
+            backend.normalizer = normalizers.Sequence([part for part in parts if part])
+    except Exception as error:  # a missing vocabulary has many errors
+        raise UserError(f"no tokenizer found at {source!r} ({first_line(error)})") from error
+    return tokenizer
+
+
+def tokenizer_to_copy(source: str) -> PreTrainedTokenizerFast | None:
+    """The tokenizer to write beside a converted model; says so if there is none."""
+    if not has_tokenizer(source):
+        logger.warning("%s has no tokenizer: none is written", source)
+        return None
+    tokenizer = load_tokenizer(source)
+    if declared_casing(source, None) is None:
+        message = "%s does not say whether its tokenizer lower-cases: it is written as cased"
+        logger.warning(message, source)
+    return tokenizer

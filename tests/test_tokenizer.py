@@ -1,0 +1,166 @@
+"""Cased and uncased: what the folder of a tokenizer says, what the flag says, what is saved."""
+
+import json
+
+import pytest
+import torch
+from conftest import VOCABULARY
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForQuestionAnswering,
+    BertTokenizerFast,
+    PreTrainedTokenizerFast,
+)
+
+import bertarize
+import masked_run_squad
+from emmental.errors import UserError
+from emmental.storage import pack, unpack
+from emmental.tokenizer import load_tokenizer
+
+WORDS = [*VOCABULARY, "Ada", "cafe", "café"]
+
+
+def fast(folder, lower):
+    """The tokenizer of a folder with a vocab.txt."""
+    return BertTokenizerFast(str(folder / "vocab.txt"), do_lower_case=lower)
+
+
+def settings(**values):
+    return lambda folder: (folder / "tokenizer_config.json").write_text(json.dumps(values))
+
+
+def file(lower, **values):
+    """A tokenizer.json alone, or with a tokenizer_config.json of these values."""
+
+    def write(folder):
+        fast(folder, lower).backend_tokenizer.save(str(folder / "tokenizer.json"))
+        (folder / "vocab.txt").unlink()
+        if values:
+            settings(**values)(folder)
+
+    return write
+
+
+def generic(folder):
+    """A tokenizer whose class does not know `do_lower_case`."""
+    names = dict(cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]")
+    backend = fast(folder, False).backend_tokenizer
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
+
+
+FOLDERS = {  # name: (files, whether they declare lower-casing; None: they do not say)
+    "vocab.txt": (lambda folder: None, None),
+    "settings without a word": (settings(model_max_length=64), None),
+    "settings of null": (settings(do_lower_case=None), None),
+    "cased settings": (settings(do_lower_case=False), False),
+    "uncased settings": (settings(do_lower_case=True), True),
+    "cased file": (file(False), False),
+    "uncased file": (file(True), True),
+    "uncased file, settings without a word": (file(True, model_max_length=64), True),
+    "uncased file, cased settings": (file(True, do_lower_case=False), False),
+    "saved cased": (lambda folder: fast(folder, False).save_pretrained(folder), False),
+    "saved uncased": (lambda folder: fast(folder, True).save_pretrained(folder), True),
+    "another class": (generic, False),
+}
+
+
+@pytest.fixture
+def model(tmp_path, tiny_config):
+    """Write the folder of a BERT whose tokenizer's files are those of `FOLDERS`."""
+
+    def write(name):
+        torch.manual_seed(0)
+        folder = tmp_path / "model"
+        BertForQuestionAnswering(BertConfig(**tiny_config)).save_pretrained(folder)
+        (folder / "vocab.txt").write_text("\n".join(WORDS))
+        FOLDERS[name][0](folder)
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def run(tmp_path, squad_dir, caplog):
+    """Run the SQuAD script, and return what it says of the tokenizer."""
+
+    def run_squad(model, *flags, model_type="bert"):
+        caplog.clear()
+        masked_run_squad.main(
+            [
+                *f"--model_type {model_type} --model_name_or_path {model}".split(),
+                *f"--data_dir {squad_dir} --output_dir {tmp_path}/out --no_cuda".split(),
+                *f"--cache_dir {tmp_path}/cache --max_seq_length 48 --max_query_length 16".split(),
+                "--overwrite_output_dir",
+                *flags,
+            ]
+        )
+        said = [line for line in caplog.messages if line.startswith("tokenizer: ")]
+        wins = [line for line in caplog.messages if "--do_lower_case wins" in line]
+        assert len(said) == 1
+        return said[0].removeprefix("tokenizer: "), len(wins)
+
+    return run_squad
+
+
+def is_uncased(tokenizer):
+    tokens = tokenizer.tokenize("Ada café")
+    assert tokens in (["ada", "cafe"], ["Ada", "café"])
+    return tokens == ["ada", "cafe"]
+
+
+@pytest.mark.parametrize("flag", [False, True])
+@pytest.mark.parametrize("name", FOLDERS)
+def test_the_folder_decides_and_then_the_flag(model, tmp_path, name, flag):
+    tokenizer = load_tokenizer(str(model(name)), flag)
+    assert is_uncased(tokenizer) == (flag or FOLDERS[name][1] is True)
+    tokenizer.save_pretrained(tmp_path / "saved")  # as every run and conversion does
+    assert is_uncased(load_tokenizer(str(tmp_path / "saved"))) == is_uncased(tokenizer)
+    assert is_uncased(AutoTokenizer.from_pretrained(tmp_path / "saved")) == is_uncased(tokenizer)
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "cased file", "uncased settings", "another class"])
+def test_a_run_says_how_it_tokenises_and_who_wins(model, run, name):
+    folder, declared = model(name), FOLDERS[name][1]
+    assert run(folder, "--do_eval") == ("uncased" if declared else "cased", 0)
+    assert run(folder, "--do_eval", "--do_lower_case") == ("uncased", declared is False)
+
+
+@pytest.mark.parametrize("flags", [[], ["--do_lower_case"]])
+def test_what_is_made_of_a_run_tokenises_as_it_did(model, run, tmp_path, flags):
+    train = "--do_train --max_steps 1 --final_threshold 0.5".split()
+    casing = run(model("vocab.txt"), *train, *flags, model_type="masked_bert")[0]
+    assert casing == ("uncased" if flags else "cased")
+    out = tmp_path / "out"
+    assert run(out, "--do_eval", model_type="masked_bert") == (casing, 0)
+    plain = bertarize.main(["--model_name_or_path", str(out)])
+    pack(str(out), str(tmp_path / "packed"))
+    unpack(str(tmp_path / "packed"), str(tmp_path / "unpacked"))
+    for folder in (plain, tmp_path / "unpacked"):
+        assert run(folder, "--do_eval") == (casing, 0)
+
+
+@pytest.mark.parametrize("name, said", [("cased file", "is cased"), ("vocab.txt", "")])
+def test_a_teacher_of_another_casing_is_warned_of(model, run, tmp_path, caplog, name, said):
+    teach = ["--teacher_type", "bert", "--teacher_name_or_path", str(model(name))]
+    run(tmp_path / "model", "--do_train", "--max_steps", "1", "--do_lower_case", *teach)
+    warned = [line for line in caplog.messages if "unlike the tokenizer in use" in line]
+    assert len(warned) == bool(said) and said in "".join(warned)
+
+
+def test_a_vocabulary_without_a_model_type_is_of_bert(model, run, tmp_path):
+    folder = model("vocab.txt")
+    config = json.loads((folder / "config.json").read_text())
+    del config["model_type"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert run(folder, "--do_eval", "--do_lower_case") == ("uncased", 0)
+    tokens = load_tokenizer(str(folder), True)("Ada lives in Rome").tokens()
+    assert tokens == ["[CLS]", "ada", "lives", "in", "rome", "[SEP]"]
+    train = "--do_train --max_steps 1 --final_threshold 0.5".split()
+    run(folder, *train, model_type="masked_bert")
+    (folder / "config.json").unlink()  # a folder of a tokenizer alone
+    assert load_tokenizer(str(folder)).cls_token == "[CLS]"
+    (folder / "vocab.txt").unlink()
+    with pytest.raises(UserError, match="no tokenizer found"):
+        load_tokenizer(str(folder))
