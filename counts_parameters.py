@@ -45,9 +45,9 @@ def main(argv: list[str] | None = None) -> RemainingWeights:
     set_up_logging()
     with one_line_errors():
         counts = remaining_weights(load_masked(args.serialization_dir, **given_masks(args)))
-        print_report(counts)
         if args.json:
             write_json(Path(args.json), counts.as_dict())
+        print_report(counts)
     return counts
 
 

@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> None:
         command = shlex.join(["python", *words])
         if (folder / RESULTS).exists():
             print(f"{label}: finished already", flush=True)
-            if log.exists() and command not in log.read_text(errors="replace").splitlines():
+            if log.exists() and command not in read_log(log).splitlines():
                 print(f"    with other flags (see {log}); to run it again, give another --runs_dir")
             continue
         if (folder / SUMMARY_FILE).exists():  # trained, but not evaluated
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> None:
             command = shlex.join(["python", *words])
         print(f"{label}: {command}", flush=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("a") as out:
+        with log.open("a", encoding="utf-8", errors="backslashreplace") as out:
             print(command, file=out, flush=True)
             status, received = run_process([sys.executable, *words], out)
         if status:
@@ -160,11 +160,15 @@ def run_process(command: list[str], out: TextIO) -> tuple[int, int]:
             signal.signal(number, handler)
 
 
+def read_log(log: Path) -> str:
+    return log.read_text(encoding="utf-8", errors="replace")
+
+
 def failure(log: Path, command: str, status: int) -> str:
     """Why a command failed: its error message, or else the last line that it wrote to the log."""
     if status < 0:
         return f"it was killed by {signal.Signals(-status).name}"
-    output = log.read_text(errors="replace").rpartition(command)[2]
+    output = read_log(log).rpartition(command)[2]
     lines = [command, *output.rstrip().splitlines()]
     errors = [line.partition("error: ")[2] for line in lines if "error: " in line]
     return (errors or lines)[-1]
@@ -176,20 +180,20 @@ def report(args: argparse.Namespace) -> None:
     table = to_markdown([list(rows[0]), *(row.values() for row in rows)])
     text = f"{to_markdown(headline(runs))}\n{table}"
     text += "".join(f"\nleft out: {folder}: {reason}\n" for folder, reason in left_out.items())
-    print(text, end="")
     if args.markdown:
         write_text(Path(args.markdown), text)
     if args.csv:
         write_text(Path(args.csv), pandas.DataFrame(rows).to_csv(index=False))
+    print(text, end="")
 
 
 def plot(args: argparse.Namespace) -> None:
     from emmental.tables.plots import draw  # matplotlib is slow to import
 
     runs, left_out = find_runs(args.runs_dir)
-    for folder, reason in left_out.items():
-        print(f"left out: {folder}: {reason}")
-    draw(runs, Path(args.to or args.runs_dir))
+    done = draw(runs, Path(args.to or args.runs_dir))
+    lines = [f"left out: {folder}: {reason}" for folder, reason in left_out.items()]
+    print(*lines, *done, sep="\n")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -172,9 +172,9 @@ def main(argv: list[str] | None = None) -> int:
         else:
             packed = storage.open_packed(args.file)
             report = storage.summary(packed)
-            print_info(packed, report)
             if args.json:
                 write_json(Path(args.json), report)
+            print_info(packed, report)
     return 0
 
 

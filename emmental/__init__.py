@@ -8,12 +8,17 @@ from .modeling_bert_masked import (
     MaskedBertForTokenClassification,
     MaskedBertModel,
 )
+from .modules import MagnitudeBinarizer, MaskedLinear, ThresholdBinarizer, TopKBinarizer
 
 __all__ = [
+    "MagnitudeBinarizer",
     "MaskedBertConfig",
     "MaskedBertForMultipleChoice",
     "MaskedBertForQuestionAnswering",
     "MaskedBertForSequenceClassification",
     "MaskedBertForTokenClassification",
     "MaskedBertModel",
+    "MaskedLinear",
+    "ThresholdBinarizer",
+    "TopKBinarizer",
 ]

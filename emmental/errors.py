@@ -1,9 +1,17 @@
 """Errors that end a script with one line on stderr and an exit status, instead of a traceback."""
 
 import os
+import signal
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from .launcher import read_launch
+
+SAME_SIGNAL = 3.0  # seconds: torchrun passes on a signal that the process group also got
 
 
 class UserError(Exception):
@@ -19,7 +27,7 @@ class TrainingError(UserError):
 
 
 class Interrupted(UserError):
-    """A signal stopped the training, which has written a checkpoint."""
+    """A signal stopped the script. A training has written a checkpoint."""
 
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
@@ -37,25 +45,31 @@ def fail(problems: list[str], status: int = 2):
     All processes find wrong input (status 2) and interruptions (above 128), so the first process of
     each node prints them. Every process prints its other failures.
     """
-    rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-    if local_rank == 0 or (status != 2 and status <= 128):
-        name = (Path(sys.argv[0]).name or "error") + (f" (rank {rank})" if rank else "")
+    launch = read_launch()
+    if launch.local_rank == 0 or (status != 2 and status <= 128):
+        rank = f" (rank {launch.rank})" if launch.rank else ""
+        name = (Path(sys.argv[0]).name or "error") + rank
         for problem in problems:
             print(f"{name}: error: {problem}", file=sys.stderr, flush=True)
     raise SystemExit(status)
 
 
 @contextmanager
-def one_line_errors(resume: str = "run it again"):
+def one_line_errors(advice: str = "") -> Iterator[None]:
     """End the script with one line, not a traceback, when an expected error leaves the block.
 
-    resume: how to go on after an interruption.
+    So does SIGTERM. A reader of the output that has left (`| head -1`) ends it without a word.
+    advice: how to go on after an interruption.
     """
     try:
-        yield
+        with _sigterm_as_exception(advice):
+            yield
+            print(end="", flush=True)
     except UserError as error:
         fail([str(error)], error.status)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _is_unread():
+            raise SystemExit(128 + signal.SIGPIPE) from None
         file = f": {error.filename}" if error.filename else ""
         fail([f"{error.strerror or error}{file}"], 1)
     except MemoryError:
@@ -63,13 +77,46 @@ def one_line_errors(resume: str = "run it again"):
     except RuntimeError as error:
         if not _lost_connection(error):
             raise
-        fail([f"another process died; see its error above; {resume}"], 1)
+        fail([f"another process died; see its error above{advice}"], 1)
     except KeyboardInterrupt:
-        fail([f"interrupted; {resume}"], 130)
+        fail([f"interrupted{advice}"], 130)
+
+
+@contextmanager
+def _sigterm_as_exception(advice: str) -> Iterator[None]:
+    """Have SIGTERM leave the block as Interrupted, so that files written aside are removed."""
+    received = []
+
+    def stop(number: int, frame) -> None:
+        if not received or time.monotonic() - received[0] >= SAME_SIGNAL:
+            received.append(time.monotonic())
+            raise SystemExit(128 + number)  # forked processes inherit this, and end silently
+
+    if threading.current_thread() is not threading.main_thread():  # only it may set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except BaseException as error:  # libraries may raise another one on the way
+        if not received:
+            raise
+        raise Interrupted(f"stopped by SIGTERM{advice}", signal.SIGTERM) from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _is_unread() -> bool:
+    """Whether nobody reads the output any more. Then the rest of it goes nowhere."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _lost_connection(error: RuntimeError) -> bool:
     """Whether another process no longer answers. Gloo has no exception type of its own for this."""
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    return "DistError" in kinds or (several and "gloo" in str(error).lower())
+    return "DistError" in kinds or (read_launch().size > 1 and "gloo" in str(error).lower())

@@ -79,5 +79,6 @@ def plateaus_overlap(
         f"the threshold schedule does not fit: with T = {total_step} updates, the plateaus of "
         f"initial_warmup * warmup_steps = {initial_warmup:g} * {warmup_steps} and final_warmup * "
         f"warmup_steps = {final_warmup:g} * {warmup_steps} updates overlap; use --warmup_steps "
-        f"{math.ceil(total_step / plateaus) - 1} or less, or more updates"
+        f"{math.ceil(total_step / plateaus) - 1} or less, --warmup_ratio below 1/{plateaus:g}, or "
+        "more updates"
     )

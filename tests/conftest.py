@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -98,3 +99,23 @@ def squad_dir(tmp_path_factory):
     make_squad(folder / "train-v2.0.json", 24, seed=3, unanswerable=8)
     make_squad(folder / "dev-v2.0.json", 10, seed=4, unanswerable=4)
     return folder
+
+
+@pytest.fixture(params=[1, -1], ids=["line by line", "at the end"])
+def unread(request, capsys):
+    """Calls a script that prints to a pipe nobody reads, as after `| head -1`: it ends silently."""
+
+    def call(main, *words):
+        capsys.readouterr()
+        reader, writer = os.pipe()
+        os.close(reader)
+        with (
+            open(writer, "w", buffering=request.param) as stream,
+            pytest.MonkeyPatch.context() as p,
+        ):
+            p.setattr(sys, "stdout", stream)
+            with pytest.raises(SystemExit) as stop:
+                main([str(word) for word in words])
+        assert stop.value.code == 141 and "rror" not in capsys.readouterr().err
+
+    return call

@@ -127,6 +127,13 @@ SOFT = (
             f"--do_train {SOFT} --target_remaining 0.1 --final_threshold 0",
             "needs a --final_threshold between 0 and 1",
         ),
+        ("--do_train --warmup_steps 0 --warmup_ratio 0.1", "exclude each other: give one"),
+        ("--do_train --warmup_ratio 1", "--warmup_ratio: must be at least 0 and below 1, got 1"),
+        ("--do_train --warmup_ratio=-0.1", "must be at least 0 and below 1, got -0.1"),
+        ("--do_train --warmup_ratio 0.34", "--warmup_ratio 0.34: initial_warmup + final_warmup"),
+        ("--do_train --warmup_ratio 0.5 --final_warmup 1", "use a ratio below 1/2"),
+        ("--do-trian", "unknown argument --do-trian; did you mean --do_train?"),
+        ("--do_train --train_file \udcd0", "\\udcd0 is not UTF-8: set PYTHONUTF8=1"),
         ("--do_train --max_seq_length 384", "exceeds what the model takes (64)"),
     ],
 )
@@ -174,6 +181,19 @@ def test_plateaus_that_overlap_once_the_data_is_known(refused):
     flags = "--do_train --num_train_epochs 1 --warmup_steps 5 --max_seq_length 48"
     said = refused(*flags.split(), "--max_query_length", "16")
     assert "T = 3 updates" in said and "--warmup_steps 0 or less" in said
+    assert "--warmup_ratio below 1/3" in said
+
+
+def test_flags_may_have_dashes():
+    """As torch.distributed.launch writes them. Values keep theirs."""
+    words = "--model-type masked_bert --model_name_or_path a-b --output-dir=x-y --local-rank=0"
+    parser, words = masked_run_squad.get_parser(), [*words.split(), "--do-train"]
+    args, given = parser.parse_args(words), parser.given(words)
+    assert (args.model_name_or_path, args.output_dir) == ("a-b", "x-y")
+    assert args.local_rank == 0 and args.do_train
+    assert given == {"model_type", "model_name_or_path", "output_dir", "local_rank", "do_train"}
+    args = saving_prunebert.get_parser().parse_args("pack a b --base-model c".split())
+    assert args.base_model == "c"
 
 
 def test_output_dir_not_empty(refused, tmp_path):

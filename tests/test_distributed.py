@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import masked_run_squad
+from emmental.launcher import Launch, read_launch
 from emmental.training import checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -55,6 +57,7 @@ def torchrun(processes):
 
 
 TORCHRUN = torchrun(2)
+LAUNCH = [word.replace("distributed.run", "distributed.launch") for word in TORCHRUN]
 
 
 @pytest.mark.parametrize("method, processes", [("l0", 2), ("threshold", 2), ("topK", 4)])
@@ -125,7 +128,7 @@ def test_two_processes_on_a_glue_task(tmp_path, tiny_bert):
         script="masked_run_glue.py",
     )
     run(
-        TORCHRUN,
+        LAUNCH,  # it adds --local-rank=0
         tmp_path / "two",
         *common,
         "--per_gpu_train_batch_size",
@@ -145,6 +148,63 @@ def test_two_processes_on_a_glue_task(tmp_path, tiny_bert):
     assert (tmp_path / "one" / "SST-2.tsv").read_text() == (
         tmp_path / "two" / "SST-2.tsv"
     ).read_text()
+    summary = json.loads((tmp_path / "two" / "training_summary.json").read_text())
+    assert summary["processes"] == 2
+
+
+WHOLE = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    "variables, flag, launch",
+    [
+        ({}, -1, (0, 1, 0, 1)),
+        (WHOLE, -1, (1, 4, 0, 1)),
+        (WHOLE, 1, (1, 4, 1, 2)),
+        (WHOLE | {"LOCAL_RANK": "0"}, 1, (1, 4, 0, 1)),
+        (WHOLE | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, -1, (1, 4, 1, 2)),
+    ],
+)
+def test_the_variables_of_a_launcher(monkeypatch, variables, flag, launch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert read_launch(flag) == Launch(*launch)
+
+
+@pytest.mark.parametrize(
+    "variables, flags, said",
+    [
+        ({"RANK": "1"}, [], "WORLD_SIZE, MASTER_ADDR, MASTER_PORT not set"),
+        ({"WORLD_SIZE": "2"}, [], "RANK, MASTER_ADDR, MASTER_PORT not set"),
+        ({"LOCAL_RANK": "1"}, [], "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT not set"),
+        ({}, ["--local_rank", "1"], "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT not set"),
+        (WHOLE | {"WORLD_SIZE": ""}, [], "WORLD_SIZE not set"),
+        (WHOLE | {"MASTER_ADDR": " "}, [], "MASTER_ADDR not set"),
+        (WHOLE | {"RANK": "one"}, [], "RANK is 'one'"),
+        (WHOLE | {"RANK": "-1"}, [], "RANK is '-1'"),
+        (WHOLE | {"LOCAL_RANK": "x"}, [], "LOCAL_RANK is 'x'"),
+        (WHOLE | {"RANK": "4"}, [], "RANK 4 is not below WORLD_SIZE 4"),
+        (WHOLE | {"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"}, [], "LOCAL_RANK 2 and LOCAL_WORLD"),
+        (WHOLE | {"LOCAL_WORLD_SIZE": "8"}, [], "LOCAL_WORLD_SIZE 8 do not fit WORLD_SIZE 4"),
+    ],
+)
+def test_an_incomplete_set_of_variables_is_ignored(
+    tmp_path, tiny_bert, squad_dir, monkeypatch, capsys, caplog, variables, flags, said
+):
+    """The run is an ordinary one, and its errors are said."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    places = f"--output_dir {tmp_path}/out --cache_dir {tmp_path}/cache "
+    places += f"--model_name_or_path {tiny_bert} --data_dir {squad_dir} --max_steps 4"
+    command = [*FLAGS, *SQUAD, *places.split(), *flags]
+    masked_run_squad.main(command)
+    warned = [message for message in caplog.messages if "launcher" in message]
+    assert len(warned) == 1 and said in warned[0]
+    assert "results saved to" in capsys.readouterr().out
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    with pytest.raises(SystemExit):
+        masked_run_squad.main([*command, "--fp61"])
+    assert "unknown argument --fp61" in capsys.readouterr().err
 
 
 def test_errors_of_two_processes_are_said_once(tmp_path, tiny_bert, squad_dir):

@@ -1,17 +1,24 @@
 """What goes wrong while a run is written or stopped: checkpoints stay whole, resuming is exact."""
 
+import io
 import json
 import os
 import shutil
 import signal
+import sys
+import threading
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from stress import kill_resume
 
+import bertarize
+import counts_parameters
 import masked_run_squad
-from emmental.training import checkpoint, guards, loop, passes
+import saving_prunebert
+from emmental.data import squad
+from emmental.training import checkpoint, evaluate, guards, loop, passes
 from emmental.training import run as narrative
 from emmental.training.distributed import World
 
@@ -31,6 +38,7 @@ def run(tmp_path, tiny_bert, squad_dir):
         masked_run_squad.main([*command.split(), *flags])
         return out
 
+    run_squad.folder = tmp_path
     return run_squad
 
 
@@ -98,6 +106,119 @@ def test_a_second_signal_does_not_wait(run, capsys, monkeypatch):
     break_after(monkeypatch, loop, "set_learning_rates", 6, twice)
     monkeypatch.setattr(guards, "SAME_SIGNAL", 0.0)
     assert "interrupted" in stopped(capsys, run, output="other", status=130)
+
+
+def stop_and_raise_another():
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        raise TimeoutError("as `datasets` does, when its processes do not answer")
+
+
+@pytest.mark.parametrize(
+    "module, name",
+    [
+        (squad, "read_examples"),
+        (squad, "build_features"),
+        (narrative, "load_student"),
+        (evaluate, "masked"),
+        (checkpoint, "file_digest"),  # in the middle of writing the trained model
+        (narrative, "print_summary"),
+    ],
+)
+@pytest.mark.parametrize("action", [None, stop_and_raise_another])
+def test_sigterm_outside_the_loop_ends_the_script(run, capsys, monkeypatch, module, name, action):
+    before = signal.getsignal(signal.SIGTERM)
+    action = action or (lambda: signal.raise_signal(signal.SIGTERM))
+    break_after(monkeypatch, module, name, 1, action)
+    error = stopped(capsys, run, "--do_eval", "--save_steps", "0", output="o/out", status=143)
+    assert "error: stopped by SIGTERM" in error
+    assert not list(run.folder.glob("**/.writing-*"))
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_sigterm_during_a_cleanup_waits_for_it(run, capsys, monkeypatch):
+    cleaned = []
+
+    def twice():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)  # of torchrun, after that of the process group
+            cleaned.append(True)
+
+    break_after(monkeypatch, narrative, "load_student", 1, twice)
+    stopped(capsys, run, status=143)
+    assert cleaned
+
+
+def test_the_other_scripts_end_on_sigterm_and_name_no_flag_of_training(run, capsys, monkeypatch):
+    out = run("--save_steps", "0")
+    for number in signal.SIGTERM, signal.SIGINT:
+        with monkeypatch.context() as patch:
+            stop = lambda number=number: signal.raise_signal(number)  # noqa: E731
+            break_after(patch, counts_parameters, "remaining_weights", 1, stop)
+            count = lambda: counts_parameters.main(["--serialization_dir", str(out)])  # noqa: E731
+            error = stopped(capsys, count, status=128 + number)
+        assert "--" not in error
+    thread = threading.Thread(target=count)  # only the main thread may set handlers
+    thread.start()
+    thread.join()
+    assert "Linear weights only" in capsys.readouterr().out
+
+
+# ---- where the output goes
+
+
+def test_a_reader_that_leaves_loses_no_file(run, unread, monkeypatch, tmp_path):
+    unread(lambda flags: run(*flags), "--save_steps", "0", "--do_eval")
+    shutil.copytree(tmp_path / "out", tmp_path / "bare")
+    for file in (tmp_path / "bare").glob("*token*"):
+        file.unlink()
+    monkeypatch.chdir(tmp_path)
+    for script, flags, written in (
+        (counts_parameters, "--serialization_dir out --json counts.json", "counts.json"),
+        (saving_prunebert, "pack out out.packed", "out.packed"),
+        (saving_prunebert, "info out.packed --json info.json", "info.json"),
+        (bertarize, "--model_name_or_path bare", "bertarized_bare/config.json"),
+        (counts_parameters, "--help", "out/eval_results.json"),
+    ):
+        unread(script.main, *flags.split())
+        assert (tmp_path / written).stat().st_size > 0
+
+
+def test_a_pipe_that_breaks_elsewhere_is_an_error(run, capsys, monkeypatch):
+    def lose():
+        raise BrokenPipeError(32, "Broken pipe")
+
+    break_after(monkeypatch, squad, "build_features", 1, lose)
+    assert "Broken pipe" in stopped(capsys, run, status=1)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_a_screen_that_cannot_show_a_name(run, monkeypatch, encoding):
+    screen = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", screen)
+    out = run("--save_steps", "0", output="вывод")
+    screen.flush()
+    assert (out / "model.safetensors").exists()
+    assert "results saved to" in (said := screen.buffer.getvalue().decode(encoding))
+    assert "\\u0432\\u044b\\u0432\\u043e\\u0434" in said
+
+
+@pytest.mark.parametrize("error", [ImportError("no module"), TypeError("of another protobuf")])
+def test_a_run_without_tensorboard(run, monkeypatch, caplog, error):
+    class Broken:
+        def find_spec(self, name, *_):
+            if name.startswith("torch.utils.tensorboard"):
+                raise error
+
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    out = run("--do_eval", "--evaluate_during_training")
+    warned = [message for message in caplog.messages if "TensorBoard" in message]
+    assert warned == [f"no curves are written: TensorBoard cannot be imported: {error}"]
+    assert (out / "eval_results.json").exists() and not list(out.glob("events.*"))
 
 
 # ---- checkpoints

@@ -17,7 +17,7 @@ SCRIPTS = {
     "saving_prunebert",
     "paper_tables",
 }
-LEAVES = {"errors", "files", "hardware"}  # of the standard library alone
+LEAVES = {"errors", "files", "hardware", "launcher"}  # of the standard library alone
 SCIENCE = {"modules", "schedule", "steering", "losses"}
 STATEMENTS = {
     path.stem for kind in ("configuration", "modeling") for path in PACKAGE.glob(f"{kind}_*.py")
@@ -129,7 +129,11 @@ HEADS = ["QuestionAnswering", "SequenceClassification", "TokenClassification", "
     [
         (
             "emmental",
-            ["MaskedBertConfig", "MaskedBertModel", *(f"MaskedBertFor{head}" for head in HEADS)],
+            [
+                *("MaskedBertConfig", "MaskedBertModel", "MaskedLinear"),
+                *(f"MaskedBertFor{head}" for head in HEADS),
+                *("TopKBinarizer", "ThresholdBinarizer", "MagnitudeBinarizer"),
+            ],
         ),
         (
             "emmental.modules",

@@ -4,6 +4,7 @@ import collections
 import json
 import math
 import shutil
+from argparse import Namespace
 
 import datasets
 import pytest
@@ -20,6 +21,7 @@ from emmental.data import squad
 from emmental.inference import sparsify
 from emmental.modules import masks
 from emmental.training import run as narrative
+from emmental.training.args import warmup_updates
 from emmental.training.distributed import World
 from emmental.training.passes import Means
 
@@ -502,6 +504,20 @@ def test_a_fractional_epoch_trains_what_it_schedules(run):
     )
     values, _ = scalars(out)
     assert max(values["loss"]) == 3  # 24 questions, 6 batches, 2 updates an epoch
+
+
+@pytest.mark.parametrize("ratio, total", [("0.17", ["--max_steps", "12"]), ("0.29", [])])
+def test_the_warmup_as_a_fraction_of_the_updates(run, ratio, total):
+    """It fits any number of them: of the 18 updates of three epochs, 5.22."""
+    steps, flags = "2" if total else "5", [*METHODS["topK"], "--do_train", "--save_steps", "0"]
+    expected = weights(run(*flags, *total, "--warmup_steps", steps))
+    found = weights(run(*flags, *total, "--warmup_ratio", ratio, output="ratio"))
+    assert same(expected, found)
+
+
+def test_the_warmup_is_rounded_down():
+    for ratio, total, updates in ((0.29, 100, 29), (0.1, 30, 3), (0.3, 3, 0), (0, 9, 0)):
+        assert warmup_updates(Namespace(warmup_ratio=ratio), total) == updates
 
 
 def test_bf16_keeps_scores_and_moments_in_float32(run):

@@ -87,6 +87,7 @@ def test_overlap_names_the_largest_warmup_that_fits(T, i, f):
 def test_overlap_names_all_values():
     problem = plateaus_overlap(100, 77, 1.5, 2)
     assert all(value in problem for value in ("100", "77", "1.5", "2 *", "28"))
+    assert "--warmup_ratio below 1/3.5" in problem
 
 
 def test_no_plateaus_never_overlap():

@@ -21,7 +21,7 @@ import paper_tables
 from emmental.modules.methods import METHODS
 from emmental.tables import points
 from emmental.tables.points import find_point, load_points, paper_value
-from emmental.tables.report import headline
+from emmental.tables.report import headline, run_rows
 from emmental.tables.runs import read_run
 from emmental.training.args import check_common_arguments
 
@@ -298,6 +298,30 @@ def test_report(runs, capsys, tmp_path):
     assert (movement["seed"], movement["updates"], movement["batch"]) == ("92", "11", "4")
     assert dense["method"] == "dense" and dense["remaining %"] == "100.0"
     assert "threads of" in movement["hardware"]
+
+
+def test_the_batch_is_that_of_all_processes(runs):
+    own = runs / "squad" / "10D3"
+    summary = json.loads((own / "training_summary.json").read_text())
+    assert summary.pop("processes") == 1
+
+    def read(**processes):
+        (own / "training_summary.json").write_text(json.dumps(summary | processes))
+        return read_run(own)
+
+    older, two = read(), read(processes=2)  # older runs do not record them
+    assert [row["batch"] for row in run_rows([older, two])] == [4, 8]
+    edit(own / "training_args.json", per_gpu_train_batch_size=2)
+    assert read(processes=2).settings == older.settings != two.settings
+
+
+def test_a_reader_that_leaves_loses_no_table(runs, unread, tmp_path):
+    files = [tmp_path / "runs.csv", tmp_path / "report.md"]
+    unread(paper_tables.main, "report", runs, "--csv", files[0], "--markdown", files[1])
+    unread(paper_tables.main, "plot", runs, "--to", tmp_path / "plots")
+    unread(paper_tables.main, "list")
+    assert all(file.exists() for file in files)
+    assert len(list((tmp_path / "plots").glob("*.png"))) == 3
 
 
 def edit(path, **values):

@@ -108,22 +108,24 @@ def _title(run: Run) -> str:
     return f"{run.task}: {method}, {run.remaining:.1f}% remaining, seed {run.args['seed']}"
 
 
-def draw(runs: list[Run], folder: Path) -> None:
-    """Save all figures as PNG files, and print their paths."""
+def draw(runs: list[Run], folder: Path) -> list[str]:
+    """Save all figures as PNG files. Returns a line for each: its path, or why there is none."""
     folder.mkdir(parents=True, exist_ok=True)
+    lines = []
     for task in sorted({run.task for run in runs}):
-        _save(metric_figure(task, runs), folder / f"{task}-metric.png")
+        lines.append(_save(metric_figure(task, runs), folder / f"{task}-metric.png"))
     for run in runs:
         if run.method == "dense":
             continue
         name = "-".join(run.folder.parts[-2:])
-        _save(layer_figure(run), folder / f"{name}-layers.png")
+        lines.append(_save(layer_figure(run), folder / f"{name}-layers.png"))
         try:
-            _save(scatter_figure(run), folder / f"{name}-weights.png")
+            lines.append(_save(scatter_figure(run), folder / f"{name}-weights.png"))
         except UserError as error:
-            print(f"not drawn: {name}-weights.png: {error}")
+            lines.append(f"not drawn: {name}-weights.png: {error}")
+    return lines
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(figure: Figure, path: Path) -> str:
     figure.savefig(path, dpi=120)
-    print(path)
+    return str(path)

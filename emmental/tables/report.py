@@ -89,7 +89,7 @@ def run_rows(runs: list[Run]) -> list[dict]:
             "metrics": _listed(run.metrics),
             "paper there": _listed(paper),
             "updates": summary["updates"],
-            "batch": args["per_gpu_train_batch_size"] * args["gradient_accumulation_steps"],
+            "batch": run.batch,
             "hours": round(summary["seconds"] / 3600, 2),
             "hardware": summary["hardware"],
             "model": args["model_name_or_path"],

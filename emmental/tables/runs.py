@@ -1,6 +1,7 @@
 """Finished runs below a folder, with the remaining weights counted again in their checkpoints."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ..training.checkpoint import ARGS_FILE, FREE_ARGUMENTS, SUMMARY_FILE, WEIGH
 from .points import GLOBAL, METRICS
 
 RESULTS = "eval_results.json"
+BATCH = ("per_gpu_train_batch_size", "gradient_accumulation_steps")
 TOLERANCE = 0.01  # percentage points between the recorded and the counted remaining weights
 
 
@@ -37,10 +39,17 @@ class Run:
     remaining_linear: float = 100.0
 
     @property
+    def batch(self) -> int:
+        """Examples per update, of all processes. Older summaries do not record their number."""
+        processes = self.summary.get("processes", 1)
+        return math.prod(self.args[name] for name in BATCH) * processes
+
+    @property
     def settings(self) -> str:
-        """The arguments that the result depends on, without the seed."""
-        ignored = FREE_ARGUMENTS - {"model_name_or_path", "max_eval_samples"} | {"seed"}
-        return str(sorted((k, str(v)) for k, v in self.args.items() if k not in ignored))
+        """What the result depends on, without the seed. An old run lacks newer flags: None."""
+        ignored = FREE_ARGUMENTS - {"model_name_or_path", "max_eval_samples"} | {"seed", *BATCH}
+        values = {k: v for k, v in self.args.items() if k not in ignored and v is not None}
+        return str(sorted((k, str(v)) for k, v in (values | {"batch": self.batch}).items()))
 
 
 def find_runs(runs_dir: str) -> tuple[list[Run], dict[Path, str]]:

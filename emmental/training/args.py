@@ -122,6 +122,8 @@ FLAGS = {
         ("num_train_epochs", POSITIVE, 3.0, "epochs, may be fractional"),
         ("max_steps", int, -1, "updates in all; overrides --num_train_epochs"),
         ("warmup_steps", COUNT_OR_0, 0, "updates of learning-rate warm-up; unit of plateaus"),
+        ("warmup_ratio", number(float, at_least=0, below=1), None, "warm-up as a fraction of all "
+         "updates, in place of --warmup_steps: fits data of any size"),
         ("weight_decay", NOT_NEGATIVE, 0.0, "decay of weights; none for scores, bias, LayerNorm"),
         ("adam_epsilon", POSITIVE, 1e-8, "epsilon of AdamW"),
         ("max_grad_norm", NOT_NEGATIVE, 1.0, "norm at which the gradient is clipped; 0: never"),
@@ -177,6 +179,8 @@ def check_common_arguments(args: argparse.Namespace, given: set[str]) -> list[st
         problems.append("--teacher_type and --teacher_name_or_path go together: give both or none")
     if args.teacher_name_or_path and args.alpha_ce == args.alpha_distil == 0:
         problems.append("--alpha_ce 0 and --alpha_distil 0 leave nothing to learn from: raise one")
+    if {"warmup_steps", "warmup_ratio"} <= given:
+        problems.append("--warmup_steps and --warmup_ratio exclude each other: give one")
     if args.resume_from_checkpoint and not args.do_train:
         problems.append("--resume_from_checkpoint continues training: add --do_train")
     if is_masked(args.model_type):
@@ -257,13 +261,31 @@ def resumes_in_place(args: argparse.Namespace) -> bool:
     return Path(folder).resolve().parent == Path(args.output_dir).resolve()
 
 
+def warmup_updates(args: argparse.Namespace, total_step: int) -> int:
+    """The updates of warm-up, out of `total_step`."""
+    if args.warmup_ratio is None:
+        return args.warmup_steps
+    return int(args.warmup_ratio * total_step + 1e-9)  # 0.29 of 100 is 28.99... in floats
+
+
 def plateau_problem(args: argparse.Namespace, total_step: int) -> str | None:
-    """Why the threshold's plateaus do not fit into `total_step` updates; None if they do."""
+    """Why the threshold's plateaus do not fit into `total_step` updates; None if they do.
+
+    total_step: not positive if it is not known yet.
+    """
     is_constant = args.initial_threshold == args.final_threshold and args.target_remaining is None
-    if is_constant or total_step <= 0:
+    plateaus = args.initial_warmup, args.final_warmup
+    if is_constant:
         return None
-    plateaus = args.warmup_steps, args.initial_warmup, args.final_warmup
-    return plateaus_overlap(total_step, *plateaus)
+    if sum(plateaus) * (args.warmup_ratio or 0) >= 1:
+        return (
+            f"--warmup_ratio {args.warmup_ratio:g}: initial_warmup + final_warmup = "
+            f"{sum(plateaus):g} times that are all updates, and leave none to move the threshold; "
+            f"use a ratio below 1/{sum(plateaus):g}"
+        )
+    if total_step <= 0:
+        return None
+    return plateaus_overlap(total_step, warmup_updates(args, total_step), *plateaus)
 
 
 def precision_of(args: argparse.Namespace) -> torch.dtype | None:
@@ -326,7 +348,8 @@ def training_settings(
     masked = is_masked(args.model_type)
     if masked and (problem := plateau_problem(args, total_step)):
         raise UserError(problem)
-    scheduled = vars(args) | {"total_step": total_step}
+    warmup_steps = warmup_updates(args, total_step)
+    scheduled = vars(args) | {"total_step": total_step, "warmup_steps": warmup_steps}
     if args.target_remaining is not None:
         scheduled["final_lambda"] = 1.0  # the steering finds lambda, the schedule scales it
     values = vars(args) | {

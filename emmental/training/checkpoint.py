@@ -174,7 +174,11 @@ class TrainingState:
 
         def fill(place: Path) -> None:
             self._save_model(place)
-            made_by = {"hardware": describe_hardware(self.world), "torch": torch.__version__}
+            made_by = {
+                "processes": self.world.size,
+                "hardware": describe_hardware(self.world),
+                "torch": torch.__version__,
+            }
             digest = {"weights": file_digest(place / WEIGHTS_FILE)}
             write_json(place / SUMMARY_FILE, figures | made_by | digest)
 

@@ -1,6 +1,7 @@
 """One process or many: device, rank, and what the processes exchange."""
 
 import ctypes
+import logging
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ import torch.distributed as dist
 
 from ..errors import UserError
 from ..hardware import processor_name
+from ..launcher import read_launch
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,21 +70,23 @@ def join_world(no_cuda: bool, local_rank: int, fp16: bool) -> World:
     local_rank: from old launchers; torchrun's environment wins. Raises UserError for fp16 without a
     GPU, and for more processes on a node than it has GPUs.
     """
+    launch = read_launch(local_rank)
+    if launch.problem:
+        message = "the launcher's variables are ignored, and this process runs alone: %s"
+        logger.warning(message, launch.problem)
     on_gpu = torch.cuda.is_available() and not no_cuda
     if fp16 and not on_gpu:
         raise UserError("--fp16 needs a GPU: use --bf16 on a CPU, or full precision")
-    local_rank = int(os.environ.get("LOCAL_RANK", max(local_rank, 0)))
     if on_gpu:
-        processes = max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), local_rank + 1)
-        if processes > (gpus := torch.cuda.device_count()):
+        if (processes := launch.local_size) > (gpus := torch.cuda.device_count()):
             raise UserError(f"{processes} processes on a node with {gpus} GPUs: start one per GPU")
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(launch.local_rank)
     else:
         keep_freed_memory()
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if size > 1:
+    if launch.size > 1:
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))
-    return World(torch.device("cuda", local_rank) if on_gpu else torch.device("cpu"), rank, size)
+    device = torch.device("cuda", launch.local_rank) if on_gpu else torch.device("cpu")
+    return World(device, launch.rank, launch.size)
 
 
 def leave_world() -> None:

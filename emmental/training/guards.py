@@ -12,14 +12,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..errors import Interrupted, TrainingError
+from ..errors import SAME_SIGNAL, Interrupted, TrainingError
 from ..modules.masks import Masks
 from .checkpoint import TrainingState
 from .distributed import World
 
 logger = logging.getLogger(__name__)
 
-SAME_SIGNAL = 3.0  # seconds: torchrun passes on a signal that the process group also got
 PATIENCE_FP16 = 50  # updates in a row that the gradient scaler may skip
 
 

@@ -3,9 +3,10 @@
 import argparse
 import difflib
 import math
+import sys
 from collections.abc import Callable, Sequence
 
-from ..errors import fail
+from ..errors import fail, one_line_errors
 
 
 def choice(*options: str) -> Callable[[str], str]:
@@ -40,7 +41,10 @@ def number(
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser with one-line errors that name the nearest flag."""
+    """An argument parser with one-line errors that name the nearest flag.
+
+    Flags may have dashes in place of underscores, as torch.distributed.launch writes them.
+    """
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
@@ -53,6 +57,22 @@ class Parser(argparse.ArgumentParser):
             hint = f"; did you mean {nearest[0]}?" if nearest else ""
             self.error(f"unknown argument {unknown[0]}{hint}")
         return parsed
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = [self._with_underscores(word) for word in (sys.argv[1:] if args is None else args)]
+        for word in words:  # the libraries write files with names in UTF-8 alone
+            if word.encode(errors="ignore").decode() != word:
+                self.error(f"{word} is not UTF-8: set PYTHONUTF8=1, or use another name")
+        return super().parse_known_args(words, namespace)
+
+    def _with_underscores(self, word: str) -> str:
+        flag, equals, value = word.partition("=")
+        known = flag[:2] + flag[2:].replace("-", "_")
+        return known + equals + value if known in self._option_string_actions else word
+
+    def print_help(self, file=None) -> None:
+        with one_line_errors():
+            super().print_help(file)
 
     def given(self, args: Sequence[str] | None = None) -> set[str]:
         """Names of the arguments on the command line, whatever their value."""

@@ -38,6 +38,7 @@ from .task import Task
 logger = logging.getLogger(__name__)
 
 Sparsify = Callable[[nn.Module], nn.Module]
+RESUME = "--resume_from_checkpoint latest"
 
 
 def main(
@@ -52,7 +53,7 @@ def main(
         problems.append("--sparse_inference: this script has no sparse form of its models")
     if problems:
         fail(problems)
-    with one_line_errors("if there is a checkpoint, resume with --resume_from_checkpoint latest"):
+    with one_line_errors(advice="; if there is a checkpoint, resume with " + RESUME):
         try:
             return run(task, args, given, sparsify)
         finally:

@@ -1,7 +1,6 @@
 """What a person sees of a run: TensorBoard, progress bars, results, a summary at the end."""
 
 import logging
-import os
 import sys
 import threading
 from pathlib import Path
@@ -11,14 +10,24 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from ..errors import first_line
 from ..files import write_json, write_text
+from ..launcher import read_launch
 from ..modules.masks import Masks, count, masked_layers
 from .distributed import World
 
+logger = logging.getLogger(__name__)
+
 
 def set_up_logging() -> None:
-    """Log to the screen from rank 0 only, and keep the libraries quiet."""
-    is_main = int(os.environ.get("RANK", 0)) == 0
+    """Log to the screen from rank 0 only, and keep the libraries quiet.
+
+    A character that the screen cannot show is printed as an escape, and is no error.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # notebooks have other streams
+            stream.reconfigure(errors="backslashreplace")
+    is_main = read_launch().rank == 0
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger().setLevel(logging.INFO if is_main else logging.ERROR)
     for name in ("datasets", "httpx", "httpx2", "fsspec", "filelock", "torch"):
@@ -37,8 +46,12 @@ class RunLog:
     def start(self, step: int) -> None:
         """Begin after `step` updates; later events of an interrupted run are dropped."""
         if self.world.is_main:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
-
+            try:
+                from torch.utils.tensorboard import SummaryWriter  # slow to import
+            except Exception as error:  # a broken installation may raise anything
+                reason = first_line(error)
+                logger.warning("no curves are written: TensorBoard cannot be imported: %s", reason)
+                return
             threading.excepthook = _hide_write_errors
             purge_step = step + 1 if step else None
             self.writer = SummaryWriter(str(self.output_dir), purge_step=purge_step)
