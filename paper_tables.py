@@ -21,7 +21,7 @@ from typing import TextIO
 
 import pandas
 
-from emmental.errors import Interrupted, TrainingError, one_line_errors
+from emmental.errors import Interrupted, TrainingError, handled_signals, one_line_errors
 from emmental.files import write_text
 from emmental.tables.points import GLOBAL, METHODS, TASKS, commands, find_point, load_points
 from emmental.tables.report import headline, run_rows, to_markdown
@@ -151,13 +151,8 @@ def run_process(command: list[str], out: TextIO) -> tuple[int, int]:
         received = number
         process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    handlers = {number: signal.signal(number, pass_on) for number in numbers}
-    try:
+    with handled_signals(pass_on, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         return process.wait(), received
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def read_log(log: Path) -> str:

@@ -92,18 +92,25 @@ def _sigterm_as_exception(advice: str) -> Iterator[None]:
             received.append(time.monotonic())
             raise SystemExit(128 + number)  # forked processes inherit this, and end silently
 
-    if threading.current_thread() is not threading.main_thread():  # only it may set handlers
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
     try:
-        yield
+        with handled_signals(stop, signal.SIGTERM):
+            yield
     except BaseException as error:  # libraries may raise another one on the way
         if not received:
             raise
         raise Interrupted(f"stopped by SIGTERM{advice}", signal.SIGTERM) from error
+
+
+@contextmanager
+def handled_signals(handler, *numbers: int) -> Iterator[None]:
+    """Have `handler` handle signals inside the block, in the main thread: others may not."""
+    in_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in numbers if in_main}
+    try:
+        yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def _is_unread() -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -9,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 import masked_run_squad
+from emmental.errors import UserError, one_line_errors
 from emmental.launcher import Launch, read_launch
-from emmental.training import checkpoint
+from emmental.training import checkpoint, distributed
 
 ROOT = Path(__file__).parent.parent
 FLAGS = (
@@ -205,6 +208,27 @@ def test_an_incomplete_set_of_variables_is_ignored(
     with pytest.raises(SystemExit):
         masked_run_squad.main([*command, "--fp61"])
     assert "unknown argument --fp61" in capsys.readouterr().err
+
+
+def test_a_place_where_no_process_can_be_joined(monkeypatch):
+    for name, value in (WHOLE | {"LOCAL_RANK": "0", "MASTER_PORT": "99999"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="cannot join the other processes .* 99999"):
+        distributed.join_world(no_cuda=True, local_rank=-1, fp16=False)
+
+
+def test_sigterm_ends_a_process_that_waits_for_others(monkeypatch):
+    """At once: no handler runs in Python while torch waits."""
+    found = []
+    note = lambda *_, **__: found.append(signal.getsignal(signal.SIGTERM))  # noqa: E731
+    for name, value in WHOLE.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "init_process_group", note)
+    monkeypatch.setattr(dist, "barrier", note)
+    with one_line_errors():
+        with distributed.join_world(no_cuda=True, local_rank=-1, fp16=False).main_first():
+            note()
+    assert found[:2] == [signal.SIG_DFL] * 2 and callable(found[2])
 
 
 def test_errors_of_two_processes_are_said_once(tmp_path, tiny_bert, squad_dir):

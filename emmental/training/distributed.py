@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import os
+import signal
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -10,11 +11,13 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from ..errors import UserError
+from ..errors import UserError, first_line, handled_signals
 from ..hardware import processor_name
 from ..launcher import read_launch
 
 logger = logging.getLogger(__name__)
+
+KILLED = signal.SIG_DFL, signal.SIGTERM  # at once: torch waits for hours, and Python's handlers too
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class World:
     def main_first(self):
         """Rank 0 runs the block, and fills the caches, before the others do."""
         if not self.is_main:
-            self.barrier()
+            with handled_signals(*KILLED):
+                self.barrier()
         yield
         if self.is_main:
             self.barrier()
@@ -84,7 +88,14 @@ def join_world(no_cuda: bool, local_rank: int, fp16: bool) -> World:
     else:
         keep_freed_memory()
     if launch.size > 1:
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))
+        try:
+            with handled_signals(*KILLED):
+                dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))
+        except (ValueError, RuntimeError) as error:  # a wrong port, one in use, ...
+            place = "MASTER_ADDR and MASTER_PORT"
+            raise UserError(
+                f"cannot join the other processes at {place}: {first_line(error)}"
+            ) from error
     device = torch.device("cuda", launch.local_rank) if on_gpu else torch.device("cpu")
     return World(device, launch.rank, launch.size)
 

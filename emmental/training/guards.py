@@ -4,7 +4,6 @@ import hashlib
 import logging
 import math
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..errors import SAME_SIGNAL, Interrupted, TrainingError
+from ..errors import SAME_SIGNAL, Interrupted, TrainingError, handled_signals
 from ..modules.masks import Masks
 from .checkpoint import TrainingState
 from .distributed import World
@@ -36,14 +35,8 @@ def stop_signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         numbers.append(number)
 
-    in_main = threading.current_thread() is threading.main_thread()  # only it may set handlers
-    caught = (signal.SIGTERM, signal.SIGINT) if in_main else ()
-    before = {number: signal.signal(number, note) for number in caught}
-    try:
+    with handled_signals(note, signal.SIGTERM, signal.SIGINT):
         yield numbers
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def interruption(number: int, step: int, total: int) -> Interrupted:
