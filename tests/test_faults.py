@@ -5,8 +5,10 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -165,6 +167,31 @@ def test_the_other_scripts_end_on_sigterm_and_name_no_flag_of_training(run, caps
     thread.start()
     thread.join()
     assert "Linear weights only" in capsys.readouterr().out
+
+
+SLOW_FEATURES = """
+import sys, time
+sys.path.insert(0, {root!r})
+import masked_run_squad
+from emmental.data import squad
+squad._featurize = lambda *columns, **options: time.sleep(100)
+masked_run_squad.main()
+"""
+
+
+def test_a_signal_while_several_processes_make_features(tmp_path, tiny_bert, squad_dir):
+    root = str(Path(masked_run_squad.__file__).parent)
+    (tmp_path / "script.py").write_text(SLOW_FEATURES.format(root=root))
+    places = f"--model_name_or_path {tiny_bert} --data_dir {squad_dir} --output_dir {tmp_path}/out"
+    flags = f"{FLAGS} {places} --cache_dir {tmp_path / 'cache'} --threads 2".split()
+    command = [sys.executable, str(tmp_path / "script.py"), *flags]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+    said = b""
+    while b"features (num_proc=2)" not in said:
+        said += process.stderr.read1()
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(30) == 143
+    assert b"error: stopped by SIGTERM" in process.stderr.read()
 
 
 # ---- where the output goes

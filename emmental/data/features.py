@@ -11,14 +11,18 @@ import hashlib
 import inspect
 import json
 import logging
+import os
 import re
 import shutil
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
+import multiprocess
 import numpy as np
 import pyarrow as pa
 import torch
@@ -29,7 +33,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from emmental.errors import TrainingError, UserError
+from emmental.errors import TrainingError, UserError, handled_signals
 from emmental.files import file_digest, write_file
 
 logger = logging.getLogger(__name__)
@@ -172,11 +176,22 @@ def cached_map(
         new_fingerprint=content_hash(examples._fingerprint, key),
         desc="features",
     )
+    stops = (signal.SIGTERM, signal.SIGINT) if num_proc > 1 else ()
     try:
-        return build(load_from_cache_file=not overwrite_cache)
+        with handled_signals(_stop_workers, *stops):
+            return build(load_from_cache_file=not overwrite_cache)
     except (OSError, pa.ArrowInvalid) as error:  # a full disk, a damaged cache
         logger.warning(f"cannot use the cache ({brief(error, 300)}); continuing without the cache")
         return build(load_from_cache_file=False, keep_in_memory=True)
+
+
+def _stop_workers(number: int, frame) -> None:
+    """Handle a signal by ending at once: an exception would wait for the workers for ever."""
+    if not multiprocess.parent_process():
+        for worker in multiprocess.active_children():
+            worker.kill()
+        print(f"\nerror: stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
+    os._exit(128 + number)
 
 
 def ragged(pieces: list[np.ndarray], lengths: list[int]) -> pa.ListArray:
