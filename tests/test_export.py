@@ -37,9 +37,12 @@ def make_model(
 ):
     torch.manual_seed(3)
     config = MaskedBertConfig(
-        **tiny_config, pruning_method=method, threshold=threshold, global_topk=global_topk,
+        **tiny_config,
+        pruning_method=method,
+        threshold=threshold,
+        global_topk=global_topk,
         **{"mask_init": "uniform", "mask_scale": 4.0, "initializer_range": 0.2} | kwargs,
-    )  # fmt: skip
+    )
     return getattr(emmental, f"MaskedBert{suffix}")(config).eval()
 
 

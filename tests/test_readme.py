@@ -167,30 +167,38 @@ for method in "sign_movement", "sensitivity":
     else:
         assert layer.mask_scores.grad.abs().unique().tolist() == [1.0]
 assert make_parser(Tagging(), "x").parse_args(
-    "--data_dir x --model_type masked_bert --model_name_or_path x --output_dir x --pruning_method sensitivity".split())
+    '''--data_dir x --model_type masked_bert --model_name_or_path x --output_dir x
+    --pruning_method sensitivity'''.split()
+)
 
 layer = MaskedLinear(8, 6, mask_init="uniform", mask_scale=1.0, granularity="2x2")
 layer(torch.randn(5, 8), threshold=0.5).sum().backward()
 assert layer.mask_scores.shape == layer.mask_scores.grad.shape == (3, 4)
 assert model[0].mask_scores.grad.shape == (8, 4)
 
-config = MaskedDistilBertConfig(vocab_size=30, dim=8, n_layers=1, n_heads=2, hidden_dim=16, max_position_embeddings=16)
+sizes = dict(vocab_size=30, dim=8, n_layers=1, n_heads=2, hidden_dim=16)
+config = MaskedDistilBertConfig(**sizes, max_position_embeddings=16)
 ids = torch.arange(5, 15)[None]
-for auto, output in (AutoModel, "last_hidden_state"), (AutoModelForQuestionAnswering, "start_logits"):
+outputs = {AutoModel: "last_hidden_state", AutoModelForQuestionAnswering: "start_logits"}
+for auto, output in outputs.items():
     distilbert = auto.from_config(config)
     assert type(distilbert).__name__.startswith("MaskedDistilBert")
     assert distilbert(ids, threshold=0.5)[output].shape[:2] == (1, 10)
 
 place = Path(sys.argv[1])
-words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "ada", "ben", "lives", "in", "oslo", "rome", "##me"]
-transformers.BertTokenizerFast(vocab={word: n for n, word in enumerate(words)}).save_pretrained(place / "bert")
-transformers.BertModel(transformers.BertConfig(vocab_size=len(words), hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
-    intermediate_size=16, max_position_embeddings=16)).save_pretrained(place / "bert")
+words = "[PAD] [UNK] [CLS] [SEP] [MASK] ada ben lives in oslo rome ##me".split()
+vocabulary = {word: n for n, word in enumerate(words)}
+transformers.BertTokenizerFast(vocab=vocabulary).save_pretrained(place / "bert")
+sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+config = transformers.BertConfig(vocab_size=len(words), max_position_embeddings=16, **sizes)
+transformers.BertModel(config).save_pretrained(place / "bert")
+text = "Ada/name lives/other in/other Oslo/place\\nBen/name lives/other in/other Rome/place\\n"
 for split in "train", "dev":
-    (place / f"{split}.txt").write_text("Ada/name lives/other in/other Oslo/place\\nBen/name lives/other in/other Rome/place\\n" * 4)
-flags = "--model_type masked_bert --do_train --do_eval --do_lower_case --max_seq_length 16 --max_steps 3 --final_threshold 0.5 --pruning_method sensitivity --no_cuda"
-folders = ["--data_dir", str(place), "--model_name_or_path", str(place / "bert"), "--output_dir", str(place / "out")]
-results = main(flags.split() + folders)
+    (place / f"{split}.txt").write_text(text * 4)
+flags = f'''--model_type masked_bert --do_train --do_eval --do_lower_case --max_seq_length 16
+    --max_steps 3 --final_threshold 0.5 --pruning_method sensitivity --no_cuda
+    --data_dir {place} --model_name_or_path {place / "bert"} --output_dir {place / "out"}'''
+results = main(flags.split())
 assert 0 <= results["accuracy"] <= 1 and abs(results["remaining_percent_linear"] - 50) < 1
 """
 
@@ -201,8 +209,9 @@ def test_the_changes_of_extending_run(tmp_path):
     assert len(blocks) >= 6
     script = tmp_path / "extended.py"
     script.write_text("\n".join([*blocks, EXTENDED]), encoding="utf-8")
-    done = subprocess.run([sys.executable, str(script), str(tmp_path)], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
-                          capture_output=True, text=True)  # fmt: skip
+    command = [sys.executable, str(script), str(tmp_path)]
+    path = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -1,11 +1,12 @@
-"""Kill runs with SIGKILL at random moments, resume them, and compare with runs that were left alone: bit for bit.
+"""Kill runs with SIGKILL at random moments, resume them, and compare them with whole runs.
 
-    python tests/stress/kill_resume.py                    # 25 kills over five methods: 10 minutes on 2 cores
+    python tests/stress/kill_resume.py      # 25 kills over five methods: 10 minutes on 2 cores
     python tests/stress/kill_resume.py --kills 100 --seed 7
 
-A run is 40 updates of a tiny BERT with accumulation, a teacher, batches of similar lengths, evaluation and a
-checkpoint every few updates. A kill falls in an update, an evaluation, or the writing of a checkpoint or of the
-model. Each line is a method: kills, where they fell, whether weights, scores, optimiser and metrics are equal.
+A run is 40 updates of a tiny BERT with accumulation, a teacher, batches of similar lengths,
+evaluation and a checkpoint every few updates. A kill falls in an update, in an evaluation, or while
+a checkpoint or the model is written. A row per method says how many kills there were, where they
+fell, and whether weights, scores, optimiser and metrics are equal in every bit.
 """
 
 import argparse
@@ -24,15 +25,16 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = {
-    "topK": ["--pruning_method", "topK", "--initial_threshold", "1", "--final_threshold", "0.2"],
-    "sigmoied_threshold": ["--pruning_method", "sigmoied_threshold", "--initial_threshold", "0", "--final_threshold", "0.1",
-                           "--regularization", "l1", "--target_remaining", "0.3", "--mask_scores_learning_rate", "0.1"],
-    "magnitude": ["--pruning_method", "magnitude", "--initial_threshold", "1", "--final_threshold", "0.2"],
-    "threshold": ["--pruning_method", "threshold", "--global_topk", "--global_topk_frequency_compute", "3",
-                  "--initial_threshold", "1", "--final_threshold", "0.2"],
-    "l0": ["--pruning_method", "l0", "--initial_threshold", "1", "--final_threshold", "1", "--mask_scale", "2.197",
-           "--regularization", "l0", "--final_lambda", "20", "--mask_scores_learning_rate", "0.1"],
-}  # fmt: skip
+    "topK": "--pruning_method topK --initial_threshold 1 --final_threshold 0.2",
+    "sigmoied_threshold": """--pruning_method sigmoied_threshold --initial_threshold 0
+        --final_threshold 0.1 --regularization l1 --target_remaining 0.3
+        --mask_scores_learning_rate 0.1""",
+    "magnitude": "--pruning_method magnitude --initial_threshold 1 --final_threshold 0.2",
+    "threshold": """--pruning_method threshold --global_topk --global_topk_frequency_compute 3
+        --initial_threshold 1 --final_threshold 0.2""",
+    "l0": """--pruning_method l0 --initial_threshold 1 --final_threshold 1 --mask_scale 2.197
+        --regularization l0 --final_lambda 20 --mask_scores_learning_rate 0.1""",
+}
 UPDATES = 40
 COMPARED = ("model.safetensors", "eval_results.json", "predictions_.json")
 TIMEOUT = 300
@@ -43,16 +45,15 @@ class Job:
 
     def __init__(self, folder: Path, model: Path, data: Path, method: str):
         self.folder, self.method = Path(folder), method
-        self.flags = [
-            "--model_type", "masked_bert", "--model_name_or_path", str(model), "--data_dir", str(data), "--do_lower_case",
-            "--do_train", "--do_eval", "--evaluate_during_training", "--logging_steps", "5", "--max_steps", str(UPDATES),
-            "--teacher_type", "bert", "--teacher_name_or_path", str(model), "--gradient_accumulation_steps", "2",
-            "--warmup_steps", "5", "--save_steps", "3", "--max_seq_length", "48", "--max_query_length", "16", "--doc_stride", "16",
-            "--per_gpu_train_batch_size", "3", "--no_cuda", "--cache_dir", str(self.folder / "cache"), *METHODS[method],
-        ]  # fmt: skip
+        self.flags = f"""--model_type masked_bert --model_name_or_path {model} --data_dir {data}
+            --do_lower_case --do_train --do_eval --evaluate_during_training --logging_steps 5
+            --max_steps {UPDATES} --teacher_type bert --teacher_name_or_path {model}
+            --gradient_accumulation_steps 2 --warmup_steps 5 --save_steps 3 --max_seq_length 48
+            --max_query_length 16 --doc_stride 16 --per_gpu_train_batch_size 3 --no_cuda
+            --cache_dir {self.folder / "cache"} {METHODS[method]}""".split()
 
     def start(self, name: str, *flags: str, limit: int | None = None) -> subprocess.Popen:
-        """Begin the run in the folder `name`; `limit`: the largest file in bytes that it may write."""
+        """Start the run in the folder `name`. limit: the bytes of the largest file it may write."""
         command = [
             sys.executable,
             str(ROOT / "masked_run_squad.py"),
@@ -86,7 +87,7 @@ def finish(process: subprocess.Popen) -> None:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """Files of the run `one` that are not alike in `other`; of the training states all tensors and numbers count."""
+    """The files of the run `one` that differ in `other`; training states by their values."""
     found = [
         name
         for name in COMPARED
@@ -105,7 +106,7 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 def alike(a, b) -> bool:
-    """Whether two values of a training state are bit for bit the same; the seconds of a run may differ."""
+    """Whether two values of a training state are equal in every bit, but for the seconds."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a if key != "seconds")
     if isinstance(a, list | tuple):
@@ -117,11 +118,11 @@ def alike(a, b) -> bool:
 
 def being_written(out: Path) -> bool:
     """Whether a checkpoint, or the final model, is half there."""
-    return any(out.glob(".checkpoint-*")) or any(out.glob(".writing-*"))
+    return any(out.glob(".writing-*"))
 
 
 def being_evaluated(out: Path) -> bool:
-    """Whether an evaluation has written a part of its files: predictions come first, their n-best lists after them."""
+    """Whether an evaluation has written predictions, and not yet their n-best lists."""
     files = {path.name for path in out.glob("*predictions_*.json*")}
     return any(
         f"nbest_{name}" not in files for name in files if name.startswith("predictions_")
@@ -134,9 +135,9 @@ WATCHED = {"writing a checkpoint": being_written, "evaluating": being_evaluated}
 def kill_at(
     process: subprocess.Popen, out: Path, moment: str, delay: float, patience: float
 ) -> str | None:
-    """Kill the run at that moment and say when that was; None if the run ends before.
+    """Kill the run at a moment and say which it was; None if the run ends before.
 
-    moment: one of WATCHED, as soon as it is seen; else so many seconds after the training has begun to write.
+    moment: one of WATCHED, when it is seen; else `delay` seconds after the training started.
     """
     end = time.perf_counter() + TIMEOUT
     known, seen = {path.name for path in out.glob("events.*")}, None
@@ -162,9 +163,9 @@ def kill_at(
 
 
 def kill_until_done(job: Job, kills: int, seed: int) -> dict:
-    """Kill the run so many times, resume it after each, and compare what comes out with a run that was left alone.
+    """Kill the run `kills` times, resume it each time, and compare it with a whole run.
 
-    Every other kill falls at a random time of the training, the others while something is being written.
+    Half of the kills fall at a random time, the others while something is written.
     """
     rng = random.Random(f"{seed} {job.method}")
     finish(job.start("whole"))
@@ -215,8 +216,15 @@ def make_material(folder: Path) -> tuple[Path, Path]:
     words = conftest.VOCABULARY + [f"[unused{i}]" for i in range(120 - len(conftest.VOCABULARY))]
     (folder / "vocab.txt").write_text("\n".join(words))
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=120, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-                        max_position_embeddings=64, initializer_range=0.2)  # fmt: skip
+    config = BertConfig(
+        vocab_size=120,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
     BertForQuestionAnswering(config).save_pretrained(model)
     BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(model)
     return model, data
@@ -241,9 +249,8 @@ def main() -> None:
                 kill_until_done(Job(folder, *material, method), share, args.seed) if share else {}
             )
             print(json.dumps(rows[-1]), flush=True)
-    print(
-        f"\n| method | kills | {' | '.join(WATCHED)} | resumes | bit-equal |\n|{'---|' * (4 + len(WATCHED))}"
-    )
+    print(f"\n| method | kills | {' | '.join(WATCHED)} | resumes | bit-equal |")
+    print(f"|{'---|' * (4 + len(WATCHED))}")
     for row in filter(None, rows):
         counts = " | ".join(str(row["where"].count(name)) for name in WATCHED)
         equal = "yes" if row["equal"] else ", ".join(row["different"])
