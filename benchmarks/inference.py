@@ -98,7 +98,8 @@ def run_group(
 
     The dense sides are measured with the first model only, as masks do not change their speed.
     """
-    ours = {name: sparsify(model) for name, model in models.items()}
+    forced = {} if args.csr_below is None else {"kernel": "native", "csr_below": args.csr_below}
+    ours = {name: sparsify(model, **forced) for name, model in models.items()}
     dense = next(iter(models.values()))
     generator = torch.Generator().manual_seed(1)
     found = []
@@ -190,6 +191,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--layers", type=positive, default=12, help="layers of the random BERTs (default: 12)")
     add("--hidden", type=positive, default=768,
         help="their hidden size, a multiple of 64 (default: 768)")
+    add("--csr_below", type=float,
+        help="density below which a matrix becomes CSR, to check the limit (default: sparsify's)")
     add("--repeats", type=positive, default=5, help="measured turns (default: 5)")
     add("--warmup", type=positive, default=1, help="turns before those (default: 1)")
     add("--without", nargs="*", choices=("compiled", "int8"), default=[], help="sides to leave out")
