@@ -7,8 +7,8 @@ Both models run in one process, in turn. A ratio is the median of the ratios of 
 a time the median of all steps. The dense side is `BertForQuestionAnswering` with frozen embeddings,
 like ours. Both have the optimiser, the clipping and the penalty of a run of the scripts. Peak
 memory is measured in one process per side (on a GPU, by the allocator). "allowed" is the memory
-that masks need: scores, their gradient, two moments of Adam, one byte per weight for the mask (four
-for l0), and a masked copy of the largest matrix.
+that masks need: scores, their gradient, two moments of Adam (for platon, the uncertainty instead),
+one byte per weight for the mask (four for l0), and a masked copy of the largest matrix.
 """
 
 import argparse
@@ -37,10 +37,11 @@ from emmental.modules import find_masks, masked, masked_layers
 from emmental.modules.methods import METHODS
 from emmental.training.distributed import keep_freed_memory
 from emmental.training.optim import build_optimizer
+from emmental.training.passes import observe_scores
 
 # fmt: off
 THRESHOLD = {"topK": 0.15, "magnitude": 0.15, "sigmoied_threshold": 0.5, "threshold": 0.0,
-             "l0": 1.0}
+             "l0": 1.0, "sensitivity": 0.15, "platon": 0.15}
 COLUMNS = ["side", "step/dense", "cut-offs", "forward", "backward", "optimiser", "step s",
            "evaluation/dense", "evaluation s", "peak MiB", "added MiB", "allowed MiB"]
 # fmt: on
@@ -68,6 +69,7 @@ class Side:
             )
         self.model.to(args.device).train()
         self.optimizer = build_optimizer(self.model, 3e-5, 1e-2, 0.0, 1e-8)
+        self.scaler = torch.amp.GradScaler(args.device, enabled=False)
         if args.compile:
             for layer in self.model.bert.encoder.layer:
                 layer.compile()
@@ -91,6 +93,7 @@ class Side:
             clock("forward")
             loss.backward()
             clock("backward")
+        observe_scores(self.model, self.scaler)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -203,7 +206,8 @@ def _measure_peak(args: argparse.Namespace) -> float:
 def allowed_memory(masked: Side) -> float:
     """MiB that masks need: see the top of this file."""
     sizes = [layer.weight.numel() for layer in masked_layers(masked.model).values()]
-    scores = 4 * 4 if METHODS[masked.method].scores else 0
+    method = METHODS[masked.method]
+    scores = 4 * {"learned": 4, "observed": 2 + method.has_uncertainty, None: 0}[method.scores]
     masks = find_masks(masked.model, THRESHOLD[masked.method]).by_layer
     mask = next(iter(masks.values())).element_size()
     return (sum(sizes) * (scores + mask) + 4 * max(sizes)) / MIB

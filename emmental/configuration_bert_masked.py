@@ -6,8 +6,9 @@ from transformers import BertConfig
 class MaskedBertConfig(BertConfig):
     """A `BertConfig` with the settings of the masks.
 
-    pruning_method: topK, threshold, sigmoied_threshold, magnitude or l0.
+    pruning_method: the name of one of `emmental.modules.methods.METHODS`.
     mask_init, mask_scale: the initial scores, see `MaskedLinear`.
+    importance_beta, uncertainty_beta: weights of the past in the running means of observed scores.
     threshold: the last threshold that was used: a fraction in [0, 1], for the method `threshold` a
         cut on the scores. None if unknown, as in checkpoints of the 2020 code.
     global_topk: whether all matrices are ranked together.
@@ -18,8 +19,13 @@ class MaskedBertConfig(BertConfig):
     pruning_method: str = "topK"
     mask_init: str = "constant"
     mask_scale: float | int = 0.0
+    importance_beta: float = 0.85
+    uncertainty_beta: float = 0.95
     threshold: float | int | None = None
     global_topk: bool = False
 
 
-MASK_FIELDS = ("pruning_method", "mask_init", "mask_scale", "threshold", "global_topk")
+MASK_FIELDS = (
+    "pruning_method", "mask_init", "mask_scale", "importance_beta", "uncertainty_beta", "threshold",
+    "global_topk",
+)  # fmt: skip

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from .configuration_bert_masked import MASK_FIELDS
-from .families import MASKED, encoder_of
+from .families import MASKED, SCORES, encoder_of
 from .modules.masks import Masks, count, find_masks, masked_layers
 from .modules.numeric import apply_mask
 from .modules.topk import floor_count
@@ -102,7 +102,7 @@ def bertarized_state_dict(model: nn.Module, masks: Masks | None = None) -> dict[
     ValueError for a model without masked layers or threshold.
     """
     masks = masks or find_masks(model)
-    state = {k: v for k, v in model.state_dict().items() if not k.endswith(".mask_scores")}
+    state = {k: v for k, v in model.state_dict().items() if not k.endswith(SCORES)}
     for name, layer in masked_layers(model).items():
         mask = layer.granularity.expand(masks.by_layer[name], layer.weight.shape)
         state[f"{name}.weight"] = apply_mask(layer.weight, mask)

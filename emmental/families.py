@@ -26,6 +26,7 @@ from .modules.masks import LOCK, in_force, masked, masked_layers
 
 HEADS = ("QuestionAnswering", "SequenceClassification", "TokenClassification", "MultipleChoice")
 MASKED = "masked_"
+SCORES = (".mask_scores", ".mask_uncertainty")  # how their names in a state dict end
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
 class Masked:
     """What the masked base models and heads of all families share."""
 
-    _keep_in_fp32_modules_strict = ["mask_scores"]
+    _keep_in_fp32_modules_strict = ["mask_scores", "mask_uncertainty"]
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -87,8 +88,9 @@ class Masked:
 
     def mask_encoder(self) -> None:
         """Replace the encoder's `nn.Linear` by masked layers, and freeze the embeddings."""
-        names = ("mask_init", "mask_scale", "pruning_method")
-        swap_linears(encoder_of(self), **{name: getattr(self.config, name) for name in names})
+        names = "mask_init mask_scale pruning_method importance_beta uncertainty_beta".split()
+        known = [name for name in names if hasattr(self.config, name)]  # of a user's own family
+        swap_linears(encoder_of(self), **{name: getattr(self.config, name) for name in known})
         self.freeze_embeddings()
 
     def _set_gradient_checkpointing(

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from .errors import UserError, first_line
-from .families import FAMILIES, HEADS, MASKED, family_of, is_masked
+from .families import FAMILIES, HEADS, MASKED, SCORES, family_of, is_masked
 from .modules.masks import find_masks, masked_layers
 from .modules.methods import METHODS
 from .tokenizer import declared_casing, has_tokenizer, load_tokenizer, lower_cases
@@ -211,7 +211,7 @@ def _check_weights(source: str, model: PreTrainedModel, info: dict, trained: boo
     base, family = f"{model.base_model_prefix}.", family_of(model.config)
     for key in sorted(fresh):
         theirs, ours = shapes.get(key, (None, None))
-        are_scores = key.endswith(".mask_scores")
+        are_scores = key.endswith(SCORES)
         if key.startswith((f"{base}{family.encoder}.", f"{base}{family.embeddings}.")):
             if theirs or not are_scores:
                 problem = f"has another shape ({theirs})" if theirs else "is missing"
@@ -243,7 +243,7 @@ def _check_extra_weights(
     own = {name for part in (model, model.base_model) for name, _ in part.named_children()}
     extra = sorted(k for k in keys if k.split(".")[0] in own and not HARMLESS.search(k))
     if is_masked(model.config.model_type):  # a method without scores leaves them
-        extra = [key for key in extra if not key.endswith(".mask_scores")]
+        extra = [key for key in extra if not key.endswith(SCORES)]
     if extra:
         shown = ", ".join(extra[:2]) + (f" and {len(extra) - 2} more" if extra[2:] else "")
         name = type(model).__name__
@@ -259,7 +259,7 @@ def _check_masks(source: str, model: PreTrainedModel, trained: bool, advice: str
         return
     if config.threshold is None and METHODS[config.pruning_method].threshold:
         raise UserError(f"{source} does not record the threshold that it was trained at: {advice}")
-    if not all(x.mask_scores.isfinite().all() for x in layers if x.mask_scores is not None):
+    if not all(x.source.isfinite().all() for x in layers if x.mask_scores is not None):
         raise UserError(f"{source} holds scores that are not finite: its training diverged")
     try:
         find_masks(model)

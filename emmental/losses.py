@@ -7,17 +7,13 @@ from torch.nn import functional as F
 from .modules.masks import masked_layers
 from .modules.methods import METHODS
 
-PENALTIES = {
-    m.penalty: m for m in sorted(METHODS.values(), key=lambda m: str(m.penalty)) if m.penalty
-}
+PENALTIES = {m.penalty: m for m in reversed(METHODS.values()) if m.penalty}  # l0, l1
 
 
 def regularization(model: nn.Module, mode: str) -> Tensor:
     """The penalty that pushes scores down, averaged over the matrices: a scalar in [0, 1].
 
-    `l1`: mean of sigmoid(S), which decides what soft movement pruning keeps (paper, section 4.2).
-    `l0`: mean of sigmoid(S - b log(-l/r)), the probability that a hard concrete gate is open
-    (Louizos et al. 2018, eq. 12). Raises ValueError for another mode or a model without scores.
+    mode: `l1` (of soft movement) or `l0`. Raises ValueError for another, or without scores.
     """
     if mode not in PENALTIES:
         raise ValueError(f"unknown regularization {mode!r}: choose one of {', '.join(PENALTIES)}")
@@ -32,8 +28,7 @@ def distillation_loss(
 ) -> Tensor:
     """T^2 * KL(teacher/T || student/T), averaged over the batch and the tuple (Hinton et al. 2015).
 
-    Both are tuples of logits (batch, classes); SQuAD passes (start, end). Raises ValueError when
-    their shapes differ.
+    Both are tuples of logits (batch, classes). Raises ValueError when their shapes differ.
     """
     losses = []
     for s, t in _pairs(student, teacher):

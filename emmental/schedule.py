@@ -3,8 +3,7 @@
 The threshold follows the cubic of Zhu & Gupta (2017, eq. 1; paper, section 5 and appendix). It has
 its initial value for `initial_warmup * warmup_steps` updates, then moves, and has its final value
 for the last `final_warmup * warmup_steps` updates, in which the model recovers. Lambda, the weight
-of the penalty, is proportional to the threshold. The learning rate warms up and decays to zero,
-both linearly.
+of the penalty, is proportional to the threshold. The learning rate warms up and decays linearly.
 """
 
 import math
@@ -23,7 +22,6 @@ def schedule_threshold(
 ) -> tuple[float, float]:
     """Threshold and lambda for the update after `step` of `total_step` updates.
 
-    Thresholds are in the units of the method: fractions in [0, 1], or scores for `threshold`.
     lambda = final_lambda * threshold / final_threshold, or final_lambda if final_threshold is 0.
     """
     start = initial_warmup * warmup_steps

@@ -83,7 +83,7 @@ SOFT = (
         ("--do_train --max_steps 100 --warmup_steps 50", "--warmup_steps 33 or less"),
         (
             "--do_train --pruning_method magnitude --regularization l1 --final_lambda 1",
-            "needs scores",
+            "needs learned scores",
         ),
         ("--do_train --final_lambda 1", "without --regularization"),
         ("--do_train --pruning_method l0 --global_topk", "--global_topk goes with"),

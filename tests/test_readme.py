@@ -156,19 +156,19 @@ from emmental.modules import find_masks
 from emmental.training.args import make_parser
 from emmental.training.passes import observe_scores
 
-for method in "sign_movement", "sensitivity":
+for method in "sign_movement", "peak":
     layer = MaskedLinear(6, 4, mask_init="uniform", mask_scale=1.0, pruning_method=method)
     assert find_masks(layer, 0.5).by_layer[""].sum() == 12
     before = layer.mask_scores.detach().clone()
     layer.train()(torch.randn(3, 6), threshold=0.5).sum().backward()
-    if method == "sensitivity":
+    if method == "peak":
         observe_scores(layer, torch.amp.GradScaler("cpu", enabled=False))
         assert layer.mask_scores.grad is None and not torch.equal(layer.mask_scores, before)
     else:
         assert layer.mask_scores.grad.abs().unique().tolist() == [1.0]
 assert make_parser(Tagging(), "x").parse_args(
     '''--data_dir x --model_type masked_bert --model_name_or_path x --output_dir x
-    --pruning_method sensitivity'''.split()
+    --pruning_method peak'''.split()
 )
 
 layer = MaskedLinear(8, 6, mask_init="uniform", mask_scale=1.0, granularity="2x2")
@@ -196,7 +196,7 @@ text = "Ada/name lives/other in/other Oslo/place\\nBen/name lives/other in/other
 for split in "train", "dev":
     (place / f"{split}.txt").write_text(text * 4)
 flags = f'''--model_type masked_bert --do_train --do_eval --do_lower_case --max_seq_length 16
-    --max_steps 3 --final_threshold 0.5 --pruning_method sensitivity --no_cuda
+    --max_steps 3 --final_threshold 0.5 --pruning_method peak --no_cuda
     --data_dir {place} --model_name_or_path {place / "bert"} --output_dir {place / "out"}'''
 results = main(flags.split())
 assert 0 <= results["accuracy"] <= 1 and abs(results["remaining_percent_linear"] - 50) < 1

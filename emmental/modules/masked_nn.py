@@ -1,8 +1,6 @@
 """Masked linear layers: y = (W * M) x + b, with a mask M from scores S or from W itself.
 
-`layer(x, threshold=v)` finds its own mask, as in the published interface. In training and
-evaluation, `masks.py` finds the masks of all layers at once; a forward is then only a product,
-which `torch.compile` compiles once for all thresholds.
+`masks.py` finds the masks of all layers at once, so that `torch.compile` compiles a forward once.
 """
 
 import math
@@ -40,9 +38,9 @@ class MaskInForce:
 class MaskedLinear(nn.Linear):
     """An `nn.Linear` with a mask over its weights.
 
-    The parameter `mask_scores` (None for magnitude pruning) has the shape of `weight`, or that of
-    the granularity. It starts `constant` at `mask_scale`, `uniform` in +-`mask_scale`, or
-    `kaiming`. Raises ValueError for an unknown name.
+    `mask_scores` (None for magnitude pruning) has the shape of `weight`, or of the granularity. It
+    starts `constant` at `mask_scale`, `uniform` in +-`mask_scale`, or `kaiming`. The betas weigh
+    the past in the running means of observed scores. Raises ValueError for an unknown name.
 
     `layer(x, threshold=v)` finds its mask for the threshold v. `layer(x)` uses the mask of the
     `masked` block around the call, and raises RuntimeError outside a block.
@@ -57,6 +55,8 @@ class MaskedLinear(nn.Linear):
         mask_scale: float = 0.0,
         pruning_method: str = "topK",
         granularity: str = "weight",
+        importance_beta: float = 0.85,
+        uncertainty_beta: float = 0.95,
         device=None,
         dtype=None,
     ):
@@ -66,12 +66,15 @@ class MaskedLinear(nn.Linear):
         self.method, self.pruning_method = find_method(pruning_method), pruning_method
         self.granularity = GRANULARITIES[granularity]
         self.mask_init, self.mask_scale, self.mask_scores = mask_init, mask_scale, None
+        self.importance_beta, self.uncertainty_beta = importance_beta, uncertainty_beta
         self.in_force: MaskInForce | None = None
         if self.method.scores:
             # Also in a half-precision model: updates of scores are too small for its precision.
             dtype = torch.promote_types(self.weight.dtype, torch.float32)
             shape = self.granularity.shape(self.weight.shape)
             self.mask_scores = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+            if self.method.has_uncertainty:
+                self.register_buffer("mask_uncertainty", torch.empty_like(self.mask_scores.data))
             self.reset_scores()
 
     def reset_scores(self) -> None:
@@ -84,13 +87,14 @@ class MaskedLinear(nn.Linear):
             nn.init.uniform_(self.mask_scores, -self.mask_scale, self.mask_scale)
         else:
             nn.init.kaiming_uniform_(self.mask_scores, a=math.sqrt(5))
+        if self.method.has_uncertainty:
+            nn.init.zeros_(self.mask_uncertainty)
 
     @property
     def source(self) -> Tensor:
-        """What the mask follows from: the scores, or the weights that magnitude pruning ranks."""
-        scores = self.mask_scores
-        check_values(self.weight, scores)
-        return self.granularity.rank(self.weight.detach()) if scores is None else scores
+        """What the mask follows from: mostly the scores; for magnitude pruning, the weights."""
+        check_values(self.weight, self.mask_scores)
+        return self.method.source(self)
 
     @property
     def owner(self) -> int:
@@ -153,8 +157,7 @@ def swap_linears(
 ) -> None:
     """Replace every `nn.Linear` of `module` whose dotted name passes `where` by a `MaskedLinear`.
 
-    The new layers share weights and biases with the old ones. The state dict keeps its keys and
-    gains `<linear>.mask_scores`. `options` are those of `MaskedLinear`.
+    The new layers share weights and biases with the old ones. `options` are those of the new ones.
     """
     for name, old in list(module.named_modules()):
         if type(old) is nn.Linear and where(name):

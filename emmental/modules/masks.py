@@ -4,8 +4,7 @@
         loss = model(**batch).loss
         loss.backward()
 
-Outside a block, every forward of a masked model finds its own masks. So no mask is ever stale, but
-each forward costs a selection.
+Outside a block, every forward of a masked model finds its own masks, which costs a selection.
 """
 
 import threading
@@ -78,14 +77,11 @@ def find_masks(
 ) -> Masks:
     """Find the masks of all layers; with `config.global_topk`, rank all matrices together.
 
-    threshold: see `compute_mask`; by default `config.threshold`. With `global_topk` it is the
-        fraction in [0, 1] of all weights that remain, for every method.
+    threshold: by default `config.threshold`. With `global_topk`, the fraction of all that remains.
     cutoff: of an earlier call, with `global_topk`: keep the scores above it, without a selection.
-    sampled, generator: whether masks are random (l0 in training), and their source of noise. Seed
-        it alike on all ranks.
+    sampled, generator: whether masks are random (l0 in training), and their noise, alike on ranks.
     above: if given, keep the weights with higher scores instead.
-    Raises ValueError for a model without masked layers, a threshold that is unknown or out of
-    range, and a method that cannot rank all matrices together.
+    Raises ValueError for what has no masks, and for a threshold that is unknown or out of range.
     """
     layers, config = masked_layers(model), _config(model)
     if not layers:
@@ -140,8 +136,7 @@ def masked(
 
     In training mode the masks are samples. The threshold becomes `config.threshold`, which
     `save_pretrained` records. In evaluation without gradients, a `lasting` block keeps W * M too.
-    A change of weights or scores inside the block does not change its masks. A dense model stays
-    as it is, and the block's value is None.
+    New weights or scores do not change the masks of a block. A dense model has none: None.
     """
     layers = list(masked_layers(model).values())
     if not layers:

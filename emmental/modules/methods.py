@@ -6,12 +6,10 @@ use the straight-through estimator, which takes the mask for the scores (paper, 
     dL/dS = dL/dM = dL/d(W * M) * W
 
 So a score falls when training moves its weight towards zero, and rises when it moves it away.
-
 To add a method, write a class and add an object of it to `METHODS`.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -31,6 +29,7 @@ class Method:
     absolute: whether it ranks absolute values.
     ranks_together: whether `global_topk` can rank all matrices together.
     has_floor: whether every matrix keeps at least 0.5% of its weights.
+    has_uncertainty: whether it observes `layer.mask_uncertainty` too.
     observe: None, or a method `observe(layer, grad)` that updates `layer.mask_scores` in place,
         once per update, from the straight-through dL/dS. It must do the same on every rank.
     """
@@ -40,15 +39,13 @@ class Method:
     scores: str | None = "learned"
     threshold: str | None = "remains"
     penalty: str | None = None
-    absolute = False
+    absolute = has_floor = has_uncertainty = False
     ranks_together = True
-    has_floor = False
-    observe: Callable | None = None
+    observe = None
 
-    @property
-    def is_fraction(self) -> bool:
-        """Whether the threshold must lie in [0, 1]."""
-        return self.threshold in ("remains", "sigmoid")
+    def source(self, layer) -> Tensor:
+        """What the masks of a `MaskedLinear` follow from, in the shape of its scores."""
+        return layer.mask_scores if self.scores else layer.granularity.rank(layer.weight.detach())
 
     def masks(
         self, sources: list[Tensor], threshold: float, sampled=False, generator=None
@@ -95,12 +92,34 @@ class Magnitude(TopK):
     scores, absolute = None, True
 
 
+class Sensitivity(TopK):
+    """Ranks weights by a running mean of their importance I = |W * dL/d(W * M)|."""
+
+    name, title, scores = "sensitivity", "sensitivity", "observed"
+
+    def observe(self, layer, grad):
+        layer.mask_scores.lerp_(grad.abs(), 1 - layer.importance_beta)
+
+
+class Platon(Sensitivity):
+    """PLATON (Zhang et al. 2022): ranks weights by J * U, the running means of I and |I - J|."""
+
+    name, title, has_uncertainty = "platon", "PLATON", True
+
+    def observe(self, layer, grad):
+        super().observe(layer, grad)
+        deviation = grad.abs().sub_(layer.mask_scores).abs_()
+        layer.mask_uncertainty.lerp_(deviation, 1 - layer.uncertainty_beta)
+
+    def source(self, layer):
+        return layer.mask_scores.detach() * layer.mask_uncertainty
+
+
 class Threshold(Method):
     """Movement pruning with a cut on the scores: M = 1 where S > v. With `global_topk`, as topK."""
 
     name, title = "threshold", "movement"
-    threshold = "score"
-    has_floor = True
+    threshold, has_floor = "score", True
 
     def masks(self, sources, threshold, sampled=False, generator=None):
         return keep_above(sources, float(threshold))
@@ -113,10 +132,8 @@ class SoftMovement(Method):
     """
 
     name, title = "sigmoied_threshold", "soft movement"
-    threshold = "sigmoid"
-    penalty = "l1"
-    ranks_together = False
-    has_floor = True
+    threshold, penalty = "sigmoid", "l1"
+    ranks_together, has_floor = False, True
 
     def masks(self, sources, threshold, sampled=False, generator=None):
         return keep_above(sources, self.closing_score(threshold))
@@ -137,9 +154,7 @@ class L0(Method):
     """
 
     name, title = "l0", "l0"
-    threshold = None
-    penalty = "l0"
-    ranks_together = False
+    threshold, penalty, ranks_together = None, "l0", False
     LEFT, RIGHT, TEMPERATURE, MARGIN = -0.1, 1.1, 2 / 3, 1e-4
     WIDTH = RIGHT - LEFT
 
@@ -171,7 +186,8 @@ class L0(Method):
         return logit(-self.LEFT / self.WIDTH)  # M = 0 in evaluation
 
 
-METHODS = {m.name: m for m in (TopK(), Threshold(), SoftMovement(), Magnitude(), L0())}
+_ALL = TopK(), Threshold(), SoftMovement(), Magnitude(), L0(), Sensitivity(), Platon()
+METHODS = {method.name: method for method in _ALL}
 
 
 def find_method(name: str) -> Method:

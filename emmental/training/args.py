@@ -30,6 +30,7 @@ COUNT, COUNT_OR_0 = number(int, at_least=1), number(int, at_least=0)
 NUMBER, POSITIVE, NOT_NEGATIVE = number(float), number(float, above=0), number(float, at_least=0)
 OBSOLETE = ("fp16_opt_level", "server_ip", "server_port", "lang_id")  # the last: of SQuAD alone
 RATES = ("learning_rate", "mask_scores_learning_rate", "weight_decay", "adam_epsilon")
+BETA = number(float, above=0, below=1)
 SEED = number(int, at_least=0, below=2**32)
 
 
@@ -90,10 +91,11 @@ FLAGS = {
     ],
     "pruning": [
         ("pruning_method", pruning_method, "topK", "topK (movement), sigmoied_threshold (soft "
-         "movement), magnitude, l0, or threshold"),
+         "movement), magnitude, l0, threshold, sensitivity or platon"),
         ("initial_threshold", NUMBER, 1.0, "threshold at the start, a fraction: of remaining "
          "weights (1 for topK), or on sigmoid(score) (0 for sigmoied_threshold)"),
-        ("final_threshold", NUMBER, 0.7, "threshold at the end; the density of topK and magnitude"),
+        ("final_threshold", NUMBER, 0.7, "threshold at the end; what remains, for methods that "
+         "rank"),
         ("initial_warmup", NOT_NEGATIVE, 1, "updates at the first threshold, in warmup_steps"),
         ("final_warmup", NOT_NEGATIVE, 2, "updates at the last threshold, in warmup_steps; "
          "raise it if the metric still climbs at the end"),
@@ -103,8 +105,12 @@ FLAGS = {
         ("final_lambda", NOT_NEGATIVE, 0.0, "final weight of the penalty; raise it to prune more"),
         ("target_remaining", NUMBER, None, "fraction of the weights to keep: steers lambda, "
          "from --final_lambda or a usual value (soft movement, l0)"),
-        ("global_topk", bool, False, "rank all matrices together (topK, threshold, magnitude)"),
+        ("global_topk", bool, False, "rank all matrices together (not with a penalty)"),
         ("global_topk_frequency_compute", COUNT, 25, "updates between two global cut-offs"),
+        ("importance_beta", BETA, None, "weight of the past in the running mean of |W dL/dW| "
+         "(platon, sensitivity; 0.85 if not given)"),
+        ("uncertainty_beta", BETA, None, "weight of the past in the running mean of its "
+         "deviation (platon; 0.95 if not given)"),
     ],
     "distillation": [
         ("teacher_type", model_type, None, "model type of the teacher"),
@@ -194,10 +200,10 @@ def _check_pruning(args: argparse.Namespace) -> list[str]:
     problems, method = [], METHODS[args.pruning_method]
     for name in ("initial_threshold", "final_threshold"):
         value = getattr(args, name)
-        if (method.is_fraction or args.global_topk) and not 0 <= value <= 1:
+        if (method.threshold in ("remains", "sigmoid") or args.global_topk) and not 0 <= value <= 1:
             problems.append(f"--{name} is a fraction and must lie in [0, 1], got {value}")
-    if args.regularization and not method.scores:
-        problems.append(f"--regularization needs scores, and {method.name} has none")
+    if args.regularization and method.scores != "learned":
+        problems.append(f"--regularization needs learned scores, and {method.name} has none")
     if args.do_train and args.final_lambda and not args.regularization:
         problems.append("--final_lambda has no effect without --regularization: add it (l1 or l0)")
     if args.global_topk and not method.ranks_together:
@@ -237,11 +243,15 @@ def _check_output_dir(args: argparse.Namespace) -> list[str]:
 def _warn(args: argparse.Namespace, given: set[str]) -> None:
     """Warn of flags without effect, and of soft movement and l0 that would hardly prune."""
     method, masked = METHODS[args.pruning_method], is_masked(args.model_type)
+    names = {group: [name for name, *_ in flags] for group, flags in FLAGS.items()}
+    observes, deviates = method.scores == "observed", method.has_uncertainty
     for needed, group, present in (
-        ("--teacher_name_or_path", "distillation", args.teacher_name_or_path),
-        (f"--model_type {MASKED}{args.model_type}", "pruning", masked),
+        ("--teacher_name_or_path", names["distillation"], args.teacher_name_or_path),
+        (f"--model_type {MASKED}{args.model_type}", names["pruning"], masked),
+        ("--pruning_method platon or sensitivity", ["importance_beta"], observes or not masked),
+        ("--pruning_method platon", ["uncertainty_beta"], deviates or not masked),
     ):
-        idle = [f"--{name}" for name, *_ in FLAGS[group] if name in given]
+        idle = [f"--{name}" for name in group if name in given]
         if idle and not present:
             logger.warning("%s: no effect without %s", ", ".join(idle), needed)
     if not (masked and args.do_train and method.penalty):
@@ -295,12 +305,13 @@ def precision_of(args: argparse.Namespace) -> torch.dtype | None:
 
 def student_options(args: argparse.Namespace, given: set[str], resumed: bool) -> dict:
     """Options of `load_student`. Only given flags replace the settings of masks in evaluation,
-    and those of initial scores ever: their defaults are the configuration's."""
+    and those of scores ever: their defaults are the configuration's."""
     names = ["cache_dir", "tokenizer_name", "do_lower_case", "max_seq_length"]
     masked = is_masked(args.model_type)
     if masked:
         names += [x for x in ("pruning_method", "global_topk") if args.do_train or x in given]
-        names += [x for x in ("mask_init", "mask_scale") if x in given]
+        own = ("mask_init", "mask_scale", "importance_beta", "uncertainty_beta")
+        names += [x for x in own if x in given]
     options = {name: getattr(args, name) for name in names}
     if masked and args.do_train:
         options["threshold"] = None  # known once the model is trained

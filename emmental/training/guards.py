@@ -77,7 +77,7 @@ class GradientGuard:
 def check_ranks(state: TrainingState, masks: Masks | None) -> None:
     """Raises TrainingError if cut-off, masks or parameters differ between ranks in any bit."""
     own = {"global cut-off": state.cutoff}
-    tensors = dict(state.model.named_parameters())
+    tensors = state.model.state_dict()
     tensors |= {f"{name}.mask": mask for name, mask in masks.by_layer.items()} if masks else {}
     for name, tensor in tensors.items():
         own[name] = hashlib.sha256(tensor.detach().cpu().numpy()).hexdigest()

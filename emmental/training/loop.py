@@ -18,8 +18,7 @@ def train(
 ) -> dict[str, float]:
     """Train from `state` to the end of the schedule, and save to output_dir. Returns figures.
 
-    batches: see `training_batches`. Raises TrainingError for a gradient that is not finite, and
-    Interrupted after a signal.
+    Raises TrainingError for a gradient that is not finite, and Interrupted after a signal.
     """
     settings, world, schedule = state.settings, state.world, state.settings.schedule
     model, optimizer, scaler, steering = state.model, state.optimizer, state.scaler, state.steering

@@ -89,7 +89,7 @@ def forward(task: Task, model: nn.Module, batch: Batch, precision: torch.dtype |
 @torch.no_grad()
 def observe_scores(model: nn.Module, scaler: torch.amp.GradScaler) -> None:
     """Pass the gradients of observed scores to their method, before clipping and optimiser."""
-    layers = [layer for layer in masked_layers(model).values() if layer.method.observe]
+    layers = {x.owner: x for x in masked_layers(model).values() if x.method.observe}.values()
     grads = [layer.mask_scores.grad for layer in layers]
     if layers and torch.stack([grad.isfinite().all() for grad in grads]).all():
         for layer, grad in zip(layers, grads, strict=True):

@@ -82,7 +82,7 @@ class RunLog:
         """Log the distribution of the scores of every masked matrix."""
         for name, layer in masked_layers(model).items() if self.writer else ():
             if layer.mask_scores is not None:
-                scores = layer.mask_scores.detach().float().cpu()
+                scores = layer.source.detach().float().cpu()
                 self.writer.add_histogram(f"scores/{name}", scores, step)
 
     def close(self) -> None:
