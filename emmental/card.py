@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -100,8 +100,6 @@ def read_card(folder: Path) -> str | None:
 
 def push_to_hub(folder: Path, repo_id: str) -> str:
     """Upload a saved model with its card, and return its URL. Raises TrainingError."""
-    from huggingface_hub import HfApi
-
     api = HfApi()
     try:
         url = api.create_repo(repo_id, exist_ok=True)

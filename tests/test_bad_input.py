@@ -130,7 +130,10 @@ SOFT = (
         ("--do_train --warmup_steps 0 --warmup_ratio 0.1", "exclude each other: give one"),
         ("--do_train --warmup_ratio 1", "--warmup_ratio: must be at least 0 and below 1, got 1"),
         ("--do_train --warmup_ratio=-0.1", "must be at least 0 and below 1, got -0.1"),
-        ("--do_train --warmup_ratio 0.34", "--warmup_ratio 0.34: initial_warmup + final_warmup"),
+        (
+            "--do_train --warmup_ratio 0.34",
+            "--warmup_ratio 0.34: the plateaus last initial_warmup + final_warmup = 3 times",
+        ),
         ("--do_train --warmup_ratio 0.5 --final_warmup 1", "use a ratio below 1/2"),
         ("--do-trian", "unknown argument --do-trian; did you mean --do_train?"),
         ("--do_train --train_file \udcd0", "\\udcd0 is not UTF-8: set PYTHONUTF8=1"),

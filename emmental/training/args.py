@@ -289,9 +289,9 @@ def plateau_problem(args: argparse.Namespace, total_step: int) -> str | None:
         return None
     if sum(plateaus) * (args.warmup_ratio or 0) >= 1:
         return (
-            f"--warmup_ratio {args.warmup_ratio:g}: initial_warmup + final_warmup = "
-            f"{sum(plateaus):g} times that are all updates, and leave none to move the threshold; "
-            f"use a ratio below 1/{sum(plateaus):g}"
+            f"--warmup_ratio {args.warmup_ratio:g}: the plateaus last initial_warmup + "
+            f"final_warmup = {sum(plateaus):g} times as long as the warm-up, and leave no update "
+            f"to move the threshold; use a ratio below 1/{sum(plateaus):g}"
         )
     if total_step <= 0:
         return None
