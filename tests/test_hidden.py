@@ -1,5 +1,6 @@
 """Hidden-state distillation, `--alpha_hidden`."""
 
+import functools
 import json
 import os
 import subprocess
@@ -108,6 +109,8 @@ def test_the_loss_is_the_mean_over_tokens_examples_and_layers(
     mask = np.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]])
     projection = torch.nn.Linear(6, teacher_width, bias=False) if teacher_width != 6 else None
     loss = hidden_distillation_loss(student, teacher, torch.tensor(mask), projection)
+    choices = torch.tensor(mask)[None]  # (batch, choices, length), as of a multiple choice
+    assert torch.equal(hidden_distillation_loss(student, teacher, choices, projection), loss)
     matrix = projection and projection.weight.detach().double().numpy()
     student, teacher = ([h.double().numpy() for h in states] for states in (student, teacher))
     assert loss.dtype == torch.float32
@@ -223,6 +226,18 @@ def test_resume_is_bit_for_bit_and_the_projection_stays_out_of_the_model(
         more = "--alpha_hidden 0.1 --overwrite_output_dir"
         run("again", words, "--save_steps 4", stopped, more, teacher=teacher)
     assert "--alpha_hidden was 0.5 and is 0.1" in capsys.readouterr().err
+
+
+def test_compiled_layers(run, monkeypatch):
+    traced = functools.partialmethod(torch.nn.Module.compile, backend="eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    words = "--adam_epsilon 1e-4 --evaluate_during_training --logging_steps 2"
+    close(run("out", words, teacher="wider"), run("compiled", words, "--compile", teacher="wider"))
+
+
+def test_evaluation_with_sparse_kernels_does_not_mind_the_projection(run):
+    out = run("out", "--do_eval --sparse_inference --evaluate_during_training", teacher="wider")
+    assert "f1" in json.loads((out / "eval_results.json").read_text())
 
 
 def test_a_checkpoint_from_before_the_flag_is_resumed(run, capsys):

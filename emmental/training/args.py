@@ -186,7 +186,9 @@ def check_common_arguments(args: argparse.Namespace, given: set[str]) -> list[st
     if (args.teacher_type is None) != (args.teacher_name_or_path is None):
         problems.append("--teacher_type and --teacher_name_or_path go together: give both or none")
     if args.teacher_name_or_path and not (args.alpha_ce or args.alpha_distil or args.alpha_hidden):
-        problems.append("--alpha_ce 0 and --alpha_distil 0 leave nothing to learn from: raise one")
+        problems.append(
+            "--alpha_ce, --alpha_distil and --alpha_hidden 0 leave nothing to learn from: raise one"
+        )
     if {"warmup_steps", "warmup_ratio"} <= given:
         problems.append("--warmup_steps and --warmup_ratio exclude each other: give one")
     if args.resume_from_checkpoint and not args.do_train:

@@ -46,7 +46,7 @@ def add_projection(model: PreTrainedModel, teacher: PreTrainedModel, seed: int) 
     if widths[0] != widths[1]:
         torch.manual_seed(seed)  # the same on all ranks
         model.register_module(PROJECTION, nn.Linear(*widths, bias=False))
-        model._keys_to_ignore_on_save = {*model._keys_to_ignore_on_save, f"{PROJECTION}.weight"}
+        model._keys_to_ignore_on_save.add(f"{PROJECTION}.weight")
 
 
 def projection_of(model: nn.Module) -> nn.Linear | None:
