@@ -154,8 +154,8 @@ def test_all_problems_are_reported_together(refused):
     "flags, said",
     [
         (
-            "--do_train --alpha_ce 0.1 --temperature 3",
-            "--alpha_ce, --temperature: no effect without --teacher_name",
+            "--do_train --alpha_ce 0.1 --alpha_hidden 1 --temperature 3",
+            "--alpha_ce, --alpha_hidden, --temperature: no effect without --teacher_name",
         ),
         (
             "--do_train --model_type bert --final_threshold 0.1",

@@ -106,6 +106,7 @@ def test_a_row_for_another_family(distilbert, tmp_path, squad_dir, capsys):
                 "distilbert",
                 "--teacher_name_or_path",
                 str(distilbert),
+                *"--alpha_hidden 0.5".split(),
             ]
         )
     assert 0 <= dense["f1"] <= 100 and results["remaining_percent_linear"] == pytest.approx(

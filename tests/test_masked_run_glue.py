@@ -324,18 +324,17 @@ def test_distillation_is_a_real_loss(run, name):
         "bert",
         "--teacher_name_or_path",
         str(teacher),
-        *"--alpha_distil 0.9 --alpha_ce 0.1".split(),
+        *"--alpha_distil 0.9 --alpha_ce 0.1 --alpha_hidden 0.3".split(),
     ]
     events = EventAccumulator(
         str(run(name, *METHODS["soft"], *TRAIN, *flags, "--logging_steps", "1"))
     )
     events.Reload()
     last = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
-    assert last["loss/distil"] > 1e-4
-    assert last["loss"] == pytest.approx(
-        0.9 * last["loss/distil"] + 0.1 * last["loss/task"] + last["lambda"] * last["loss/penalty"],
-        rel=1e-4,
-    )
+    assert last["loss/distil"] > 1e-4 and last["loss/hidden"] > 1e-4
+    expected = 0.9 * last["loss/distil"] + 0.1 * last["loss/task"] + 0.3 * last["loss/hidden"]
+    expected += last["lambda"] * last["loss/penalty"]
+    assert last["loss"] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -146,10 +146,12 @@ def test_words_weigh_alike_in_whatever_batch_they_are(tmp_path, tagger):
     """One batch of 20, four of 5 accumulated, and two ranks: the same mean over all words."""
     (tmp_path / "script.py").write_text(SCRIPT.format(root=str(ROOT), tests=str(ROOT / "tests")))
     size, accumulation = "--per_gpu_train_batch_size", "--gradient_accumulation_steps 4"
-    run.main(Tagging(), "Tags.", flags(tmp_path, tagger, "one", f"{size} 20"))
-    run.main(Tagging(), "Tags.", flags(tmp_path, tagger, "parts", f"{size} 6 {accumulation}"))
+    teach = f"--alpha_hidden 1 --teacher_type bert --teacher_name_or_path {tagger}"
+    run.main(Tagging(), "Tags.", flags(tmp_path, tagger, "one", f"{size} 20 {teach}"))
+    parts = f"{size} 6 {accumulation} {teach}"
+    run.main(Tagging(), "Tags.", flags(tmp_path, tagger, "parts", parts))
     launcher = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 2"
-    ranks = flags(tmp_path, tagger, "ranks", f"{size} 3 {accumulation} --check_ranks")
+    ranks = flags(tmp_path, tagger, "ranks", f"{size} 3 {accumulation} {teach} --check_ranks")
     command = [*launcher.split(), str(tmp_path / "script.py"), *ranks]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -117,6 +117,8 @@ FLAGS = {
         ("teacher_name_or_path", str, None, "fine-tuned teacher: folder or name on the hub"),
         ("alpha_ce", NOT_NEGATIVE, 0.5, "weight of the task's own loss"),
         ("alpha_distil", NOT_NEGATIVE, 0.5, "weight of the distillation loss"),
+        ("alpha_hidden", NOT_NEGATIVE, 0.0, "weight of the distance between the hidden states of "
+         "student and teacher"),
         ("temperature", POSITIVE, 2.0, "softens the distributions of student and teacher"),
     ],
     "optimisation": [
@@ -183,8 +185,10 @@ def check_common_arguments(args: argparse.Namespace, given: set[str]) -> list[st
         problems.append("--sparse_inference computes in float32: drop --fp16 and --bf16")
     if (args.teacher_type is None) != (args.teacher_name_or_path is None):
         problems.append("--teacher_type and --teacher_name_or_path go together: give both or none")
-    if args.teacher_name_or_path and args.alpha_ce == args.alpha_distil == 0:
-        problems.append("--alpha_ce 0 and --alpha_distil 0 leave nothing to learn from: raise one")
+    if args.teacher_name_or_path and not (args.alpha_ce or args.alpha_distil or args.alpha_hidden):
+        problems.append(
+            "--alpha_ce, --alpha_distil and --alpha_hidden 0 leave nothing to learn from: raise one"
+        )
     if {"warmup_steps", "warmup_ratio"} <= given:
         problems.append("--warmup_steps and --warmup_ratio exclude each other: give one")
     if args.resume_from_checkpoint and not args.do_train:
@@ -339,6 +343,7 @@ class Settings:
     max_grad_norm: float  # infinite for no clipping
     alpha_ce: float
     alpha_distil: float
+    alpha_hidden: float
     temperature: float
     regularization: str | None  # l0, l1 or None
     target_remaining: float | None

@@ -2,8 +2,9 @@
 
 A `checkpoint-<step>` folder is a normal model folder with `training_args.json` and
 `training_state.pt`: optimiser, gradient scaler, random states of every rank, global cut-off,
-completed updates. It is read with `weights_only=True`; nothing in it is ever executed. `files.json`
-lists the files with their sizes and SHA-256: a checkpoint is whole if they match.
+projection to the teacher's width, completed updates. It is read with `weights_only=True`; nothing
+in it is ever executed. `files.json` lists the files with their sizes and SHA-256: a checkpoint is
+whole if they match.
 """
 
 import functools
@@ -28,6 +29,7 @@ from ..modules.methods import METHODS
 from ..steering import LambdaSteering, usual_lambda
 from .args import Settings
 from .distributed import World, describe_hardware
+from .hidden import projection_of
 from .optim import build_optimizer
 
 logger = logging.getLogger(__name__)
@@ -67,6 +69,7 @@ class TrainingState:
     ):
         self.model, self.tokenizer, self.train_set = model, tokenizer, train_set
         self.settings, self.world = settings, world
+        self.projection = projection_of(model)
         model.to(world.device).train()
         self.optimizer = build_optimizer(model, **settings.rates)
         is_scaled = settings.precision == torch.float16
@@ -93,6 +96,7 @@ class TrainingState:
             "seconds": seconds,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "projection": self.projection and self.projection.state_dict(),
             "mask_generator": self.mask_generator.get_state(),
             "random_states": self.world.gather(random_state),
         } | self._data
@@ -122,6 +126,8 @@ class TrainingState:
             if self.steering:
                 self.steering.integral = saved["steering"]
             self._load_moments(**saved["optimizer"])
+            if self.projection:
+                self.projection.load_state_dict(saved["projection"])
             self.scaler.load_state_dict(saved["scaler"])
             self.mask_generator.set_state(saved["mask_generator"])
             random_state = saved["random_states"][self.world.rank]
@@ -148,7 +154,8 @@ class TrainingState:
         problems = [
             f"--{name} was {arguments.get(name)} and is {value}"
             for name, value in sorted(self.settings.arguments.items())
-            if name not in FREE_ARGUMENTS and arguments.get(name) != value
+            if name not in FREE_ARGUMENTS
+            and (arguments.get(name) or None) != (value or None)  # older runs lack newer flags
         ]
         if {name: saved[name] for name in self._data} != self._data:
             problems.append("the training data has changed")

@@ -12,6 +12,7 @@ from ..losses import regularization
 from ..modules.masks import masked_layers
 from .checkpoint import TrainingState
 from .distributed import World
+from .hidden import hidden_distillation_loss, hidden_states
 from .task import Batch, Logits, Task
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -22,6 +23,7 @@ class Passes:
 
     def __init__(self, task: Task, state: TrainingState, teacher: nn.Module | None):
         self.task, self.model, self.teacher = task, state.model, teacher
+        self.student, self.projection = state.model, state.projection
         self.settings, self.world, self.scaler = state.settings, state.world, state.scaler
         if teacher:
             teacher.to(self.world.device).eval()
@@ -36,23 +38,32 @@ class Passes:
         """Add the gradients of one update to the parameters; returns its losses on this rank.
 
         shares: the part of the update's examples in each batch. It is the weight of the batch,
-        unless `task.weight` gives another: an update is the mean over all its examples.
+        unless `task.weight` gives another: an update is the mean over all its examples. Hidden
+        states are compared by example in any case.
         """
+        weights, alpha, size = shares, self.settings.alpha_hidden, self.world.size
         if self.task.weight:
             batches = list(batches)
-            shares = self._weigh(batches, shares)
+            weights = self._weigh(batches, shares)
         penalty, sums = self.settings.regularization, defaultdict(float)
-        for number, (share, batch) in enumerate(zip(shares, batches, strict=True), 1):
-            last, weight = number == len(shares), share * self.world.size  # DDP takes the mean
-            with nullcontext() if last or self.world.size == 1 else self.model.no_sync():
+        for number, (*parts, batch) in enumerate(zip(shares, weights, batches, strict=True), 1):
+            last = number == len(shares)
+            share, weight = (part * size for part in parts)  # DDP takes the mean
+            with nullcontext() if last or size == 1 else self.model.no_sync():
                 losses = self._losses(batch)
                 objective = weight * losses["loss"]
+                if "loss/hidden" in losses:
+                    hidden = share * losses.pop("loss/hidden")
+                    objective = objective + alpha * hidden
+                    sums["loss/hidden"] += hidden.detach()
                 if last and penalty:  # depends on the scores alone: once per update
                     sums["loss/penalty"] = regularization(self.model, penalty)
                     objective = objective + penalty_weight * sums["loss/penalty"]
                 self.scaler.scale(objective).backward()
             for name, value in losses.items():
                 sums[name] += weight * value.detach()
+        if "loss/hidden" in sums:
+            sums["loss"] += alpha * sums["loss/hidden"]
         if penalty:
             sums["loss/penalty"] = sums["loss/penalty"].detach()
             sums["loss"] += penalty_weight * sums["loss/penalty"]
@@ -66,16 +77,21 @@ class Passes:
         return [weight / total for weight in weights]
 
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
-        settings = self.settings
-        logits = forward(self.task, self.model, batch, settings.precision)
+        settings, kept = self.settings, bool(self.teacher and self.settings.alpha_hidden)
+        with hidden_states(self.student, kept) as ours:
+            logits = forward(self.task, self.model, batch, settings.precision)
         loss = self.task.loss(logits, batch)
         if self.teacher is None:
             return {"loss": loss, "loss/task": loss}
-        with torch.no_grad():
+        with torch.no_grad(), hidden_states(self.teacher, kept) as theirs:
             targets = forward(self.task, self.teacher, batch, settings.precision)
         distil = self.task.distillation_loss(logits, targets, batch, settings.temperature)
         total = settings.alpha_distil * distil + settings.alpha_ce * loss
-        return {"loss": total, "loss/task": loss, "loss/distil": distil}
+        losses = {"loss": total, "loss/task": loss, "loss/distil": distil}
+        if kept:
+            tokens = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+            losses["loss/hidden"] = hidden_distillation_loss(ours, theirs, tokens, self.projection)
+        return losses
 
 
 def forward(task: Task, model: nn.Module, batch: Batch, precision: torch.dtype | None) -> Logits:

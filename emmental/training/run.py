@@ -30,6 +30,7 @@ from .batches import BatchPlan, training_batches
 from .checkpoint import TrainingState, clean_output, find_checkpoints, find_resume_folder, step_of
 from .distributed import World, join_world, leave_world
 from .evaluate import Predictor
+from .hidden import add_projection
 from .loop import train
 from .passes import Passes
 from .runlog import RunLog, print_summary, set_up_logging, write_results
@@ -140,6 +141,8 @@ def _train(
             max_seq_length=args.max_seq_length,
             cache_dir=args.cache_dir,
         )
+        if args.alpha_hidden:
+            add_projection(model, teacher, args.seed)
     state = TrainingState(model, tokenizer, task.train_set, settings, world)
     if resume_folder:
         state.load(resume_folder)

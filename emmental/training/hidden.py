@@ -1,0 +1,70 @@
+"""Hidden-state distillation: the layers of the student follow those of its teacher.
+
+The loss of TinyBERT (Jiao et al. 2020, equation 8) on every layer but the embeddings, which are
+frozen. A teacher of another width is met through one projection for all layers, which is trained
+with the student, kept in checkpoints, and no part of the saved model.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..families import layers_of
+
+PROJECTION = "hidden_projection"
+
+
+def hidden_distillation_loss(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    attention_mask: Tensor,
+    projection: nn.Module | None = None,
+) -> Tensor:
+    """Mean squared error between hidden states, averaged over tokens, examples and layers.
+
+    student, teacher: the outputs (batch, length, width) of their layers. Layer i of L goes with
+    layer ceil(i * K / L) of the teacher's K. Each example has the same weight, whatever its length,
+    and padding has none.
+    """
+    tokens = attention_mask.reshape(student[0].shape[:2]).float()
+    weights = tokens / tokens.sum(dim=1, keepdim=True) / len(tokens)
+    losses = []
+    for number, ours in enumerate(student, 1):
+        theirs = teacher[math.ceil(number * len(teacher) / len(student)) - 1].float()
+        ours = projection(ours.float()) if projection else ours.float()
+        losses.append(((ours - theirs).square().mean(dim=-1) * weights).sum())
+    return torch.stack(losses).mean()
+
+
+def add_projection(model: PreTrainedModel, teacher: PreTrainedModel, seed: int) -> None:
+    """Give the model a projection to the teacher's width, if that is another one."""
+    widths = [config.hidden_size for config in (model.config, teacher.config)]
+    if widths[0] != widths[1]:
+        torch.manual_seed(seed)  # the same on all ranks
+        model.register_module(PROJECTION, nn.Linear(*widths, bias=False))
+        model._keys_to_ignore_on_save.add(f"{PROJECTION}.weight")
+
+
+def projection_of(model: nn.Module) -> nn.Linear | None:
+    """The projection of the model, if it has one."""
+    return getattr(model, PROJECTION, None)
+
+
+@contextmanager
+def hidden_states(model: nn.Module, kept: bool) -> Iterator[list[Tensor]]:
+    """The outputs of the layers in a forward inside the block, if they are `kept`."""
+    states = []
+
+    def keep(layer: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
+        states.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [layer.register_forward_hook(keep) for layer in layers_of(model) if kept]
+    try:
+        yield states
+    finally:
+        for hook in hooks:
+            hook.remove()
