@@ -7,7 +7,8 @@
     python paper_tables.py plot runs                                       # figures: paper and ours
 
 `--scale 0.1` gives a run a tenth of the paper's updates and warm-up, for smaller data. Flags after
-`--` go to the scripts and override the point's settings: `... -- --no_cuda --learning_rate 1e-4`.
+`--` go to the scripts and override the point's settings: `... -- --no_cuda --learning_rate 1e-4`,
+or `--runs_dir runs/platon ... -- --pruning_method platon` for a method that is not the paper's.
 """
 
 import argparse

@@ -50,8 +50,8 @@ ALLOWED = {  # part: (parts of emmental it may import, third-party libraries; No
         {"torch", "transformers", "numpy", "scipy"},
     ),
     "tables": (
-        LEAVES | {"tables", "export", "families", "loading", "modules", "training"},
-        {"torch", "matplotlib"},
+        LEAVES | {"tables", "data", "export", "families", "loading", "modules", "training"},
+        {"torch", "matplotlib", "numpy", "scipy", "sklearn"},
     ),
 }
 TASKS = {"squad", "glue", "cola", "sst", "mrpc", "sts", "qqp", "mnli", "qnli", "rte", "wnli"}

@@ -13,16 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_masked_run_glue import write_split
 from test_masked_run_squad import SHORT
 
 import masked_run_glue
 import masked_run_squad
 import paper_tables
+from emmental.errors import UserError
 from emmental.modules.methods import METHODS
-from emmental.tables import points
+from emmental.tables import plots, points
+from emmental.tables.floor import bag_of_words
 from emmental.tables.points import find_point, load_points, paper_value
 from emmental.tables.report import headline, run_rows
-from emmental.tables.runs import read_run
+from emmental.tables.runs import find_runs, read_run
 from emmental.training.args import check_common_arguments
 
 POINTS = [point for task in points.TASKS for point in load_points(task)]
@@ -385,7 +388,19 @@ def test_headline(runs):
     _, paper, ours = headline([*found, read_run(own.with_name("teacher"))])
     assert paper[:5] == ["squad (exact/f1), distilled", "paper", "80.4/88.1", "10%", "70.2/80.1"]
     seeds = "15.0/15.0 (10.0 to 20.0, 2 seeds) at 10.0%"
-    assert sorted(ours[6].split("; ")) == [seeds, "50.0/50.0 at 10.0%"]
+    assert sorted(ours[6].split("; ")) == [
+        f"{seeds}, max_steps 11",
+        "50.0/50.0 at 10.0%, max_steps 99",
+    ]
+
+
+def test_a_flag_that_an_older_run_lacks_is_unset(runs):
+    run = read_run(runs / "squad" / "10D3")
+    before = run.settings
+    run.args |= {"alpha_hidden": 0.0, "new_switch": False, "new_option": None}
+    assert run.settings == before
+    run.args["alpha_hidden"] = 0.5
+    assert run.settings == before | {"alpha_hidden": "0.5"}
 
 
 def test_headline_of_seeds_with_an_undefined_metric(runs):
@@ -411,3 +426,167 @@ def test_plot(runs, capsys, tmp_path):
     tables("plot", runs, "--to", tmp_path / "again")
     assert "not drawn: squad-10D3-weights.png: " in capsys.readouterr().out
     assert not (tmp_path / "again" / "squad-10D3-weights.png").exists()
+
+
+# ------------------------------------------------------------------- what the paper does not have
+
+
+@pytest.fixture(scope="module")
+def beyond(tmp_path_factory, tiny_bert):
+    """Runs on SST-2 of methods and starts that the paper does not have, and their teacher."""
+    folder, data = tmp_path_factory.mktemp("beyond"), tmp_path_factory.mktemp("sst-2")
+    for split, rows in ("train", 16), ("dev", 8):
+        write_split(data / f"{split}.tsv", "sst-2", rows, 0)
+    short = ["--scale", "0.00003", "--task_name", "sst-2", "--data_dir", data]
+    own = ["--no_cuda", "--cache_dir", folder / "cache", "--max_seq_length", "32"]
+
+    def run(name, point, model, *flags):
+        words = ["run", "mnli", point, "--runs_dir", folder / name, "--model", model, *short]
+        words += ["--teacher", teacher] if teacher else []
+        tables(*words, "--", *own, *flags)
+        return folder / name / "sst-2" / point
+
+    teacher = None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paper_tables, "run_process", run_here)
+        teacher = run("dense", "teacher", tiny_bert)
+        for method in ("platon", "sensitivity"):
+            run(method, "10D3", tiny_bert, "--pruning_method", method)
+        run("global", "10D3", tiny_bert, "--pruning_method=platon", "--global_topk")
+        run("start", "10D3", teacher, "--pruning_method=platon")
+        run("alone", "10D1", teacher, "--pruning_method=platon")
+    return folder
+
+
+def test_methods_and_starts_that_the_paper_does_not_have(beyond):
+    found = find_runs(beyond)[0]
+    for run in found:
+        run.metrics = {"acc": 80.0}
+        run.remaining = 10.0 if run.method != "dense" else run.remaining
+    header, distilled, alone, floor = headline(found)
+    ours = ["sensitivity", "PLATON", "PLATON, global"]
+    assert header[4:] == ["magnitude", "L0", "movement", "soft movement", *ours]
+    platon = "80.0 at 10.0%, pre-trained {}; 80.0 at 10.0%, fine-tuned teacher"
+    model = next(Path(r.args["model_name_or_path"]).name for r in found if r.method == "dense")
+    assert distilled[4:] == [*[""] * 4, "80.0 at 10.0%", platon.format(model), "80.0 at 10.0%"]
+    assert alone[4:] == [*[""] * 5, "80.0 at 10.0%, fine-tuned teacher", ""]
+    assert floor == ["sst-2 (acc)", "bag of words", "100.0", "", *[""] * 7]
+
+    rows = {Path(row["folder"]).parts[-3]: row for row in run_rows(found)}
+    assert [row["method"] for row in rows.values()] == [
+        "dense",
+        "sensitivity",
+        *["PLATON"] * 3,
+        ours[2],
+    ]
+    tuned = {name for name, row in rows.items() if row["start"] == "fine-tuned"}
+    assert tuned == {"start", "alone"}
+    weights = {name: row["loss weights"] for name, row in rows.items()}
+    assert weights["platon"] == "ce 0.1, distil 0.9" and not weights["alone"]
+
+    next(run for run in found if run.method == "sensitivity").args["alpha_hidden"] = 2.0
+    assert headline(found)[1][8] == "80.0 at 10.0%, alpha_hidden 2.0"
+    hidden = {row["loss weights"] for row in run_rows(found)}
+    assert "ce 0.1, distil 0.9, hidden 2" in hidden
+    (axes,) = plots.metric_figure("sst-2", found).axes
+    lines = {line.get_label(): line for line in axes.lines}
+    assert set(lines) == {
+        "dense (ours)",
+        "sensitivity, distilled, alpha_hidden 2 (ours)",
+        "PLATON, fine-tuned start (ours)",
+        "PLATON, distilled (ours)",
+        "PLATON, distilled, fine-tuned start (ours)",
+        "PLATON, global, distilled (ours)",
+    }
+    assert len({line.get_color() for line in lines.values()}) == 3
+    assert len({method.title for method in METHODS.values()}) == len(set(plots.COLOURS.values()))
+
+
+def test_a_global_method_of_the_paper_is_beside_its_figures(runs):
+    run = read_run(runs / "squad" / "10D3")
+    run.method, run.remaining = "movement, global", 10.0
+    header, paper, ours = headline([run])
+    expected = [paper_value("squad", name, run.method, True, 10) for name in ("exact", "f1")]
+    assert header[8] == run.method and ours[8]
+    assert paper[8] == "/".join(f"{value:.1f}" for value in expected)
+
+
+def test_figures_of_other_methods(beyond, tmp_path):
+    """Runs of the same point in several folders have figures of their own."""
+    tables("plot", beyond, "--to", tmp_path)
+    names = [
+        "alone-sst-2-10D1",
+        *(f"{x}-sst-2-10D3" for x in "platon sensitivity global start".split()),
+    ]
+    own = {f"{name}-{kind}.png" for name in names for kind in ("layers", "weights")}
+    assert {path.name for path in tmp_path.iterdir()} == own | {"sst-2-metric.png"}
+
+
+WIN, LOSE = "yes indeed", "no way"
+
+
+def write_rows(folder, name, header, rows):
+    folder.mkdir(exist_ok=True)
+    lines = ["\t".join(map(str, row)) for row in ([header] if header else []) + rows]
+    (folder / name).write_text("\n".join(lines) + "\n")
+
+
+def floor_of(folder, task, **args):
+    return bag_of_words(
+        {"task_name": task, "data_dir": str(folder), "cache_dir": f"{folder}/c"} | args
+    )
+
+
+def test_floor_of_sentences(tmp_path):
+    train = [[WIN, 1], [LOSE, 0]] * 8
+    dev = [[WIN, 1], [LOSE, 0], ["INDEED", 1], ["yes", 0]]  # three of four, in any case
+    write_rows(tmp_path, "train.tsv", ["sentence", "label"], train)
+    write_rows(tmp_path, "dev.tsv", ["sentence", "label"], dev)
+    assert floor_of(tmp_path, "sst-2") == {"acc": 75.0}
+
+
+def test_floor_of_pairs_tells_the_two_texts_apart(tmp_path):
+    rows = [[1, "a", "b", WIN, LOSE], [0, "a", "b", LOSE, WIN]] * 4
+    for split in ("train", "dev"):
+        header = ["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"]
+        write_rows(tmp_path, f"{split}.tsv", header, rows)
+    assert floor_of(tmp_path, "mrpc") == {"acc": 100.0, "f1": 100.0}
+
+
+def test_floor_of_both_sets_of_mnli(tmp_path):
+    header = ["sentence1", "sentence2", "gold_label"]
+    labels = ["neutral", "entailment", "contradiction"]
+    rows = [[f"word {label}", "x", label] for label in labels]
+    write_rows(tmp_path, "train.tsv", header, rows * 4)
+    write_rows(tmp_path, "dev_matched.tsv", header, rows)
+    write_rows(tmp_path, "dev_mismatched.tsv", header, [[*rows[0][:2], "entailment"], rows[1]])
+    assert floor_of(tmp_path, "mnli") == {"acc_matched": 100.0, "acc_mismatched": 50.0}
+
+
+def test_floor_of_your_own_task(tmp_path):
+    for split in ("train", "dev"):
+        write_rows(tmp_path, f"{split}.tsv", ["text", "mood"], [[WIN, "good"], [LOSE, "bad"]] * 4)
+    own = {"text_column": "text", "text_pair_column": None, "label_column": "mood"}
+    assert floor_of(tmp_path, "custom", regression=False, **own) == {"acc": 100.0}
+    assert floor_of(tmp_path, "custom", regression=True, **own) is None
+
+
+def test_no_floor(tmp_path, beyond, capsys):
+    assert floor_of("gone", "sts-b") is None and bag_of_words({"data_dir": "gone"}) is None
+    write_rows(tmp_path / "one", "train.tsv", ["sentence", "label"], [[WIN, 1]] * 4)
+    with pytest.raises(UserError, match="one: "):
+        floor_of(tmp_path / "one", "sst-2")
+    for split, rows in ("train", [WIN, LOSE]), ("dev", [WIN, WIN]):
+        labelled = [["source", label, "", text] for label, text in zip((1, 0), rows)]
+        write_rows(tmp_path / "two", f"{split}.tsv", None, labelled * 4)
+    with pytest.raises(UserError, match="two: its metrics are undefined"):
+        floor_of(tmp_path / "two", "cola")
+    shutil.copytree(beyond / "dense", tmp_path / "runs")
+    own = tmp_path / "runs" / "sst-2" / "teacher" / "training_args.json"
+    for folder, said in (
+        ("gone", "gone must hold exactly one file train.tsv"),
+        (None, "the data came from the hub"),
+    ):
+        edit(own, data_dir=folder)
+        tables("report", tmp_path / "runs")
+        assert f"| bag of words | not computed: {said}" in capsys.readouterr().out

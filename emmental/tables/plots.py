@@ -10,16 +10,21 @@ from ..errors import UserError
 from ..export import remaining_weights
 from ..loading import load_masked, load_model
 from ..modules.masks import find_masks, masked_layers
-from .points import METHODS, paper_line
-from .runs import Run
+from .points import GLOBAL, paper_line
+from .runs import TITLES, Run, methods_of
 
-COLOURS = dict(zip(METHODS, ("tab:blue", "tab:green", "tab:orange", "tab:red"), strict=True))
+PALETTE = "blue green orange red purple brown pink olive cyan".split()
+COLOURS = {title: f"tab:{name}" for title, name in zip(TITLES, itertools.cycle(PALETTE))}
+MARKERS = "os^Dv"
 KINDS = "query key value attention.output intermediate output".split()  # in a layer's order
 SAMPLE = 4000  # kept weights in a scatter, and as many pruned ones
 
 
 def metric_figure(task: str, runs: list[Run]) -> Figure:
-    """Metric against remaining weights, by method: the paper as lines, ours as points."""
+    """Metric against remaining weights, by method: the paper as lines, ours as points.
+
+    A method that ranks all matrices together has the method's colour, but paler.
+    """
     runs = [run for run in runs if run.task == task]
     metric = "f1" if task.startswith("squad") else next(iter(runs[0].metrics))
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -27,18 +32,22 @@ def metric_figure(task: str, runs: list[Run]) -> Figure:
 
     def draw(points: list[tuple[float, float]], label: str, **style) -> None:
         if points:
-            axes.plot(*zip(*points, strict=True), color=COLOURS[method], label=label, **style)
+            style |= {"color": COLOURS[method.removesuffix(GLOBAL)], "label": label}
+            axes.plot(*zip(*points, strict=True), alpha=0.5 if GLOBAL in method else 1, **style)
 
-    for method, distil in itertools.product(METHODS, (False, True)):
+    extras = sorted({_extras(run) for run in runs} | {""})
+    for method, distil in itertools.product(methods_of(runs), (False, True)):
         name = method + ", distilled" * distil
-        ours = [
-            (run.remaining, run.metrics[metric])
-            for run in runs
-            if (run.method, run.distil) == (method, distil)
-        ]
         paper = paper_line(task, metric, method, distil)
         draw(paper, f"{name} (paper)", linestyle="-" if distil else ":")
-        draw(ours, f"{name} (ours)", linestyle="none", marker="o" if distil else "x")
+        for extra, marker in zip(extras, itertools.cycle(MARKERS)):
+            ours = [
+                (run.remaining, run.metrics[metric])
+                for run in runs
+                if (run.method, run.distil, _extras(run)) == (method, distil, extra)
+            ]
+            style = {"marker": marker, "fillstyle": "full" if distil else "none"}
+            draw(ours, f"{name}{extra} (ours)", linestyle="none", **style)
     for run in runs:
         if run.method == "dense":
             axes.axhline(run.metrics[metric], color="black", ls="--", label="dense (ours)")
@@ -67,13 +76,13 @@ def layer_figure(run: Run) -> Figure:
 
 @torch.no_grad()
 def scatter_figure(run: Run) -> Figure:
-    """Final against pre-trained weight, and the move from zero, of kept and of pruned weights.
+    """Final against first weight, and the move from zero, of kept and of pruned weights.
 
-    Raises UserError when the pre-trained model cannot be loaded.
+    Raises UserError when the model that the run started from cannot be loaded.
     """
     model = load_masked(str(run.folder))
-    head, pretrained = type(model).__name__.partition("For")[2], run.args["model_name_or_path"]
-    first = load_model(pretrained, head, masked=False, cache_dir=run.args["cache_dir"])
+    head, source = type(model).__name__.partition("For")[2], run.args["model_name_or_path"]
+    first = load_model(source, head, masked=False, cache_dir=run.args["cache_dir"])
     layers, masks = masked_layers(model), find_masks(model).by_layer
     generator = torch.Generator().manual_seed(0)
     figure = Figure(figsize=(9, 8), layout="constrained")
@@ -96,15 +105,22 @@ def scatter_figure(run: Run) -> Figure:
             axes.axhline(0, color="black", linewidth=0.4)
         above.axline((0, 0), slope=1, color="black", linewidth=0.6, linestyle=":")
         above.set(title=title)
-        below.set(xlabel="pre-trained weight")
+        below.set(xlabel=f"{run.start} weight")
     panels[0, 0].set(ylabel="final weight")
     panels[1, 0].set(ylabel="moved away from zero (negative: towards zero)")
     figure.suptitle(_title(run))
     return figure
 
 
+def _extras(run: Run) -> str:
+    """What the paper's runs did not have: ", fine-tuned start, alpha_hidden 1"."""
+    hidden = run.args.get("alpha_hidden")
+    start = ", fine-tuned start" * (run.start == "fine-tuned")
+    return start + (f", alpha_hidden {hidden:g}" if hidden else "")
+
+
 def _title(run: Run) -> str:
-    method = run.method + ", distilled" * run.distil
+    method = run.method + ", distilled" * run.distil + _extras(run)
     return f"{run.task}: {method}, {run.remaining:.1f}% remaining, seed {run.args['seed']}"
 
 
@@ -114,10 +130,13 @@ def draw(runs: list[Run], folder: Path) -> list[str]:
     lines = []
     for task in sorted({run.task for run in runs}):
         lines.append(_save(metric_figure(task, runs), folder / f"{task}-metric.png"))
+    depth = 2  # of the folders in a file's name: enough to tell the runs apart
+    while len({run.folder.parts[-depth:] for run in runs}) < len(runs):
+        depth += 1
     for run in runs:
         if run.method == "dense":
             continue
-        name = "-".join(run.folder.parts[-2:])
+        name = "-".join(run.folder.parts[-depth:])
         lines.append(_save(layer_figure(run), folder / f"{name}-layers.png"))
         try:
             lines.append(_save(scatter_figure(run), folder / f"{name}-weights.png"))

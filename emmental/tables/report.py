@@ -3,9 +3,12 @@
 import itertools
 import statistics
 from collections.abc import Iterable
+from pathlib import Path
 
+from ..errors import UserError
+from .floor import bag_of_words
 from .points import METHODS, TASKS, load_points, paper_value
-from .runs import Run
+from .runs import Run, methods_of
 
 LEVELS = (10, 3)  # percent remaining, of the headline table
 NEAR = 0.25  # a run counts for a level up to this relative distance
@@ -20,34 +23,58 @@ HEADLINE = {  # as printed in the paper, with a teacher; the authors interpolate
 
 
 def headline(runs: list[Run]) -> list[list[str]]:
-    """Rows of the headline table: by task, teacher and level, the paper's results and ours."""
-    titles = [method.replace("l0", "L0") for method in METHODS]
+    """Rows of the headline table: by task, teacher and level, the paper's results and ours.
+
+    A task's last row is what a bag of words reaches, in the column of the dense model.
+    """
+    methods = methods_of(runs)
+    titles = [method.replace("l0", "L0") for method in methods]
     rows = [["task (metrics)", "whose", "dense", "remaining", *titles]]
     for task in sorted({run.task for run in runs}):
         own = [run for run in runs if run.task == task]
+        metrics = max((run.metrics for run in own), key=len)
+        name = f"{task} ({'/'.join(metrics)})"
         dense = _cell(run for run in own if run.method == "dense" and not run.distil)
         for distil, level in itertools.product((True, False), LEVELS):
             near = [r for r in own if r.distil == distil and abs(r.remaining / level - 1) <= NEAR]
-            cells = [_cell(run for run in near if run.method == method) for method in METHODS]
+            cells = [_cell(run for run in near if run.method == method) for method in methods]
             if not any(cells):
                 continue
-            teacher = "distilled" if distil else "without teacher"
-            metrics = max((run.metrics for run in own), key=len)
-            title = f"{task} ({'/'.join(metrics)}), {teacher}"
+            title = f"{name}, {'distilled' if distil else 'without teacher'}"
             if task in TASKS:
                 paper_dense = _joined(load_points(task)[0].metrics.values())
-                paper = _paper_cells(task, distil, level)
+                paper = [_paper_cell(task, distil, level, method) for method in methods]
                 rows.append([title, "paper", paper_dense, f"{level}%", *paper])
             rows.append([title, "ours", dense, f"about {level}%", *cells])
+        if floor := _floor(own):
+            rows.append([name, "bag of words", floor, "", *[""] * len(methods)])
     return rows
 
 
+def _floor(runs: list[Run]) -> str | None:
+    """Metrics of a bag of words on the task of the runs, or why there are none."""
+    reasons = {}
+    for args in {run.args["data_dir"]: run.args for run in runs}.values():
+        try:
+            metrics = bag_of_words(args)
+            return metrics and _joined(metrics.values())
+        except (UserError, OSError) as error:
+            reasons[str(error).removeprefix("--data_dir ")] = None
+    return f"not computed: {'; '.join(reasons)}"
+
+
 def _cell(runs: Iterable[Run]) -> str:
-    """Means over seeds, with the range of the first metric; one entry per group of settings."""
+    """Means over seeds, with the range of the first metric; one entry per group of settings.
+
+    Entries name the settings in which they differ, and what the paper's runs did not have: a
+    fine-tuned start, hidden-state distillation.
+    """
+    groups = {}
+    for run in runs:
+        groups.setdefault(tuple(run.settings.items()), []).append(run)
+    shared = set.intersection(*map(set, groups)) if groups else set()
     parts = []
-    by_settings = sorted(runs, key=lambda run: run.settings)
-    for _, group in itertools.groupby(by_settings, key=lambda run: run.settings):
-        seeds = list(group)
+    for settings, seeds in groups.items():
         names = [n for n in seeds[0].metrics if all(n in run.metrics for run in seeds)]
         part = _joined(statistics.mean(run.metrics[name] for run in seeds) for name in names)
         if len(seeds) > 1:
@@ -55,18 +82,21 @@ def _cell(runs: Iterable[Run]) -> str:
             part += f" ({min(first):.1f} to {max(first):.1f}, {len(seeds)} seeds)"
         if seeds[0].method != "dense":
             part += f" at {statistics.mean(run.remaining for run in seeds):.1f}%"
+        start = seeds[0].start
+        for name, value in settings:
+            is_model = name == "model_name_or_path"
+            beyond = name == "alpha_hidden" or (is_model and start == "fine-tuned")
+            if beyond or (name, value) not in shared:
+                part += f", {start} {Path(value).name}" if is_model else f", {name} {value}"
         parts.append(part)
     return "; ".join(parts)
 
 
-def _paper_cells(task: str, distil: bool, level: int) -> tuple[str, ...]:
-    if distil:
-        return HEADLINE[task, level]
+def _paper_cell(task: str, distil: bool, level: int, method: str) -> str:
+    if distil and method in METHODS:
+        return HEADLINE[task, level][METHODS.index(method)]
     metrics = load_points(task)[0].metrics
-    return tuple(
-        _joined(paper_value(task, metric, method, distil, level) for metric in metrics)
-        for method in METHODS
-    )
+    return _joined(paper_value(task, metric, method, distil, level) for metric in metrics)
 
 
 def _joined(metrics: Iterable[float | None]) -> str:
@@ -75,14 +105,16 @@ def _joined(metrics: Iterable[float | None]) -> str:
 
 def run_rows(runs: list[Run]) -> list[dict]:
     """A row per run. "paper there" interpolates between the paper's two nearest points."""
-    rows = []
-    for run in sorted(runs, key=lambda run: (run.task, run.method, run.distil, -run.remaining)):
+    rows, order = [], ["dense", *methods_of(runs)].index
+    for run in sorted(runs, key=lambda r: (r.task, order(r.method), r.distil, -r.remaining)):
         args, summary, kind = run.args, run.summary, (run.method, run.distil)
         paper = {name: paper_value(run.task, name, *kind, run.remaining) for name in run.metrics}
         row = {
             "task": run.task,
             "method": run.method,
+            "start": run.start,
             "teacher": "yes" if run.distil else "",
+            "loss weights": _loss_weights(run),
             "seed": args["seed"],
             "remaining %": round(run.remaining, 2),
             "of the Linears %": round(run.remaining_linear, 2),
@@ -97,6 +129,12 @@ def run_rows(runs: list[Run]) -> list[dict]:
         }
         rows.append(row)
     return rows
+
+
+def _loss_weights(run: Run) -> str:
+    """Of a run with a teacher: "ce 0.1, distil 0.9"."""
+    weights = {k.removeprefix("alpha_"): v for k, v in run.args.items() if k.startswith("alpha_")}
+    return ", ".join(f"{name} {value:g}" for name, value in weights.items() if value and run.distil)
 
 
 def _listed(metrics: dict[str, float | None]) -> str:

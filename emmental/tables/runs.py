@@ -12,10 +12,13 @@ from ..files import file_digest
 from ..loading import load_masked
 from ..modules.methods import METHODS
 from ..training.checkpoint import ARGS_FILE, FREE_ARGUMENTS, SUMMARY_FILE, WEIGHTS_FILE
+from . import points
 from .points import GLOBAL, METRICS
 
 RESULTS = "eval_results.json"
 BATCH = ("per_gpu_train_batch_size", "gradient_accumulation_steps")
+TITLES = tuple(dict.fromkeys([*points.METHODS, *(method.title for method in METHODS.values())]))
+UNSET = (None, False, 0, -1)  # values of flags that are as good as absent
 TOLERANCE = 0.01  # percentage points between the recorded and the counted remaining weights
 
 
@@ -45,11 +48,25 @@ class Run:
         return math.prod(self.args[name] for name in BATCH) * processes
 
     @property
-    def settings(self) -> str:
-        """What the result depends on, without the seed. An old run lacks newer flags: None."""
+    def start(self) -> str:
+        """What the training started from: a run's model or its teacher is fine-tuned."""
+        model, teacher = (self.args[f"{name}_name_or_path"] for name in ("model", "teacher"))
+        tuned = teacher and Path(model).resolve() == Path(teacher).resolve()
+        return "fine-tuned" if tuned or (Path(model) / ARGS_FILE).exists() else "pre-trained"
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What the result depends on, without the seed. An old run lacks newer flags: unset."""
         ignored = FREE_ARGUMENTS - {"model_name_or_path", "max_eval_samples"} | {"seed", *BATCH}
-        values = {k: v for k, v in self.args.items() if k not in ignored and v is not None}
-        return str(sorted((k, str(v)) for k, v in (values | {"batch": self.batch}).items()))
+        values = {k: v for k, v in self.args.items() if k not in ignored and v not in UNSET}
+        return {k: str(v) for k, v in sorted((values | {"batch": self.batch}).items())}
+
+
+def methods_of(runs: list[Run]) -> list[str]:
+    """The paper's methods, then the others that have a run."""
+    found = {run.method for run in runs}
+    names = [title + ranked for title in TITLES for ranked in ("", GLOBAL)]
+    return [*points.METHODS, *(n for n in names if n in found and n not in points.METHODS)]
 
 
 def find_runs(runs_dir: str) -> tuple[list[Run], dict[Path, str]]:
