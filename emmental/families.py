@@ -124,6 +124,8 @@ class MaskedHead(Masked):
         super().__init__(config, *args, **kwargs)
         self.base_model.__class__ = self.masked_base  # its `_init_weights` is needed in loading
         self.base_model.mask_encoder()
+        with torch.device("meta"):  # transformers returns hidden states of classes it has built
+            self.masked_base(config)
 
 
 def _with_threshold(stock: Callable) -> Callable:

@@ -269,7 +269,7 @@ class Library:
             shape = matrix.rows, matrix.columns
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-                matrix.weight = torch.sparse_csr_tensor(*parts, shape, check_invariants=True)
+                matrix.weight = torch.sparse_csr_tensor(*parts, shape, check_invariants=False)
         return matrix
 
     def enter(self, hidden: Tensor) -> Tensor:

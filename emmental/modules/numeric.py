@@ -26,7 +26,8 @@ def as_factor(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 def is_traced() -> bool:
     """Whether `torch.jit.trace`, `torch.export` or `torch.onnx` records this call."""
-    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+    # Not `is_exporting()`, which torch.compile of torch 2.11 takes for True.
+    return torch.jit.is_tracing() or torch.compiler._is_exporting_flag
 
 
 def check_values(weight: Tensor, scores: Tensor | None) -> None:

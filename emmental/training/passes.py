@@ -28,9 +28,8 @@ class Passes:
         if teacher:
             teacher.to(self.world.device).eval()
         if self.world.size > 1:
-            self.model = DistributedDataParallel(
-                self.model, forward_sync_buffers=False, gradient_as_bucket_view=True
-            )
+            self.model = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+            self.model.broadcast_buffers = False  # at each forward: all ranks have the same
 
     def backward(
         self, batches: Iterable[Batch], shares: list[float], penalty_weight: float
