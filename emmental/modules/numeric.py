@@ -20,7 +20,8 @@ def apply_mask(tensor: Tensor, mask: Tensor) -> Tensor:
 
 def as_factor(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """The mask in a floating dtype. A CPU converts bytes ten times as fast as booleans."""
-    as_bytes = mask.dtype == torch.bool and not is_traced()  # TorchScript and ONNX lack such views
+    # TorchScript, ONNX and the compiler of torch 2.11 lack such views.
+    as_bytes = mask.dtype == torch.bool and not is_traced() and not torch.compiler.is_compiling()
     return (mask.view(torch.int8) if as_bytes else mask).to(dtype)
 
 

@@ -1,0 +1,41 @@
+#!/bin/bash
+# What needs a GPU, in one script: tests, step ratios, compact models, and the runs of results/.
+#
+#   MODEL=minilm SST2=glue/SST-2 SQUAD=squad RUNS=runs UPDATES=3000 JOBS=12 bash benchmarks/gpu.sh OUT
+#
+# MODEL, SST2, SQUAD, RUNS, UPDATES, SEEDS: as in results/commands.sh. JOBS: runs at a time on the GPU.
+# PARTS: of `tests steps runs`, in this order, all by default. OUT: folder of the logs and tables.
+# 12 runs of a small model at a time need one core each; they are faster under NVIDIA's MPS.
+set -eu
+cd "$(dirname "$0")/.."
+OUT=$1 PYTHON=${PYTHON:-python} PARTS=${PARTS:-tests steps runs}
+mkdir -p "$OUT"
+export OMP_NUM_THREADS=1
+
+part() { # part NAME SECONDS COMMAND...
+  local name=$1 seconds=$2 start=$SECONDS
+  shift 2
+  timeout "$seconds" "$@" > "$OUT/$name.txt" 2>&1 || echo "$name: ended with status $?"
+  echo "$name: $((SECONDS - start)) s, $(tail -n 1 "$OUT/$name.txt" | cut -c 1-150)"
+}
+
+run_all() { # run_all SECONDS PARTS...: of results/commands.sh
+  local seconds=$1
+  shift
+  bash results/commands.sh "$@" | sed "s#^python#$PYTHON#" > "$OUT/commands.txt"
+  part "${1}" "$seconds" xargs -a "$OUT/commands.txt" -P "${JOBS:-12}" -I{} bash -c {}
+}
+
+for name in $PARTS; do
+  case $name in
+    tests) part tests 300 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_gpu.py tests/test_binarizers.py \
+      tests/test_masks.py tests/test_modeling.py tests/test_inference.py -k "gpu or device or compile" ;;
+    steps)
+      part steps 120 "$PYTHON" benchmarks/training_step.py --shapes 16x384 --bf16 --no_memory
+      part steps-compiled 200 "$PYTHON" benchmarks/training_step.py --shapes 16x384 --bf16 --no_memory --compile ;;
+    runs)
+      run_all 600 teachers
+      run_all "${LIMIT:-3000}" sst-2 squad
+      part report 300 "$PYTHON" paper_tables.py report "$RUNS" --csv "$OUT/runs.csv" --markdown "$OUT/report.md" ;;
+  esac
+done
