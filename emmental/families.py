@@ -154,7 +154,8 @@ def _forward_masks(model: nn.Module, threshold: float | None) -> Iterator[None]:
     Raises ValueError for another threshold than the block's.
     """
     with nullcontext() if torch.compiler.is_compiling() else LOCK:  # which graphs cannot hold
-        layer = next((x for x in masked_layers(model).values() if x.in_force), None)
+        layers = (x for x in model.modules() if isinstance(x, MaskedLinear))
+        layer = next((layer for layer in layers if layer.in_force), None)
         if not layer or (layer.in_force.sampled and not model.training):  # no samples in evaluation
             with masked(model, threshold, lasting=False):
                 yield

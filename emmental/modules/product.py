@@ -1,5 +1,7 @@
 """The product of an input with masked weights, and its gradients."""
 
+import inspect
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -55,3 +57,7 @@ class MaskedProduct(torch.autograd.Function):
             torch.mm(rows, apply_mask(weight, expanded).to(rows.dtype), out=grad_input)
             grad_input = grad_input.view(input.shape)
         return grad_input, grad_weight, grad_scores, None, grad_bias, None, None, None
+
+
+# torch binds the arguments of each call to the signature, which takes long to find.
+MaskedProduct.forward.__signature__ = inspect.signature(MaskedProduct.forward)
