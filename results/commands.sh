@@ -10,7 +10,7 @@
 # DEVICE: flags such as `--no_cuda --bf16`. BATCH: of SST-2 (32). SEEDS: "42 7". A later flag wins.
 set -eu
 COMMON="--do_train --do_eval --do_lower_case --cache_dir $RUNS/cache --save_steps 0 --logging_steps 500 \
---per_gpu_eval_batch_size 128 ${DEVICE:-}"
+--per_gpu_eval_batch_size 128"
 GLUE="masked_run_glue.py --task_name sst-2 --data_dir $SST2 --max_seq_length 64 \
 --per_gpu_train_batch_size ${BATCH:-32}"
 QA="masked_run_squad.py --data_dir $SQUAD --train_file train-v1.1-part.json --predict_file dev-v1.1.json \
@@ -18,7 +18,7 @@ QA="masked_run_squad.py --data_dir $SQUAD --train_file train-v1.1-part.json --pr
 
 teacher() { # teacher TASK LEARNING_RATE SCRIPT_AND_DATA
   echo "python $3 --model_type bert --model_name_or_path $MODEL --output_dir $RUNS/$1/teacher $COMMON" \
-    "--max_steps 1500 --warmup_steps 150 --learning_rate $2"
+    "--max_steps 1500 --warmup_steps 150 --learning_rate $2 ${DEVICE:-}"
 }
 
 students() { # students TASK LEARNING_RATE SCRIPT_AND_DATA: from the dense model, 10% and 3%, all seeds
@@ -41,7 +41,7 @@ student() { # student TASK LEARNING_RATE SCRIPT_AND_DATA NAME METHOD_AND_FLAGS
   echo "python $3 --model_type masked_bert --model_name_or_path $RUNS/$1/teacher" \
     "--output_dir $RUNS/$1/$4-$left-$seed $COMMON --max_steps $UPDATES --warmup_steps $((UPDATES / 10))" \
     "--final_warmup 4 --learning_rate $2 --seed $seed --teacher_type bert" \
-    "--teacher_name_or_path $RUNS/$1/teacher --alpha_ce 0.1 --alpha_distil 0.9 --pruning_method $5"
+    "--teacher_name_or_path $RUNS/$1/teacher --alpha_ce 0.1 --alpha_distil 0.9 --pruning_method $5 ${DEVICE:-}"
 }
 
 for part in "$@"; do
