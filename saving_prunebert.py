@@ -19,7 +19,7 @@ from pathlib import Path
 
 from emmental import coding, storage
 from emmental.errors import UserError, one_line_errors
-from emmental.families import is_masked
+from emmental.families import COMPACT, is_masked
 from emmental.files import write_json
 from emmental.loading import read_config
 from emmental.tokenizer import VOCABULARIES
@@ -101,7 +101,7 @@ def evaluate(model: str, args: Namespace) -> dict[str, float]:
     script = "masked_run_glue.py" if args.task_name else "masked_run_squad.py"
     model_type = read_config(model)["model_type"]
     flags = {
-        "model_type": model_type,
+        "model_type": model_type.removeprefix(COMPACT),
         "model_name_or_path": model,
         "task_name": args.task_name,
         "data_dir": args.data_dir,

@@ -8,14 +8,12 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
-from torch import nn
 from transformers import PreTrainedModel
 
+from .configuration_bert_compact import CompactBertConfig
 from .errors import TrainingError, first_line
-from .export import remaining_weights
-from .families import encoder_of
+from .export import plain_percents, remaining_weights
 from .files import write_text
 from .modules.masks import masked_layers
 from .modules.methods import METHODS
@@ -123,11 +121,17 @@ def _card(metadata: ModelCardData, name: str, model: PreTrainedModel, made: str)
         )
         load = f"from emmental import {kind}\n\nmodel = {kind}"
     else:
-        linear, published = _dense_percents(model)
+        linear, published = plain_percents(model)
+        package = "transformers"
         intro = f"A plain `{kind}`, whose pruned weights are zero ({PAPER})."
         if linear == 100:
             intro = f"A `{kind}` without pruned weights."
-        load = f"from transformers import {kind}\n\nmodel = {kind}"
+        if isinstance(config, CompactBertConfig):
+            package = "emmental"
+            intro = f"A BERT without the heads and neurons that pruning emptied ({PAPER})."
+            heads, neurons = sum(config.layer_heads), sum(config.layer_neurons)
+            intro += f" Its layers have {heads:,} heads and {neurons:,} neurons in all."
+        load = f"from {package} import {kind}\n\nmodel = {kind}"
     remain = (
         f"{linear:.1f}% of the weights of its encoder's linear layers remain "
         f"({published:.1f}% of the encoder, bias and LayerNorm included)."
@@ -136,13 +140,3 @@ def _card(metadata: ModelCardData, name: str, model: PreTrainedModel, made: str)
         f"---\n{metadata.to_yaml()}\n---\n\n# {name}\n\n{intro} {remain}\n\n"
         f'## Load\n\n```python\n{load}.from_pretrained("{name}")\n```\n\n{made}'
     )
-
-
-@torch.no_grad()
-def _dense_percents(model: PreTrainedModel) -> tuple[float, float]:
-    """Percentages of weights that are not zero: of the encoder's Linears, and of the encoder."""
-    encoder = encoder_of(model)
-    weights = [module.weight for module in encoder.modules() if isinstance(module, nn.Linear)]
-    kept, total = (sum(int(f(w)) for w in weights) for f in (torch.count_nonzero, torch.numel))
-    others = sum(parameter.numel() for parameter in encoder.parameters()) - total
-    return 100 * kept / total, 100 * (kept + others) / (total + others)

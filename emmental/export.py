@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from .configuration_bert_masked import MASK_FIELDS
-from .families import MASKED, SCORES, encoder_of
+from .families import COMPACT, SCORES, encoder_of, stock_type
 from .modules.masks import Masks, count, find_masks, masked_layers
 from .modules.numeric import apply_mask
 from .modules.topk import floor_count
@@ -95,6 +95,26 @@ def mask_report(model: nn.Module) -> dict[str, float | str | bool]:
 
 
 @torch.no_grad()
+def plain_percents(model: nn.Module) -> tuple[float, float]:
+    """Percentages of the weights of a plain or compact model that are left, i.e. not zero.
+
+    The first is of the encoder's Linears, the second of the whole encoder, each before pruning.
+    """
+    encoder = whole = encoder_of(model)
+    if model.config.model_type.startswith(COMPACT):
+        with torch.device("meta"):
+            whole = type(encoder)(model.config)
+    own, every = (
+        [module.weight for module in part.modules() if isinstance(module, nn.Linear)]
+        for part in (encoder, whole)
+    )
+    kept = sum(int(weight.count_nonzero()) for weight in own)
+    zeros = sum(weight.numel() for weight in own) - kept
+    left, total = (sum(p.numel() for p in part.parameters()) for part in (encoder, whole))
+    return 100 * kept / sum(weight.numel() for weight in every), 100 * (left - zeros) / total
+
+
+@torch.no_grad()
 def bertarized_state_dict(model: nn.Module, masks: Masks | None = None) -> dict[str, Tensor]:
     """State dict of the plain model: W * M in place of W, and no scores.
 
@@ -113,4 +133,4 @@ def bertarized_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """Configuration of the plain model."""
     masked_only = (*MASK_FIELDS, "model_type", "architectures", "transformers_version")
     values = {name: value for name, value in config.to_dict().items() if name not in masked_only}
-    return CONFIG_MAPPING[config.model_type.removeprefix(MASKED)].from_dict(values)
+    return CONFIG_MAPPING[stock_type(config.model_type)].from_dict(values)

@@ -12,11 +12,12 @@ A masked class has the name of the stock class after "Masked", and the stock `mo
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
@@ -25,7 +26,7 @@ from .modules.masked_nn import MaskedLinear, swap_linears
 from .modules.masks import LOCK, in_force, masked, masked_layers
 
 HEADS = ("QuestionAnswering", "SequenceClassification", "TokenClassification", "MultipleChoice")
-MASKED = "masked_"
+MASKED, COMPACT = "masked_", "compact_"
 SCORES = (".mask_scores", ".mask_uncertainty")  # how their names in a state dict end
 
 
@@ -50,19 +51,36 @@ def is_masked(model_type: str) -> bool:
     return model_type.startswith(MASKED)
 
 
+def stock_type(model_type: str) -> str:
+    """The `model_type` of the stock model that a masked or compact one was made from."""
+    prefix = next((prefix for prefix in (MASKED, COMPACT) if model_type.startswith(prefix)), "")
+    return model_type.removeprefix(prefix)
+
+
 def family_of(config: PreTrainedConfig) -> Family:
-    """The family of a stock or masked model, by its configuration."""
-    return FAMILIES[config.model_type.removeprefix(MASKED)]
+    """The family of a stock, masked or compact model, by its configuration."""
+    return FAMILIES[stock_type(config.model_type)]
 
 
 def encoder_of(model: nn.Module) -> nn.Module:
-    """The encoder of a stock or masked model with any head."""
+    """The encoder of a model of any kind, with any head."""
     return model.base_model.get_submodule(family_of(model.config).encoder)
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
     """The layers of its encoder."""
     return model.base_model.get_submodule(family_of(model.config).layers)
+
+
+def register(config_class: type[PreTrainedConfig], model_classes: Iterable[type]) -> None:
+    """Have the Auto classes load the base model and the heads of a configuration."""
+    transformers.AutoConfig.register(config_class.model_type, config_class)
+    transformers.AutoTokenizer.register(
+        config_class, fast_tokenizer_class=transformers.BertTokenizerFast
+    )
+    for model_class in model_classes:
+        head = "".join(model_class.__name__.partition("For")[1:])
+        getattr(transformers, f"AutoModel{head}").register(config_class, model_class)
 
 
 class Masked:

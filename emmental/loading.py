@@ -15,7 +15,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from .errors import UserError, first_line
-from .families import FAMILIES, HEADS, MASKED, SCORES, family_of, is_masked
+from .families import COMPACT, FAMILIES, HEADS, MASKED, SCORES, family_of, is_masked, stock_type
 from .modules.masks import find_masks, masked_layers
 from .modules.methods import METHODS
 from .tokenizer import declared_casing, has_tokenizer, load_tokenizer, lower_cases
@@ -44,7 +44,7 @@ NEUTRAL = {
 
 
 def read_config(source: str, cache_dir: str | None = None) -> dict:
-    """The `config.json` of a checkpoint of a known family, plain or masked. Raises UserError."""
+    """The `config.json` of a checkpoint of a known family. Raises UserError."""
     try:
         config = dict(PreTrainedConfig.get_config_dict(source, cache_dir=cache_dir)[0])
         if not config:
@@ -57,7 +57,7 @@ def read_config(source: str, cache_dir: str | None = None) -> dict:
     if "hidden_size" in config:
         config.setdefault("model_type", "bert")  # the first BERT checkpoints do not say it
     model_type = str(config.get("model_type"))
-    if model_type.removeprefix(MASKED) not in FAMILIES:
+    if stock_type(model_type) not in FAMILIES:
         raise UserError(
             f"{source} is of type {model_type!r}; these scripts take {', '.join(FAMILIES)}"
         )
@@ -103,15 +103,16 @@ def load_model(
     if `trained`, holds what the model cannot compute.
     """
     recorded = values = read_config(source, cache_dir)
-    family = values["model_type"].removeprefix(MASKED)
-    _check_kind(source, values["model_type"], masked, trained)
+    model_type = values["model_type"]
+    _check_kind(source, model_type, masked, trained)
+    model_type = MASKED + stock_type(model_type) if masked else model_type
     if config_name:
         values = read_config(config_name, cache_dir)
     values = _neutral(config_name or source, values, trained)
     masks, other_scores = _mask_settings(recorded, overrides, trained)
     values |= masks | _label_settings(labels)
     try:
-        config = CONFIG_MAPPING[MASKED + family if masked else family].from_dict(values)
+        config = CONFIG_MAPPING[model_type].from_dict(values)
         model, info = getattr(transformers, f"AutoModelFor{head}").from_pretrained(
             source,
             config=config,
@@ -136,7 +137,9 @@ def load_model(
 
 def _check_kind(source: str, model_type: str, masked: bool, trained: bool) -> None:
     """Raises UserError for a masked checkpoint if plain is asked for, or the other way round."""
-    family = model_type.removeprefix(MASKED)
+    family = stock_type(model_type)
+    if model_type.startswith(COMPACT) and masked:
+        raise UserError(f"{source} is a compact model, without masks: use model type {family}")
     if is_masked(model_type) and not masked:
         raise UserError(
             f"{source} is a masked checkpoint: use model type {MASKED}{family}, or bertarize it"

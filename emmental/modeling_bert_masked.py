@@ -15,7 +15,7 @@ Every forward finds its own masks; in a block of `emmental.modules.masked` they 
 import transformers
 
 from .configuration_bert_masked import MaskedBertConfig
-from .families import MaskedHead, MaskedModel
+from .families import MaskedHead, MaskedModel, register
 
 
 class MaskedBertModel(MaskedModel, transformers.BertModel):
@@ -51,11 +51,4 @@ class MaskedBertForMultipleChoice(_MaskedBertHead, transformers.BertForMultipleC
     """`BertForMultipleChoice` over a `MaskedBertModel`."""
 
 
-transformers.AutoConfig.register("masked_bert", MaskedBertConfig)
-transformers.AutoTokenizer.register(
-    MaskedBertConfig, fast_tokenizer_class=transformers.BertTokenizerFast
-)
-transformers.AutoModel.register(MaskedBertConfig, MaskedBertModel)
-for head in _MaskedBertHead.__subclasses__():
-    auto_class = getattr(transformers, head.__name__.replace("MaskedBert", "AutoModel"))
-    auto_class.register(MaskedBertConfig, head)
+register(MaskedBertConfig, [MaskedBertModel, *_MaskedBertHead.__subclasses__()])

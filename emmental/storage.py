@@ -39,11 +39,11 @@ from scipy.sparse import csr_array
 from torch import Tensor
 from transformers import BertConfig, BertModel, PreTrainedModel, PreTrainedTokenizerFast
 
-from . import coding
+from . import coding, modeling_bert_compact
 from .card import CARD_FILE, derived_card, read_card
 from .errors import UserError, first_line
 from .export import bertarized_config, bertarized_state_dict
-from .families import HEADS, MASKED, is_masked
+from .families import HEADS, is_masked, stock_type
 from .files import write_file, write_folder
 from .inference import sparse_model
 from .loading import head_of, load_masked, load_model, read_config
@@ -55,6 +55,7 @@ TEXT_FILES = re.compile(
     r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.(json|txt)"
     r"|chat_template\.jinja|README\.md"
 )
+KINDS = "", "Compact"  # of architectures
 EMBEDDINGS = "bert.embeddings."
 ENCODER = "bert.encoder."
 
@@ -69,11 +70,12 @@ class Packed:
 
     @property
     def config(self) -> BertConfig:
-        return BertConfig.from_dict(self.header["config"])
+        return self.model_class.config_class.from_dict(self.header["config"])
 
     @property
     def model_class(self) -> type[PreTrainedModel]:
-        return getattr(transformers, self.header["architecture"])
+        name = self.header["architecture"]
+        return getattr(modeling_bert_compact if name.startswith("Compact") else transformers, name)
 
     def size(self, kind: str) -> int:
         """Bytes of all `files` or `tensors`."""
@@ -168,10 +170,8 @@ def load_plain(
     The last three arguments are as in `load_masked`. Raises UserError.
     """
     values = read_config(checkpoint)
-    if values["model_type"].removeprefix(MASKED) != "bert":
-        raise UserError(
-            f"{checkpoint} is of type {values['model_type']}: packed files hold BERT only"
-        )
+    if stock_type(values["model_type"]) != "bert":
+        raise UserError(f"{checkpoint} is of type {values['model_type']}: packed files hold BERT")
     if is_masked(values["model_type"]):
         model = load_masked(checkpoint, pruning_method, threshold, global_topk)
         config, state = bertarized_config(model.config), bertarized_state_dict(model)
@@ -300,7 +300,7 @@ def open_packed(file: str) -> Packed:
 def _check_header(packed: Packed) -> None:
     """Raises an exception unless names and shapes are those of the model of the configuration."""
     header = packed.header
-    if header["architecture"] not in {f"BertFor{head}" for head in HEADS}:
+    if header["architecture"] not in {f"{kind}BertFor{head}" for head in HEADS for kind in KINDS}:
         raise ValueError(f"unknown architecture {header['architecture']!r}")
     for entry in header["files"]:
         if not TEXT_FILES.fullmatch(entry["name"]):

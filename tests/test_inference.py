@@ -323,10 +323,9 @@ def test_compacted_outputs(tiny_config, kernel, dead):
     assert_same(model, sparse)
     if kernel == "compact":
         first = sparse.bert.encoder.layer[0]
-        heads = first.attention.self.num_attention_heads
-        neurons = first.intermediate.dense.out_features
-        assert heads == {"head": 3, "heads": 1, "everything": 1}.get(dead, 4)
-        assert neurons == {"neurons": 8, "everything": 8}.get(dead, 64)
+        heads, neurons = first.attention.self.num_attention_heads, first.output.dense.in_features
+        assert heads == {"head": 3, "heads": 0, "everything": 0}.get(dead, 4)
+        assert neurons == {"neurons": 8, "everything": 0}.get(dead, 64)
     elif dead in ("head", "heads"):
         assert len(encoder_of(sparse).layers[0].sizes) == (3 if dead == "head" else 0)
 

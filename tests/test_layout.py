@@ -35,18 +35,18 @@ ALLOWED = {  # part: (parts of emmental it may import, third-party libraries; No
     "tokenizer": (LEAVES, {"tokenizers", "transformers"}),
     "loading": (LEAVES | {"modules", "tokenizer"} | MODELS, {"torch", "transformers"}),
     "card": (
-        LEAVES | {"modules", "families", "export"},
-        {"torch", "transformers", "huggingface_hub"},
+        LEAVES | {"modules", "export", "configuration_bert_compact"},
+        {"transformers", "huggingface_hub"},
     ),
     "data": (LEAVES | {"data"}, None),
     "training": (LEAVES | SCIENCE | MODELS | {"card", "export", "loading", "training"}, None),
     "coding": (LEAVES, {"numpy", "constriction"}),
     "inference": (
-        LEAVES | {"modules", "families", "export", "inference"},
-        {"torch", "transformers", "numpy", "scipy"},
+        LEAVES | {"modules", "export", "inference"} | MODELS,
+        {"torch", "transformers", "numpy", "scipy", "onnxruntime"},
     ),
     "storage": (
-        LEAVES | {"card", "coding", "export", "families", "inference", "loading", "tokenizer"},
+        LEAVES | {"card", "coding", "export", "inference", "loading", "tokenizer"} | MODELS,
         {"torch", "transformers", "numpy", "scipy"},
     ),
     "tables": (

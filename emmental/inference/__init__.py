@@ -23,11 +23,14 @@ from transformers import BertConfig, BertModel, PreTrainedModel
 from ..errors import UserError
 from ..export import bertarized_config, bertarized_state_dict
 from ..families import encoder_of
+from ..modeling_bert_compact import Bias
 from ..modules.masked_nn import MaskedLinear
 from ..modules.masks import masked_layers
-from .compaction import NAMES, Affine, compact, compact_model, density, read_layer
+from .compaction import NAMES, Affine, compact, compact_model, compacted, density, read_layer
 from .encoder import SparseEncoder, SparseLayer
 from .kernels import BACKENDS, Library, Matrix, Native, load_native
+
+__all__ = ["compacted", "sparse_model", "sparsify"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +45,7 @@ def sparsify(
 ) -> PreTrainedModel:
     """A faster model with the outputs of the pruned `model`, up to float32 rounding.
 
-    model: a bertarized or masked BERT with any head. It is not changed.
+    model: a bertarized, compact or masked BERT with any head. It is not changed.
     kernel: "native" (our C++ kernels, compiled at first use), "library" (torch's CSR product),
         "compact" (dense products, made smaller by compaction), or "auto": compact for an encoder
         whose density is not below `csr_below`, else native, or library without a C++ compiler.
@@ -76,7 +79,7 @@ def sparsify(
         _sparse_layer(
             model.config,
             block.attention.self.num_attention_heads,
-            block.get_parameter,
+            dict(block.named_parameters()).get,
             backend,
             csr_below,
         )
@@ -100,13 +103,14 @@ def sparse_model(
     """
     backend = _backend(kernel)
     prefix = f"{model_class.base_model_prefix}.encoder.layer."
-    heads = config.num_attention_heads
+    whole = [config.num_attention_heads] * config.num_hidden_layers
     layers = []
-    for number in range(config.num_hidden_layers):
-        own = f"{prefix}{number}."
-        layers.append(
-            _sparse_layer(config, heads, lambda name: tensors[own + name], backend, csr_below)
-        )
+    for number, heads in enumerate(getattr(config, "layer_heads", whole)):
+
+        def fetch(name: str, own: str = f"{prefix}{number}.") -> Tensor | csr_array | None:
+            return tensors.get(own + name)
+
+        layers.append(_sparse_layer(config, heads, fetch, backend, csr_below))
     rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
     shallow = copy.deepcopy(config)
     shallow.num_hidden_layers = 0
@@ -130,9 +134,9 @@ def _check_model(model: nn.Module) -> None:
     if any(parameter.dtype != torch.float32 for parameter in bert.encoder.parameters()):
         raise ValueError("sparse inference computes in float32: call float() on the model first")
     for block in bert.encoder.layer:
-        for name in NAMES.values():
-            kind = type(block.get_submodule(name))
-            if kind not in (nn.Linear, MaskedLinear):
+        for name, module in block.named_modules():
+            kind = type(module)
+            if name in NAMES.values() and kind not in (nn.Linear, MaskedLinear, Bias):
                 raise ValueError(
                     f"the encoder has a {kind.__module__}.{kind.__name__} instead of nn.Linear: "
                     "give the model without quantisation or adapters"
@@ -180,11 +184,11 @@ def _backend(kernel: str) -> type[Native] | type[Library]:
 def _sparse_layer(
     config: BertConfig,
     heads: int,
-    fetch: Callable[[str], Tensor | csr_array],
+    fetch: Callable[[str], Tensor | csr_array | None],
     backend: type[Native] | type[Library],
     csr_below: float,
 ) -> SparseLayer:
-    """A compacted layer; `fetch` returns a parameter by its name within the layer."""
+    """A compacted layer; for `fetch` see `read_layer`."""
 
     def prepare(affine: Affine) -> Matrix:
         rows, columns = affine.weight.shape
@@ -202,5 +206,6 @@ def _without_saving(model: PreTrainedModel) -> PreTrainedModel:
 
 def _refuse_to_save(*args, **kwargs):
     raise ValueError(
-        "a sparse or compacted model fits no configuration: save the model that it was made from"
+        "a model of sparsify cannot be saved: save the model that it was made from, or what "
+        "emmental.inference.compacted makes of it"
     )

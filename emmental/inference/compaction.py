@@ -13,8 +13,10 @@ This is exact wherever softmax sums to 1: not for a sequence of nothing but padd
 dropout of attention.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -22,6 +24,9 @@ from scipy.sparse import csr_array
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
+
+from .. import modeling_bert_compact as compact_bert
+from ..families import encoder_of
 
 MULTIPLE = 8  # compacted dense matrices have multiples of this size, which fast products need
 
@@ -72,14 +77,20 @@ NAMES = {  # the fields of Layer: their names in a layer of BERT
 }
 
 
-def read_layer(fetch: Callable[[str], Tensor | csr_array], heads: int) -> Layer:
-    """A layer with `heads` heads; `fetch` returns a parameter by its name within the layer."""
-    parts = {}
+def read_layer(fetch: Callable[[str], Tensor | csr_array | None], heads: int) -> Layer:
+    """A layer with `heads` heads.
+
+    fetch: returns a parameter by its name within the layer; None for one that a compact layer lacks
+    """
+    parts, hidden = {}, len(fetch("output.dense.bias"))
     for field, name in NAMES.items():
         weight, bias = fetch(f"{name}.weight"), fetch(f"{name}.bias")
+        if weight is None:
+            weight = torch.zeros((0, hidden) if bias is None else (hidden, 0))
+        bias = torch.zeros(0) if bias is None else bias
         weight = weight if isinstance(weight, csr_array) else csr_array(_array(weight))
         parts[field] = Affine(weight, _array(bias))
-    sizes = [len(parts["query"].bias) // heads] * heads
+    sizes = [len(parts["query"].bias) // heads] * heads if heads else []
     return Layer(**parts, sizes=sizes, sizes_v=sizes)
 
 
@@ -98,9 +109,9 @@ def compact(layer: Layer, activation: str) -> Layer:
     keep_v = _used_inputs(output) & ~constant
     sizes_v = _count(keep_v, layer.sizes_v)
     keep = ~_empty_rows(key) & (~_empty_rows(query) | (query.bias != 0))
-    first_rows = np.cumsum([0, *layer.sizes[:-1]])
+    first_rows = np.cumsum([0, *layer.sizes])[:-1]
     keep[first_rows[np.array(_count(keep, layer.sizes)) == 0]] = True
-    keep &= np.repeat(np.array(sizes_v) > 0, layer.sizes)
+    keep &= np.repeat(np.array(sizes_v) > 0, np.array(layer.sizes, int))
     constant = _empty_rows(layer.first)
     values = ACT2FN[activation](torch.from_numpy(layer.first.bias)).numpy()
     second = layer.second.fold(constant, values)
@@ -127,7 +138,7 @@ def _used_inputs(affine: Affine) -> np.ndarray:
 
 
 def _count(keep: np.ndarray, sizes: list[int]) -> list[int]:
-    return [int(part.sum()) for part in np.split(keep, np.cumsum(sizes)[:-1])]
+    return [int(keep[start:stop].sum()) for start, stop in pairwise(np.cumsum([0, *sizes]))]
 
 
 # ------------------------------------------------------------------------------------ dense models
@@ -135,38 +146,64 @@ def _count(keep: np.ndarray, sizes: list[int]) -> list[int]:
 
 @torch.no_grad()
 def compact_model(model: PreTrainedModel, encoder: nn.Module) -> None:
-    """Compact the stock layers of `encoder`, a part of `model`, in place, on any device.
+    """Compact the stock or compact layers of `encoder`, a part of `model`, in place, on any device.
 
     The result has smaller Linears and can be trained. All heads of a layer get the size of its
-    largest remaining head, filled up with rows of zeros. A layer that gets no smaller is not
-    changed.
+    largest remaining head, filled up with rows of zeros. Attention without heads, or a feed-forward
+    part without neurons, becomes a bias. A part that gets no smaller is not changed.
     """
     for block in encoder.layer:
-        attention, context = block.attention.self, block.attention.output
-        layer = compact(
-            read_layer(block.get_parameter, attention.num_attention_heads), model.config.hidden_act
-        )
-        size = _multiple(max(layer.sizes + layer.sizes_v, default=1), attention.attention_head_size)
-        heads = max(1, len(layer.sizes))
-        total = heads * size
-        if total < attention.all_head_size:
+        attention, context, second = block.attention.self, block.attention.output, block.output
+        fetch = dict(block.named_parameters()).get
+        layer = compact(read_layer(fetch, attention.num_attention_heads), model.config.hidden_act)
+        heads, size = len(layer.sizes), max(layer.sizes + layer.sizes_v, default=0)
+        size = _multiple(size, attention.attention_head_size)
+        if heads * size < attention.all_head_size:
+            compact_bert.resize_attention(block, heads, size)
             rows, rows_v = _places(layer.sizes, size), _places(layer.sizes_v, size)
-            attention.query = _linear(attention.query, layer.query, total, rows=rows)
-            attention.key = _linear(attention.key, layer.key, total, rows=rows)
-            attention.value = _linear(attention.value, layer.value, total, rows=rows_v)
-            context.dense = _linear(context.dense, layer.output, total, columns=rows_v)
-            attention.num_attention_heads, attention.attention_head_size = heads, size
-            attention.all_head_size = total
-        first, second = block.intermediate, block.output
-        neurons = np.arange(len(layer.first.bias))
-        total = _multiple(len(neurons), first.dense.out_features)
-        if total < first.dense.out_features:
-            first.dense = _linear(first.dense, layer.first, total, rows=neurons)
-            second.dense = _linear(second.dense, layer.second, total, columns=neurons)
+            if heads:
+                _fill(block.attention.self.query, layer.query, rows=rows)
+                _fill(block.attention.self.key, layer.key, rows=rows)
+                _fill(block.attention.self.value, layer.value, rows=rows_v)
+            _fill(context.dense, layer.output, columns=rows_v)
+        neurons = len(layer.first.bias)
+        total = _multiple(neurons, second.dense.in_features)
+        if total < second.dense.in_features:
+            compact_bert.resize_neurons(block, total)
+            if neurons:
+                _fill(block.intermediate.dense, layer.first, rows=slice(neurons))
+            _fill(second.dense, layer.second, columns=slice(neurons))
+
+
+def compacted(model: PreTrainedModel) -> PreTrainedModel:
+    """The `CompactBert*` model with the outputs of a plain BERT, or compact one, with a stock head.
+
+    Unlike the result of `compact_model` it can be saved. `model` is not changed. Raises ValueError
+    for another architecture.
+    """
+    name = f"Compact{type(model).__name__.removeprefix('Compact')}"
+    compact_class = getattr(compact_bert, name, None)
+    if compact_class is None or model.config.is_decoder:
+        raise ValueError(f"there is no compact form of a {type(model).__name__}: give a plain BERT")
+    small = copy.deepcopy(model)
+    compact_model(small, encoder_of(small))
+    layers = encoder_of(small).layer
+    left = {
+        "layer_heads": [layer.attention.self.num_attention_heads for layer in layers],
+        "layer_head_sizes": [layer.attention.self.attention_head_size for layer in layers],
+        "layer_neurons": [layer.output.dense.in_features for layer in layers],
+    }
+    of_class = ("model_type", "architectures", "transformers_version")
+    values = {name: value for name, value in model.config.to_dict().items() if name not in of_class}
+    config = compact_class.config_class.from_dict(values | left)
+    result = compact_class.from_pretrained(
+        None, config=config, state_dict=small.state_dict(), dtype=model.dtype
+    )
+    return result.to(model.device).train(model.training)
 
 
 def _multiple(size: int, most: int) -> int:
-    return min(most, -(-max(1, size) // MULTIPLE) * MULTIPLE)
+    return min(most, -(-size // MULTIPLE) * MULTIPLE)
 
 
 def _places(sizes: list[int], size: int) -> np.ndarray:
@@ -175,32 +212,20 @@ def _places(sizes: list[int], size: int) -> np.ndarray:
     return np.array(places, int)
 
 
-def _linear(
-    old: nn.Linear,
+def _fill(
+    linear: nn.Module,
     affine: Affine,
-    total: int,
     *,
-    rows: np.ndarray | None = None,
-    columns: np.ndarray | None = None,
-) -> nn.Linear:
-    """A Linear like `old` for `affine`, whose rows (or columns) are put at these of `total`."""
-    weight, bias = affine.weight.toarray(), affine.bias
-    if rows is not None:
-        weight, bias = _spread(weight, rows, total), _spread(bias, rows, total)
-    if columns is not None:
-        weight = _spread(weight.T, columns, total).T
-    linear = nn.Linear(*weight.shape[::-1], device="meta")
-    for name, array in (("weight", weight), ("bias", bias)):
-        theirs = getattr(old, name)
-        tensor = torch.from_numpy(np.ascontiguousarray(array)).to(theirs)
-        setattr(linear, name, nn.Parameter(tensor, requires_grad=theirs.requires_grad))
-    return linear.train(old.training)
-
-
-def _spread(array: np.ndarray, places: np.ndarray, total: int) -> np.ndarray:
-    spread = np.zeros((total, *array.shape[1:]), np.float32)
-    spread[places] = array
-    return spread
+    rows: np.ndarray | slice = slice(None),
+    columns: np.ndarray | slice = slice(None),
+) -> None:
+    """Give a Linear or `Bias` the map `affine` at these rows or columns, and zeros elsewhere."""
+    linear.bias.zero_()
+    linear.bias[rows] = torch.from_numpy(affine.bias).to(linear.bias)
+    if linear.in_features:
+        weight = np.zeros(linear.weight.shape, np.float32)
+        weight[rows, columns] = affine.weight.toarray()
+        linear.weight.copy_(torch.from_numpy(weight))
 
 
 def density(encoder: nn.Module) -> float:

@@ -1,0 +1,106 @@
+"""Write a model to an ONNX file, which ONNX Runtime serves without torch or this code."""
+
+import importlib.util
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..errors import TrainingError, UserError
+from ..files import write_file
+
+PACKAGES = ("onnx==1.23.2", "onnxruntime==1.32.0", "onnxscript==0.7.2")
+ROUNDING = 1e-4  # of float32: the most that an output may differ by, relative to the largest one
+
+
+def check_onnx(file: Path) -> None:
+    """Raises UserError if `write_onnx` cannot write `file`, or lacks its optional packages."""
+    if file.is_dir():
+        raise UserError(f"{file} is a folder: give the name of the ONNX file to write")
+    names = [package.partition("==")[0] for package in PACKAGES]
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"writing ONNX needs {', '.join(missing)}: run pip install {' '.join(PACKAGES)}"
+        )
+
+
+def write_onnx(model: PreTrainedModel, file: Path) -> None:
+    """Write a stock or compact model, in float32 on the CPU, to an ONNX file.
+
+    Its inputs are `input_ids`, `attention_mask` and `token_type_ids` (int64, batch x length, for
+    multiple choice batch x choices x length), of any size; its outputs are those of the model, by
+    their names. The file is kept only if ONNX Runtime computes what torch does. Raises UserError
+    as `check_onnx` does, and TrainingError for a model that cannot be exported or computes
+    something else.
+    """
+    check_onnx(file)
+
+    def fill(path: Path) -> None:
+        logged, training = logging.root.manager.disable, model.training
+        logging.disable(logging.WARNING)  # the exporter tells of every node
+        model.eval()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                _export(model, path)
+            _compare(model, path)
+        finally:
+            logging.disable(logged)
+            model.train(training)
+
+    write_file(file, fill)
+
+
+def _sample(model: PreTrainedModel, batch: int, length: int) -> dict[str, Tensor]:
+    """Inputs with padding and, if the model has them, two token types."""
+    config = model.config
+    length = min(length, config.max_position_embeddings)
+    choices = (3,) if type(model).__name__.endswith("ForMultipleChoice") else ()
+    shape = (batch, *choices, length)
+    generator = torch.Generator().manual_seed(length)
+    mask, types = torch.ones(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    mask[0, ..., length - length // 3 :] = 0
+    types[..., length // 2 :] = min(1, config.type_vocab_size - 1)
+    ids = torch.randint(config.vocab_size, shape, generator=generator)
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+
+
+@torch.no_grad()
+def _export(model: PreTrainedModel, path: Path) -> None:
+    given = _sample(model, batch=2, length=16)
+    axes = ("batch", "choices", "length") if given["input_ids"].dim() == 3 else ("batch", "length")
+    torch.onnx.export(
+        model,
+        kwargs=given,
+        f=path,
+        input_names=list(given),
+        output_names=list(model(**given)),
+        dynamic_shapes={name: dict(enumerate(axes)) for name in given},
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
+
+
+@torch.no_grad()
+def _compare(model: PreTrainedModel, path: Path) -> None:
+    """Raises TrainingError unless ONNX Runtime has the outputs of torch for two shapes."""
+    import onnxruntime  # optional
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for batch, length in ((1, 9), (3, 40)):
+        given = _sample(model, batch, length)
+        wanted = model(**given)
+        found = session.run(list(wanted), {name: given[name].numpy() for name in given})
+        for (name, ours), theirs in zip(wanted.items(), found, strict=True):
+            error = (ours - torch.from_numpy(theirs)).abs().max().item()
+            bound = ROUNDING * max(1.0, ours.abs().max().item())
+            if not error <= bound:  # nan as well
+                raise TrainingError(
+                    f"{name} of ONNX Runtime differs from torch by {error:.3g}, more than "
+                    f"rounding ({bound:.3g})"
+                )
