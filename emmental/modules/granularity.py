@@ -45,6 +45,8 @@ class Block(Weight):
     name = "block"
 
     def __init__(self, rows: int = 32, columns: int = 32):
+        if min(rows, columns) < 1:
+            raise ValueError(f"blocks have at least 1 x 1 weights, not {rows} x {columns}")
         self.rows, self.columns = rows, columns
 
     def sized(self, rows, columns):

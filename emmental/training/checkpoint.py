@@ -236,7 +236,7 @@ def make_steering(model: PreTrainedModel, settings: Settings) -> LambdaSteering 
     if target <= lowest:
         raise UserError(
             f"--target_remaining {target:g}: {lowest:.4f} of the weights remain at least, as every "
-            "matrix keeps 0.5% of its scores, and one in any case: give more"
+            "matrix keeps 0.5% of its scores, at least one: give more"
         )
     return LambdaSteering(
         target=target,
