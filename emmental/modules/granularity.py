@@ -60,12 +60,12 @@ class Block(Weight):
         return Size((rows // self.rows, columns // self.columns))
 
     def expand(self, mask, weight_shape):
-        blocks = mask[:, None, :, None].expand(-1, self.rows, -1, self.columns)
-        return blocks.reshape(weight_shape)
+        rows = mask[:, :, None].expand(-1, -1, self.columns).reshape(len(mask), 1, -1)
+        return rows.expand(-1, self.rows, -1).reshape(weight_shape)  # copies whole rows: fast
 
     def reduce(self, gradient):
         rows, columns = self.shape(gradient.shape)
-        return gradient.reshape(rows, self.rows, columns, self.columns).sum((1, 3))
+        return gradient.reshape(rows, self.rows, -1).sum(1).view(rows, columns, -1).sum(2)
 
     def rank(self, weight):
         squares = self.reduce(weight.float().square())
