@@ -1,4 +1,5 @@
-"""Count the remaining weights of a fine-pruned encoder: of each matrix, and in total.
+"""Count the remaining weights of a fine-pruned encoder, of each matrix and in total, and the heads
+and neurons of each layer that remain: those through which an input reaches the layer's output.
 
     python counts_parameters.py --serialization_dir OUT
 
@@ -6,12 +7,14 @@ The checkpoint's config.json says which method and threshold it was trained with
 2020 code need --threshold, and some need --pruning_method.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 
 from emmental.errors import one_line_errors
-from emmental.export import RemainingWeights, remaining_weights
+from emmental.export import LayerCount, RemainingWeights, count_layers, remaining_weights
 from emmental.files import write_json
 from emmental.loading import load_masked
+from emmental.modules.masks import find_masks
 from emmental.modules.methods import METHODS
 from emmental.training.args import Parser, add_mask_flags, given_masks
 from emmental.training.runlog import set_up_logging
@@ -26,15 +29,20 @@ def get_parser() -> Parser:
     return parser
 
 
-def print_report(counts: RemainingWeights) -> None:
-    method, threshold, global_topk = counts.settings.values()
+def print_report(counts: RemainingWeights, layers: list[LayerCount]) -> None:
+    method, threshold, global_topk, granularity = counts.settings.values()
     ranked = ", all matrices ranked together" if global_topk else ""
-    print(method + (f" at threshold {threshold:g}{ranked}" if METHODS[method].threshold else ""))
+    at = f" at threshold {threshold:g}{ranked}" if METHODS[method].threshold else ""
+    print(f"{method}{at}, granularity {granularity}")
     width = max(len(m.name) for m in counts.matrices)
     print(f"{'matrix':<{width}}  {'remaining %':>11}  {'remaining':>12}")
     for m in counts.matrices:
         floor = "  (floor of 0.5%)" if m.floored else ""
         print(f"{m.name:<{width}}  {m.percent:>11.3f}  {m.remaining:>12,}{floor}")
+    print(f"\n{'layer':>5}  {'remaining %':>11}  {'heads':>13}  {'neurons':>13}" if layers else "")
+    for n, x in enumerate(layers):
+        heads, neurons = f"{x.heads} of {x.all_heads}", f"{x.neurons} of {x.all_neurons}"
+        print(f"{n:>5}  {100 * x.remaining / x.total:>11.3f}  {heads:>13}  {neurons:>13}")
     convention = "published convention (encoder, bias and LayerNorm counted):"
     print(f"\nRemaining weights, {convention} {counts.published_percent:.3f} %")
     print(f"Remaining weights, {'Linear weights only:':<59} {counts.linear_percent:.3f} %")
@@ -44,10 +52,12 @@ def main(argv: list[str] | None = None) -> RemainingWeights:
     args = get_parser().parse_args(argv)
     set_up_logging()
     with one_line_errors():
-        counts = remaining_weights(load_masked(args.serialization_dir, **given_masks(args)))
+        model = load_masked(args.serialization_dir, **given_masks(args))
+        masks = find_masks(model)
+        counts, layers = remaining_weights(model, masks), count_layers(model, masks)
         if args.json:
-            write_json(Path(args.json), counts.as_dict())
-        print_report(counts)
+            write_json(Path(args.json), counts.as_dict() | {"layers": [asdict(x) for x in layers]})
+        print_report(counts, layers)
     return counts
 
 

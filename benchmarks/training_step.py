@@ -8,7 +8,8 @@ a time the median of all steps. The dense side is `BertForQuestionAnswering` wit
 like ours. Both have the optimiser, the clipping and the penalty of a run of the scripts. Peak
 memory is measured in one process per side (on a GPU, by the allocator). "allowed" is the memory
 that masks need: scores, their gradient, two moments of Adam (for platon, the uncertainty instead),
-one byte per weight for the mask (four for l0), and a masked copy of the largest matrix.
+one byte per weight for the mask (four for l0), and a masked copy of the largest matrix. With
+another --granularity, scores and masks are as many as its scores.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from emmental import MaskedBertConfig, MaskedBertForQuestionAnswering
 from emmental.errors import UserError, one_line_errors
 from emmental.losses import regularization
 from emmental.modules import find_masks, masked, masked_layers
+from emmental.modules.granularity import GRANULARITIES
 from emmental.modules.methods import METHODS
 from emmental.training.distributed import keep_freed_memory
 from emmental.training.optim import build_optimizer
@@ -61,7 +63,11 @@ class Side:
         self.model.bert.embeddings.requires_grad_(False)
         if method != "dense":
             config = MaskedBertConfig(
-                **size, pruning_method=method, mask_init="uniform", mask_scale=0.1
+                **size,
+                pruning_method=method,
+                mask_init="uniform",
+                mask_scale=0.1,
+                granularity=args.granularity,
             )
             state = self.model.state_dict()
             self.model = MaskedBertForQuestionAnswering.from_pretrained(
@@ -186,6 +192,7 @@ def peak_memory(method: str, shape: tuple[int, int], args: argparse.Namespace) -
     """Peak MiB of a separate process that takes three steps of one side."""
     command = [sys.executable, __file__, "--peak_memory_of", method, "--device", args.device]
     command += ["--layers", str(args.layers), "--hidden", str(args.hidden)]
+    command += ["--granularity", args.granularity]
     command += ["--shapes", "x".join(map(str, shape))]
     command += [f"--{flag}" for flag in ("bf16", "compile") if getattr(args, flag)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
@@ -205,12 +212,12 @@ def _measure_peak(args: argparse.Namespace) -> float:
 
 def allowed_memory(masked: Side) -> float:
     """MiB that masks need: see the top of this file."""
-    sizes = [layer.weight.numel() for layer in masked_layers(masked.model).values()]
+    largest = max(layer.weight.numel() for layer in masked_layers(masked.model).values())
     method = METHODS[masked.method]
     scores = 4 * {"learned": 4, "observed": 2 + method.has_uncertainty, None: 0}[method.scores]
-    masks = find_masks(masked.model, THRESHOLD[masked.method]).by_layer
-    mask = next(iter(masks.values())).element_size()
-    return (sum(sizes) * (scores + mask) + 4 * max(sizes)) / MIB
+    masks = find_masks(masked.model, THRESHOLD[masked.method]).by_layer.values()
+    masks = {id(mask): mask for mask in masks}.values()  # layers may share them
+    return (sum(x.numel() * (scores + x.element_size()) for x in masks) + 4 * largest) / MIB
 
 
 def shape(text: str) -> tuple[int, int]:
@@ -234,6 +241,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--shapes", type=shape, nargs="+", default=[(8, 384), (2, 128)],
         help="batch x length (default: 8x384 2x128)")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
+    add("--granularity", choices=GRANULARITIES, default="weight", help="default: weight")
     add("--layers", type=int, default=12, help="layers of the BERT (default: 12)")
     add("--hidden", type=int, default=768, help="its hidden size, a multiple of 64 (default: 768)")
     add("--repeats", type=int, default=7, help="measured steps of each side (default: 7)")
@@ -272,10 +280,11 @@ def run(args: argparse.Namespace) -> None:
         print(_measure_peak(args))
         return
     shapes = {}
-    results = {"machine": report.machine(args.device), "bf16": args.bf16, "compile": args.compile}
-    results["shapes"] = shapes
+    results = {"machine": report.machine(args.device), "granularity": args.granularity}
+    results |= {"bf16": args.bf16, "compile": args.compile, "shapes": shapes}
     print(results["machine"])
-    options = ", bf16" * args.bf16 + ", compiled" * args.compile
+    options = f", granularity {args.granularity}"
+    options += ", bf16" * args.bf16 + ", compiled" * args.compile
     print(f"BERT of {args.layers} layers, hidden size {args.hidden}; {args.device}{options}")
     dense = Side("dense", args)
     for size in args.shapes:

@@ -115,6 +115,8 @@ def _card(metadata: ModelCardData, name: str, model: PreTrainedModel, made: str)
         method, counts = METHODS[config.pruning_method], remaining_weights(model)
         linear, published = counts.linear_percent, counts.published_percent
         at = f" at threshold {config.threshold:g}" if method.threshold else ""
+        grain = counts.settings["granularity"]
+        at += f", granularity {grain}" if grain != "weight" else ""
         intro = (
             f"A `{kind}` after {method.title} pruning (`{config.pruning_method}`{at}, {PAPER}). "
             "It holds all weights, and the scores from which the masks follow."

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from .configuration_bert_masked import MASK_FIELDS
-from .families import COMPACT, SCORES, encoder_of, stock_type
+from .families import COMPACT, SCORES, encoder_of, family_of, layers_of, stock_type
 from .modules.masks import Masks, count, find_masks, masked_layers
 from .modules.numeric import apply_mask
 from .modules.topk import floor_count
@@ -25,11 +25,27 @@ class MatrixCount:
 
 
 @dataclass
+class LayerCount:
+    """Remaining weights, heads and neurons of a layer.
+
+    A head or neuron remains if an input reaches the output of its layer through it.
+    """
+
+    remaining: int
+    total: int
+    heads: int
+    all_heads: int
+    neurons: int
+    all_neurons: int
+
+
+@dataclass
 class RemainingWeights:
     """Remaining weights of a masked model.
 
-    settings: its pruning_method, threshold and global_topk. matrices: its masked matrices.
-    encoder_others: the number of parameters of the encoder without a mask (bias, LayerNorm).
+    settings: its pruning_method, threshold, global_topk and granularity. matrices: its masked
+    matrices. encoder_others: the number of parameters of the encoder without a mask (bias,
+    LayerNorm).
     """
 
     settings: dict[str, float | str | bool]
@@ -81,7 +97,37 @@ def remaining_weights(model: nn.Module, masks: Masks | None = None) -> Remaining
     parameters = encoder_of(model).named_parameters()
     encoder = sum(p.numel() for name, p in parameters if not name.endswith(".mask_scores"))
     settings = {x: getattr(model.config, x) for x in ("pruning_method", "threshold", "global_topk")}
+    settings["granularity"] = getattr(model.config, "granularity", "weight")
     return RemainingWeights(settings, matrices, encoder - sum(m.total for m in matrices))
+
+
+@torch.no_grad()
+def count_layers(model: nn.Module, masks: Masks | None = None) -> list[LayerCount]:
+    """Count what remains of each layer; see `remaining_weights`.
+
+    Empty if the model's family does not say where its heads and neurons are.
+    """
+    masks, family = masks or find_masks(model), family_of(model.config)
+    counts, layers = count(masks), []
+    names = {id(layer): name for name, layer in masked_layers(model).items()}
+
+    def used(linear: nn.Module, dim: int) -> Tensor:
+        """Which rows (dim 1) or columns (dim 0) have weights."""
+        shape = linear.weight.shape
+        mask = linear.granularity.expand(masks.by_layer[names[id(linear)]], shape)
+        return (mask != 0).expand(shape).any(dim)
+
+    for layer in layers_of(model) if family.heads and family.neurons else ():
+        own = [names[id(each)] for each in masked_layers(layer).values()]
+        remaining, total = (sum(x[name] for name in own) for x in (counts.remaining, counts.total))
+        value, output, first, second = map(
+            layer.get_submodule, (*family.heads[-2:], *family.neurons)
+        )
+        values, neurons = used(value, 1) & used(output, 0), used(first, 1) & used(second, 0)
+        heads = values.reshape(model.config.num_attention_heads, -1).any(1)
+        kept = (each for x in (heads, neurons) for each in (int(x.sum()), x.numel()))
+        layers.append(LayerCount(remaining, total, *kept))
+    return layers
 
 
 def mask_report(model: nn.Module) -> dict[str, float | str | bool]:
@@ -91,7 +137,10 @@ def mask_report(model: nn.Module) -> dict[str, float | str | bool]:
         "remaining_percent": counts.published_percent,
         "remaining_percent_linear": counts.linear_percent,
     }
-    return percents | counts.settings
+    settings = counts.settings
+    if settings["granularity"] == "weight":  # as published: older results do not say it
+        del settings["granularity"]
+    return percents | settings
 
 
 @torch.no_grad()

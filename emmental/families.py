@@ -12,6 +12,7 @@ A masked class has the name of the stock class after "Masked", and the stock `mo
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,8 +23,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 
-from .modules.masked_nn import MaskedLinear, swap_linears
+from .modules.granularity import Block, Columns, Rows, Weight, find_granularity
+from .modules.masked_nn import MaskedLinear
 from .modules.masks import LOCK, in_force, masked, masked_layers
+from .modules.swap import swap_linears
 
 HEADS = ("QuestionAnswering", "SequenceClassification", "TokenClassification", "MultipleChoice")
 MASKED, COMPACT = "masked_", "compact_"
@@ -36,14 +39,31 @@ class Family:
 
     encoder: the module whose `nn.Linear` are masked. layers: the list of its layers.
     embeddings: the module that is frozen.
+    heads: the `nn.Linear` of a layer that have rows for each head (query, key, value), and the one
+        that has columns (output). neurons: likewise the two of the feed-forward part. Without them
+        a model has no granularity of heads and neurons.
     """
 
     encoder: str
     layers: str
     embeddings: str = "embeddings"
+    heads: tuple[str, ...] = ()
+    neurons: tuple[str, ...] = ()
 
 
-FAMILIES = {"bert": Family(encoder="encoder", layers="encoder.layer")}
+FAMILIES = {
+    "bert": Family(
+        encoder="encoder",
+        layers="encoder.layer",
+        heads=(
+            "attention.self.query",
+            "attention.self.key",
+            "attention.self.value",
+            "attention.output.dense",
+        ),
+        neurons=("intermediate.dense", "output.dense"),
+    )
+}
 
 
 def is_masked(model_type: str) -> bool:
@@ -108,8 +128,31 @@ class Masked:
         """Replace the encoder's `nn.Linear` by masked layers, and freeze the embeddings."""
         names = "mask_init mask_scale pruning_method importance_beta uncertainty_beta".split()
         known = [name for name in names if hasattr(self.config, name)]  # of a user's own family
-        swap_linears(encoder_of(self), **{name: getattr(self.config, name) for name in known})
+        options = {name: getattr(self.config, name) for name in known}
+        granularity = granularity_of(self.config)
+        for kind in granularity.shared:
+            self._share_scores(kind, options)
+        _check_blocks(encoder_of(self), granularity)
+        swap_linears(encoder_of(self), granularity=granularity, **options)
         self.freeze_embeddings()
+
+    def _share_scores(self, kind: str, options: dict) -> None:
+        """Mask the heads or neurons (`kind`) of all layers: one score each, in its first matrix."""
+        names = getattr(family_of(self.config), kind)
+        if not names:
+            raise ValueError(
+                f"granularity {self.config.granularity}: it is not known where a "
+                f"{self.config.model_type} has its {kind}"
+            )
+        kinds = {}  # one object for equal matrices, so that equal layers share compiled code
+        for layer in layers_of(self):
+            holder, count = None, layer.get_submodule(names[0]).out_features
+            count = self.config.num_attention_heads if kind == "heads" else count
+            for name in names:
+                side = Columns if name == names[-1] else Rows
+                shared = kinds.setdefault((side, count), side(count))
+                swap_linears(layer, name.__eq__, granularity=shared, scores_of=holder, **options)
+                holder = holder or layer.get_submodule(name)
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **options
@@ -144,6 +187,32 @@ class MaskedHead(Masked):
         self.base_model.mask_encoder()
         with torch.device("meta"):  # transformers returns hidden states of classes it has built
             self.masked_base(config)
+
+
+def granularity_of(config: PreTrainedConfig) -> Weight:
+    """The granularity of a masked model. Raises ValueError for an unknown name."""
+    granularity = find_granularity(getattr(config, "granularity", "weight"))
+    sizes = (getattr(config, name, 32) for name in ("block_rows", "block_columns"))
+    return granularity.sized(*sizes)
+
+
+def _check_blocks(encoder: nn.Module, granularity: Weight) -> None:
+    """Raises ValueError if blocks do not divide an `nn.Linear` of the encoder."""
+    linears = [x for x in encoder.named_modules() if type(x[1]) is nn.Linear]
+    for name, linear in linears if isinstance(granularity, Block) else ():
+        try:
+            granularity.shape(linear.weight.shape)
+        except ValueError as error:
+            rows, columns = zip(*(linear.weight.shape for _, linear in linears), strict=True)
+            raise ValueError(
+                f"{name}: {error}: block_rows can be {_divisors(*rows)}, and block_columns "
+                f"{_divisors(*columns)}"
+            ) from None
+
+
+def _divisors(*numbers: int) -> str:
+    common = math.gcd(*numbers)
+    return ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
 
 
 def _with_threshold(stock: Callable) -> Callable:

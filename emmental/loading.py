@@ -23,6 +23,7 @@ from .tokenizer import declared_casing, has_tokenizer, load_tokenizer, lower_cas
 logger = logging.getLogger(__name__)
 
 INITIAL_SCORES = ("mask_init", "mask_scale")
+GRANULARITY = {"granularity": "weight", "block_rows": 32, "block_columns": 32}  # older ones: unsaid
 # Unexpected weights that change no result: buffers, an unused pooler. (Heads are found elsewhere.)
 HARMLESS = re.compile(r"(^|\.)((position|token_type)_ids$|pooler\.)")
 # Settings of other encoders that pass for BERT, and the values at which they change nothing.
@@ -172,10 +173,17 @@ def _mask_settings(recorded: dict, asked: dict, trained: bool) -> tuple[dict, bo
     """The settings of the masks, and whether the scores of a masked checkpoint start fresh.
 
     recorded: the configuration of the checkpoint. asked: what the caller wants; differences are
-    logged.
+    logged. Raises UserError for another granularity.
     """
     if not is_masked(recorded["model_type"]):
         return asked, False
+    for name, default in GRANULARITY.items():
+        old = recorded.get(name, default)
+        if asked.get(name, old) != old:
+            raise UserError(
+                f"{name} {asked[name]} contradicts {old} of the checkpoint: go on with its own, or "
+                "convert it with bertarize.py and start from the result"
+            )
     methods = {settings.get("pruning_method") for settings in (recorded, asked)} - {None}
     fresh_scores = not trained and len(methods) > 1
     for name, value in asked.items():
@@ -189,8 +197,8 @@ def _mask_settings(recorded: dict, asked: dict, trained: bool) -> tuple[dict, bo
         fresh = "; the scores start fresh" if fresh_scores and name == "pruning_method" else ""
         message = "%s %s contradicts %s of the checkpoint, and is used%s"
         logger.warning(message, name, value, old, fresh)
-    kept = () if fresh_scores else [name for name in INITIAL_SCORES if name in recorded]
-    return asked | {name: recorded[name] for name in kept}, fresh_scores
+    kept = [*GRANULARITY, *(() if fresh_scores else INITIAL_SCORES)]
+    return asked | {name: recorded[name] for name in kept if name in recorded}, fresh_scores
 
 
 def _label_settings(labels: int | Sequence[str] | None) -> dict:

@@ -11,13 +11,13 @@ PENALTIES = {m.penalty: m for m in reversed(METHODS.values()) if m.penalty}  # l
 
 
 def regularization(model: nn.Module, mode: str) -> Tensor:
-    """The penalty that pushes scores down, averaged over the matrices: a scalar in [0, 1].
+    """The penalty on the scores, averaged over the matrices that they mask: a scalar in [0, 1].
 
     mode: `l1` (of soft movement) or `l0`. Raises ValueError for another, or without scores.
     """
     if mode not in PENALTIES:
         raise ValueError(f"unknown regularization {mode!r}: choose one of {', '.join(PENALTIES)}")
-    scores = [layer.mask_scores for layer in masked_layers(model).values()]
+    scores = [layer.scores for layer in masked_layers(model).values()]
     if not scores or scores[0] is None:
         raise ValueError(f"regularization {mode} needs scores, and this model has none")
     return torch.stack([PENALTIES[mode].penalty_of(s) for s in scores]).mean()

@@ -176,8 +176,16 @@ layer(torch.randn(5, 8), threshold=0.5).sum().backward()
 assert layer.mask_scores.shape == layer.mask_scores.grad.shape == (3, 4)
 assert model[0].mask_scores.grad.shape == (8, 4)
 
+parser = make_parser(Tagging(), "x")
+words = "--data_dir x --model_type masked_bert --model_name_or_path x --output_dir x"
+assert parser.parse_args([*words.split(), "--granularity", "2x2"]).granularity == "2x2"
+
 sizes = dict(vocab_size=30, dim=8, n_layers=1, n_heads=2, hidden_dim=16)
-config = MaskedDistilBertConfig(**sizes, max_position_embeddings=16)
+config = MaskedDistilBertConfig(**sizes, max_position_embeddings=16, granularity="structure")
+distilbert = AutoModel.from_config(config)
+shapes = {n: p.shape for n, p in distilbert.named_parameters() if n.endswith("mask_scores")}
+assert [*shapes.values()] == [(2,), (16,)], shapes
+config.granularity = "2x2"
 ids = torch.arange(5, 15)[None]
 outputs = {AutoModel: "last_hidden_state", AutoModelForQuestionAnswering: "start_logits"}
 for auto, output in outputs.items():

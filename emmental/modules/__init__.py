@@ -1,6 +1,7 @@
 from .binarizer import MagnitudeBinarizer, ThresholdBinarizer, TopKBinarizer
-from .masked_nn import MaskedLinear, compute_mask, swap_linears
+from .masked_nn import MaskedLinear, compute_mask
 from .masks import count, find_masks, masked, masked_layers
+from .swap import swap_linears
 
 __all__ = [
     "MagnitudeBinarizer",

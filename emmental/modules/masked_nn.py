@@ -4,7 +4,6 @@
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .binarizer import compute_mask  # noqa: F401, published here
-from .granularity import GRANULARITIES
+from .granularity import Weight, find_granularity
 from .methods import find_method
 from .numeric import NOT_IN_GRAPHS, apply_mask, check_values, is_traced
 from .product import MaskedProduct
@@ -40,7 +39,8 @@ class MaskedLinear(nn.Linear):
 
     `mask_scores` (None for magnitude pruning) has the shape of `weight`, or of the granularity. It
     starts `constant` at `mask_scale`, `uniform` in +-`mask_scale`, or `kaiming`. The betas weigh
-    the past in the running means of observed scores. Raises ValueError for an unknown name.
+    the past in the running means of observed scores. With `scores_of`, a layer has no scores of its
+    own but those of that layer. Raises ValueError for an unknown name, and what does not fit.
 
     `layer(x, threshold=v)` finds its mask for the threshold v. `layer(x)` uses the mask of the
     `masked` block around the call, and raises RuntimeError outside a block.
@@ -54,9 +54,10 @@ class MaskedLinear(nn.Linear):
         mask_init: str = "constant",
         mask_scale: float = 0.0,
         pruning_method: str = "topK",
-        granularity: str = "weight",
+        granularity: str | Weight = "weight",
         importance_beta: float = 0.85,
         uncertainty_beta: float = 0.95,
+        scores_of: "MaskedLinear | None" = None,
         device=None,
         dtype=None,
     ):
@@ -64,14 +65,17 @@ class MaskedLinear(nn.Linear):
         if mask_init not in MASK_INITS:
             raise ValueError(f"unknown mask_init {mask_init!r}: choose one of {MASK_INITS}")
         self.method, self.pruning_method = find_method(pruning_method), pruning_method
-        self.granularity = GRANULARITIES[granularity]
+        self.granularity = find_granularity(granularity)
+        self._group = [] if scores_of is None else scores_of._group  # empty if it shares nothing
+        if scores_of is not None:
+            self._group += [self] if self._group else [scores_of, self]
         self.mask_init, self.mask_scale, self.mask_scores = mask_init, mask_scale, None
         self.importance_beta, self.uncertainty_beta = importance_beta, uncertainty_beta
         self.in_force: MaskInForce | None = None
-        if self.method.scores:
+        shape = self.granularity.shape(self.weight.shape)
+        if self.method.scores and scores_of is None:
             # Also in a half-precision model: updates of scores are too small for its precision.
             dtype = torch.promote_types(self.weight.dtype, torch.float32)
-            shape = self.granularity.shape(self.weight.shape)
             self.mask_scores = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
             if self.method.has_uncertainty:
                 self.register_buffer("mask_uncertainty", torch.empty_like(self.mask_scores.data))
@@ -91,15 +95,25 @@ class MaskedLinear(nn.Linear):
             nn.init.zeros_(self.mask_uncertainty)
 
     @property
+    def group(self) -> "list[MaskedLinear]":
+        """The layers that share their scores. The first one holds them."""
+        return self._group or [self]
+
+    @property
+    def scores(self) -> Tensor | None:
+        """The scores that the mask follows from, of this layer or of another."""
+        return self.group[0].mask_scores
+
+    @property
     def source(self) -> Tensor:
         """What the mask follows from: mostly the scores; for magnitude pruning, the weights."""
-        check_values(self.weight, self.mask_scores)
-        return self.method.source(self)
+        check_values(self.weight, self.scores)
+        return self.method.source(self.group[0])
 
     @property
     def owner(self) -> int:
         """The identity of the scores: layers that share their scores have the same owner."""
-        return id(self if self.mask_scores is None else self.mask_scores)
+        return id(self.group[0] if self.scores is None else self.scores)
 
     @property
     def weights_per_score(self) -> int:
@@ -125,7 +139,7 @@ class MaskedLinear(nn.Linear):
             return F.linear(input, weight, self.bias)
         if torch.is_autocast_enabled(input.device.type):  # MaskedProduct casts W and b
             input = input.to(torch.get_autocast_dtype(input.device.type))
-        tensors = input, self.weight, self.mask_scores, current.mask, self.bias
+        tensors = input, self.weight, self.scores, current.mask, self.bias
         return MaskedProduct.apply(*tensors, self.method, self.granularity, current.sampled)
 
     @torch.compiler.disable(reason=NOT_IN_GRAPHS)  # they would be compiled for each threshold
@@ -150,19 +164,3 @@ class MaskedLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, pruning_method={self.pruning_method}"
-
-
-def swap_linears(
-    module: nn.Module, where: Callable[[str], bool] = lambda name: True, **options
-) -> None:
-    """Replace every `nn.Linear` of `module` whose dotted name passes `where` by a `MaskedLinear`.
-
-    The new layers share weights and biases with the old ones. `options` are those of the new ones.
-    """
-    for name, old in list(module.named_modules()):
-        if type(old) is nn.Linear and where(name):
-            options |= {"device": old.weight.device, "dtype": old.weight.dtype}
-            new = MaskedLinear(old.in_features, old.out_features, old.bias is not None, **options)
-            new.weight, new.bias = old.weight, old.bias
-            parent, _, attribute = name.rpartition(".")
-            setattr(module.get_submodule(parent), attribute, new.train(old.training))

@@ -92,8 +92,8 @@ def find_masks(
             "bertarize.py first, and add the adapter to the result"
         )
     method = next(iter(layers.values())).method
-    sources = {layer.owner: layer.source for layer in layers.values()}  # layers may share scores
-    values = list(sources.values())
+    owners = {layer.owner: layer for layer in layers.values()}  # layers may share their scores
+    values = [layer.source for layer in owners.values()]
     if threshold is None:
         threshold = getattr(config, "threshold", None)
     if above is not None:
@@ -111,7 +111,7 @@ def find_masks(
         values = [value.abs() for value in values] if method.absolute else values
         fraction = check_fraction(threshold)
         found, cutoff = keep_largest_together(values, list(sizes.values()), fraction, cutoff)
-    by_owner = dict(zip(sources, found, strict=True))
+    by_owner = dict(zip(owners, found, strict=True))
     by_layer = {name: by_owner[layer.owner] for name, layer in layers.items()}
     sizes = {name: layer.weights_per_score for name, layer in layers.items()}
     return Masks(by_layer, sizes, cutoff, 1.0 if threshold is None else float(threshold))

@@ -40,12 +40,14 @@ class Method:
     threshold: str | None = "remains"
     penalty: str | None = None
     absolute = has_floor = has_uncertainty = False
-    ranks_together = True
-    observe = None
+    ranks_together, observe = True, None
 
     def source(self, layer) -> Tensor:
-        """What the masks of a `MaskedLinear` follow from, in the shape of its scores."""
-        return layer.mask_scores if self.scores else layer.granularity.rank(layer.weight.detach())
+        """What the masks of a `MaskedLinear` that holds its scores follow from, in their shape."""
+        if self.scores:
+            return layer.mask_scores
+        ranks = [each.granularity.rank(each.weight.detach()) for each in layer.group]
+        return torch.stack(ranks).square().mean(0).sqrt() if len(ranks) > 1 else ranks[0]
 
     def masks(
         self, sources: list[Tensor], threshold: float, sampled=False, generator=None

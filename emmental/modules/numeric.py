@@ -15,7 +15,8 @@ NOT_IN_GRAPHS = (
 def apply_mask(tensor: Tensor, mask: Tensor) -> Tensor:
     """tensor * mask, in the dtype of `tensor`."""
     factor = as_factor(mask, tensor.dtype)
-    return tensor * factor if factor is mask else factor.mul_(tensor)
+    own = factor is not mask and factor.shape == tensor.shape
+    return factor.mul_(tensor) if own else tensor * factor
 
 
 def as_factor(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -94,7 +94,7 @@ def scatter_figure(run: Run) -> Figure:
         sample = []
         for name, layer in layers.items():
             mask = layer.granularity.expand(masks[name], layer.weight.shape)
-            places = ((mask != 0) == kept).nonzero()
+            places = ((mask != 0) == kept).expand(layer.weight.shape).nonzero()
             order = torch.randperm(len(places), generator=generator)
             rows, columns = places[order[: SAMPLE // len(layers)]].T
             before = first.get_parameter(f"{name}.weight")

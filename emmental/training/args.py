@@ -15,8 +15,9 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..errors import UserError
-from ..families import FAMILIES, MASKED, is_masked
+from ..families import FAMILIES, MASKED, granularity_of, is_masked
 from ..losses import PENALTIES
+from ..modules.granularity import GRANULARITIES, Block, find_granularity
 from ..modules.masked_nn import MASK_INITS
 from ..modules.methods import METHODS
 from ..modules.topk import MIN_REMAINING
@@ -42,6 +43,11 @@ def model_type(text: str) -> str:
 def pruning_method(text: str) -> str:
     """An argparse type: the name of a pruning method, in the published or the usual spelling."""
     return choice(*METHODS)("sigmoied_threshold" if text == "sigmoid_threshold" else text)
+
+
+def granularity(text: str) -> str:
+    """An argparse type: the name of a granularity."""
+    return choice(*GRANULARITIES)(text)
 
 
 def penalty(text: str) -> str | None:
@@ -92,6 +98,10 @@ FLAGS = {
     "pruning": [
         ("pruning_method", pruning_method, "topK", "topK (movement), sigmoied_threshold (soft "
          "movement), magnitude, l0, threshold, sensitivity or platon"),
+        ("granularity", granularity, None, "what one score stands for: weight (if not given), "
+         "block, structure (heads, neurons) or hybrid (blocks in attention, neurons)"),
+        ("block_rows", COUNT, None, "rows of a block (block, hybrid; 32 if not given)"),
+        ("block_columns", COUNT, None, "columns of a block (likewise)"),
         ("initial_threshold", NUMBER, 1.0, "threshold at the start, a fraction: of remaining "
          "weights (1 for topK), or on sigmoid(score) (0 for sigmoied_threshold)"),
         ("final_threshold", NUMBER, 0.7, "threshold at the end; what remains, for methods that "
@@ -213,6 +223,15 @@ def _check_pruning(args: argparse.Namespace) -> list[str]:
     if args.global_topk and not method.ranks_together:
         fitting = ", ".join(name for name, other in METHODS.items() if other.ranks_together)
         problems.append(f"--global_topk goes with {fitting}, not with {method.name}")
+    granularity = find_granularity(args.granularity or "weight")
+    if (args.block_rows or args.block_columns) and not isinstance(granularity, Block):
+        fitting = " or ".join(n for n, other in GRANULARITIES.items() if isinstance(other, Block))
+        problems.append(f"--block_rows and --block_columns need --granularity {fitting}: add it")
+    if args.mask_init == "kaiming" and method.scores and granularity.shared:
+        problems.append(
+            "--mask_init kaiming needs a matrix of scores, unlike those of heads and neurons: "
+            "choose constant or uniform"
+        )
     if args.target_remaining is not None:
         if not method.penalty or args.regularization != method.penalty:
             options = [
@@ -315,6 +334,7 @@ def student_options(args: argparse.Namespace, given: set[str], resumed: bool) ->
     if masked:
         names += [x for x in ("pruning_method", "global_topk") if args.do_train or x in given]
         own = ("mask_init", "mask_scale", "importance_beta", "uncertainty_beta")
+        own += ("granularity", "block_rows", "block_columns")
         names += [x for x in own if x in given]
     options = {name: getattr(args, name) for name in names}
     if masked and args.do_train:
@@ -364,6 +384,8 @@ def training_settings(
     masked = is_masked(args.model_type)
     if masked and (problem := plateau_problem(args, total_step)):
         raise UserError(problem)
+    if masked:
+        _warn_of_no_heads(args, config)
     warmup_steps = warmup_updates(args, total_step)
     scheduled = vars(args) | {"total_step": total_step, "warmup_steps": warmup_steps}
     if args.target_remaining is not None:
@@ -379,6 +401,18 @@ def training_settings(
         "max_grad_norm": args.max_grad_norm or math.inf,
     }
     return _take_fields(Settings, values)
+
+
+def _warn_of_no_heads(args: argparse.Namespace, config: PreTrainedConfig) -> None:
+    heads, final = config.num_attention_heads, args.final_threshold
+    of_heads = "heads" in granularity_of(config).shared and not args.global_topk
+    ranks = METHODS[args.pruning_method].threshold == "remains"
+    if of_heads and ranks and int(final * heads) == 0:
+        message = (
+            "--final_threshold %g keeps none of the %d heads of each layer: its attention becomes "
+            "a bias. --global_topk ranks the heads of all layers together"
+        )
+        logger.warning(message, final, heads)
 
 
 def _take_fields(kind: type, values: dict):

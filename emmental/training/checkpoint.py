@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import re
 import shutil
 from collections.abc import Iterable
@@ -223,11 +224,20 @@ class TrainingState:
 
 
 def make_steering(model: PreTrainedModel, settings: Settings) -> LambdaSteering | None:
-    """What steers lambda to --target_remaining, if it is given."""
+    """What steers lambda to --target_remaining, if it is given.
+
+    Raises UserError for a target below what the floor leaves, as with few heads.
+    """
     target, schedule = settings.target_remaining, settings.schedule
     if target is None or not masked_layers(model):
         return None
     method = METHODS[model.config.pruning_method]
+    lowest = count(find_masks(model, above=math.inf)).overall
+    if target <= lowest:
+        raise UserError(
+            f"--target_remaining {target:g}: {lowest:.4f} of the weights remain at least, as every "
+            "matrix keeps 0.5% of its scores, at least one: give more"
+        )
     return LambdaSteering(
         target=target,
         first_cut=settings.first_cut,

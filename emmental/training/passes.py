@@ -103,12 +103,17 @@ def forward(task: Task, model: nn.Module, batch: Batch, precision: torch.dtype |
 
 @torch.no_grad()
 def observe_scores(model: nn.Module, scaler: torch.amp.GradScaler) -> None:
-    """Pass the gradients of observed scores to their method, before clipping and optimiser."""
-    layers = {x.owner: x for x in masked_layers(model).values() if x.method.observe}.values()
+    """Pass the gradients of observed scores to their method, before clipping and optimiser.
+
+    They are per weight that a score stands for, so that scores of all sizes compare.
+    """
+    layers = [x.group[0] for x in masked_layers(model).values() if x.method.observe]
+    layers = {layer.owner: layer for layer in layers}.values()
     grads = [layer.mask_scores.grad for layer in layers]
     if layers and torch.stack([grad.isfinite().all() for grad in grads]).all():
         for layer, grad in zip(layers, grads, strict=True):
-            layer.method.observe(layer, grad / scaler.get_scale())
+            size = sum(each.weights_per_score for each in layer.group)
+            layer.method.observe(layer, grad / (scaler.get_scale() * size))
     for layer in layers:
         layer.mask_scores.grad = None
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..card import write_run_card
 from ..errors import fail, one_line_errors
-from ..export import mask_report
+from ..export import count_layers, mask_report
 from ..families import is_masked
 from ..loading import load_model, load_student, load_teacher
 from ..modules.masks import masked
@@ -103,7 +103,9 @@ def run(
     log.close()
     predictor.submit(model)
     if world.is_main:
-        results |= mask_report(model) if is_masked(args.model_type) else {}
+        if is_masked(args.model_type):
+            results |= mask_report(model)
+            _warn_of_empty_layers(model)
         if args.do_eval:
             write_results(output_dir, results)
         if args.do_train:
@@ -155,6 +157,15 @@ def _train(
     passes, batches = Passes(task, state, teacher), training_batches(plan, task, state)
     with masked(teacher) if teacher else nullcontext():  # its masks never change
         return train(state, passes, batches, log, predictor)
+
+
+def _warn_of_empty_layers(model: PreTrainedModel) -> None:
+    layers = count_layers(model)
+    for kind, part in (("heads", "attention"), ("neurons", "feed-forward part")):
+        gone = [str(n) for n, layer in enumerate(layers) if not getattr(layer, kind)]
+        if gone:
+            message = "no %s remain in layer %s: there, the %s only adds a bias"
+            logger.warning(message, kind, ", ".join(gone), part)
 
 
 def _write_card(

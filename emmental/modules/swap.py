@@ -1,0 +1,23 @@
+"""Turn the linear layers of a model into masked ones."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from .masked_nn import MaskedLinear
+
+
+def swap_linears(
+    module: nn.Module, where: Callable[[str], bool] = lambda name: True, **options
+) -> None:
+    """Replace every `nn.Linear` of `module` whose dotted name passes `where` by a `MaskedLinear`.
+
+    The new layers share weights and biases with the old ones. `options` are those of the new ones.
+    """
+    for name, old in list(module.named_modules()):
+        if type(old) is nn.Linear and where(name):
+            options |= {"device": old.weight.device, "dtype": old.weight.dtype}
+            new = MaskedLinear(old.in_features, old.out_features, old.bias is not None, **options)
+            new.weight, new.bias = old.weight, old.bias
+            parent, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(parent), attribute, new.train(old.training))
