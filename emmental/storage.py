@@ -170,8 +170,8 @@ def load_plain(
     The last three arguments are as in `load_masked`. Raises UserError.
     """
     values = read_config(checkpoint)
-    if stock_type(values["model_type"]) != "bert":
-        raise UserError(f"{checkpoint} is of type {values['model_type']}: packed files hold BERT")
+    if stock_type(kind := values["model_type"]) != "bert":
+        raise UserError(f"{checkpoint} is of type {kind}: packed files hold BERT only")
     if is_masked(values["model_type"]):
         model = load_masked(checkpoint, pruning_method, threshold, global_topk)
         config, state = bertarized_config(model.config), bertarized_state_dict(model)
