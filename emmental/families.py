@@ -21,7 +21,7 @@ import torch
 import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .modules.granularity import Block, Columns, Rows, Weight, find_granularity
 from .modules.masked_nn import MaskedLinear
@@ -185,8 +185,8 @@ class MaskedHead(Masked):
         super().__init__(config, *args, **kwargs)
         self.base_model.__class__ = self.masked_base  # its `_init_weights` is needed in loading
         self.base_model.mask_encoder()
-        with torch.device("meta"):  # transformers returns hidden states of classes it has built
-            self.masked_base(config)
+        # transformers returns the hidden states of the classes that its initialiser has seen.
+        PreTrainedModel.__init__(self.masked_base.__new__(self.masked_base), config)
 
 
 def granularity_of(config: PreTrainedConfig) -> Weight:
