@@ -51,6 +51,11 @@ def test_training_step(benchmark, capsys, monkeypatch):
         assert allowed in (weights * 17, weights * 20)
         assert result["memory"]["dense"] > 100
     assert "step/dense" in capsys.readouterr().out
+    flags += " --methods topK --granularity structure"
+    found = benchmark("training_step", *flags.split())
+    assert found["granularity"] == "structure"
+    allowed = found["shapes"]["2 x 16"]["topK"]["memory"]["allowed"] * 2**20
+    assert allowed == 4 * 4 * 64 * 64 + 17 * (1 + 4 * 64)  # one head, and neurons
 
 
 @pytest.mark.parametrize("task", ["squad", "sst-2"])
