@@ -14,6 +14,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertForQuestionAnswering, BertTokenizerFast
 
+import masked_run_squad
+
 torch.set_num_threads(1)
 hypothesis.settings.register_profile(
     "suite", max_examples=40, derandomize=True, deadline=None, database=None
@@ -99,6 +101,39 @@ def squad_dir(tmp_path_factory):
     make_squad(folder / "train-v2.0.json", 24, seed=3, unanswerable=8)
     make_squad(folder / "dev-v2.0.json", 10, seed=4, unanswerable=4)
     return folder
+
+
+@pytest.fixture
+def flags(tmp_path, tiny_bert, squad_dir):
+    """The command line of a short run on SQuAD, in the folder `name`; later flags win."""
+
+    def make(name, *more, model=tiny_bert):
+        folders = {
+            "model_name_or_path": model,
+            "data_dir": squad_dir,
+            "output_dir": tmp_path / name,
+            "cache_dir": tmp_path / "cache",
+        }
+        return [
+            *[word for flag, value in folders.items() for word in (f"--{flag}", str(value))],
+            *"--model_type masked_bert --do_lower_case --no_cuda --learning_rate 1e-3".split(),
+            *"--max_seq_length 48 --max_query_length 16 --doc_stride 16".split(),
+            *"--max_steps 8 --warmup_steps 1 --per_gpu_train_batch_size 5".split(),
+            *(word for words in more for word in words.split()),
+        ]
+
+    return make
+
+
+@pytest.fixture
+def run(flags, tmp_path):
+    """Runs masked_run_squad.py, and returns its folder."""
+
+    def call(name, *more, **options):
+        masked_run_squad.main(flags(name, *more, **options))
+        return tmp_path / name
+
+    return call
 
 
 @pytest.fixture(params=[1, -1], ids=["line by line", "at the end"])

@@ -429,33 +429,14 @@ def granular(granularity):
 
 
 @pytest.fixture
-def flags(tmp_path, tiny_bert, squad_dir):
-    """The command line of a run in the folder `name`; later flags win."""
+def flags(flags):
+    """The command line of a run whose scores start at random."""
 
-    def make(name, *more, model=tiny_bert, train=True):
-        return [
-            *f"--model_type masked_bert --model_name_or_path {model} --do_lower_case".split(),
-            *f"--output_dir {tmp_path / name} --cache_dir {tmp_path / 'cache'}".split(),
-            *f"--data_dir {squad_dir} --max_seq_length 48 --max_query_length 16".split(),
-            *"--doc_stride 16 --no_cuda --learning_rate 1e-3".split(),
-            *"--mask_init uniform --mask_scale 0.1 --mask_scores_learning_rate 3e-2".split(),
-            *"--max_steps 8 --warmup_steps 1 --per_gpu_train_batch_size 5".split(),
-            *(["--do_train"] if train else []),
-            *(word for words in more for word in words.split()),
-        ]
+    def make(name, *more, train=True, **options):
+        own = "--mask_init uniform --mask_scale 0.1 --mask_scores_learning_rate 3e-2"
+        return flags(name, own + " --do_train" * train, *more, **options)
 
     return make
-
-
-@pytest.fixture
-def run(flags, tmp_path):
-    """Runs the script, and returns its folder."""
-
-    def call(name, *more, **options):
-        masked_run_squad.main(flags(name, *more, **options))
-        return tmp_path / name
-
-    return call
 
 
 @pytest.fixture

@@ -35,39 +35,18 @@ def teachers(tmp_path, tiny_config, tiny_tokenizer):
 
 
 @pytest.fixture
-def flags(tmp_path, tiny_bert, squad_dir, teachers):
-    """The command line of a run in the folder `name`; later flags win."""
+def flags(flags, teachers):
+    """The command line of a run with a teacher."""
 
-    def make(name, *more, teacher="same", model=tiny_bert):
-        folders = {
-            "model_name_or_path": model,
-            "data_dir": squad_dir,
-            "output_dir": tmp_path / name,
-            "cache_dir": tmp_path / "cache",
-            "teacher_name_or_path": teachers[teacher],
-        }
-        return [
-            *[word for flag, value in folders.items() for word in (f"--{flag}", str(value))],
-            *"--model_type masked_bert --teacher_type bert --do_lower_case --no_cuda".split(),
-            *"--max_seq_length 48 --max_query_length 16 --doc_stride 16 --do_train".split(),
-            *"--final_threshold 0.3 --max_steps 8 --warmup_steps 1 --logging_steps 1".split(),
-            *"--per_gpu_train_batch_size 6 --learning_rate 1e-3 --save_steps 0".split(),
-            *"--alpha_hidden 0.5 --alpha_ce 0.2 --alpha_distil 0.3".split(),
-            *(word for words in more for word in words.split()),
-        ]
+    def make(name, *more, teacher="same", **options):
+        own = (
+            f"--do_train --teacher_type bert --teacher_name_or_path {teachers[teacher]}",
+            "--final_threshold 0.3 --logging_steps 1 --save_steps 0 --per_gpu_train_batch_size 6",
+            "--alpha_hidden 0.5 --alpha_ce 0.2 --alpha_distil 0.3",
+        )
+        return flags(name, *own, *more, **options)
 
     return make
-
-
-@pytest.fixture
-def run(flags, tmp_path):
-    """Runs the script, and returns its folder."""
-
-    def call(name, *more, **options):
-        masked_run_squad.main(flags(name, *more, **options))
-        return tmp_path / name
-
-    return call
 
 
 def curves(folder):

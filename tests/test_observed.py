@@ -26,37 +26,14 @@ OBSERVED = ["sensitivity", "platon"]
 
 
 @pytest.fixture
-def flags(tmp_path, tiny_bert, squad_dir):
-    """The command line of a run in the folder `name`; later flags win."""
+def flags(flags):
+    """The command line of a run with observed scores."""
 
-    def make(name, *more, method="platon", model=tiny_bert):
-        folders = {
-            "model_name_or_path": model,
-            "data_dir": squad_dir,
-            "output_dir": tmp_path / name,
-        }
-        folders["cache_dir"] = tmp_path / "cache"
-        return [
-            *[word for flag, value in folders.items() for word in (f"--{flag}", str(value))],
-            *f"--model_type masked_bert --pruning_method {method} --do_lower_case".split(),
-            *"--max_seq_length 48 --max_query_length 16 --doc_stride 16 --no_cuda".split(),
-            *"--do_train --final_threshold 0.3 --max_steps 8 --warmup_steps 1".split(),
-            *"--per_gpu_train_batch_size 5 --learning_rate 1e-3".split(),
-            *(word for words in more for word in words.split()),
-        ]
+    def make(name, *more, method="platon", **options):
+        own = f"--do_train --pruning_method {method} --final_threshold 0.3"
+        return flags(name, own, *more, **options)
 
     return make
-
-
-@pytest.fixture
-def run(flags, tmp_path):
-    """Runs the script, and returns its folder."""
-
-    def call(name, *more, **options):
-        masked_run_squad.main(flags(name, *more, **options))
-        return tmp_path / name
-
-    return call
 
 
 def tensors_of(folder, *ends):
