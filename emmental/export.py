@@ -130,9 +130,9 @@ def count_layers(model: nn.Module, masks: Masks | None = None) -> list[LayerCoun
     return layers
 
 
-def mask_report(model: nn.Module) -> dict[str, float | str | bool]:
-    """What the results of an evaluation say about the masks."""
-    counts = remaining_weights(model)
+def mask_report(model: nn.Module, masks: Masks | None = None) -> dict[str, float | str | bool]:
+    """What the results of an evaluation say about the masks; see `remaining_weights`."""
+    counts = remaining_weights(model, masks)
     percents = {
         "remaining_percent": counts.published_percent,
         "remaining_percent_linear": counts.linear_percent,

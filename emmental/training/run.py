@@ -14,10 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..card import write_run_card
 from ..errors import fail, one_line_errors
-from ..export import count_layers, mask_report
+from ..export import LayerCount, count_layers, mask_report
 from ..families import is_masked
 from ..loading import load_model, load_student, load_teacher
-from ..modules.masks import masked
+from ..modules.masks import find_masks, masked
 from .args import (
     check_common_arguments,
     make_parser,
@@ -104,8 +104,9 @@ def run(
     predictor.submit(model)
     if world.is_main:
         if is_masked(args.model_type):
-            results |= mask_report(model)
-            _warn_of_empty_layers(model)
+            masks = find_masks(model)
+            results |= mask_report(model, masks)
+            _warn_of_empty_layers(count_layers(model, masks))
         if args.do_eval:
             write_results(output_dir, results)
         if args.do_train:
@@ -159,8 +160,7 @@ def _train(
         return train(state, passes, batches, log, predictor)
 
 
-def _warn_of_empty_layers(model: PreTrainedModel) -> None:
-    layers = count_layers(model)
+def _warn_of_empty_layers(layers: list[LayerCount]) -> None:
     for kind, part in (("heads", "attention"), ("neurons", "feed-forward part")):
         gone = [str(n) for n, layer in enumerate(layers) if not getattr(layer, kind)]
         if gone:
