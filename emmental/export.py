@@ -114,7 +114,7 @@ def count_layers(model: nn.Module, masks: Masks | None = None) -> list[LayerCoun
     def used(linear: nn.Module, dim: int) -> Tensor:
         """Which rows (dim 1) or columns (dim 0) have weights."""
         shape = linear.weight.shape
-        mask = linear.granularity.expand(masks.by_layer[names[id(linear)]], shape)
+        mask = linear.expand(masks.by_layer[names[id(linear)]])
         return (mask != 0).expand(shape).any(dim)
 
     for layer in layers_of(model) if family.heads and family.neurons else ():
@@ -173,7 +173,7 @@ def bertarized_state_dict(model: nn.Module, masks: Masks | None = None) -> dict[
     masks = masks or find_masks(model)
     state = {k: v for k, v in model.state_dict().items() if not k.endswith(SCORES)}
     for name, layer in masked_layers(model).items():
-        mask = layer.granularity.expand(masks.by_layer[name], layer.weight.shape)
+        mask = layer.expand(masks.by_layer[name])
         state[f"{name}.weight"] = apply_mask(layer.weight, mask)
     return state
 

@@ -176,7 +176,7 @@ def test_the_science_is_short():
         PACKAGE / "losses.py",
         PACKAGE / "training" / "loop.py",
     ]
-    assert sum(len(file.read_text().splitlines()) for file in path) <= 941
+    assert sum(len(file.read_text().splitlines()) for file in path) <= 952
 
 
 def test_functions_and_files_are_short():

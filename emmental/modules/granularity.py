@@ -3,6 +3,8 @@
 A pruned neuron has no weights in its row of the first matrix and in its column of the second. What
 its bias makes of it meets a column of zeros, so it adds nothing. The same holds for a pruned head,
 whose value is its bias, and its columns of the attention output. Biases therefore need no mask.
+The columns alone decide what a head or neuron adds. So training masks them and leaves the rows as
+they are: the gradient of a score is that of a gate on the head or neuron, also when it is closed.
 """
 
 from torch import Size, Tensor

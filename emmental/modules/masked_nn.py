@@ -40,7 +40,8 @@ class MaskedLinear(nn.Linear):
     `mask_scores` (None for magnitude pruning) has the shape of `weight`, or of the granularity. It
     starts `constant` at `mask_scale`, `uniform` in +-`mask_scale`, or `kaiming`. The betas weigh
     the past in the running means of observed scores. With `scores_of`, a layer has no scores of its
-    own but those of that layer. Raises ValueError for an unknown name, and what does not fit.
+    own but those of that layer. The last layer that shares them `is_gate`: in training, it alone
+    is masked. Raises ValueError for an unknown name, and what does not fit.
 
     `layer(x, threshold=v)` finds its mask for the threshold v. `layer(x)` uses the mask of the
     `masked` block around the call, and raises RuntimeError outside a block.
@@ -66,9 +67,11 @@ class MaskedLinear(nn.Linear):
             raise ValueError(f"unknown mask_init {mask_init!r}: choose one of {MASK_INITS}")
         self.method, self.pruning_method = find_method(pruning_method), pruning_method
         self.granularity = find_granularity(granularity)
+        self.is_gate = True
         self._group = [] if scores_of is None else scores_of._group  # empty if it shares nothing
         if scores_of is not None:
             self._group += [self] if self._group else [scores_of, self]
+            self._group[-2].is_gate = False
         self.mask_init, self.mask_scale, self.mask_scores = mask_init, mask_scale, None
         self.importance_beta, self.uncertainty_beta = importance_beta, uncertainty_beta
         self.in_force: MaskInForce | None = None
@@ -120,6 +123,11 @@ class MaskedLinear(nn.Linear):
         """How many weights one score stands for."""
         return self.weight.numel() // self.granularity.shape(self.weight.shape).numel()
 
+    def expand(self, mask: Tensor) -> Tensor:
+        """The mask of each weight, in a shape that broadcasts to that of the weights."""
+        mask = mask if self.is_gate else mask > 0  # of l0, M acts once
+        return self.granularity.expand(mask, self.weight.shape)
+
     def forward(self, input: Tensor, threshold: float | None = None) -> Tensor:
         current = self.in_force
         if threshold is not None:
@@ -132,11 +140,12 @@ class MaskedLinear(nn.Linear):
             own = type(self.weight) is nn.Parameter  # torch.func.functional_call passes a tensor
             weight = current.masked_weight if own else None
             if weight is None:
-                mask = self.granularity.expand(current.mask, self.weight.shape)
-                weight = apply_mask(self.weight.detach(), mask)
+                weight = apply_mask(self.weight.detach(), self.expand(current.mask))
             if own and not is_traced():
                 current.masked_weight = weight
             return F.linear(input, weight, self.bias)
+        if not self.is_gate:  # so that what is pruned has a gradient, and can return
+            return F.linear(input, self.weight, self.bias)
         if torch.is_autocast_enabled(input.device.type):  # MaskedProduct casts W and b
             input = input.to(torch.get_autocast_dtype(input.device.type))
         tensors = input, self.weight, self.scores, current.mask, self.bias

@@ -93,7 +93,7 @@ def scatter_figure(run: Run) -> Figure:
     ):
         sample = []
         for name, layer in layers.items():
-            mask = layer.granularity.expand(masks[name], layer.weight.shape)
+            mask = layer.expand(masks[name])
             places = ((mask != 0) == kept).expand(layer.weight.shape).nonzero()
             order = torch.randperm(len(places), generator=generator)
             rows, columns = places[order[: SAMPLE // len(layers)]].T
