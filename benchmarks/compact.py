@@ -7,7 +7,7 @@
 
 The dense model and its compact forms, as `bertarize.py --compact` makes them, take turns with the
 same inputs, without padding. A runtime is torch as it is (eager), under torch.compile (compiled),
-ONNX Runtime with as many threads (onnx), or `sparsify` of the compact model against eager (sparse).
+ONNX Runtime with as many threads (onnx), or `sparsify(model)` against eager (sparse).
 A time is the median of all turns, the gain the median over turns of dense by compact. `promised` is
 the gain if time went with the multiply-adds of the whole forward: Linears, attention, pooler, head.
 Differences are the largest between the logits of the compact model and of the one it is made from.
@@ -101,7 +101,9 @@ def measure(
     """
     build = RUNTIMES[runtime]
     sides = {None: eager(dense) if build is sparse else build(dense)}
-    sides |= {name: build(small) for name, (_, small) in pairs.items()}
+    sides |= {
+        name: build(plain if build is sparse else small) for name, (plain, small) in pairs.items()
+    }
     words = min(model.config.vocab_size for model in (dense, *itertools.chain(*pairs.values())))
     generator, rows = torch.Generator().manual_seed(1), []
     for length, batch in itertools.product(args.lengths, args.batches):
@@ -251,7 +253,7 @@ def run(
         results["rows"] += rows
     report.write_json(args.json, results)
     low = [
-        f"{row['model']} {row['runtime']} {row['batch']} x {row['length']} ({kept:.2f})"
+        f"{row['model']} {row['runtime']} {row['batch']} x {row['length']} ({kept:.3f})"
         for row in results["rows"]
         if (kept := row["gain"] / row["promised"]) < KEPT
     ]

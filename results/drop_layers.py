@@ -20,6 +20,7 @@ from emmental.families import COMPACT, encoder_of
 from emmental.files import write_folder
 from emmental.loading import head_of, load_model, read_config
 from emmental.tokenizer import tokenizer_to_copy
+from emmental.training.runlog import set_up_logging
 
 
 def smaller(source: str, keep: list[int] | None) -> PreTrainedModel:
@@ -46,6 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("target", help="folder to write")
     parser.add_argument("--keep", type=int, nargs="+", help="layers to keep, such as 0 2 4")
     args = parser.parse_args(argv)
+    set_up_logging()
     with one_line_errors():
         target = Path(args.target)
         if target.exists():

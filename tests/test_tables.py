@@ -467,6 +467,8 @@ def test_the_metric_against_measured_speed(measured, capsys, tmp_path):
     labels = set(lines(plots.speed_figure("squad", found, speeds)))
     assert labels >= {"movement, weight, eager", "movement, weight, sparse"}
     metrics = lines(plots.metric_figure("squad", found))
+    assert {"movement, distilled (ours)", "movement, distilled, structure (ours)"} < set(metrics)
+    assert [row["granularity"] for row in run_rows(found)] == ["", "", "weight", "structure"]
     assert metrics["dense (ours)"] == (0, 1, 40, 40)  # not the one with fewer layers
 
 

@@ -134,8 +134,8 @@ def speed_figure(task: str, runs: list[Run], speeds: Speeds) -> Figure | None:
 
 def _kind(run: Run) -> str:
     """The granularity of a pruned model, or what makes a dense model smaller."""
-    if run.method != "dense":
-        return run.args.get("granularity") or "weight"
+    if run.granularity:
+        return run.granularity
     compact = read_config(str(run.folder))["model_type"].startswith(COMPACT)
     return SMALLER[compact]
 
@@ -193,10 +193,11 @@ def scatter_figure(run: Run) -> Figure:
 
 
 def _extras(run: Run) -> str:
-    """What the paper's runs did not have: ", fine-tuned start, alpha_hidden 1"."""
+    """What the paper's runs did not have: ", structure, fine-tuned start, alpha_hidden 1"."""
     hidden = run.args.get("alpha_hidden")
-    start = ", fine-tuned start" * (run.start == "fine-tuned")
-    return start + (f", alpha_hidden {hidden:g}" if hidden else "")
+    extras = f", {run.granularity}" if run.granularity not in ("", "weight") else ""
+    extras += ", fine-tuned start" * (run.start == "fine-tuned")
+    return extras + (f", alpha_hidden {hidden:g}" if hidden else "")
 
 
 def _title(run: Run) -> str:
