@@ -70,6 +70,8 @@ def get_parser() -> Parser:
     add = verb("plot", plot, "draw the paper's figures with the runs below a folder")
     add("runs_dir", help="folder of the runs")
     add("--to", help="folder for the PNG files (default: that of the runs)")
+    speeds = "draw the metric against the speed-ups in this file of benchmarks/compact.py"
+    add("--speed", metavar="FILE", help=speeds)
     # fmt: on
     return parser
 
@@ -184,10 +186,11 @@ def report(args: argparse.Namespace) -> None:
 
 
 def plot(args: argparse.Namespace) -> None:
-    from emmental.tables.plots import draw  # matplotlib is slow to import
+    from emmental.tables.plots import draw, read_speeds  # matplotlib is slow to import
 
+    speeds = read_speeds(Path(args.speed)) if args.speed else None
     runs, left_out = find_runs(args.runs_dir)
-    done = draw(runs, Path(args.to or args.runs_dir))
+    done = draw(runs, Path(args.to or args.runs_dir), speeds)
     lines = [f"left out: {folder}: {reason}" for folder, reason in left_out.items()]
     print(*lines, *done, sep="\n")
 

@@ -4,11 +4,12 @@
 #   MODEL=minilm SST2=glue/SST-2 SQUAD=squad RUNS=runs UPDATES=3000 JOBS=12 bash benchmarks/gpu.sh OUT
 #
 # MODEL, SST2, SQUAD, RUNS, UPDATES, SEEDS: as in results/commands.sh. JOBS: runs at a time on the GPU.
-# PARTS: of `tests steps runs`, in this order, all by default. OUT: folder of the logs and tables.
+# PARTS: of `tests steps inference runs`, in this order, all by default. OUT: folder of the logs and tables.
+# INFERENCE: flags of benchmarks/compact.py that win, such as `--models A B --dense C`.
 # 12 runs of a small model at a time need one core each; they are faster under NVIDIA's MPS.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-OUT=${1:?the folder of the results is missing} PYTHON=${PYTHON:-python} PARTS=${PARTS:-tests steps runs}
+OUT=${1:?the folder of the results is missing} PYTHON=${PYTHON:-python} PARTS=${PARTS:-tests steps inference runs}
 mkdir -p "$OUT"
 export OMP_NUM_THREADS=1
 
@@ -33,6 +34,8 @@ for name in $PARTS; do
     steps)
       part steps 120 "$PYTHON" benchmarks/training_step.py --shapes 16x384 --bf16 --no_memory
       part steps-compiled 200 "$PYTHON" benchmarks/training_step.py --shapes 16x384 --bf16 --no_memory --compile ;;
+    inference) part inference 600 "$PYTHON" benchmarks/compact.py --device cuda --dtype bf16 --batches 32 128 \
+      --lengths 384 --repeats 20 ${INFERENCE:-} ;;
     runs)
       run_all 600 teachers
       run_all "${LIMIT:-3000}" sst-2 squad

@@ -13,6 +13,7 @@ Differences are the largest of the logits, compared with dense.
 
 import argparse
 import copy
+import functools
 import itertools
 import statistics
 import time
@@ -25,7 +26,6 @@ import transformers
 from torch import Tensor, nn
 from transformers import BertConfig, PreTrainedModel
 
-from emmental import storage
 from emmental.errors import UserError, one_line_errors
 from emmental.families import encoder_of
 from emmental.inference import sparsify
@@ -34,14 +34,6 @@ from emmental.inference.encoder import SparseEncoder
 
 HELPS = 1.05  # lower gains are listed at the end
 DENSE_SIDES = ("dense", "compiled", "int8")
-
-
-def load(checkpoint: str) -> PreTrainedModel:
-    """The plain model of a masked or plain checkpoint. Raises UserError."""
-    architecture, config, state = storage.load_plain(checkpoint)
-    model_class = getattr(transformers, architecture)
-    model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
-    return model.eval()
 
 
 def quantised(model: PreTrainedModel) -> Callable:
@@ -62,23 +54,7 @@ def dense_rate(hidden: int) -> float:
 
 
 def difference(model: Callable, expected: PreTrainedModel, ids: Tensor) -> float:
-    """The largest difference between the float outputs of two models."""
-    pairs = zip(model(input_ids=ids).to_tuple(), expected(input_ids=ids).to_tuple(), strict=True)
-    return max((ours - theirs).abs().max().item() for ours, theirs in pairs)
-
-
-def measure(
-    sides: dict[str, Callable], ids: Tensor, args: argparse.Namespace
-) -> dict[str, list[float]]:
-    """Seconds of each side in each turn."""
-    times = {name: [] for name in sides}
-    for turn in range(-args.warmup, args.repeats):
-        for name in list(sides)[:: 1 if turn % 2 else -1]:
-            start = time.perf_counter()
-            sides[name](input_ids=ids)
-            if turn >= 0:
-                times[name].append(time.perf_counter() - start)
-    return times
+    return report.difference(*(side(input_ids=ids).to_tuple() for side in (model, expected)))
 
 
 def summarise(times: dict[str, list[float]], ours: str) -> dict:
@@ -114,7 +90,8 @@ def run_group(
         sides = {name: side for name, side in sides.items() if name not in args.without}
         ids = torch.randint(0, dense.config.vocab_size, (batch, length), generator=generator)
         with torch.inference_mode():
-            times = measure(sides, ids, args)
+            calls = {name: functools.partial(side, input_ids=ids) for name, side in sides.items()}
+            times = report.take_turns(calls, args.warmup, args.repeats)
             int8 = difference(sides["int8"], dense, ids) if "int8" in sides else None
             for name, model in models.items():
                 encoder = encoder_of(ours[name])
@@ -169,12 +146,6 @@ def fraction(text: str) -> float:
     return value
 
 
-def positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
-    return int(text)
-
-
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -185,16 +156,17 @@ def get_parser() -> argparse.ArgumentParser:
         help="densities of the random BERTs (default: 0.15 0.1 0.06 0.03)")
     add("--models", nargs="*", default=[],
         help="folders of fine-pruned checkpoints, masked or bertarized")
-    add("--batches", type=positive, nargs="+", default=[1, 8, 32], help="default: 1 8 32")
-    add("--lengths", type=positive, nargs="+", default=[32, 128, 384],
+    add("--batches", type=report.positive, nargs="+", default=[1, 8, 32], help="default: 1 8 32")
+    add("--lengths", type=report.positive, nargs="+", default=[32, 128, 384],
         help="in tokens (default: 32 128 384)")
-    add("--layers", type=positive, default=12, help="layers of the random BERTs (default: 12)")
-    add("--hidden", type=positive, default=768,
+    add("--layers", type=report.positive, default=12,
+        help="layers of the random BERTs (default: 12)")
+    add("--hidden", type=report.positive, default=768,
         help="their hidden size, a multiple of 64 (default: 768)")
     add("--csr_below", type=float,
         help="density below which a matrix becomes CSR, to check the limit (default: sparsify's)")
-    add("--repeats", type=positive, default=5, help="measured turns (default: 5)")
-    add("--warmup", type=positive, default=1, help="turns before those (default: 1)")
+    add("--repeats", type=report.positive, default=5, help="measured turns (default: 5)")
+    add("--warmup", type=report.positive, default=1, help="turns before those (default: 1)")
     add("--without", nargs="*", choices=("compiled", "int8"), default=[], help="sides to leave out")
     add("--json", help="file for the results")
     # fmt: on
@@ -208,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("--hidden must be a multiple of 64")
         if not (args.densities or args.models):
             raise UserError("nothing to measure: give --densities or --models")
-        models = {folder: load(folder) for folder in args.models}
+        models = {folder: report.load(folder) for folder in args.models}
         limits = {folder: model.config.max_position_embeddings for folder, model in models.items()}
         if args.densities:
             limits["BERT-base"] = BertConfig().max_position_embeddings

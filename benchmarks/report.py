@@ -1,8 +1,11 @@
-"""Shared by the benchmarks: the description of the machine, tables, and results as JSON."""
+"""Shared by the benchmarks: models, turns, the description of the machine, tables, and JSON."""
 
+import argparse
 import os
 import platform
 import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 # The benchmarks can be run from any folder.
@@ -10,8 +13,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import transformers
-from transformers import BertConfig, BertForQuestionAnswering
+from torch import Tensor
+from transformers import BertConfig, BertForQuestionAnswering, PreTrainedModel
 
+import emmental
+from emmental import storage
+from emmental.families import family_of, layers_of
 from emmental.hardware import processor_name
 from emmental.training import checkpoint
 
@@ -43,14 +50,79 @@ def random_bert(remaining: float, **size: int) -> BertForQuestionAnswering:
 
     remaining: density of the mask. size: settings of BertConfig; by default BERT-base.
     """
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(0)
-    model = BertForQuestionAnswering(BertConfig(**size)).eval()
+    model, generator = _fresh_bert(size)
     with torch.no_grad():
         for parameter in model.bert.encoder.parameters():
             if parameter.dim() == 2:
                 parameter.mul_(torch.rand(parameter.shape, generator=generator) < remaining)
     return model
+
+
+@torch.no_grad()
+def structured_bert(heads: int, neurons: int, **size: int) -> BertForQuestionAnswering:
+    """A freshly initialised BERT in which each layer has lost random heads and neurons.
+
+    heads, neurons: percentages that are left, rounded up. size: as in `random_bert`.
+    """
+    model, generator = _fresh_bert(size)
+    config, family = model.config, family_of(model.config)
+    for layer in layers_of(model):
+        for names, count, percent in (
+            (family.heads, config.num_attention_heads, heads),
+            (family.neurons, config.intermediate_size, neurons),
+        ):
+            *rows, columns = (layer.get_submodule(name).weight for name in names)
+            kept = torch.zeros(count)
+            kept[torch.randperm(count, generator=generator)[: -(-count * percent // 100)]] = 1
+            kept = kept.repeat_interleave(columns.shape[1] // count)
+            columns.mul_(kept)
+            for weight in rows:
+                weight.mul_(kept[:, None])
+    return model
+
+
+def _fresh_bert(size: dict[str, int]) -> tuple[BertForQuestionAnswering, torch.Generator]:
+    torch.manual_seed(0)
+    return BertForQuestionAnswering(BertConfig(**size)).eval(), torch.Generator().manual_seed(0)
+
+
+def load(checkpoint: str) -> PreTrainedModel:
+    """The plain or compact model of a checkpoint, masked or not. Raises UserError."""
+    architecture, config, state = storage.load_plain(checkpoint)
+    model_class = getattr(
+        emmental if architecture.startswith("Compact") else transformers, architecture
+    )
+    model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
+    return model.eval()
+
+
+def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest difference between the outputs of two models."""
+    pairs = zip(found, expected, strict=True)
+    return max((ours - theirs).abs().max().item() for ours, theirs in pairs)
+
+
+def take_turns(
+    sides: dict[str, Callable[[], object]], warmup: int, repeats: int, device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Seconds of a call of each side in each of `repeats` turns, after `warmup` others."""
+    times = {name: [] for name in sides}
+    for turn in range(-warmup, repeats):
+        for name in list(sides)[:: 1 if turn % 2 else -1]:
+            start = time.perf_counter()
+            sides[name]()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if turn >= 0:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def positive(text: str) -> int:
+    """An argparse type: an integer of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
+    return int(text)
 
 
 def print_table(title: str, columns: list[str], rows: list[list]) -> None:

@@ -3,18 +3,22 @@
 import contextlib
 import importlib
 import io
+import itertools
 import json
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import BertConfig, BertForSequenceClassification
 
+import bertarize
 from emmental import (
     MaskedBertConfig,
     MaskedBertForQuestionAnswering,
     MaskedBertForSequenceClassification,
 )
+from emmental.inference import compacted, onnx_file
 
 
 @pytest.fixture()
@@ -123,6 +127,67 @@ def test_inference(benchmark, tiny_config, tiny_tokenizer, tmp_path, capsys):
     assert all(("no gain: " + row["model"] in said) == (row["gain"] < 1.05) for row in rows)
 
 
+def test_compact_models(benchmark, capsys):
+    runtimes, lefts = ["eager", "sparse"], ["50/30", "0/7"]
+    flags = "--layers 1 --hidden 128 --batches 1 2 --lengths 16 --repeats 2".split()
+    rows = benchmark("compact", *flags, "--runtimes", *runtimes, "--left", *lefts)["rows"]
+    keys = [(row["runtime"], row["batch"], row["model"]) for row in rows]
+    assert keys == list(itertools.product(runtimes, (1, 2), lefts))
+    for row in rows:
+        assert row["difference"] < 1e-5 and min(row["gain"], row["dense"], row["compact"]) > 0
+        heads, neurons = {"50/30": (1, 160), "0/7": (0, 40)}[row["model"]]  # of 2 and 512
+        dense, small = (cost(*left, 16) + 16 * 128 * 2 for left in ((2, 512), (heads, neurons)))
+        assert row["promised"] == pytest.approx(dense / small)
+    last = capsys.readouterr().out.splitlines()[-1]
+    low = [row for row in rows if row["gain"] < 0.9 * row["promised"]]
+    assert last.startswith("below 0.9 of the promised gain: ") and last.count(" x 16 (") == len(low)
+
+
+def cost(heads, neurons, length, hidden=128):
+    """Multiply-adds of a layer: query, key, value, output; scores and values; feed-forward."""
+    return length * (4 * hidden + 2 * length) * 64 * heads + 2 * length * hidden * neurons
+
+
+def test_compact_models_in_onnx_runtime():
+    pytest.importorskip("onnxruntime")
+    compact, report = map(importlib.import_module, ("compact", "report"))
+    model = compacted(report.structured_bert(50, 30, **report.bert_size(1, 128)))
+    side = compact.onnx(model)
+    for ids in torch.randint(1000, (1, 16)), torch.randint(1000, (2, 9)):
+        assert report.difference(side(ids), compact.eager(model)(ids)) < 1e-5
+
+
+def test_compact_models_of_checkpoints(benchmark, tiny_config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(onnx_file.importlib.util, "find_spec", lambda name: None)
+    torch.manual_seed(0)
+    config = {"mask_init": "uniform", "mask_scale": 1.0, "threshold": 0.5} | tiny_config
+    folders = [str(tmp_path / name) for name in ("structure", "hybrid", "compact", "fewer")]
+    for name in folders[:2]:
+        own = MaskedBertConfig(**config, granularity=Path(name).name, block_rows=8, block_columns=8)
+        model = MaskedBertForSequenceClassification(own)
+        model.save_pretrained(name)
+    bertarize.main(
+        ["--compact", "--model_name_or_path", folders[0], "--target_model_path", folders[2]]
+    )
+    for name, layers in (folders[3], 1), (tmp_path / "dense", 2):
+        plain = BertConfig(**tiny_config | {"num_hidden_layers": layers})
+        BertForSequenceClassification(plain).save_pretrained(name)
+    capsys.readouterr()
+    flags = ["--dense", tmp_path / "dense", "--batches", 3, "--lengths", 12, "--repeats", 2]
+    flags += ["--dtype", "bf16", "--runtimes", "eager", "onnx", "sparse", "--models", *folders]
+    found = benchmark("compact", *flags)
+    assert found["dense"] == str(tmp_path / "dense") and found["dtype"] == "bf16"
+    assert [row["model"] for row in found["rows"]] == folders
+    assert {row["runtime"] for row in found["rows"]} == {"eager"}
+    structure, hybrid, compact, fewer = (row["promised"] for row in found["rows"])
+    assert 1 < hybrid < structure == compact and 1.5 < fewer < 2  # embeddings cost nothing
+    assert all(row["difference"] < 0.05 for row in found["rows"])
+    said = capsys.readouterr().out
+    assert "onnx is left out: it is measured" in said and "sparse is left out" in said
+    benchmark("compact", *flags, "--dtype", "float32")
+    assert "onnx is left out: writing ONNX needs onnx, onnx" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_scale(benchmark, monkeypatch):
     scale = importlib.import_module("scale")
@@ -152,15 +217,23 @@ def test_scale(benchmark, monkeypatch):
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (["--hidden", "100"], "--hidden must be a multiple of 64"),
-        (["--lengths", "600"], "512 tokens at most"),
-        (["--models", "nowhere"], "nowhere"),
-        (["--densities", "6"], "not a fraction"),
-        (["--batches", "0"], "at least 1"),
+        ("inference --hidden 100", "--hidden must be a multiple of 64"),
+        ("inference --lengths 600", "512 tokens at most"),
+        ("inference --models nowhere", "nowhere"),
+        ("inference --densities 6", "not a fraction"),
+        ("inference --batches 0", "at least 1"),
+        ("compact --hidden 100", "--hidden must be a multiple of 64"),
+        ("compact --lengths 600 --hidden 64 --layers 1", "512 tokens at most"),
+        ("compact --models nowhere --dense nowhere", "nowhere"),
+        ("compact --models a", "go together"),
+        ("compact --left 75", "'75' is not HEADS/NEURONS in percent, such as 75/60"),
+        ("compact --left 75/101", "such as 75/60"),
+        ("compact --dtype bf16 --runtimes onnx", "none of them can be measured here"),
     ],
 )
-def test_inference_refuses(capsys, flags, said):
+def test_speed_benchmarks_refuse(capsys, flags, said):
+    name, *flags = flags.split()
     with pytest.raises(SystemExit) as stop:
-        importlib.import_module("inference").main(flags)
+        importlib.import_module(name).main(flags)
     assert stop.value.code == 2
     assert said in capsys.readouterr().err

@@ -34,7 +34,7 @@ SCRIPTS = {
         paper_tables,
     )
 }
-BENCHMARKS = ("training_step", "features", "scale", "storage", "inference")
+BENCHMARKS = ("training_step", "features", "scale", "storage", "inference", "compact")
 VARIABLES = {
     "SERIALIZATION_DIR": "runs/x",
     "SQUAD_DATA": "data/squad",

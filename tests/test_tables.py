@@ -428,6 +428,66 @@ def test_plot(runs, capsys, tmp_path):
     assert not (tmp_path / "again" / "squad-10D3-weights.png").exists()
 
 
+@pytest.fixture
+def measured(runs, monkeypatch):
+    """Runs with another granularity and of a dense model with fewer layers, and their speeds."""
+    monkeypatch.chdir(runs)
+    for name, source in ("heads", "10D3"), ("fewer", "teacher"):
+        shutil.copytree(f"squad/{source}", f"squad/{name}")
+    edit(runs / "squad" / "heads" / "training_args.json", granularity="structure")
+    edit(runs / "squad" / "fewer" / "training_args.json", teacher_name_or_path="squad/teacher")
+    gains = {"teacher": 1.0, "10D3": 1.5, "heads": 2.0, "fewer": 3.0}
+    rows = [
+        {"model": f"squad/{name}", "runtime": "eager", "batch": 32, "length": 128, "gain": gain}
+        for name, gain in gains.items()
+    ]
+    file = runs / "speed.json"
+    file.write_text(json.dumps({"dense": "squad/teacher", "rows": rows}))
+    return file
+
+
+def test_the_metric_against_measured_speed(measured, capsys, tmp_path):
+    tables("plot", ".", "--speed", measured, "--to", tmp_path / "figures")
+    assert (tmp_path / "figures" / "squad-speed.png").read_bytes().startswith(b"\x89PNG")
+    found = find_runs(str(measured.parent))[0]  # another spelling of the folders
+    for run, score in zip(sorted(found, key=lambda run: run.folder.name), (10, 20, 30, 40)):
+        run.metrics = {"exact": 0, "f1": score}  # 10D3, fewer, heads, teacher
+
+    def lines(figure):
+        return {x.get_label(): (*x.get_xdata(), *x.get_ydata()) for x in figure.axes[0].lines}
+
+    speeds = plots.read_speeds(measured)
+    assert lines(plots.speed_figure("squad", found, speeds)) == {
+        "movement, weight": (1.5, 10),
+        "movement, structure": (2.0, 30),
+        "fewer layers": (3.0, 20),
+        "dense": (0, 1, 40, 40),  # the whole width
+    }
+    speeds.gains["sparse"] = {found[0].folder.resolve(): 9.0}
+    labels = set(lines(plots.speed_figure("squad", found, speeds)))
+    assert labels >= {"movement, weight, eager", "movement, weight, sparse"}
+    metrics = lines(plots.metric_figure("squad", found))
+    assert {"movement, distilled (ours)", "movement, distilled, structure (ours)"} < set(metrics)
+    assert [row["granularity"] for row in run_rows(found)] == ["", "", "weight", "structure"]
+    assert metrics["dense (ours)"] == (0, 1, 40, 40)  # not the one with fewer layers
+
+
+def test_speeds_that_cannot_be_drawn(measured, capsys, tmp_path):
+    whole = json.loads(measured.read_text())
+    flags = ["plot", ".", "--to", tmp_path / "figures", "--speed", measured]
+    edit(measured, rows=[row | {"model": "gone"} for row in whole["rows"]])
+    tables(*flags)
+    assert "not drawn: squad-speed.png: no speed of its runs" in capsys.readouterr().out
+    for change, said in (
+        ({"rows": [*whole["rows"], whole["rows"][0] | {"batch": 1}]}, "holds several batches"),
+        ({"dense": None}, "does not hold speeds of models in folders"),
+        ({"rows": []}, "does not hold speeds of models in folders"),
+    ):
+        measured.write_text(json.dumps(whole | change))
+        assert said in refused(capsys, *flags)
+    assert "gone.json" in refused(capsys, *flags[:-1], "gone.json", status=1)
+
+
 # ------------------------------------------------------------------- what the paper does not have
 
 

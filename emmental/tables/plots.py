@@ -1,6 +1,8 @@
-"""The paper's figures with our runs in them."""
+"""The paper's figures with our runs in them, and our metrics against measured speed-ups."""
 
 import itertools
+import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -8,7 +10,9 @@ from matplotlib.figure import Figure
 
 from ..errors import UserError
 from ..export import remaining_weights
-from ..loading import load_masked, load_model
+from ..families import COMPACT
+from ..loading import load_masked, load_model, read_config
+from ..modules.granularity import GRANULARITIES
 from ..modules.masks import find_masks, masked_layers
 from .points import GLOBAL, paper_line
 from .runs import TITLES, Run, methods_of
@@ -16,6 +20,8 @@ from .runs import TITLES, Run, methods_of
 PALETTE = "blue green orange red purple brown pink olive cyan".split()
 COLOURS = {title: f"tab:{name}" for title, name in zip(TITLES, itertools.cycle(PALETTE))}
 MARKERS = "os^Dv"
+SMALLER = ("fewer layers", "compact, fine-tuned")  # dense models
+KIND_MARKERS = dict(zip([*SMALLER, *GRANULARITIES], itertools.cycle("x*" + MARKERS)))
 KINDS = "query key value attention.output intermediate output".split()  # in a layer's order
 SAMPLE = 4000  # kept weights in a scatter, and as many pruned ones
 
@@ -26,7 +32,7 @@ def metric_figure(task: str, runs: list[Run]) -> Figure:
     A method that ranks all matrices together has the method's colour, but paler.
     """
     runs = [run for run in runs if run.task == task]
-    metric = "f1" if task.startswith("squad") else next(iter(runs[0].metrics))
+    metric = _metric(task, runs)
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
 
@@ -49,7 +55,7 @@ def metric_figure(task: str, runs: list[Run]) -> Figure:
             style = {"marker": marker, "fillstyle": "full" if distil else "none"}
             draw(ours, f"{name}{extra} (ours)", linestyle="none", **style)
     for run in runs:
-        if run.method == "dense":
+        if run.method == "dense" and not run.distil:  # not a model with fewer layers
             axes.axhline(run.metrics[metric], color="black", ls="--", label="dense (ours)")
     axes.set(xlabel="remaining weights, % of the encoder", ylabel=f"{metric}, %", title=task)
     axes.set_xscale("log")
@@ -58,6 +64,80 @@ def metric_figure(task: str, runs: list[Run]) -> Figure:
     axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
     return figure
+
+
+def _metric(task: str, runs: list[Run]) -> str:
+    return "f1" if task.startswith("squad") else next(iter(runs[0].metrics))
+
+
+@dataclass
+class Speeds:
+    """Measured speed-ups over the dense model, at one batch and length.
+
+    gains: by runtime, those of the models by their folders. dense: the folder of the dense model.
+    """
+
+    gains: dict[str, dict[Path, float]]
+    dense: Path
+    setting: str
+
+
+def read_speeds(file: Path) -> Speeds:
+    """The results of benchmarks/compact.py for models in folders. Raises UserError."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        dense, gains = Path(found["dense"]).resolve(), {}
+        for row in found["rows"]:
+            own = gains.setdefault(row["runtime"], {})
+            own[Path(row["model"]).resolve()] = float(row["gain"])
+        setting, *others = {f"{row['batch']} x {row['length']}" for row in found["rows"]}
+    except (KeyError, TypeError, ValueError) as error:
+        problem = "does not hold speeds of models in folders, measured by benchmarks/compact.py"
+        raise UserError(f"{file} {problem}") from error
+    if others:
+        raise UserError(f"{file} holds several batches or lengths: measure at one of each")
+    return Speeds(gains, dense, setting)
+
+
+def speed_figure(task: str, runs: list[Run], speeds: Speeds) -> Figure | None:
+    """Metric against speed-up, by method and granularity; None if no run's speed was measured."""
+    runs = [run for run in runs if run.task == task]
+    metric, series, runtimes = _metric(task, runs), {}, list(speeds.gains)
+    for run, runtime in itertools.product(runs, runtimes):
+        gain = speeds.gains[runtime].get(run.folder.resolve())
+        if gain and run.folder.resolve() != speeds.dense:
+            points = series.setdefault((run.method, _kind(run), runtime), [])
+            points.append((gain, run.metrics[metric]))
+    if not series:
+        return None
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for (method, kind, runtime), points in sorted(series.items()):
+        label = kind if method == "dense" else f"{method}, {kind}"
+        axes.plot(
+            *zip(*sorted(points), strict=True),
+            color=COLOURS.get(method.removesuffix(GLOBAL), "black"),
+            alpha=0.5 if GLOBAL in method else 1,
+            marker=KIND_MARKERS[kind],
+            linestyle=("-", "--", ":", "-.")[runtimes.index(runtime)],
+            label=f"{label}, {runtime}" if len(runtimes) > 1 else label,
+        )
+    for run in runs:
+        if run.folder.resolve() == speeds.dense:
+            axes.axhline(run.metrics[metric], color="black", ls="--", lw=0.8, label="dense")
+    xlabel = f"times as fast as the dense model (batch x length {speeds.setting})"
+    axes.set(xlabel=xlabel, ylabel=f"{metric}, %", title=task)
+    axes.legend(fontsize=7)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def _kind(run: Run) -> str:
+    """The granularity of a pruned model, or what makes a dense model smaller."""
+    if run.granularity:
+        return run.granularity
+    compact = read_config(str(run.folder))["model_type"].startswith(COMPACT)
+    return SMALLER[compact]
 
 
 def layer_figure(run: Run) -> Figure:
@@ -113,10 +193,11 @@ def scatter_figure(run: Run) -> Figure:
 
 
 def _extras(run: Run) -> str:
-    """What the paper's runs did not have: ", fine-tuned start, alpha_hidden 1"."""
+    """What the paper's runs did not have: ", structure, fine-tuned start, alpha_hidden 1"."""
     hidden = run.args.get("alpha_hidden")
-    start = ", fine-tuned start" * (run.start == "fine-tuned")
-    return start + (f", alpha_hidden {hidden:g}" if hidden else "")
+    extras = f", {run.granularity}" if run.granularity not in ("", "weight") else ""
+    extras += ", fine-tuned start" * (run.start == "fine-tuned")
+    return extras + (f", alpha_hidden {hidden:g}" if hidden else "")
 
 
 def _title(run: Run) -> str:
@@ -124,12 +205,18 @@ def _title(run: Run) -> str:
     return f"{run.task}: {method}, {run.remaining:.1f}% remaining, seed {run.args['seed']}"
 
 
-def draw(runs: list[Run], folder: Path) -> list[str]:
+def draw(runs: list[Run], folder: Path, speeds: Speeds | None = None) -> list[str]:
     """Save all figures as PNG files. Returns a line for each: its path, or why there is none."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for task in sorted({run.task for run in runs}):
         lines.append(_save(metric_figure(task, runs), folder / f"{task}-metric.png"))
+        if not speeds:
+            continue
+        if figure := speed_figure(task, runs, speeds):
+            lines.append(_save(figure, folder / f"{task}-speed.png"))
+        else:
+            lines.append(f"not drawn: {task}-speed.png: no speed of its runs was measured")
     depth = 2  # of the folders in a file's name: enough to tell the runs apart
     while len({run.folder.parts[-depth:] for run in runs}) < len(runs):
         depth += 1

@@ -112,6 +112,7 @@ def run_rows(runs: list[Run]) -> list[dict]:
         row = {
             "task": run.task,
             "method": run.method,
+            "granularity": run.granularity,
             "start": run.start,
             "teacher": "yes" if run.distil else "",
             "loss weights": _loss_weights(run),

@@ -48,6 +48,11 @@ class Run:
         return math.prod(self.args[name] for name in BATCH) * processes
 
     @property
+    def granularity(self) -> str:
+        """What a score of a masked model stands for."""
+        return "" if self.method == "dense" else self.args.get("granularity") or "weight"
+
+    @property
     def start(self) -> str:
         """What the training started from: a run's model or its teacher is fine-tuned."""
         model, teacher = (self.args[f"{name}_name_or_path"] for name in ("model", "teacher"))
