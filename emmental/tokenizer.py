@@ -9,18 +9,29 @@ import logging
 from tokenizers import Tokenizer, normalizers
 from transformers import AutoTokenizer, BertConfig, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
-from transformers.utils import cached_file
+from transformers.utils import cached_file, is_protobuf_available, is_sentencepiece_available
 
 from .errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
-VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json")
+VOCABULARIES = (
+    "tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model",
+    "spm.model",
+)  # fmt: skip
 
 
 def has_tokenizer(source: str, cache_dir: str | None = None) -> bool:
     """Whether a checkpoint has files of a tokenizer, whole or damaged."""
     return any(_find_file(source, name, cache_dir) for name in VOCABULARIES)
+
+
+def _check_packages(source: str, cache_dir: str | None) -> None:
+    """Raises ValueError if a package that reads the only file of a vocabulary is not installed."""
+    names = [name for name in VOCABULARIES if _find_file(source, name, cache_dir)]
+    if names and all(name.endswith(".model") for name in names):
+        if not (is_sentencepiece_available() and is_protobuf_available()):
+            raise ValueError(f"for its {names[0]}, run `pip install sentencepiece protobuf`")
 
 
 def _find_file(source: str, name: str, cache_dir: str | None) -> str | None:
@@ -51,6 +62,7 @@ def load_tokenizer(
     """
     options = {"cache_dir": cache_dir, "use_fast": True, "trust_remote_code": False}
     try:
+        _check_packages(source, cache_dir)
         config = PreTrainedConfig.get_config_dict(source, cache_dir=cache_dir)[0]
         if "model_type" not in config and (config or _find_file(source, "vocab.txt", cache_dir)):
             options["config"] = BertConfig()  # as in `read_config`

@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
-from conftest import VOCABULARY
+from conftest import VOCABULARY, tokenizer_of
 from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForQuestionAnswering,
     BertTokenizerFast,
     PreTrainedTokenizerFast,
+    RobertaConfig,
 )
 
 import bertarize
@@ -164,3 +165,21 @@ def test_a_vocabulary_without_a_model_type_is_of_bert(model, run, tmp_path):
     (folder / "vocab.txt").unlink()
     with pytest.raises(UserError, match="no tokenizer found"):
         load_tokenizer(str(folder))
+
+
+def test_a_vocabulary_of_bytes_without_a_tokenizer_json(tmp_path):
+    RobertaConfig().save_pretrained(tmp_path)
+    tokenizer, texts = tokenizer_of("roberta"), ("where does Ada live ?", "Ada  lives in oslo 😀")
+    tokenizer.backend_tokenizer.model.save(str(tmp_path))  # vocab.json and merges.txt
+    assert load_tokenizer(str(tmp_path))(*texts).input_ids == tokenizer(*texts).input_ids
+
+
+@pytest.mark.parametrize("file", ["sentencepiece.bpe.model", "spiece.model", "spm.model"])
+def test_says_what_reads_a_sentencepiece_model(tmp_path, monkeypatch, file):
+    monkeypatch.setattr("emmental.tokenizer.is_sentencepiece_available", lambda: False)
+    RobertaConfig(model_type="xlm-roberta").save_pretrained(tmp_path)
+    (tmp_path / file).write_bytes(b"")
+    with pytest.raises(UserError, match=f"{file}, run `pip install sentencepiece protobuf`"):
+        load_tokenizer(str(tmp_path))
+    tokenizer_of("xlm-roberta").save_pretrained(tmp_path)  # its tokenizer.json wins
+    assert load_tokenizer(str(tmp_path)).tokenize("ada lives") == ["▁ada", "▁lives"]
