@@ -12,6 +12,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import hypothesis
 import pytest
 import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertForQuestionAnswering, BertTokenizerFast
 
 import masked_run_squad
@@ -27,6 +29,65 @@ NAMES = ["ada", "ben", "cleo", "dan", "eva", "finn", "gus", "hana"]
 PLACES = ["oslo", "rome", "lima", "kyoto", "cairo", "paris", "quito", "delhi"]
 WORDS = "lives in where does live ? . , the and yes no a is who".split()
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *NAMES, *PLACES, *WORDS]
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,?!'-éß漢字"
+
+
+def _word_pieces(special):
+    words = [*special, *NAMES, *PLACES, *WORDS, *LETTERS, *(f"##{letter}" for letter in LETTERS)]
+    return {"vocab": {word: place for place, word in enumerate(dict.fromkeys(words))}}
+
+
+def _byte_pairs(special):
+    """Every byte is a token, and so is each word after a space."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [f"Ġ{word}" for word in (*NAMES, *PLACES, *WORDS)]
+    merges = dict.fromkeys((word[:n], word[n]) for word in words for n in range(1, len(word)))
+    tokens = dict.fromkeys([*special, *alphabet, *("".join(pair) for pair in merges)])
+    return {"vocab": {token: place for place, token in enumerate(tokens)}, "merges": [*merges]}
+
+
+def _unigrams(special):
+    words = {f"▁{word}": -3.0 for word in (*NAMES, *PLACES, *WORDS)}
+    letters = dict.fromkeys(["▁", *LETTERS], -9.0)
+    return {"vocab": [*{**dict.fromkeys(special, 0.0), **words, **letters}.items()]}
+
+
+BERT_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+ROBERTA_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+TOKENIZERS = {  # model_type: (its class in transformers, its vocabulary)
+    "bert": ("BertTokenizerFast", _word_pieces(BERT_TOKENS)),
+    "electra": ("ElectraTokenizerFast", _word_pieces(BERT_TOKENS)),
+    "distilbert": ("DistilBertTokenizerFast", _word_pieces(BERT_TOKENS)),
+    "mpnet": ("MPNetTokenizerFast", _word_pieces([*ROBERTA_TOKENS, "[UNK]"])),
+    "roberta": ("RobertaTokenizerFast", _byte_pairs(ROBERTA_TOKENS)),
+    "modernbert": ("PreTrainedTokenizerFast", _byte_pairs(BERT_TOKENS)),
+    "xlm-roberta": ("XLMRobertaTokenizerFast", _unigrams(ROBERTA_TOKENS)),
+    "camembert": ("CamembertTokenizerFast", _unigrams(ROBERTA_TOKENS)),
+    "albert": ("AlbertTokenizerFast", _unigrams(["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"])),
+    "deberta-v2": ("DebertaV2TokenizerFast", _unigrams(BERT_TOKENS)),
+}
+
+
+def tokenizer_of(model_type, **options):
+    """A small tokenizer of the class, algorithm and frame that the models of a type have.
+
+    It knows NAMES, PLACES, WORDS and some letters; options are those of its class. The padding id
+    is 1 where the model's is.
+    """
+    name, vocabulary = TOKENIZERS[model_type]
+    if model_type != "modernbert":
+        return getattr(transformers, name)(**vocabulary, **options)
+    backend = Tokenizer(models.BPE(**vocabulary))  # its tokenizer.json alone says what it does
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    frame = {"single": "[CLS] $A [SEP]", "pair": "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1"}
+    ids = [(token, BERT_TOKENS.index(token)) for token in ("[CLS]", "[SEP]")]
+    backend.post_processor = processors.TemplateProcessing(**frame, special_tokens=ids)
+    special = {f"{token[1:-1].lower()}_token": token for token in BERT_TOKENS}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special, **options)
 
 
 def make_squad(path, questions=24, seed=0, unanswerable=0):
