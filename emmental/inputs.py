@@ -1,0 +1,28 @@
+"""What an encoder takes, as the model itself says: the names of its inputs, and how many tokens."""
+
+import inspect
+
+from transformers import PreTrainedModel
+
+MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def input_names(model: PreTrainedModel) -> list[str]:
+    """Those of `MODEL_INPUTS` that make a difference to its forward.
+
+    DistilBERT, MPNet and ModernBERT take no token types; RoBERTa and DeBERTa do not tell two apart.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    names = [name for name in MODEL_INPUTS if name in accepted]
+    has_types = getattr(model.config, "type_vocab_size", 2) > 1
+    return names if has_types else [name for name in names if name != "token_type_ids"]
+
+
+def longest_input(model: PreTrainedModel) -> int | None:
+    """The most tokens that it takes; None for any number (DeBERTa, by relative positions alone)."""
+    config, embeddings = model.config, model.base_model.embeddings
+    if not getattr(config, "position_biased_input", True):
+        return None
+    # RoBERTa and MPNet number the tokens from after the id of padding: 514 rows for 512 tokens.
+    padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
+    return config.max_position_embeddings - (0 if padding is None else padding + 1)
