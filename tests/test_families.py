@@ -242,6 +242,16 @@ def test_a_teacher_of_another_family(student, teacher, problem, folder, squad, c
     assert stop.value.code == 2 and problem in capsys.readouterr().err.splitlines()[-1]
 
 
+@every
+def test_lower_case_is_for_word_pieces(case, folder, squad, caplog):
+    source = folder(case)
+    squad("out", source, "--model_type", "dense", "--do_eval", "--do_lower_case")
+    tokenizer = tokenizer_of(TINY[case][0], do_lower_case=True)
+    can = tokenizer("ADA").input_ids == tokenizer("ada").input_ids
+    assert f"tokenizer: {'uncased' if can else 'cased'}" in caplog.messages
+    assert ("cased tokens: --do_lower_case has no effect" in caplog.text) != can
+
+
 def refusal(call, *args, **options):
     with pytest.raises(UserError) as stop:
         call(*args, **options)
