@@ -1,7 +1,10 @@
-"""Movement pruning: fine-pruning of BERT with masks over its encoder's linear layers."""
+"""Movement pruning: fine-pruning of encoders with masks over their linear layers.
+
+The masked classes of all families are here under their names: `MaskedBertForQuestionAnswering`,
+`MaskedRobertaForSequenceClassification`, and so on.
+"""
 
 from .configuration_bert_compact import CompactBertConfig
-from .configuration_bert_masked import MaskedBertConfig
 from .modeling_bert_compact import (
     CompactBertForMultipleChoice,
     CompactBertForQuestionAnswering,
@@ -9,13 +12,7 @@ from .modeling_bert_compact import (
     CompactBertForTokenClassification,
     CompactBertModel,
 )
-from .modeling_bert_masked import (
-    MaskedBertForMultipleChoice,
-    MaskedBertForQuestionAnswering,
-    MaskedBertForSequenceClassification,
-    MaskedBertForTokenClassification,
-    MaskedBertModel,
-)
+from .modeling_masked import CLASSES
 from .modules import MagnitudeBinarizer, MaskedLinear, ThresholdBinarizer, TopKBinarizer
 
 __all__ = [
@@ -26,13 +23,9 @@ __all__ = [
     "CompactBertForTokenClassification",
     "CompactBertModel",
     "MagnitudeBinarizer",
-    "MaskedBertConfig",
-    "MaskedBertForMultipleChoice",
-    "MaskedBertForQuestionAnswering",
-    "MaskedBertForSequenceClassification",
-    "MaskedBertForTokenClassification",
-    "MaskedBertModel",
     "MaskedLinear",
     "ThresholdBinarizer",
     "TopKBinarizer",
+    *CLASSES,
 ]
+globals().update(CLASSES)

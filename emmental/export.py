@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from .configuration_bert_masked import MASK_FIELDS
 from .families import COMPACT, SCORES, encoder_of, family_of, layers_of, stock_type
+from .modeling_masked import MASK_FIELDS
 from .modules.masks import Masks, count, find_masks, masked_layers
 from .modules.numeric import apply_mask
 from .modules.topk import floor_count

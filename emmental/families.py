@@ -1,13 +1,7 @@
-"""Encoder families: where a stock model keeps its parts, and how it becomes a masked model.
+"""Encoder families: where a stock model keeps its parts, and what makes it a masked model.
 
-A family is a row of `FAMILIES` and, in its modelling file, a class for the base model and for each
-head:
-
-    class MaskedBertModel(MaskedModel, BertModel): ...
-    class MaskedBertForQuestionAnswering(MaskedHead, BertForQuestionAnswering): ...
-
-A masked class has the name of the stock class after "Masked", and the stock `model_type` after
-"masked_". Both are registered with the Auto classes.
+A family is a row of `FAMILIES`, named by the `model_type` of its stock models. `modeling_masked`
+makes the masked classes of each row: a stock class with one of the two mixins of this file.
 """
 
 import functools
@@ -37,11 +31,11 @@ SCORES = (".mask_scores", ".mask_uncertainty")  # how their names in a state dic
 class Family:
     """Names of the parts of a base model.
 
-    encoder: the module whose `nn.Linear` are masked. layers: the list of its layers.
-    embeddings: the module that is frozen.
-    heads: the `nn.Linear` of a layer that have rows for each head (query, key, value), and the one
-        that has columns (output). neurons: likewise the two of the feed-forward part. Without them
-        a model has no granularity of heads and neurons.
+    encoder: the module whose `nn.Linear` are masked. layers: the list of its layers; a star stands
+    for every module of a list of such lists. embeddings: the module that is frozen.
+    heads: the `nn.Linear` of a layer that have rows for each head (query, key, last value), and the
+        one that has columns (output). neurons: likewise the two of the feed-forward part. Without
+        them a model has no granularity of heads and neurons.
     """
 
     encoder: str
@@ -51,24 +45,68 @@ class Family:
     neurons: tuple[str, ...] = ()
 
 
+BERT = Family(
+    encoder="encoder",
+    layers="encoder.layer",
+    heads=(
+        "attention.self.query",
+        "attention.self.key",
+        "attention.self.value",
+        "attention.output.dense",
+    ),
+    neurons=("intermediate.dense", "output.dense"),
+)
 FAMILIES = {
-    "bert": Family(
-        encoder="encoder",
+    "bert": BERT,
+    "roberta": BERT,
+    "xlm-roberta": BERT,
+    "camembert": BERT,
+    # The projection of small embeddings to the width of the layers, outside `encoder`, stays dense.
+    "electra": BERT,
+    "distilbert": Family(
+        encoder="transformer",
+        layers="transformer.layer",
+        heads=("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"),
+        neurons=("ffn.lin1", "ffn.lin2"),
+    ),
+    "mpnet": Family(
+        encoder="encoder.layer",  # beside it are the relative positions
+        layers="encoder.layer",
+        heads=("attention.attn.q", "attention.attn.k", "attention.attn.v", "attention.attn.o"),
+        neurons=("intermediate.dense", "output.dense"),
+    ),
+    # All layers of a group are one module: its matrices have one set of scores, and count once. The
+    # projection of the embeddings beside the groups belongs to no layer, and stays dense.
+    "albert": Family(
+        encoder="encoder.albert_layer_groups",
+        layers="encoder.albert_layer_groups.*.albert_layers",
+        heads=("attention.query", "attention.key", "attention.value", "attention.dense"),
+        neurons=("ffn", "ffn_output"),
+    ),
+    # A layer's projections of positions are matrices like the others, with rows for each head, and
+    # are masked. Published models of v2 and v3 share them with query and key (`share_att_key`).
+    "deberta-v2": Family(
+        encoder="encoder.layer",  # beside it are the relative positions
         layers="encoder.layer",
         heads=(
-            "attention.self.query",
-            "attention.self.key",
-            "attention.self.value",
+            "attention.self.query_proj",
+            "attention.self.key_proj",
+            "attention.self.pos_query_proj",
+            "attention.self.pos_key_proj",
+            "attention.self.value_proj",
             "attention.output.dense",
         ),
         neurons=("intermediate.dense", "output.dense"),
-    )
+    ),
+    # Query, key and value are one matrix, and so are inputs and gates: the rows of a head, or of a
+    # neuron, do not lie together. So there are weights and blocks, but no heads and neurons.
+    "modernbert": Family(encoder="layers", layers="layers"),
 }
 
 
 def is_masked(model_type: str) -> bool:
-    """Whether this is the `model_type` of a masked model."""
-    return model_type.startswith(MASKED)
+    """Whether this is the `model_type` of a masked model, of a family or `masked` alone."""
+    return model_type.partition("_")[0] == "masked"
 
 
 def stock_type(model_type: str) -> str:
@@ -87,17 +125,20 @@ def encoder_of(model: nn.Module) -> nn.Module:
     return model.base_model.get_submodule(family_of(model.config).encoder)
 
 
-def layers_of(model: nn.Module) -> nn.ModuleList:
+def layers_of(model: nn.Module) -> list[nn.Module]:
     """The layers of its encoder."""
-    return model.base_model.get_submodule(family_of(model.config).layers)
+    *parents, own = family_of(model.config).layers.split(".*.")
+    modules = [model.base_model]
+    for name in parents:
+        modules = [child for module in modules for child in module.get_submodule(name)]
+    return [layer for module in modules for layer in module.get_submodule(own)]
 
 
 def register(config_class: type[PreTrainedConfig], model_classes: Iterable[type]) -> None:
     """Have the Auto classes load the base model and the heads of a configuration."""
+    stock = transformers.CONFIG_MAPPING[stock_type(config_class.model_type)]
     transformers.AutoConfig.register(config_class.model_type, config_class)
-    transformers.AutoTokenizer.register(
-        config_class, fast_tokenizer_class=transformers.BertTokenizerFast
-    )
+    transformers.AutoTokenizer.register(config_class, transformers.TOKENIZER_MAPPING[stock])
     for model_class in model_classes:
         head = "".join(model_class.__name__.partition("For")[1:])
         getattr(transformers, f"AutoModel{head}").register(config_class, model_class)
@@ -121,8 +162,11 @@ class Masked:
         return loaded
 
     def freeze_embeddings(self) -> None:
-        """Keep the embeddings at their pre-trained values."""
+        """Keep the embeddings, those of relative positions too, at their pre-trained values."""
         self.base_model.get_submodule(family_of(self.config).embeddings).requires_grad_(False)
+        for module in self.base_model.modules():
+            if isinstance(module, nn.Embedding):
+                module.requires_grad_(False)
 
     def mask_encoder(self) -> None:
         """Replace the encoder's `nn.Linear` by masked layers, and freeze the embeddings."""
@@ -146,9 +190,10 @@ class Masked:
             )
         kinds = {}  # one object for equal matrices, so that equal layers share compiled code
         for layer in layers_of(self):
+            own = [name for name in names if name in dict(layer.named_modules())]
             holder, count = None, layer.get_submodule(names[0]).out_features
             count = self.config.num_attention_heads if kind == "heads" else count
-            for name in names:
+            for name in own:
                 side = Columns if name == names[-1] else Rows
                 shared = kinds.setdefault((side, count), side(count))
                 swap_linears(layer, name.__eq__, granularity=shared, scores_of=holder, **options)

@@ -14,68 +14,27 @@ import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from .configs import head_of, read_config, refuse_or_warn, saved_head, without_foreign
 from .errors import UserError, first_line
-from .families import COMPACT, FAMILIES, HEADS, MASKED, SCORES, family_of, is_masked, stock_type
+from .families import COMPACT, MASKED, SCORES, is_masked, stock_type
+from .inputs import longest_input
 from .modules.masks import find_masks, masked_layers
 from .modules.methods import METHODS
-from .tokenizer import declared_casing, has_tokenizer, load_tokenizer, lower_cases
+from .tokenizer import (
+    declared_casing,
+    has_tokenizer,
+    load_tokenizer,
+    lower_cases,
+    make_the_same_ids,
+)
 
 logger = logging.getLogger(__name__)
 
 INITIAL_SCORES = ("mask_init", "mask_scale")
+DECIDED = (*INITIAL_SCORES, "model_type", "return_dict")  # by the code, whatever config.json says
 GRANULARITY = {"granularity": "weight", "block_rows": 32, "block_columns": 32}  # older ones: unsaid
 # Unexpected weights that change no result: buffers, an unused pooler. (Heads are found elsewhere.)
 HARMLESS = re.compile(r"(^|\.)((position|token_type)_ids$|pooler\.)")
-# Settings of other encoders that pass for BERT, and the values at which they change nothing.
-NEUTRAL = {
-    "position_embedding_type": "absolute",
-    "is_decoder": False,
-    "add_cross_attention": False,
-    "is_encoder_decoder": False,
-    "pruned_heads": {},
-    "layer_norm_type": "layer_norm",
-    "layer_norm_patch": False,
-    "gelu_patch": False,
-    "normalization_type": "layer_norm",
-    "trigram_input": False,
-    "use_bottleneck": False,
-    "num_feedforward_networks": 1,
-    "relative_attention": False,
-}
-
-
-def read_config(source: str, cache_dir: str | None = None) -> dict:
-    """The `config.json` of a checkpoint of a known family. Raises UserError."""
-    try:
-        config = dict(PreTrainedConfig.get_config_dict(source, cache_dir=cache_dir)[0])
-        if not config:
-            raise ValueError("there is no config.json")
-    except Exception as error:  # of the hub, of JSON, of transformers
-        raise UserError(
-            f"no checkpoint found at {source!r}: give a folder with a config.json, or the name "
-            f"of a model on the hub ({first_line(error)})"
-        ) from error
-    if "hidden_size" in config:
-        config.setdefault("model_type", "bert")  # the first BERT checkpoints do not say it
-    model_type = str(config.get("model_type"))
-    if stock_type(model_type) not in FAMILIES:
-        raise UserError(
-            f"{source} is of type {model_type!r}; these scripts take {', '.join(FAMILIES)}"
-        )
-    return config
-
-
-def head_of(source: str, config: dict) -> str:
-    """Which of `HEADS` a checkpoint was saved with. Raises UserError if it does not say."""
-    names = [str(name) for name in config.get("architectures") or ()]
-    for head in HEADS:
-        if any(name.endswith(f"For{head}") for name in names):
-            return head
-    raise UserError(
-        f"{source} has no head of a task ({', '.join(names) or 'no architectures'} in its "
-        f"config.json): give a model fine-tuned for one of {', '.join(HEADS)}, not a base model "
-        "or a masked-LM head"
-    )
 
 
 def load_model(
@@ -106,10 +65,14 @@ def load_model(
     recorded = values = read_config(source, cache_dir)
     model_type = values["model_type"]
     _check_kind(source, model_type, masked, trained)
+    saved = saved_head(recorded)
+    if trained and saved not in (None, head):  # some have weights of the same names
+        raise UserError(f"{source} has no trained {head} head, but one for {saved}")
     model_type = MASKED + stock_type(model_type) if masked else model_type
     if config_name:
         values = read_config(config_name, cache_dir)
-    values = _neutral(config_name or source, values, trained)
+    values = without_foreign(config_name or source, values, trained)
+    values = {name: value for name, value in values.items() if name not in DECIDED}
     masks, other_scores = _mask_settings(recorded, overrides, trained)
     values |= masks | _label_settings(labels)
     try:
@@ -149,24 +112,6 @@ def _check_kind(source: str, model_type: str, masked: bool, trained: bool) -> No
         raise UserError(
             f"{source} is a plain model without masks: use model type {family}, or fine-prune it"
         )
-
-
-def _ignored(problem: str, trained: bool) -> None:
-    """Refuse what the model cannot compute of a checkpoint or, before a training, warn of it."""
-    if trained:
-        raise UserError(f"{problem}: its results would be wrong; give a BERT without it")
-    logger.warning("%s: training goes on without it", problem)
-
-
-def _neutral(source: str, values: dict, trained: bool) -> dict:
-    """The configuration without what the code decides, and without what no model here computes."""
-    neutral = NEUTRAL | {"embedding_size": values.get("hidden_size")}
-    foreign = {x for x, plain in neutral.items() if values.get(x) and values[x] != plain}
-    for name in sorted(foreign):
-        problem = f"{source}/config.json has {name} {values[name]!r}, which BERT does not compute"
-        _ignored(problem, trained)
-    dropped = foreign | {*INITIAL_SCORES, "model_type", "return_dict"}
-    return {name: value for name, value in values.items() if name not in dropped}
 
 
 def _mask_settings(recorded: dict, asked: dict, trained: bool) -> tuple[dict, bool]:
@@ -219,11 +164,11 @@ def _check_weights(source: str, model: PreTrainedModel, info: dict, trained: boo
     """The weights that start fresh. Raises UserError if they may not: only scores and head may."""
     shapes = {key: (theirs, ours) for key, theirs, ours in info["mismatched_keys"]}
     fresh = {*info["missing_keys"], *shapes}
-    base, family = f"{model.base_model_prefix}.", family_of(model.config)
+    base = f"{model.base_model_prefix}."
     for key in sorted(fresh):
         theirs, ours = shapes.get(key, (None, None))
         are_scores = key.endswith(SCORES)
-        if key.startswith((f"{base}{family.encoder}.", f"{base}{family.embeddings}.")):
+        if key.startswith(base) and not HARMLESS.search(key):
             if theirs or not are_scores:
                 problem = f"has another shape ({theirs})" if theirs else "is missing"
                 raise UserError(f"{source} does not fit its configuration: {key} {problem}")
@@ -258,7 +203,7 @@ def _check_extra_weights(
     if extra:
         shown = ", ".join(extra[:2]) + (f" and {len(extra) - 2} more" if extra[2:] else "")
         name = type(model).__name__
-        _ignored(f"{source} holds weights that a {name} lacks ({shown})", trained)
+        refuse_or_warn(f"{source} holds weights that a {name} lacks ({shown})", trained)
 
 
 def _check_masks(source: str, model: PreTrainedModel, trained: bool, advice: str) -> None:
@@ -370,9 +315,11 @@ def load_student(
         tokenizer = load_tokenizer(tokenizer_name, do_lower_case, cache_dir)
     except UserError as error:
         raise UserError(f"{error}: give one with --tokenizer_name") from error
-    if do_lower_case and declared_casing(tokenizer_name, cache_dir) is False:
-        logger.warning("%s declares a cased tokenizer; --do_lower_case wins", tokenizer_name)
     casing = "uncased" if lower_cases(tokenizer.backend_tokenizer) else "cased"
+    if do_lower_case and casing == "cased":
+        logger.warning("%s has cased tokens: --do_lower_case has no effect", tokenizer_name)
+    elif do_lower_case and declared_casing(tokenizer_name, cache_dir) is False:
+        logger.warning("%s declares a cased tokenizer; --do_lower_case wins", tokenizer_name)
     logger.info("tokenizer: %s", casing)
     config, highest = model.config, max(tokenizer.get_vocab().values())
     if highest >= config.vocab_size:
@@ -387,14 +334,10 @@ def load_student(
             f"the tokenizer at {tokenizer_name} is not for an encoder such as BERT: it has no "
             f"{', '.join(lacking)}"
         )
-    if getattr(config, "type_vocab_size", 2) < 2:
+    longest = longest_input(model)
+    if longest and max_seq_length > longest:
         raise UserError(
-            f"{source} has one token type, and these scripts use two to tell two texts apart"
-        )
-    if max_seq_length > config.max_position_embeddings:
-        raise UserError(
-            f"--max_seq_length {max_seq_length} exceeds what the model takes "
-            f"({config.max_position_embeddings})"
+            f"--max_seq_length {max_seq_length} exceeds what the model takes ({longest})"
         )
     return model, tokenizer
 
@@ -423,26 +366,25 @@ def load_teacher(
     misfit = f"the teacher {source} does not fit the student: "
     if has_tokenizer(source, cache_dir):
         casing = lower_cases(tokenizer.backend_tokenizer)
-        vocabulary = load_tokenizer(source, casing, cache_dir).get_vocab()
-        if vocabulary != tokenizer.get_vocab():
+        theirs = load_tokenizer(source, casing, cache_dir)
+        if theirs.get_vocab() != tokenizer.get_vocab():
             raise UserError(f"{misfit}their vocabularies differ")
+        if not make_the_same_ids(theirs, tokenizer):
+            raise UserError(f"{misfit}their tokenizers make other ids of the same text")
         if declared_casing(source, cache_dir) not in (None, casing):
             message = "the teacher %s is %s, unlike the tokenizer in use"
             logger.warning(message, source, "cased" if casing else "uncased")
-        words = max(vocabulary.values()) + 1  # a model may have more, as padding
+        words = max(theirs.get_vocab().values()) + 1  # a model may have more, as padding
     else:
         message = "the teacher %s has no tokenizer: its vocabulary cannot be compared"
         logger.warning(message, source)
         words = own.vocab_size
         exact.add("vocab_size")
-    needed = {
-        "vocab_size": words,
-        "num_labels": own.num_labels,
-        "max_position_embeddings": max_seq_length or own.max_position_embeddings,
-        "type_vocab_size": min(2, getattr(own, "type_vocab_size", 0)),
-    }
-    for name, need in needed.items():
-        theirs = getattr(config, name, 0)
-        if theirs < need or (theirs > need and name in exact):
-            raise UserError(f"{misfit}{name} {theirs} against {need}")
+    for name, need in (("vocab_size", words), ("num_labels", own.num_labels)):
+        has = getattr(config, name)
+        if has < need or (has > need and name in exact):
+            raise UserError(f"{misfit}{name} {has} against {need}")
+    length, longest = max_seq_length or longest_input(student), longest_input(teacher)
+    if longest and length and longest < length:
+        raise UserError(f"{misfit}it takes {longest} tokens, and {length} are needed")
     return teacher.requires_grad_(False)

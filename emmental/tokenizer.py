@@ -1,12 +1,13 @@
 """The tokenizer of a checkpoint, cased or uncased as its files say.
 
 Without a word of them, transformers lower-cases for every BERT. Here a tokenizer.json, or
-`do_lower_case` in tokenizer_config.json, decides; a vocab.txt alone is cased unless asked.
+`do_lower_case` in tokenizer_config.json, decides; a vocab.txt alone is cased unless asked. Only the
+word pieces of BERT and its kin can be asked for: bytes and SentencePiece are as they were made.
 """
 
 import logging
 
-from tokenizers import Tokenizer, normalizers
+from tokenizers import Tokenizer, models, normalizers
 from transformers import AutoTokenizer, BertConfig, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import cached_file, is_protobuf_available, is_sentencepiece_available
@@ -55,7 +56,7 @@ def declared_casing(source: str, cache_dir: str | None) -> bool | None:
 def load_tokenizer(
     source: str, do_lower_case: bool = False, cache_dir: str | None = None
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer of a checkpoint: uncased if `do_lower_case`, or if its files say so.
+    """The tokenizer of a checkpoint: uncased if its files say so, or if `do_lower_case` and it can.
 
     Without it, transformers would lower-case for BERT unless tokenizer_config.json forbids it.
     Raises UserError when there is none.
@@ -66,12 +67,15 @@ def load_tokenizer(
         config = PreTrainedConfig.get_config_dict(source, cache_dir=cache_dir)[0]
         if "model_type" not in config and (config or _find_file(source, "vocab.txt", cache_dir)):
             options["config"] = BertConfig()  # as in `read_config`
-        options["do_lower_case"] = do_lower_case or bool(declared_casing(source, cache_dir))
+        declared = declared_casing(source, cache_dir)
+        if do_lower_case or declared is not None or _find_file(source, "vocab.txt", cache_dir):
+            options["do_lower_case"] = do_lower_case or bool(declared)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers made it up
             raise ValueError("there is no vocabulary")
         backend = tokenizer.backend_tokenizer
-        if do_lower_case and not lower_cases(backend):  # a class that does not know the option
+        has_pieces = isinstance(backend.model, models.WordPiece)
+        if do_lower_case and has_pieces and not lower_cases(backend):  # a class without the option
             parts = [normalizers.BertNormalizer(lowercase=True), backend.normalizer]
             backend.normalizer = normalizers.Sequence([part for part in parts if part])
     except Exception as error:  # a missing vocabulary has many errors
@@ -89,3 +93,10 @@ def tokenizer_to_copy(source: str) -> PreTrainedTokenizerFast | None:
         message = "%s does not say whether its tokenizer lower-cases: it is written as cased"
         logger.warning(message, source)
     return tokenizer
+
+
+def make_the_same_ids(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> bool:
+    """Whether tokenizers with one vocabulary make the same ids of a pair of lower-case texts."""
+    words = [word.strip("#▁Ġ") for word in sorted(one.get_vocab()) if word.islower()]
+    pair = "who, in the u.s., can't wait?", " ".join(words)
+    return one(*pair, verbose=False).input_ids == other(*pair, verbose=False).input_ids

@@ -21,7 +21,7 @@ LEAVES = {"errors", "files", "hardware", "launcher"}  # of the standard library 
 SCIENCE = {"modules", "schedule", "steering", "losses"}
 STATEMENTS = {
     path.stem for kind in ("configuration", "modeling") for path in PACKAGE.glob(f"{kind}_*.py")
-}  # a pair a family
+}
 MODELS = {"families"} | STATEMENTS
 ALLOWED = {  # part: (parts of emmental it may import, third-party libraries; None: any)
     **{leaf: (LEAVES, set()) for leaf in LEAVES},
@@ -34,19 +34,23 @@ ALLOWED = {  # part: (parts of emmental it may import, third-party libraries; No
     **{part: (MODELS, {"torch", "transformers"}) for part in STATEMENTS},
     "export": ({"modules"} | MODELS, {"torch", "transformers"}),
     "tokenizer": (LEAVES, {"tokenizers", "transformers"}),
-    "loading": (LEAVES | {"inputs", "modules", "tokenizer"} | MODELS, {"torch", "transformers"}),
+    "configs": (LEAVES | {"families"}, {"transformers"}),
+    "loading": (
+        LEAVES | {"configs", "inputs", "modules", "tokenizer"} | MODELS,
+        {"torch", "transformers"},
+    ),
     "card": (
         LEAVES | {"modules", "export", "configuration_bert_compact"},
         {"transformers", "huggingface_hub"},
     ),
     "data": (LEAVES | {"data", "inputs"}, None),
     "training": (
-        LEAVES | SCIENCE | MODELS | {"card", "export", "inputs", "loading", "training"},
+        LEAVES | SCIENCE | MODELS | {"card", "configs", "export", "inputs", "loading", "training"},
         None,
     ),
     "coding": (LEAVES, {"numpy", "constriction"}),
     "inference": (
-        LEAVES | {"modules", "export", "inference"} | MODELS,
+        LEAVES | {"modules", "export", "inference", "inputs"} | MODELS,
         {"torch", "transformers", "numpy", "scipy", "onnxruntime"},
     ),
     "storage": (

@@ -478,7 +478,8 @@ def test_load_model_of_a_plain_bert(tiny_bert):
 def test_load_model_of_another_head(tiny_bert):
     model = load_model(str(tiny_bert), "SequenceClassification", masked=True, labels=3)
     assert model.classifier.weight.shape == (3, 32)
-    with pytest.raises(UserError, match="pooler"):
+    said = "no trained SequenceClassification head, but one for QuestionAnswering"
+    with pytest.raises(UserError, match=said):
         load_model(str(tiny_bert), "SequenceClassification", masked=False, trained=True)
 
 
@@ -542,8 +543,6 @@ def test_gaps_in_a_checkpoint_are_refused(pruned, tmp_path, change, message):
 
 FOREIGN = {  # what a checkpoint may hold that the model does not compute
     "position_embedding_type": "relative_key",
-    "is_decoder": True,
-    "add_cross_attention": True,
     "layer_norm_type": "no_norm",
     "normalization_type": "no_norm",
     "gelu_patch": True,
@@ -658,9 +657,6 @@ def test_loading_refuses_the_wrong_kind(tiny_bert, pruned, tmp_path):
         load_qa(tiny_bert, trained=True)
     with pytest.raises(UserError, match="without masks"):
         load_masked(str(tiny_bert))
-    (tmp_path / "config.json").write_text('{"model_type": "roberta"}')
-    with pytest.raises(UserError, match="roberta"):
-        load_qa(tmp_path)
     with pytest.raises(UserError, match="scores"):
         load_masked(
             str(

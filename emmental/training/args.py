@@ -36,8 +36,9 @@ SEED = number(int, at_least=0, below=2**32)
 
 
 def model_type(text: str) -> str:
-    """An argparse type: a family of models, plain or masked."""
-    return choice(*(prefix + family for family in FAMILIES for prefix in ("", MASKED)))(text)
+    """An argparse type: masked or dense of any family, or a family of models, masked or plain."""
+    families = (prefix + family for family in FAMILIES for prefix in (MASKED, ""))
+    return choice("masked", "dense", *families)(text)
 
 
 def pruning_method(text: str) -> str:
@@ -73,7 +74,8 @@ def given_masks(args: argparse.Namespace) -> dict:
 # name, type (bool: a switch), default (...: required; None in places where the task has one), help
 FLAGS = {
     "what to run": [
-        ("model_type", model_type, ..., "masked_bert to fine-prune; bert for dense models"),
+        ("model_type", model_type, ..., "masked to fine-prune; dense for a dense model; "
+         "masked_bert, bert, ... for models of one family alone"),
         ("model_name_or_path", str, ..., "checkpoint folder, or name of a model on the hub"),
         ("output_dir", str, ..., "where the model, its results and checkpoints go"),
         ("do_train", bool, False, "train"),
@@ -270,7 +272,7 @@ def _warn(args: argparse.Namespace, given: set[str]) -> None:
     observes, deviates = method.scores == "observed", method.has_uncertainty
     for needed, group, present in (
         ("--teacher_name_or_path", names["distillation"], args.teacher_name_or_path),
-        (f"--model_type {MASKED}{args.model_type}", names["pruning"], masked),
+        ("--model_type masked", names["pruning"], masked),
         ("--pruning_method platon or sensitivity", ["importance_beta"], observes or not masked),
         ("--pruning_method platon", ["uncertainty_beta"], deviates or not masked),
     ):

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..card import write_run_card
+from ..configs import concrete_type
 from ..errors import fail, one_line_errors
 from ..export import LayerCount, count_layers, mask_report
 from ..families import is_masked
@@ -73,6 +74,7 @@ def run(
     )
     source = str(resume_folder or args.model_name_or_path)
     with world.main_first():
+        args = with_families(args, source)
         task.load_examples(args, source)
     torch.manual_seed(args.seed)
     options = student_options(args, given, resumed=resume_folder is not None)
@@ -115,6 +117,17 @@ def run(
         print_summary(results | figures | total, output_dir)
     world.barrier()
     return results
+
+
+def with_families(args: argparse.Namespace, source: str) -> argparse.Namespace:
+    """The arguments with the families of the models, as records name them. Raises UserError."""
+    sources = {"model_type": source, "teacher_type": args.teacher_name_or_path}
+    found = {
+        name: concrete_type(getattr(args, name), folder, args.cache_dir)
+        for name, folder in sources.items()
+        if folder
+    }
+    return argparse.Namespace(**vars(args) | found)
 
 
 def _train(

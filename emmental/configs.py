@@ -1,0 +1,114 @@
+"""The `config.json` of a checkpoint: read, and refused in one line if no model here computes it."""
+
+import logging
+from dataclasses import fields
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from .errors import UserError, first_line
+from .families import FAMILIES, HEADS, MASKED, is_masked, stock_type
+
+logger = logging.getLogger(__name__)
+
+DECODER = ("is_decoder", "is_encoder_decoder", "add_cross_attention")
+# Settings of other encoders that pass for one of ours, and the values at which they change nothing.
+# A family whose configuration has such a setting computes it.
+NEUTRAL = {
+    "position_embedding_type": "absolute",
+    "pruned_heads": {},
+    "layer_norm_type": "layer_norm",
+    "layer_norm_patch": False,
+    "gelu_patch": False,
+    "normalization_type": "layer_norm",
+    "trigram_input": False,
+    "use_bottleneck": False,
+    "num_feedforward_networks": 1,
+    "relative_attention": False,
+}
+
+
+def read_config(source: str, cache_dir: str | None = None) -> dict:
+    """The `config.json` of a checkpoint of a known family. Raises UserError."""
+    try:
+        config = dict(PreTrainedConfig.get_config_dict(source, cache_dir=cache_dir)[0])
+        if not config:
+            raise ValueError("there is no config.json")
+    except Exception as error:  # of the hub, of JSON, of transformers
+        raise UserError(
+            f"no checkpoint found at {source!r}: give a folder with a config.json, or the name "
+            f"of a model on the hub ({first_line(error)})"
+        ) from error
+    if "hidden_size" in config:
+        config.setdefault("model_type", "bert")  # the first BERT checkpoints do not say it
+    model_type = str(config.get("model_type"))
+    if stock_type(model_type) not in FAMILIES:
+        raise UserError(
+            f"{source} is of type {model_type!r}; these scripts take {', '.join(FAMILIES)}"
+        )
+    decoder = [name for name in DECODER if config.get(name)]
+    if decoder:
+        raise UserError(
+            f"{source} is a decoder ({decoder[0]} in its config.json): give an encoder, or set "
+            f"{decoder[0]} to false if it is one"
+        )
+    return config
+
+
+def concrete_type(asked: str, source: str, cache_dir: str | None = None) -> str:
+    """The model type for a checkpoint: `masked` and `dense` take its family.
+
+    Raises UserError if it is not of the family that is asked for.
+    """
+    own = stock_type(read_config(source, cache_dir)["model_type"])
+    own, any_family = (MASKED + own, "masked") if is_masked(asked) else (own, "dense")
+    if asked not in (own, any_family):
+        raise UserError(
+            f"{source} is a {stock_type(own)}, not a {stock_type(asked)}: use model type "
+            f"{any_family}, which takes every family, or {own}"
+        )
+    return own
+
+
+def head_of(source: str, config: dict) -> str:
+    """Which of `HEADS` a checkpoint was saved with. Raises UserError if it does not say."""
+    head = saved_head(config)
+    if head:
+        return head
+    raise UserError(
+        f"{source} has no head of a task ({', '.join(_classes(config)) or 'no architectures'} in "
+        f"its config.json): give a model fine-tuned for one of {', '.join(HEADS)}, not a base "
+        "model or a masked-LM head"
+    )
+
+
+def saved_head(config: dict) -> str | None:
+    """Which of `HEADS` a checkpoint was saved with; None if it does not say."""
+    names = _classes(config)
+    return next((h for h in HEADS if any(name.endswith(f"For{h}") for name in names)), None)
+
+
+def _classes(config: dict) -> list[str]:
+    return [str(name) for name in config.get("architectures") or ()]
+
+
+def refuse_or_warn(problem: str, trained: bool) -> None:
+    """Refuse what the model cannot compute of a checkpoint or, before a training, warn of it."""
+    if trained:
+        raise UserError(f"{problem}: its results would be wrong; give a checkpoint without it")
+    logger.warning("%s: training goes on without it", problem)
+
+
+def without_foreign(source: str, values: dict, trained: bool) -> dict:
+    """The values of a `config.json` without those that no model of its family computes."""
+    family = stock_type(values["model_type"])
+    own = {field.name for field in fields(CONFIG_MAPPING[family])}
+    neutral = NEUTRAL | {"embedding_size": values.get("hidden_size")}
+    foreign = {
+        name
+        for name, plain in neutral.items()
+        if name not in own and values.get(name) and values[name] != plain
+    }
+    for name in sorted(foreign):
+        said = f"{source}/config.json has {name} {values[name]!r}"
+        refuse_or_warn(f"{said}, which a {family} does not compute", trained)
+    return {name: value for name, value in values.items() if name not in foreign}
