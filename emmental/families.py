@@ -147,8 +147,6 @@ def register(config_class: type[PreTrainedConfig], model_classes: Iterable[type]
 class Masked:
     """What the masked base models and heads of all families share."""
 
-    _keep_in_fp32_modules_strict = ["mask_scores", "mask_uncertainty"]
-
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if hasattr(cls, "forward") and "threshold" not in inspect.signature(cls.forward).parameters:
@@ -179,6 +177,8 @@ class Masked:
         _check_blocks(encoder_of(self), granularity)
         swap_linears(encoder_of(self), granularity=granularity, **options)
         self.freeze_embeddings()
+        own = [end for end in SCORES if any(key.endswith(end) for key in self.state_dict())]
+        self._keep_in_fp32_modules_strict = {end[1:] for end in own}
 
     def _share_scores(self, kind: str, options: dict) -> None:
         """Mask the heads or neurons (`kind`) of all layers: one score each, in its first matrix."""
@@ -230,6 +230,7 @@ class MaskedHead(Masked):
         super().__init__(config, *args, **kwargs)
         self.base_model.__class__ = self.masked_base  # its `_init_weights` is needed in loading
         self.base_model.mask_encoder()
+        self._keep_in_fp32_modules_strict = self.base_model._keep_in_fp32_modules_strict
         # transformers returns the hidden states of the classes that its initialiser has seen.
         PreTrainedModel.__init__(self.masked_base.__new__(self.masked_base), config)
 

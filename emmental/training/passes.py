@@ -104,7 +104,8 @@ def forward(task: Task, model: nn.Module, batch: Batch, precision: torch.dtype |
 def observe_scores(model: nn.Module, scaler: torch.amp.GradScaler) -> None:
     """Pass the gradients of observed scores to their method, before clipping and optimiser.
 
-    They are per weight that a score stands for, so that scores of all sizes compare.
+    They are divided by the root of the number of weights that a score stands for, so that scores of
+    all sizes compare: the square of a gradient, as in Fisher information, grows with that number.
     """
     layers = [x.group[0] for x in masked_layers(model).values() if x.method.observe]
     layers = {layer.owner: layer for layer in layers}.values()
@@ -112,7 +113,7 @@ def observe_scores(model: nn.Module, scaler: torch.amp.GradScaler) -> None:
     if layers and torch.stack([grad.isfinite().all() for grad in grads]).all():
         for layer, grad in zip(layers, grads, strict=True):
             size = sum(each.weights_per_score for each in layer.group)
-            layer.method.observe(layer, grad / (scaler.get_scale() * size))
+            layer.method.observe(layer, grad / (scaler.get_scale() * size**0.5))
     for layer in layers:
         layer.mask_scores.grad = None
 

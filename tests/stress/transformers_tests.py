@@ -1,7 +1,7 @@
 """Run transformers' own model tests on the masked classes, and on the stock classes beside them.
 
     pip install parameterized
-    python tests/stress/transformers_tests.py               # bert and roberta: 3 minutes on 2 cores
+    python tests/stress/transformers_tests.py               # bert and roberta: 3 minutes
     python tests/stress/transformers_tests.py electra albert
 
 The tests are those of the source distribution of the installed version, which pip downloads. It
