@@ -38,8 +38,7 @@ DENSE_SIDES = ("dense", "compiled", "int8")
 
 def load(checkpoint: str) -> PreTrainedModel:
     """The plain model of a masked or plain checkpoint. Raises UserError."""
-    architecture, config, state = storage.load_plain(checkpoint)
-    model_class = getattr(transformers, architecture)
+    model_class, config, state = storage.load_plain(checkpoint)
     model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
     return model.eval()
 
