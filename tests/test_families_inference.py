@@ -7,9 +7,8 @@ import pytest
 import torch
 import transformers
 from conftest import tokenizer_of
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoTokenizer
 
-import emmental
 import saving_prunebert
 from emmental import storage
 from emmental.embeddings import prefix_of
@@ -86,10 +85,11 @@ def assert_same(model, other, tolerance=1e-4):
 
 
 def save_masked(row, folder, head="QuestionAnswering"):
-    """A masked checkpoint with its tokenizer, and the masked model."""
+    """A masked model of one layer, saved with its tokenizer."""
     torch.manual_seed(0)
     tokenizer = tokenizer_of(row)
-    values = config_of(row, tokenizer).to_dict() | {"model_type": f"masked_{row}"}
+    config = config_of(row, tokenizer, num_hidden_layers=1)
+    values = config.to_dict() | {"model_type": f"masked_{row}"}
     masks = {"mask_init": "uniform", "mask_scale": 4.0, "threshold": 0.2}
     config = CONFIG_MAPPING[f"masked_{row}"].from_dict(values | masks)
     model = getattr(transformers, f"AutoModelFor{head}").from_config(config).eval()
@@ -102,54 +102,48 @@ def save_masked(row, folder, head="QuestionAnswering"):
 
 
 @pytest.mark.parametrize("row", FAMILIES)
-def test_packed_files(row, tmp_path, capsys):
+def test_packed_files(row, tmp_path):
     masked, file = save_masked(row, tmp_path / "in"), str(tmp_path / "file")
     packed = storage.pack(str(tmp_path / "in"), file, 32)
     stock = type(masked).__name__.removeprefix("Masked")
     assert packed.header["architecture"] == stock
     assert packed.header["config"]["model_type"] == row
-    names = [entry["name"] for entry in packed.header["tensors"]]
-    assert len(names) == len(set(names)) == len(packed.model_class(packed.config).state_dict())
-    model = storage.load_packed(file)
-    assert type(model) is getattr(transformers, stock) and not model.training
-    assert_same(masked, model, 0.0)
     assert_same(masked, storage.load_packed(file, sparse=True))
-    assert storage.compare(file, str(tmp_path / "in")) == []
-
-    base = getattr(transformers, stock)(packed.config)  # with other layers, the same embeddings
-    state = {n: t for n, t in masked.state_dict().items() if n.startswith(prefix_of(type(masked)))}
-    assert state and base.load_state_dict(state, strict=False).unexpected_keys == []
-    base.save_pretrained(tmp_path / "base")
-    small = storage.pack(str(tmp_path / "in"), str(tmp_path / "small"), 8, str(tmp_path / "base"))
-    assert len(small.header["tensors"]) == len(names) - len(state)
-    assert saving_prunebert.main(["verify", str(small.path), str(tmp_path / "in")]) == 0
-    assert_same(storage.load_packed(str(small.path)), masked, 0.2)
-    assert saving_prunebert.main(["info", file]) == 0
-    said = capsys.readouterr().out
-    assert "20.05%" in said or "20.0" in said and "packing saves nothing" not in said
-    embeddings = storage.summary(packed)["totals"]["embeddings"]["dense"]
-    assert embeddings == 4 * sum(tensor.numel() for tensor in state.values())
-
-    unpacked = storage.unpack(str(small.path), str(tmp_path / "out"))
-    assert_same(storage.load_packed(str(small.path)), unpacked, 0.0)
-    auto = transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path / "out")
-    assert type(auto).__name__ == stock
-    ours, theirs = (
-        transformers.AutoTokenizer.from_pretrained(tmp_path / name) for name in ("out", "in")
-    )
-    pair = "who lives in oslo ?", "Ada lives in oslo . ben lives in rome ."
-    assert ours(*pair).input_ids == theirs(*pair).input_ids
+    assert_same(masked, storage.unpack(file, str(tmp_path / "out")), 0.0)
+    model = transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path / "out")
+    assert type(model) is getattr(transformers, stock)
+    assert_same(masked, model.eval(), 0.0)
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"A plain `{stock}`" in card and f"from transformers import {stock}" in card
+    tokenizers = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("out", "in"))
+    pair = "who lives in oslo ?", "Ada lives in oslo . ben lives in rome ."
+    ours, theirs = (tokenizer(*pair).input_ids for tokenizer in tokenizers)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("row", ["roberta", "electra", "distilbert", "albert", "modernbert"])
+def test_embeddings_of_a_base_model_are_left_out(row, tmp_path):
+    masked, file = save_masked(row, tmp_path / "in"), str(tmp_path / "file")
+    stock = getattr(transformers, type(masked).__name__.removeprefix("Masked"))
+    base = stock(config_of(row, tokenizer_of(row), num_hidden_layers=1))
+    own = {n: x for n, x in masked.state_dict().items() if n.startswith(prefix_of(stock))}
+    assert own and base.load_state_dict(own, strict=False).unexpected_keys == []
+    base.save_pretrained(tmp_path / "base")
+    packed = storage.pack(str(tmp_path / "in"), file, 8, str(tmp_path / "base"))
+    names = {entry["name"] for entry in packed.header["tensors"]}
+    assert names == set(base.state_dict()) - set(own)  # shared matrices are there once
+    assert saving_prunebert.main(["verify", file, str(tmp_path / "in")]) == 0
+    loaded = storage.load_packed(file)
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in own.items())
+    assert_same(masked, loaded, 0.3)
 
 
 @pytest.mark.parametrize("head", HEADS[1:])
 def test_packed_heads(head, tmp_path):
-    for row in ("roberta", "distilbert"):
-        masked, file = save_masked(row, tmp_path / row, head), str(tmp_path / f"{row}.packed")
-        storage.pack(str(tmp_path / row), file, 32)
-        assert_same(masked, storage.load_packed(file), 0.0)
-        assert_same(masked, storage.load_packed(file, sparse=True))
+    masked, file = save_masked("distilbert", tmp_path / "in", head), str(tmp_path / "file")
+    storage.pack(str(tmp_path / "in"), file, 32)
+    assert_same(masked, storage.load_packed(file), 0.0)
+    assert_same(masked, storage.load_packed(file, sparse=True))
 
 
 def test_embeddings_of_another_family_are_refused(tmp_path):
@@ -278,4 +272,3 @@ def test_only_bert_has_a_compact_form():
 def test_percentages_of_the_card():
     for row in FAMILIES:
         assert 5 < plain_percents(build(row))[0] < 25
-    assert emmental.CompactBertConfig.model_type == "compact_bert"
