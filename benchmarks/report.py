@@ -10,8 +10,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import transformers
-from transformers import BertConfig, BertForQuestionAnswering
+from transformers import CONFIG_MAPPING, AutoModelForQuestionAnswering, PreTrainedModel
 
+from emmental.families import encoder_of
 from emmental.hardware import processor_name
 from emmental.training import checkpoint
 
@@ -28,26 +29,30 @@ def machine(device: str = "cpu") -> str:
     )
 
 
-def bert_size(layers: int, hidden: int) -> dict[str, int]:
-    """The settings of a BERT with the proportions of BERT-base."""
-    return {
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "intermediate_size": 4 * hidden,
-        "num_attention_heads": hidden // 64,
-    }
+def size_of(family: str, layers: int | None = None, hidden: int | None = None) -> dict[str, int]:
+    """Settings of a family's configuration: so many layers, or a hidden size (a multiple of 64) in
+    the proportions of its default. What is not given is as in the default.
+    """
+    default = CONFIG_MAPPING[family]()
+    size = {"num_hidden_layers": layers} if layers else {}
+    if hidden:
+        scaled = ("intermediate_size", "hidden_dim", "num_attention_heads")
+        known = {name: getattr(default, name) for name in scaled if hasattr(default, name)}
+        size |= {name: value * hidden // default.hidden_size for name, value in known.items()}
+        size["hidden_size"] = hidden
+    return size
 
 
-def random_bert(remaining: float, **size: int) -> BertForQuestionAnswering:
-    """A freshly initialised BERT with a uniformly random mask over its encoder.
+def random_model(family: str, remaining: float, **size: int) -> PreTrainedModel:
+    """A freshly initialised model for questions, with a uniformly random mask over its encoder.
 
-    remaining: density of the mask. size: settings of BertConfig; by default BERT-base.
+    remaining: density of the mask. size: settings of its configuration.
     """
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    model = BertForQuestionAnswering(BertConfig(**size)).eval()
+    model = AutoModelForQuestionAnswering.from_config(CONFIG_MAPPING[family](**size)).eval()
     with torch.no_grad():
-        for parameter in model.bert.encoder.parameters():
+        for parameter in encoder_of(model).parameters():
             if parameter.dim() == 2:
                 parameter.mul_(torch.rand(parameter.shape, generator=generator) < remaining)
     return model

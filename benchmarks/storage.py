@@ -37,7 +37,7 @@ COLUMNS = ["format", "MB", "/notebook", "entropy MB", "masks MB", "/entropy", "p
 
 def save_random_bert(folder: Path, remaining: float) -> None:
     """Save a random BERT-base with a tokenizer as a checkpoint."""
-    report.random_bert(remaining).save_pretrained(folder)
+    report.random_model("bert", remaining).save_pretrained(folder)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(1000))]
     tokenizer = BertTokenizerFast(vocab={word: place for place, word in enumerate(words)})
     tokenizer.save_pretrained(folder)

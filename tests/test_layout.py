@@ -50,7 +50,7 @@ ALLOWED = {  # part: (parts of emmental it may import, third-party libraries; No
     ),
     "coding": (LEAVES, {"numpy", "constriction"}),
     "inference": (
-        LEAVES | {"modules", "export", "inference"} | MODELS,
+        LEAVES | {"modules", "export", "inference", "inputs"} | MODELS,
         {"torch", "transformers", "numpy", "scipy", "onnxruntime"},
     ),
     "embeddings": (LEAVES | {"configs", "families"}, {"torch", "transformers"}),
