@@ -1,11 +1,11 @@
-"""Pack a fine-pruned BERT in one file close to the entropy of its weights, and unpack it.
+"""Pack a fine-pruned model in one file close to the entropy of its weights, and unpack it.
 
     python saving_prunebert.py pack CHECKPOINT FILE     # masked or bertarized; --bits 2 to 32
     python saving_prunebert.py info FILE                # the size of each matrix and of the whole
     python saving_prunebert.py verify FILE CHECKPOINT   # masks and weights; --data_dir: metrics too
     python saving_prunebert.py unpack FILE FOLDER       # a normal from_pretrained folder
 
-From Python, `emmental.storage.load_packed(FILE)` returns the `BertFor*` model. The file contains
+From Python, `emmental.storage.load_packed(FILE)` returns the model. The file contains
 the embeddings, with one step per row; `pack --base_model NAME` leaves them out if they are still
 those of NAME.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from emmental import coding, storage
 from emmental.errors import UserError, one_line_errors
-from emmental.families import COMPACT, is_masked
+from emmental.families import COMPACT, family_of, is_masked
 from emmental.files import write_json
 from emmental.loading import read_config
 from emmental.tokenizer import VOCABULARIES
@@ -27,7 +27,7 @@ from emmental.training.args import Parser, add_mask_flags, given_masks
 from emmental.training.runlog import set_up_logging
 
 MB = 1e6
-CHECKPOINT = "checkpoint", "folder of a masked, bertarized or dense BERT with a fine-tuned head"
+CHECKPOINT = "checkpoint", "folder of a masked, bertarized or dense model with a fine-tuned head"
 FILE = "file", "packed file"
 FOLDER = "folder", "folder to write"
 
@@ -92,7 +92,8 @@ def print_info(packed: storage.Packed, report: dict) -> None:
             for name in ("dense", "packed", "entropy")
         )
         print(f"{part:<18}{dense:>15}{size:>10}{entropy:>10}")
-    if all(row["remaining"] == 1 for row in matrices if ".encoder." in row["name"]):
+    encoder = f"{packed.model_class.base_model_prefix}.{family_of(packed.config).encoder}."
+    if all(row["remaining"] == 1 for row in matrices if row["name"].startswith(encoder)):
         print("\nNo matrix of the encoder is sparse: packing saves nothing beyond its precision.")
 
 

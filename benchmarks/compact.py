@@ -208,8 +208,8 @@ def make_models(args: argparse.Namespace) -> tuple[PreTrainedModel, dict[str, tu
         dense = report.load(args.dense)
         plain = {folder: report.load(folder) for folder in args.models}
     else:
-        size = report.bert_size(args.layers, args.hidden)
-        dense = report.random_bert(1.0, **size)
+        size = report.size_of("bert", args.layers, args.hidden)
+        dense = report.random_model("bert", 1.0, **size)
         plain = {f"{h}/{n}": report.structured_bert(h, n, **size) for h, n in args.left}
     for name, model in {args.dense: dense, **plain}.items():
         limit = model.config.max_position_embeddings

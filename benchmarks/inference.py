@@ -2,6 +2,7 @@
 
     python benchmarks/inference.py      # BERT-base with random masks: 20 min on 2 cores
     python benchmarks/inference.py --models OUT --densities --lengths 128     # a fine-pruned model
+    python benchmarks/inference.py --family roberta     # the default size of another family
 
 `dense` is the stock model in float32 with SDPA, `compiled` the same under torch.compile, `int8` its
 dynamic quantisation by torch, `ours` is `sparsify(model)`. They take turns with the same inputs,
@@ -24,13 +25,14 @@ import report
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import BertConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from emmental.errors import UserError, one_line_errors
-from emmental.families import encoder_of
+from emmental.families import FAMILIES, encoder_of
 from emmental.inference import sparsify
 from emmental.inference.compaction import density
 from emmental.inference.encoder import SparseEncoder
+from emmental.inputs import longest_input
 
 HELPS = 1.05  # lower gains are listed at the end
 DENSE_SIDES = ("dense", "compiled", "int8")
@@ -153,16 +155,17 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     # fmt: off
     add("--densities", type=fraction, nargs="*", default=[0.15, 0.1, 0.06, 0.03],
-        help="densities of the random BERTs (default: 0.15 0.1 0.06 0.03)")
+        help="densities of the random models (default: 0.15 0.1 0.06 0.03)")
+    add("--family", choices=FAMILIES, default="bert", help="of the random models (default: bert)")
     add("--models", nargs="*", default=[],
         help="folders of fine-pruned checkpoints, masked or bertarized")
     add("--batches", type=report.positive, nargs="+", default=[1, 8, 32], help="default: 1 8 32")
     add("--lengths", type=report.positive, nargs="+", default=[32, 128, 384],
         help="in tokens (default: 32 128 384)")
-    add("--layers", type=report.positive, default=12,
-        help="layers of the random BERTs (default: 12)")
-    add("--hidden", type=report.positive, default=768,
-        help="their hidden size, a multiple of 64 (default: 768)")
+    add("--layers", type=report.positive,
+        help="layers of the random models (default: the family's, 12)")
+    add("--hidden", type=report.positive,
+        help="their hidden size, a multiple of 64 (default: the family's, 768)")
     add("--csr_below", type=float,
         help="density below which a matrix becomes CSR, to check the limit (default: sparsify's)")
     add("--repeats", type=report.positive, default=5, help="measured turns (default: 5)")
@@ -176,30 +179,35 @@ def get_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     with one_line_errors():
-        if args.hidden % 64:
+        if args.hidden and args.hidden % 64:
             raise UserError("--hidden must be a multiple of 64")
         if not (args.densities or args.models):
             raise UserError("nothing to measure: give --densities or --models")
         models = {folder: report.load(folder) for folder in args.models}
-        limits = {folder: model.config.max_position_embeddings for folder, model in models.items()}
+        checked = dict(models)
         if args.densities:
-            limits["BERT-base"] = BertConfig().max_position_embeddings
-        for name, limit in limits.items():
-            if max(args.lengths) > limit:
+            with torch.device("meta"):  # without its weights
+                checked[args.family] = report.random_model(args.family, 1.0)
+        for name, model in checked.items():
+            limit = longest_input(model)
+            if limit and max(args.lengths) > limit:
                 raise UserError(f"--lengths: {name} takes {limit} tokens at most")
         run(args, models)
 
 
 def run(args: argparse.Namespace, models: dict[str, PreTrainedModel]) -> None:
     transformers.utils.logging.disable_progress_bar()
-    rate = dense_rate(args.hidden)
+    size = report.size_of(args.family, args.layers, args.hidden)
+    shape = CONFIG_MAPPING[args.family](**size)
+    rate = dense_rate(shape.hidden_size)
     results = {"machine": report.machine(), "dense multiply-adds per second": rate, "rows": []}
     print(results["machine"])
     print(f"dense product: {rate / 1e9:.0f} G multiply-adds/s")
     if args.densities:
-        title = f"BERT of {args.layers} layers, hidden {args.hidden}, random masks"
-        size = report.bert_size(args.layers, args.hidden)
-        group = {f"random {left:.0%}": report.random_bert(left, **size) for left in args.densities}
+        title = f"{args.family} of {shape.num_hidden_layers} layers, hidden {shape.hidden_size}"
+        title += ", random masks"
+        make = functools.partial(report.random_model, args.family, **size)
+        group = {f"random {left:.0%}": make(left) for left in args.densities}
         results["rows"] += run_group(title, group, args, rate)
     for folder, model in models.items():
         results["rows"] += run_group(folder, {folder: model}, args, rate)

@@ -14,11 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import transformers
 from torch import Tensor
-from transformers import BertConfig, BertForQuestionAnswering, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForQuestionAnswering, PreTrainedModel
 
-import emmental
 from emmental import storage
-from emmental.families import family_of, layers_of
+from emmental.families import encoder_of, family_of, layers_of
 from emmental.hardware import processor_name
 from emmental.training import checkpoint
 
@@ -35,36 +34,42 @@ def machine(device: str = "cpu") -> str:
     )
 
 
-def bert_size(layers: int, hidden: int) -> dict[str, int]:
-    """The settings of a BERT with the proportions of BERT-base."""
-    return {
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "intermediate_size": 4 * hidden,
-        "num_attention_heads": hidden // 64,
-    }
-
-
-def random_bert(remaining: float, **size: int) -> BertForQuestionAnswering:
-    """A freshly initialised BERT with a uniformly random mask over its encoder.
-
-    remaining: density of the mask. size: settings of BertConfig; by default BERT-base.
+def size_of(family: str, layers: int | None = None, hidden: int | None = None) -> dict[str, int]:
+    """Settings of a family's configuration: so many layers, or a hidden size (a multiple of 64) in
+    the proportions of its default. What is not given is as in the default.
     """
-    model, generator = _fresh_bert(size)
+    default = CONFIG_MAPPING[family]()
+    size = {"num_hidden_layers": layers} if layers else {}
+    if hidden:
+        scaled = ("intermediate_size", "hidden_dim", "num_attention_heads")
+        known = {name: getattr(default, name) for name in scaled if hasattr(default, name)}
+        size |= {name: value * hidden // default.hidden_size for name, value in known.items()}
+        size["hidden_size"] = hidden
+    return size
+
+
+def random_model(family: str, remaining: float, **size: int) -> PreTrainedModel:
+    """A freshly initialised model for questions, with a uniformly random mask over its encoder.
+
+    remaining: density of the mask. size: settings of its configuration.
+    """
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    model = AutoModelForQuestionAnswering.from_config(CONFIG_MAPPING[family](**size)).eval()
     with torch.no_grad():
-        for parameter in model.bert.encoder.parameters():
+        for parameter in encoder_of(model).parameters():
             if parameter.dim() == 2:
                 parameter.mul_(torch.rand(parameter.shape, generator=generator) < remaining)
     return model
 
 
 @torch.no_grad()
-def structured_bert(heads: int, neurons: int, **size: int) -> BertForQuestionAnswering:
+def structured_bert(heads: int, neurons: int, **size: int) -> PreTrainedModel:
     """A freshly initialised BERT in which each layer has lost random heads and neurons.
 
-    heads, neurons: percentages that are left, rounded up. size: as in `random_bert`.
+    heads, neurons: percentages that are left, rounded up. size: settings of its configuration.
     """
-    model, generator = _fresh_bert(size)
+    model, generator = random_model("bert", 1.0, **size), torch.Generator().manual_seed(0)
     config, family = model.config, family_of(model.config)
     for layer in layers_of(model):
         for names, count, percent in (
@@ -81,17 +86,9 @@ def structured_bert(heads: int, neurons: int, **size: int) -> BertForQuestionAns
     return model
 
 
-def _fresh_bert(size: dict[str, int]) -> tuple[BertForQuestionAnswering, torch.Generator]:
-    torch.manual_seed(0)
-    return BertForQuestionAnswering(BertConfig(**size)).eval(), torch.Generator().manual_seed(0)
-
-
 def load(checkpoint: str) -> PreTrainedModel:
     """The plain or compact model of a checkpoint, masked or not. Raises UserError."""
-    architecture, config, state = storage.load_plain(checkpoint)
-    model_class = getattr(
-        emmental if architecture.startswith("Compact") else transformers, architecture
-    )
+    model_class, config, state = storage.load_plain(checkpoint)
     model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
     return model.eval()
 

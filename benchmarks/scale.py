@@ -152,7 +152,7 @@ def large(layers: int, method: str) -> MaskedBertForQuestionAnswering:
     """A BERT as wide as BERT-large, with random weights and scores."""
     torch.manual_seed(0)
     config = MaskedBertConfig(
-        **report.bert_size(layers, 1024),
+        **report.size_of("bert", layers, 1024),
         pruning_method=method.split()[0],
         global_topk="global" in method,
         mask_init="uniform",

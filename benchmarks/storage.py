@@ -24,6 +24,7 @@ from transformers import BertTokenizerFast
 
 import saving_prunebert
 from emmental import storage
+from emmental.embeddings import prefix_of
 from emmental.errors import UserError, one_line_errors
 
 MB = 1e6
@@ -36,17 +37,17 @@ COLUMNS = ["format", "MB", "/notebook", "entropy MB", "masks MB", "/entropy", "p
 
 def save_random_bert(folder: Path, remaining: float) -> None:
     """Save a random BERT-base with a tokenizer as a checkpoint."""
-    report.random_bert(remaining).save_pretrained(folder)
+    report.random_model("bert", remaining).save_pretrained(folder)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(1000))]
     tokenizer = BertTokenizerFast(vocab={word: place for place, word in enumerate(words)})
     tokenizer.save_pretrained(folder)
 
 
-def torch_save_bytes(state: dict[str, torch.Tensor]) -> int:
+def torch_save_bytes(state: dict[str, torch.Tensor], embeddings: str) -> int:
     """Size of encoder and head by torch.save: float32, matrices as CSR with 32-bit indices."""
     kept = {}
     for name, tensor in state.items():
-        if name.startswith(storage.EMBEDDINGS):
+        if name.startswith(embeddings):
             continue
         kept[name] = tensor
         if tensor.dim() == 2:
@@ -60,8 +61,9 @@ def torch_save_bytes(state: dict[str, torch.Tensor]) -> int:
 
 def measure(checkpoint: Path, args: argparse.Namespace | None) -> dict:
     """A row for each format: MB of encoder and head and their entropy, seconds, task results."""
-    _, _, state = storage.load_plain(str(checkpoint))
-    rows = {"torch.save, CSR": {"MB": torch_save_bytes(state) / MB}}
+    model_class, _, state = storage.load_plain(str(checkpoint))
+    embeddings = prefix_of(model_class)
+    rows = {"torch.save, CSR": {"MB": torch_save_bytes(state, embeddings) / MB}}
     if args:
         rows["dense float32"] = {"results": saving_prunebert.evaluate(str(checkpoint), args)}
     with tempfile.TemporaryDirectory() as folder:
@@ -78,7 +80,7 @@ def measure(checkpoint: Path, args: argparse.Namespace | None) -> dict:
             masks = sum(
                 tensor["position_entropy"]
                 for tensor in packed.header["tensors"]
-                if not tensor["name"].startswith(storage.EMBEDDINGS)
+                if not tensor["name"].startswith(embeddings)
             )
             row = rows[f"ours, {bits} bits"] = {
                 "MB": total["packed"] / MB,
@@ -103,7 +105,7 @@ def notebook_bytes(packed: storage.Packed) -> int:
     with h5py.File(memory, "w") as file:
         for entry, array in packed.tensors():
             name = entry["name"]
-            if name.startswith(storage.EMBEDDINGS):
+            if name.startswith(packed.embeddings):
                 continue
             if array.ndim != 2:
                 file.create_dataset(name, data=array.astype(np.float32), compression="gzip")

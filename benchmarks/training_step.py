@@ -1,15 +1,16 @@
-"""The cost of masking: a training step and an evaluation of the masked BERT and the stock BERT.
+"""The cost of masking: a training step and an evaluation of a masked model and the stock model.
 
     python benchmarks/training_step.py      # 8 x 384 and 2 x 128: 20 min on 2 cores; or on a GPU
     python benchmarks/training_step.py --shapes 16x384 --bf16 --compile --json step.json
+    python benchmarks/training_step.py --family roberta     # the default size of another family
 
 Both models run in one process, in turn. A ratio is the median of the ratios of neighbouring steps,
-a time the median of all steps. The dense side is `BertForQuestionAnswering` with frozen embeddings,
-like ours. Both have the optimiser, the clipping and the penalty of a run of the scripts. Peak
-memory is measured in one process per side (on a GPU, by the allocator). "allowed" is the memory
-that masks need: scores, their gradient, two moments of Adam (for platon, the uncertainty instead),
-one byte per weight for the mask (four for l0), and a masked copy of the largest matrix. With
-another --granularity, scores and masks are as many as its scores.
+a time the median of all steps. The dense side is the stock model for questions, with frozen
+embeddings, like ours. Both have the optimiser, the clipping and the penalty of a run of the
+scripts. Peak memory is measured in one process per side (on a GPU, by the allocator). "allowed" is
+the memory that masks need: scores, their gradient, two moments of Adam (for platon, the uncertainty
+instead), one byte per weight for the mask (four for l0), and a masked copy of the largest matrix.
+With another --granularity, scores and masks are as many as its scores.
 """
 
 import argparse
@@ -29,11 +30,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BertConfig, BertForQuestionAnswering
+from transformers import CONFIG_MAPPING, AutoModelForQuestionAnswering
 
-from emmental import MaskedBertConfig, MaskedBertForQuestionAnswering
 from emmental.errors import UserError, one_line_errors
+from emmental.families import FAMILIES, MASKED, MaskedModel, layers_of
+from emmental.inputs import input_names
 from emmental.losses import regularization
+from emmental.modeling_masked import CLASSES
 from emmental.modules import find_masks, masked, masked_layers
 from emmental.modules.granularity import GRANULARITIES
 from emmental.modules.methods import METHODS
@@ -58,11 +61,12 @@ class Side:
     def __init__(self, method: str, args: argparse.Namespace):
         self.method, self.args = method, args
         torch.manual_seed(0)
-        size = report.bert_size(args.layers, args.hidden)
-        self.model = BertForQuestionAnswering(BertConfig(**size))
-        self.model.bert.embeddings.requires_grad_(False)
+        size = report.size_of(args.family, args.layers, args.hidden)
+        config = CONFIG_MAPPING[args.family](**size)
+        self.model = AutoModelForQuestionAnswering.from_config(config)
+        MaskedModel.freeze_embeddings(self.model)  # which serves stock models too
         if method != "dense":
-            config = MaskedBertConfig(
+            config = CONFIG_MAPPING[MASKED + args.family](
                 **size,
                 pruning_method=method,
                 mask_init="uniform",
@@ -70,20 +74,19 @@ class Side:
                 granularity=args.granularity,
             )
             state = self.model.state_dict()
-            self.model = MaskedBertForQuestionAnswering.from_pretrained(
-                None, config=config, state_dict=state
-            )
+            masked_class = CLASSES[f"Masked{type(self.model).__name__}"]
+            self.model = masked_class.from_pretrained(None, config=config, state_dict=state)
         self.model.to(args.device).train()
         self.optimizer = build_optimizer(self.model, 3e-5, 1e-2, 0.0, 1e-8)
         self.scaler = torch.amp.GradScaler(args.device, enabled=False)
         if args.compile:
-            for layer in self.model.bert.encoder.layer:
+            for layer in layers_of(self.model):
                 layer.compile()
 
     def forward(self, batch: dict[str, Tensor]):
         dtype = torch.bfloat16 if self.args.bf16 else torch.float32
         with torch.autocast(self.args.device, dtype, enabled=self.args.bf16):
-            return self.model(**batch)
+            return self.model(**{name: batch[name] for name in input_names(self.model)})
 
     def step(self, batch: dict[str, Tensor], clock: Callable[[str], None]) -> None:
         """One update, as in `emmental.training.loop`. Calls `clock(phase)` after each phase."""
@@ -191,8 +194,9 @@ def _paired(times: dict[str, list[float]]) -> float:
 def peak_memory(method: str, shape: tuple[int, int], args: argparse.Namespace) -> float:
     """Peak MiB of a separate process that takes three steps of one side."""
     command = [sys.executable, __file__, "--peak_memory_of", method, "--device", args.device]
-    command += ["--layers", str(args.layers), "--hidden", str(args.hidden)]
-    command += ["--granularity", args.granularity]
+    command += ["--family", args.family, "--granularity", args.granularity]
+    for name in ("layers", "hidden"):
+        command += [f"--{name}", str(value)] if (value := getattr(args, name)) else []
     command += ["--shapes", "x".join(map(str, shape))]
     command += [f"--{flag}" for flag in ("bf16", "compile") if getattr(args, flag)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
@@ -242,8 +246,10 @@ def get_parser() -> argparse.ArgumentParser:
         help="batch x length (default: 8x384 2x128)")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
     add("--granularity", choices=GRANULARITIES, default="weight", help="default: weight")
-    add("--layers", type=int, default=12, help="layers of the BERT (default: 12)")
-    add("--hidden", type=int, default=768, help="its hidden size, a multiple of 64 (default: 768)")
+    add("--family", choices=FAMILIES, default="bert", help="default: bert")
+    add("--layers", type=int, help="layers of the model (default: the family's, 12 for bert)")
+    add("--hidden", type=int,
+        help="its hidden size, a multiple of 64 (default: the family's, 768 for bert)")
     add("--repeats", type=int, default=7, help="measured steps of each side (default: 7)")
     add("--warmup", type=int, default=2, help="steps before those (default: 2)")
     add("--device", choices=("cpu", "cuda"),
@@ -264,9 +270,10 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         if args.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: torch finds no GPU here")
-        if args.hidden < 64 or args.hidden % 64:
+        if args.hidden is not None and (args.hidden < 64 or args.hidden % 64):
             raise UserError("--hidden must be a multiple of 64")
-        if min(args.layers, args.repeats) < 1 or args.warmup < 0:
+        least = args.repeats if args.layers is None else min(args.layers, args.repeats)
+        if least < 1 or args.warmup < 0:
             raise UserError("--layers and --repeats must be at least 1, --warmup at least 0")
         run(args)
 
@@ -280,13 +287,15 @@ def run(args: argparse.Namespace) -> None:
         print(_measure_peak(args))
         return
     shapes = {}
-    results = {"machine": report.machine(args.device), "granularity": args.granularity}
+    results = {"machine": report.machine(args.device), "family": args.family}
+    results |= {"granularity": args.granularity}
     results |= {"bf16": args.bf16, "compile": args.compile, "shapes": shapes}
     print(results["machine"])
     options = f", granularity {args.granularity}"
     options += ", bf16" * args.bf16 + ", compiled" * args.compile
-    print(f"BERT of {args.layers} layers, hidden size {args.hidden}; {args.device}{options}")
     dense = Side("dense", args)
+    layers, hidden = dense.model.config.num_hidden_layers, dense.model.config.hidden_size
+    print(f"{args.family} of {layers} layers, hidden size {hidden}; {args.device}{options}")
     for size in args.shapes:
         batch, name = make_batch(size, args.device), "{} x {}".format(*size)
         shapes[name], rows = {}, []

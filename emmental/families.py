@@ -36,6 +36,9 @@ class Family:
     heads: the `nn.Linear` of a layer that have rows for each head (query, key, last value), and the
         one that has columns (output). neurons: likewise the two of the feed-forward part. Without
         them a model has no granularity of heads and neurons.
+    norms: the LayerNorm after attention and the one at the end, if a layer computes what BERT's
+        does: then there are sparse kernels for it. activation: the setting of the feed-forward
+        part's activation.
     """
 
     encoder: str
@@ -43,6 +46,8 @@ class Family:
     embeddings: str = "embeddings"
     heads: tuple[str, ...] = ()
     neurons: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
+    activation: str = "hidden_act"
 
 
 BERT = Family(
@@ -55,6 +60,7 @@ BERT = Family(
         "attention.output.dense",
     ),
     neurons=("intermediate.dense", "output.dense"),
+    norms=("attention.output.LayerNorm", "output.LayerNorm"),
 )
 FAMILIES = {
     "bert": BERT,
@@ -68,6 +74,8 @@ FAMILIES = {
         layers="transformer.layer",
         heads=("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"),
         neurons=("ffn.lin1", "ffn.lin2"),
+        norms=("sa_layer_norm", "output_layer_norm"),
+        activation="activation",
     ),
     "mpnet": Family(
         encoder="encoder.layer",  # beside it are the relative positions

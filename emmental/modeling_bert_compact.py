@@ -13,7 +13,7 @@ from transformers import initialization
 from transformers.models.bert.modeling_bert import BertSelfAttention
 
 from .configuration_bert_compact import CompactBertConfig
-from .families import layers_of, register
+from .families import BERT, Family, layers_of, register
 
 
 class Headless(BertSelfAttention):
@@ -42,30 +42,44 @@ class Bias(nn.Module):
         return self.bias.expand(hidden_states.shape)
 
 
-def resize_attention(layer: nn.Module, heads: int, size: int) -> None:
-    """Give a BERT layer so many heads of `size` rows, with new weights that are not initialised."""
-    attention, context = layer.attention.self, layer.attention.output
-    hidden, total = context.dense.out_features, heads * size
-    if total == attention.all_head_size and heads == attention.num_attention_heads:
+def attention_of(layer: nn.Module, family: Family) -> nn.Module:
+    """The part of a layer that has the heads."""
+    return layer.get_submodule(family.heads[0].rpartition(".")[0])
+
+
+def resize_attention(layer: nn.Module, family: Family, heads: int, size: int) -> None:
+    """Give a layer so many heads of `size` rows, with new weights that are not initialised.
+
+    No heads are for BERT alone.
+    """
+    *inputs, output = family.heads
+    attention, context = attention_of(layer, family), layer.get_submodule(output)
+    hidden, total = context.out_features, heads * size
+    if total == context.in_features and size == attention.attention_head_size:
         return
-    context.dense = _resized(context.dense, total, hidden)
+    layer.set_submodule(output, _resized(context, total, hidden))
     if not total:
         layer.attention.self = Headless().train(attention.training)
         return
-    for name in ("query", "key", "value"):
-        setattr(attention, name, _resized(getattr(attention, name), hidden, total))
+    for name in inputs:
+        layer.set_submodule(name, _resized(layer.get_submodule(name), hidden, total))
     attention.num_attention_heads, attention.attention_head_size = heads, size
     attention.all_head_size = total  # the scale of the scores stays that of the whole head
 
 
-def resize_neurons(layer: nn.Module, neurons: int) -> None:
-    """Give a BERT layer so many neurons, with new weights that are not initialised."""
-    first, second = layer.intermediate, layer.output
-    if neurons == second.dense.in_features:
+def resize_neurons(layer: nn.Module, family: Family, neurons: int) -> None:
+    """Give a layer so many neurons, with new weights that are not initialised.
+
+    No neurons are for BERT alone.
+    """
+    first, second = family.neurons
+    old = layer.get_submodule(second)
+    if neurons == old.in_features:
         return
-    second.dense = _resized(second.dense, neurons, second.dense.out_features)
+    layer.set_submodule(second, _resized(old, neurons, old.out_features))
     if neurons:
-        first.dense = _resized(first.dense, first.dense.in_features, neurons)
+        old = layer.get_submodule(first)
+        layer.set_submodule(first, _resized(old, old.in_features, neurons))
     else:
         layer.intermediate = nn.Identity()
 
@@ -85,8 +99,8 @@ class Compact:
         super().__init__(config, *args, **kwargs)
         sizes = zip(config.layer_heads, config.layer_head_sizes, config.layer_neurons)
         for layer, (heads, size, neurons) in zip(layers_of(self), sizes):
-            resize_attention(layer, heads, size)
-            resize_neurons(layer, neurons)
+            resize_attention(layer, BERT, heads, size)
+            resize_neurons(layer, BERT, neurons)
             layer.apply(self._init_weights)
 
     def _init_weights(self, module):

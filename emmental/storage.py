@@ -1,4 +1,4 @@
-"""Packed files: a fine-pruned BERT close to the entropy of its weights, loaded with one call.
+"""Packed files: a fine-pruned model close to the entropy of its weights, loaded with one call.
 
 A file holds the plain (bertarized) model: its configuration, any tokenizer and model card, and each
 tensor as one stream of `emmental.coding`. Nothing of it is executed. Integers are little-endian:
@@ -17,7 +17,8 @@ The header has `architecture`, `config`, `bits`, `base_model` (None, or {name, d
 ({name, bytes, size, digest}) and `tensors` ({name, shape, kept, by_row, bytes, digest,
 position_entropy, value_entropy}, entropies in bits). A digest is the BLAKE2b (8 bytes) of the
 stored bytes. A file with a base model does not contain the embeddings: they are loaded from the
-base model, whose embeddings must have the recorded digest (16 bytes).
+base model, whose embeddings must have the recorded digest (16 bytes). The class to load is that of
+`architecture`, if the `model_type` of `config` is one of `FAMILIES`, or compact, and has it.
 """
 
 import hashlib
@@ -37,15 +38,22 @@ import torch
 import transformers
 from scipy.sparse import csr_array
 from torch import Tensor
-from transformers import BertConfig, BertModel, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_MAPPING,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from . import coding, modeling_bert_compact
 from .card import CARD_FILE, derived_card, read_card
+from .embeddings import base_embeddings, digest_of, prefix_of
 from .errors import UserError, first_line
 from .export import bertarized_config, bertarized_state_dict
-from .families import HEADS, is_masked, stock_type
+from .families import COMPACT, FAMILIES, HEADS, family_of, is_masked, stock_type
 from .files import write_file, write_folder
-from .inference import sparse_model
+from .inference import sparse_model, sparsify
 from .loading import head_of, load_masked, load_model, read_config
 from .tokenizer import tokenizer_to_copy
 
@@ -55,9 +63,6 @@ TEXT_FILES = re.compile(
     r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.(json|txt)"
     r"|chat_template\.jinja|README\.md"
 )
-KINDS = "", "Compact"  # of architectures
-EMBEDDINGS = "bert.embeddings."
-ENCODER = "bert.encoder."
 
 
 @dataclass
@@ -69,13 +74,24 @@ class Packed:
     start: int
 
     @property
-    def config(self) -> BertConfig:
+    def config(self) -> PreTrainedConfig:
         return self.model_class.config_class.from_dict(self.header["config"])
 
     @property
     def model_class(self) -> type[PreTrainedModel]:
-        name = self.header["architecture"]
-        return getattr(modeling_bert_compact if name.startswith("Compact") else transformers, name)
+        """Raises ValueError unless the family of the configuration has a class of that name."""
+        name, kind = self.header["architecture"], self.header["config"]["model_type"]
+        if stock_type(kind) in FAMILIES and not is_masked(kind):
+            stem = MODEL_MAPPING[CONFIG_MAPPING[kind]].__name__.removesuffix("Model")
+            if name in {f"{stem}For{head}" for head in HEADS}:
+                module = modeling_bert_compact if kind.startswith(COMPACT) else transformers
+                return getattr(module, name)
+        raise ValueError(f"unknown architecture {name!r} of a {kind!r}")
+
+    @property
+    def embeddings(self) -> str:
+        """What the names of the embeddings' tensors start with."""
+        return prefix_of(self.model_class)
 
     def size(self, kind: str) -> int:
         """Bytes of all `files` or `tensors`."""
@@ -119,7 +135,7 @@ def pack(
     threshold: float | None = None,
     global_topk: bool | None = None,
 ) -> Packed:
-    """Write the masked or plain BERT in the folder `checkpoint` to `file`.
+    """Write the masked or plain model in the folder `checkpoint` to `file`.
 
     bits: precision of the matrices, one of `coding.BITS`; vectors have at least 16 bits.
     base_model: leave the embeddings out, because they are those of this model (name or folder).
@@ -132,23 +148,28 @@ def pack(
     target = Path(file)
     if target.is_dir():
         raise UserError(f"{target} is a folder: give the name of the file to write")
-    architecture, config, state = load_plain(checkpoint, pruning_method, threshold, global_topk)
+    model_class, config, state = load_plain(checkpoint, pruning_method, threshold, global_topk)
+    prefix = prefix_of(model_class)
     files = _encode_files(tokenizer_to_copy(checkpoint), Path(checkpoint))
     base = None
     if base_model:
-        base = {"name": base_model, "digest": _embeddings_digest(base_embeddings(base_model))}
-        if _embeddings_digest(state) != base["digest"]:
+        base = {"name": base_model, "digest": digest_of(base_embeddings(base_model))}
+        own = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
+        if digest_of(own) != base["digest"]:
             raise UserError(
                 f"the embeddings of {checkpoint} are not those of {base_model}: pack without "
                 "--base_model, or give the model that it was fine-pruned from"
             )
-        state = {name: tensor for name, tensor in state.items() if not name.startswith(EMBEDDINGS)}
+        state = {name: tensor for name, tensor in state.items() if name not in own}
     try:
-        tensors = [_encode_tensor(name, tensor, bits) for name, tensor in state.items()]
+        tensors = [
+            _encode_tensor(name, tensor, bits, by_row=tensor.dim() == 2 and name.startswith(prefix))
+            for name, tensor in state.items()
+        ]
     except UserError as error:
         raise UserError(f"{checkpoint} cannot be packed: {error}") from error
     header = {
-        "architecture": architecture,
+        "architecture": model_class.__name__,
         "config": config.to_diff_dict(),
         "bits": bits,
         "base_model": base,
@@ -164,36 +185,20 @@ def load_plain(
     pruning_method: str | None = None,
     threshold: float | None = None,
     global_topk: bool | None = None,
-) -> tuple[str, BertConfig, dict[str, Tensor]]:
-    """Class name, configuration and state dict of a plain BERT, or of a masked one bertarized.
+) -> tuple[type[PreTrainedModel], PreTrainedConfig, dict[str, Tensor]]:
+    """Class, configuration and state dict of a plain model, or of a masked one bertarized.
 
     The last three arguments are as in `load_masked`. Raises UserError.
     """
     values = read_config(checkpoint)
-    if stock_type(kind := values["model_type"]) != "bert":
-        raise UserError(f"{checkpoint} is of type {kind}: packed files hold BERT only")
     if is_masked(values["model_type"]):
         model = load_masked(checkpoint, pruning_method, threshold, global_topk)
+        model_class = getattr(transformers, type(model).__name__.removeprefix("Masked"))
         config, state = bertarized_config(model.config), bertarized_state_dict(model)
     else:
         model = load_model(checkpoint, head_of(checkpoint, values), masked=False, trained=True)
-        config, state = model.config, model.state_dict()
-    state = {name: tensor.detach() for name, tensor in state.items()}
-    return type(model).__name__.removeprefix("Masked"), config, state
-
-
-def base_embeddings(name_or_path: str) -> dict[str, Tensor]:
-    """The embeddings of any BERT, by their names in a model with a head. Raises UserError."""
-    read_config(name_or_path)
-    try:
-        model = BertModel.from_pretrained(
-            name_or_path, dtype=torch.float32, add_pooling_layer=False
-        )
-    except Exception as error:  # broken files raise the errors of three libraries
-        raise UserError(
-            f"cannot load the base model {name_or_path}: {first_line(error)}"
-        ) from error
-    return {f"{EMBEDDINGS}{name}": tensor for name, tensor in model.embeddings.state_dict().items()}
+        model_class, config, state = type(model), model.config, model.state_dict()
+    return model_class, config, {name: tensor.detach() for name, tensor in state.items()}
 
 
 def _encode_files(
@@ -214,8 +219,7 @@ def _encode_files(
     return files
 
 
-def _encode_tensor(name: str, tensor: Tensor, bits: int) -> tuple[dict, bytes]:
-    by_row = name.startswith(EMBEDDINGS) and tensor.dim() == 2
+def _encode_tensor(name: str, tensor: Tensor, bits: int, by_row: bool) -> tuple[dict, bytes]:
     try:
         coded = coding.encode(tensor.float().numpy(), bits, by_row)
     except UserError as error:
@@ -232,14 +236,6 @@ def _encode_tensor(name: str, tensor: Tensor, bits: int) -> tuple[dict, bytes]:
         "value_entropy": round(coded.value_entropy),
     }
     return entry, content
-
-
-def _embeddings_digest(state: dict[str, Tensor]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(name for name in state if name.startswith(EMBEDDINGS)):
-        digest.update(name.encode())
-        digest.update(state[name].detach().float().contiguous().numpy())
-    return digest.hexdigest()
 
 
 def _digest(content: bytes) -> str:
@@ -300,8 +296,6 @@ def open_packed(file: str) -> Packed:
 def _check_header(packed: Packed) -> None:
     """Raises an exception unless names and shapes are those of the model of the configuration."""
     header = packed.header
-    if header["architecture"] not in {f"{kind}BertFor{head}" for head in HEADS for kind in KINDS}:
-        raise ValueError(f"unknown architecture {header['architecture']!r}")
     for entry in header["files"]:
         if not TEXT_FILES.fullmatch(entry["name"]):
             raise ValueError(f"{entry['name']!r} is neither a card nor a file of a tokenizer")
@@ -309,35 +303,39 @@ def _check_header(packed: Packed) -> None:
         model = packed.model_class(packed.config)
     wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     if header["base_model"]:
-        wanted = {name: shape for name, shape in wanted.items() if not name.startswith(EMBEDDINGS)}
+        base = packed.embeddings
+        wanted = {name: shape for name, shape in wanted.items() if not name.startswith(base)}
     if {entry["name"]: entry["shape"] for entry in header["tensors"]} != wanted:
         raise ValueError("its tensors do not fit its configuration")
 
 
 def load_packed(file: str, base_model: str | None = None, sparse: bool = False) -> PreTrainedModel:
-    """The `BertFor*` model of a packed file, in evaluation mode.
+    """The stock or compact model of a packed file, in evaluation mode.
 
     base_model: where to find the embeddings that the file leaves out, if not under the recorded
     name. sparse: return the model as `emmental.inference.sparsify` would, for a CPU, without ever
-    making its sparse matrices dense. Raises UserError.
+    making matrices dense that its kernels take. Raises UserError.
     """
     packed = open_packed(file)
+    family, model_class = family_of(packed.config), packed.model_class
     state = _fetch_embeddings(packed, base_model)
-    if sparse:
+    if sparse and family.norms:
+        layers = f"{model_class.base_model_prefix}.{family.layers}."
         for entry, parts in packed.tensors(coding.decode_sparse):
-            state[entry["name"]] = _sparse_tensor(entry, *parts)
-        return sparse_model(packed.model_class, packed.config, state)
+            in_layers = entry["name"].startswith(layers)
+            state[entry["name"]] = _tensor(entry, *parts, sparse=in_layers)
+        return sparse_model(model_class, packed.config, state)
     state |= {entry["name"]: torch.from_numpy(array) for entry, array in packed.tensors()}
-    model = packed.model_class.from_pretrained(
+    model = model_class.from_pretrained(
         None, config=packed.config, state_dict=state, dtype=torch.float32
-    )
-    return model.eval()
+    ).eval()
+    return sparsify(model) if sparse else model
 
 
-def _sparse_tensor(entry: dict, indices: np.ndarray | None, values: np.ndarray):
-    """A matrix of the encoder as csr_array, any other tensor as a torch tensor."""
+def _tensor(entry: dict, indices: np.ndarray | None, values: np.ndarray, sparse: bool):
+    """A matrix as csr_array if `sparse`, any other tensor as a torch tensor."""
     shape = tuple(entry["shape"])
-    is_sparse = entry["name"].startswith(ENCODER) and len(shape) == 2
+    is_sparse = sparse and len(shape) == 2
     if is_sparse and indices is not None:
         return csr_array((values, np.divmod(indices, shape[1])), shape)
     dense = values
@@ -354,7 +352,7 @@ def _fetch_embeddings(packed: Packed, base_model: str | None) -> dict[str, Tenso
         return {}
     name = base_model or base["name"]
     embeddings = base_embeddings(name)
-    if _embeddings_digest(embeddings) != base["digest"]:
+    if digest_of(embeddings) != base["digest"]:
         raise UserError(
             f"{packed.path} was packed without its embeddings, which are not those of {name}: "
             "give another base model"
@@ -396,7 +394,7 @@ def summary(packed: Packed) -> dict:
     have no `dense` and `entropy`.
     """
     rows = []
-    parts = "encoder and head", "embeddings"
+    parts, prefix = ("encoder and head", "embeddings"), packed.embeddings
     totals = {part: {"dense": 0, "packed": 0, "entropy": 0} for part in parts}
     for entry, array in packed.tensors():
         entropy = round((entry["position_entropy"] + entry["value_entropy"]) / 8)
@@ -410,7 +408,7 @@ def summary(packed: Packed) -> dict:
                 "entropy": entropy,
             }
         )
-        total = totals[parts[entry["name"].startswith(EMBEDDINGS)]]
+        total = totals[parts[entry["name"].startswith(prefix)]]
         total["dense"] += 4 * array.size
         total["packed"] += entry["bytes"]
         total["entropy"] += entropy
@@ -426,7 +424,8 @@ def compare(file: str, checkpoint: str, base_model: str | None = None, **masks) 
     UserError for models with different heads.
     """
     packed = open_packed(file)
-    architecture, _, state = load_plain(checkpoint, **masks)
+    model_class, _, state = load_plain(checkpoint, **masks)
+    architecture = model_class.__name__
     if architecture != packed.header["architecture"]:
         raise UserError(
             f"{file} holds a {packed.header['architecture']}, but {checkpoint} is a {architecture}"

@@ -151,7 +151,7 @@ def cost(heads, neurons, length, hidden=128):
 def test_compact_models_in_onnx_runtime():
     pytest.importorskip("onnxruntime")
     compact, report = map(importlib.import_module, ("compact", "report"))
-    model = compacted(report.structured_bert(50, 30, **report.bert_size(1, 128)))
+    model = compacted(report.structured_bert(50, 30, **report.size_of("bert", 1, 128)))
     side = compact.onnx(model)
     for ids in torch.randint(1000, (1, 16)), torch.randint(1000, (2, 9)):
         assert report.difference(side(ids), compact.eager(model)(ids)) < 1e-5

@@ -17,8 +17,8 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
-    DistilBertConfig,
-    DistilBertModel,
+    GPT2Config,
+    GPT2Model,
 )
 
 import emmental
@@ -414,10 +414,8 @@ def test_a_dense_model_gets_a_warning(tiny_config, caplog):
     assert "100% of the encoder's weights remain: sparse inference gains nothing" in caplog.text
 
 
-def distilbert(model):
-    return DistilBertModel(
-        DistilBertConfig(dim=8, hidden_dim=8, n_heads=2, n_layers=1, vocab_size=9)
-    )
+def gpt(model):
+    return GPT2Model(GPT2Config(n_embd=8, n_head=2, n_layer=1, vocab_size=9))
 
 
 def decoder(model):
@@ -430,7 +428,7 @@ def quantised(model):
 
 
 UNSUPPORTED = {
-    "distilbert": (distilbert, "knows BERT.*DistilBertModel"),
+    "gpt2": (gpt, "knows bert, roberta, .*this is a GPT2Model"),
     "linear": (lambda model: torch.nn.Linear(2, 2), "this is a Linear"),
     "half": (lambda model: model.half(), r"float\(\)"),
     "twice": (lambda model: sparsify(model, "library"), "already sparse"),

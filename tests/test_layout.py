@@ -53,8 +53,11 @@ ALLOWED = {  # part: (parts of emmental it may import, third-party libraries; No
         LEAVES | {"modules", "export", "inference", "inputs"} | MODELS,
         {"torch", "transformers", "numpy", "scipy", "onnxruntime"},
     ),
+    "embeddings": (LEAVES | {"configs", "families"}, {"torch", "transformers"}),
     "storage": (
-        LEAVES | {"card", "coding", "export", "inference", "loading", "tokenizer"} | MODELS,
+        LEAVES
+        | {"card", "coding", "embeddings", "export", "inference", "loading", "tokenizer"}
+        | MODELS,
         {"torch", "transformers", "numpy", "scipy"},
     ),
     "tables": (

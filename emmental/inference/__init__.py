@@ -1,9 +1,10 @@
 """Inference that is faster because the model is pruned: `sparsify(model)`.
 
-The encoder of BERT is first compacted: heads, neurons and rows that no output depends on are
+The encoder is first compacted: heads, neurons and rows that no output depends on are
 removed exactly (`compaction.py`). On a CPU, matrices with few weights then become sparse (CSR), and
 the encoder computes with them (`encoder.py`, `kernels.py`). Embeddings and head stay the stock
-modules, so any head works.
+modules, so any head works. So it goes for BERT and the families whose layer computes what BERT's
+does (those with `norms` in `families.FAMILIES`). Of the others, the feed-forward part is compacted.
 
     model = sparsify(BertForQuestionAnswering.from_pretrained("bertarized"))
     with torch.inference_mode():
@@ -12,21 +13,30 @@ modules, so any head works.
 
 import copy
 import logging
-from collections.abc import Callable
 
 import torch
 import transformers
 from scipy.sparse import csr_array
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import UserError
 from ..export import bertarized_config, bertarized_state_dict
-from ..families import encoder_of
+from ..families import FAMILIES, encoder_of, family_of, layers_of, stock_type
 from ..modeling_bert_compact import Bias
 from ..modules.masked_nn import MaskedLinear
 from ..modules.masks import masked_layers
-from .compaction import NAMES, Affine, compact, compact_model, compacted, density, read_layer
+from .compaction import (
+    Affine,
+    Fetch,
+    activation_of,
+    compact,
+    compact_model,
+    compacted,
+    density,
+    head_count,
+    read_layer,
+)
 from .encoder import SparseEncoder, SparseLayer
 from .kernels import BACKENDS, Library, Matrix, Native, load_native
 
@@ -35,7 +45,6 @@ __all__ = ["compacted", "sparse_model", "sparsify"]
 logger = logging.getLogger(__name__)
 
 KERNELS = ("auto", *BACKENDS, "compact")
-NORMS = ("attention.output.LayerNorm", "output.LayerNorm")
 PRUNED = 0.99  # a model with a higher density counts as dense
 CSR_BELOW = 0.3  # a matrix with a lower density is faster in CSR
 
@@ -45,12 +54,13 @@ def sparsify(
 ) -> PreTrainedModel:
     """A faster model with the outputs of the pruned `model`, up to float32 rounding.
 
-    model: a bertarized, compact or masked BERT with any head. It is not changed.
+    model: a bertarized, compact or masked encoder with any head. It is not changed.
     kernel: "native" (our C++ kernels, compiled at first use), "library" (torch's CSR product),
         "compact" (dense products, made smaller by compaction), or "auto": compact for an encoder
         whose density is not below `csr_below`, else native, or library without a C++ compiler.
     csr_below: density, in [0, 1], below which a matrix becomes CSR.
-    On a GPU and in training mode CSR does not pay: "auto" only compacts, with a warning.
+    On a GPU and in training mode CSR does not pay, and some families have no kernels: then "auto"
+    only compacts what it can, with a warning.
     Raises ValueError for another architecture, an unknown kernel, or a kernel that cannot be used.
     """
     if kernel not in KERNELS:
@@ -58,11 +68,11 @@ def sparsify(
     if not 0.0 <= csr_below <= 1.0:
         raise ValueError(f"csr_below is a density in [0, 1], not {csr_below}")
     _check_model(model)
-    unfit = _unfit(model)
+    unfit, instead = _unfit(model)
     if unfit and kernel in BACKENDS:
         raise ValueError(f"kernel {kernel!r} cannot be used: {unfit}; choose auto or compact")
     if unfit:
-        logger.warning("%s: compaction only, with dense products", unfit)
+        logger.warning("%s: %s", unfit, instead)
     model = _plain(model)
     encoder = encoder_of(model)
     left = density(encoder)
@@ -72,37 +82,33 @@ def sparsify(
         )
     if kernel == "compact" or unfit or (kernel == "auto" and left >= csr_below):
         sparse = copy.deepcopy(model)
-        compact_model(sparse, encoder_of(sparse))
+        compact_model(sparse)
         return _without_saving(sparse)
-    backend = _backend(kernel)
-    layers = [
-        _sparse_layer(
-            model.config,
-            block.attention.self.num_attention_heads,
-            dict(block.named_parameters()).get,
-            backend,
-            csr_below,
-        )
-        for block in encoder.layer
-    ]
+    backend, family, layers = _backend(kernel), family_of(model.config), []
+    for block in layers_of(model):
+        fetch = dict(block.named_parameters()).get
+        heads = head_count(block, family)
+        layers.append(_sparse_layer(model.config, heads, fetch, backend, csr_below))
     sparse = copy.deepcopy(model, {id(encoder): SparseEncoder(model.config, backend, layers)})
-    sparse.config._attn_implementation = "sdpa"  # BertModel then makes the mask SparseEncoder takes
+    sparse.config._attn_implementation = "sdpa"  # then the base model makes the mask it takes
     return _without_saving(sparse)
 
 
 def sparse_model(
     model_class: type[PreTrainedModel],
-    config: BertConfig,
+    config: PreTrainedConfig,
     tensors: dict[str, Tensor | csr_array],
     kernel: str = "auto",
     csr_below: float = CSR_BELOW,
 ) -> PreTrainedModel:
     """The sparse model of these tensors, by their names in `model_class`.
 
-    The encoder's matrices are csr_arrays; one with a density below `csr_below` is never made dense.
+    For families with kernels. The encoder's matrices are csr_arrays; one with a density below
+    `csr_below` is never made dense.
     """
     backend = _backend(kernel)
-    prefix = f"{model_class.base_model_prefix}.encoder.layer."
+    family = family_of(config)
+    prefix = f"{model_class.base_model_prefix}.{family.layers}."
     whole = [config.num_attention_heads] * config.num_hidden_layers
     layers = []
     for number, heads in enumerate(getattr(config, "layer_heads", whole)):
@@ -116,41 +122,48 @@ def sparse_model(
     shallow.num_hidden_layers = 0
     model = model_class.from_pretrained(None, config=shallow, state_dict=rest, dtype=torch.float32)
     model.config.num_hidden_layers = config.num_hidden_layers
-    model.bert.encoder = SparseEncoder(model.config, backend, layers)
+    model.base_model.set_submodule(family.encoder, SparseEncoder(model.config, backend, layers))
     return _without_saving(model.eval())
 
 
 def _check_model(model: nn.Module) -> None:
-    bert = model if isinstance(model, BertModel) else getattr(model, "bert", None)
-    if not isinstance(model, PreTrainedModel) or not isinstance(bert, BertModel):
+    kind = isinstance(model, PreTrainedModel) and stock_type(model.config.model_type)
+    if kind not in FAMILIES:
         raise ValueError(
-            "sparse inference knows BERT only, plain or masked, with any head; this is a "
-            f"{type(model).__name__}"
+            f"sparse inference knows {', '.join(FAMILIES)}, plain or masked, with any head; this "
+            f"is a {type(model).__name__}"
         )
-    if isinstance(bert.encoder, SparseEncoder):
+    encoder, family = encoder_of(model), family_of(model.config)
+    if isinstance(encoder, SparseEncoder):
         raise ValueError("this model is already sparse")
-    if model.config.is_decoder:
+    if getattr(model.config, "is_decoder", False):
         raise ValueError("sparse inference needs an encoder; is_decoder is set in this config")
-    if any(parameter.dtype != torch.float32 for parameter in bert.encoder.parameters()):
+    if any(parameter.dtype != torch.float32 for parameter in encoder.parameters()):
         raise ValueError("sparse inference computes in float32: call float() on the model first")
-    for block in bert.encoder.layer:
+    for block in layers_of(model):
         for name, module in block.named_modules():
-            kind = type(module)
-            if name in NAMES.values() and kind not in (nn.Linear, MaskedLinear, Bias):
+            known, kind = name in family.heads + family.neurons, type(module)
+            if known and kind not in (nn.Linear, MaskedLinear, Bias):
                 raise ValueError(
                     f"the encoder has a {kind.__module__}.{kind.__name__} instead of nn.Linear: "
                     "give the model without quantisation or adapters"
                 )
 
 
-def _unfit(model: PreTrainedModel) -> str | None:
-    """The reason why CSR cannot be used for this model, or does not pay."""
+def _unfit(model: PreTrainedModel) -> tuple[str, str]:
+    """Why CSR cannot be used for this model, or does not pay, and what happens instead."""
+    if not family_of(model.config).norms:
+        reason = f"there are no sparse kernels for {stock_type(model.config.model_type)} layers"
+        if activation_of(model.config):
+            return reason, "feed-forward part compacted only, with dense products"
+        return reason, "computes dense"
+    instead = "compaction only, with dense products"
     devices = {parameter.device.type for parameter in model.parameters()} - {"cpu"}
     if devices:
-        return f"CSR does not pay on {'/'.join(sorted(devices))}"
+        return f"CSR does not pay on {'/'.join(sorted(devices))}", instead
     if model.training:
-        return "the model is in training mode, for which there are no sparse kernels"
-    return None
+        return "the model is in training mode, for which there are no sparse kernels", instead
+    return "", instead
 
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:
@@ -182,9 +195,9 @@ def _backend(kernel: str) -> type[Native] | type[Library]:
 
 
 def _sparse_layer(
-    config: BertConfig,
+    config: PreTrainedConfig,
     heads: int,
-    fetch: Callable[[str], Tensor | csr_array | None],
+    fetch: Fetch,
     backend: type[Native] | type[Library],
     csr_below: float,
 ) -> SparseLayer:
@@ -194,8 +207,9 @@ def _sparse_layer(
         rows, columns = affine.weight.shape
         return backend.prepare(affine, affine.weight.nnz < csr_below * max(1, rows * columns))
 
-    layer = compact(read_layer(fetch, heads), config.hidden_act)
-    norms = [fetch(f"{norm}.{part}") for norm in NORMS for part in ("weight", "bias")]
+    family = family_of(config)
+    layer = compact(read_layer(fetch, family, heads), activation_of(config))
+    norms = [fetch(f"{norm}.{part}") for norm in family.norms for part in ("weight", "bias")]
     return SparseLayer(layer, norms, prepare)
 
 

@@ -1,4 +1,4 @@
-"""Lossless compaction: remove from a pruned BERT what none of its outputs depends on.
+"""Lossless compaction: remove from a pruned encoder what none of its outputs depends on.
 
 Attention computes softmax(Q K^T / sqrt(d)) V, then W_O:
 - A row of W_V goes if its column of W_O is empty. An empty row of W_V goes as well: its value is
@@ -7,7 +7,8 @@ Attention computes softmax(Q K^T / sqrt(d)) V, then W_O:
   its row of W_Q. So does a row whose row of W_Q is empty and has no bias.
 - A head without values goes as a whole.
 In the feed-forward part, a neuron goes if its row of W_1 or its column of W_2 is empty. If the row
-is empty, W_2 times the neuron's constant activation moves to the bias of W_2.
+is empty, W_2 times the neuron's constant activation moves to the bias of W_2. This part is the same
+in most families; attention is compacted where it is BERT's.
 
 This is exact wherever softmax sums to 1: not for a sequence of nothing but padding, and not under
 dropout of attention.
@@ -22,11 +23,11 @@ import numpy as np
 import torch
 from scipy.sparse import csr_array
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
 from .. import modeling_bert_compact as compact_bert
-from ..families import encoder_of
+from ..families import Family, family_of, layers_of, stock_type
 
 MULTIPLE = 8  # compacted dense matrices have multiples of this size, which fast products need
 
@@ -67,31 +68,39 @@ class Layer:
     sizes_v: list[int]
 
 
-NAMES = {  # the fields of Layer: their names in a layer of BERT
-    "query": "attention.self.query",
-    "key": "attention.self.key",
-    "value": "attention.self.value",
-    "output": "attention.output.dense",
-    "first": "intermediate.dense",
-    "second": "output.dense",
-}
+Fetch = Callable[[str], Tensor | csr_array | None]  # a parameter by its name within a layer
 
 
-def read_layer(fetch: Callable[[str], Tensor | csr_array | None], heads: int) -> Layer:
-    """A layer with `heads` heads.
-
-    fetch: returns a parameter by its name within the layer; None for one that a compact layer lacks
-    """
-    parts, hidden = {}, len(fetch("output.dense.bias"))
-    for field, name in NAMES.items():
-        weight, bias = fetch(f"{name}.weight"), fetch(f"{name}.bias")
-        if weight is None:
-            weight = torch.zeros((0, hidden) if bias is None else (hidden, 0))
-        bias = torch.zeros(0) if bias is None else bias
-        weight = weight if isinstance(weight, csr_array) else csr_array(_array(weight))
-        parts[field] = Affine(weight, _array(bias))
+def read_layer(fetch: Fetch, family: Family, heads: int) -> Layer:
+    """A layer with `heads` heads. fetch: returns None for what a compact layer lacks."""
+    parts = {}
+    for field, name in zip(("query", "key", "value", "output"), family.heads, strict=True):
+        parts[field] = _read(fetch, family, name)
+    first, second = (_read(fetch, family, name) for name in family.neurons)
     sizes = [len(parts["query"].bias) // heads] * heads if heads else []
-    return Layer(**parts, sizes=sizes, sizes_v=sizes)
+    return Layer(**parts, first=first, second=second, sizes=sizes, sizes_v=sizes)
+
+
+def head_count(block: nn.Module, family: Family) -> int:
+    """The heads of a layer of a stock or compact model."""
+    size = compact_bert.attention_of(block, family).attention_head_size
+    return block.get_submodule(family.heads[-1]).in_features // max(1, size)
+
+
+def activation_of(config: PreTrainedConfig) -> str | None:
+    """The activation of the feed-forward part; None if the family does not say what that is."""
+    family = family_of(config)
+    return getattr(config, family.activation, None) if family.neurons else None
+
+
+def _read(fetch: Fetch, family: Family, name: str) -> Affine:
+    weight, bias = fetch(f"{name}.weight"), fetch(f"{name}.bias")
+    if weight is None:
+        hidden = len(fetch(f"{family.neurons[-1]}.bias"))
+        weight = torch.zeros((0, hidden) if bias is None else (hidden, 0))
+    bias = torch.zeros(0) if bias is None else bias
+    weight = weight if isinstance(weight, csr_array) else csr_array(_array(weight))
+    return Affine(weight, _array(bias))
 
 
 def _array(tensor: Tensor) -> np.ndarray:
@@ -99,7 +108,8 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 def compact(layer: Layer, activation: str) -> Layer:
-    """A layer with the same output, without what it does not need; `activation` is `hidden_act`.
+    """A layer with the same output, without what it does not need; `activation` is between
+    `first` and `second`.
 
     A remaining head keeps at least one row of query and key. The given layer is not changed.
     """
@@ -112,20 +122,26 @@ def compact(layer: Layer, activation: str) -> Layer:
     first_rows = np.cumsum([0, *layer.sizes])[:-1]
     keep[first_rows[np.array(_count(keep, layer.sizes)) == 0]] = True
     keep &= np.repeat(np.array(sizes_v) > 0, np.array(layer.sizes, int))
-    constant = _empty_rows(layer.first)
-    values = ACT2FN[activation](torch.from_numpy(layer.first.bias)).numpy()
-    second = layer.second.fold(constant, values)
-    neurons = _used_inputs(second) & ~constant
+    first, second = compact_neurons(layer.first, layer.second, activation)
     return Layer(
         query=query.keep(keep),
         key=key.keep(keep),
         value=value.keep(keep_v),
         output=output.keep(columns=keep_v),
-        first=layer.first.keep(neurons),
-        second=second.keep(columns=neurons),
+        first=first,
+        second=second,
         sizes=[size for size in _count(keep, layer.sizes) if size],
         sizes_v=[size for size in sizes_v if size],
     )
+
+
+def compact_neurons(first: Affine, second: Affine, activation: str) -> tuple[Affine, Affine]:
+    """A feed-forward part with the same output, without the neurons that it does not need."""
+    constant = _empty_rows(first)
+    values = ACT2FN[activation](torch.from_numpy(first.bias)).numpy()
+    second = second.fold(constant, values)
+    neurons = _used_inputs(second) & ~constant
+    return first.keep(neurons), second.keep(columns=neurons)
 
 
 def _empty_rows(affine: Affine) -> np.ndarray:
@@ -145,34 +161,52 @@ def _count(keep: np.ndarray, sizes: list[int]) -> list[int]:
 
 
 @torch.no_grad()
-def compact_model(model: PreTrainedModel, encoder: nn.Module) -> None:
-    """Compact the stock or compact layers of `encoder`, a part of `model`, in place, on any device.
+def compact_model(model: PreTrainedModel) -> None:
+    """Compact the layers of a stock or compact model in place, on any device.
 
     The result has smaller Linears and can be trained. All heads of a layer get the size of its
-    largest remaining head, filled up with rows of zeros. Attention without heads, or a feed-forward
-    part without neurons, becomes a bias. A part that gets no smaller is not changed.
+    largest remaining head, filled up with rows of zeros. In a BERT, attention without heads, or a
+    feed-forward part without neurons, becomes a bias; another model keeps a few zeros. A part that
+    gets no smaller is not changed.
     """
-    for block in encoder.layer:
-        attention, context, second = block.attention.self, block.attention.output, block.output
+    family, activation = family_of(model.config), activation_of(model.config)
+    least = 0 if stock_type(model.config.model_type) == "bert" else 1
+    for block in layers_of(model) if activation else ():
         fetch = dict(block.named_parameters()).get
-        layer = compact(read_layer(fetch, attention.num_attention_heads), model.config.hidden_act)
-        heads, size = len(layer.sizes), max(layer.sizes + layer.sizes_v, default=0)
-        size = _multiple(size, attention.attention_head_size)
-        if heads * size < attention.all_head_size:
-            compact_bert.resize_attention(block, heads, size)
-            rows, rows_v = _places(layer.sizes, size), _places(layer.sizes_v, size)
-            if heads:
-                _fill(block.attention.self.query, layer.query, rows=rows)
-                _fill(block.attention.self.key, layer.key, rows=rows)
-                _fill(block.attention.self.value, layer.value, rows=rows_v)
-            _fill(context.dense, layer.output, columns=rows_v)
-        neurons = len(layer.first.bias)
-        total = _multiple(neurons, second.dense.in_features)
-        if total < second.dense.in_features:
-            compact_bert.resize_neurons(block, total)
-            if neurons:
-                _fill(block.intermediate.dense, layer.first, rows=slice(neurons))
-            _fill(second.dense, layer.second, columns=slice(neurons))
+        if family.norms:
+            layer = compact(read_layer(fetch, family, head_count(block, family)), activation)
+            _shrink_attention(block, family, layer, least)
+            first, second = layer.first, layer.second
+        else:
+            parts = (_read(fetch, family, name) for name in family.neurons)
+            first, second = compact_neurons(*parts, activation)
+        _shrink_neurons(block, family, first, second, least)
+
+
+def _shrink_attention(block: nn.Module, family: Family, layer: Layer, least: int) -> None:
+    *inputs, output = family.heads
+    heads, size = max(least, len(layer.sizes)), max([least, *layer.sizes, *layer.sizes_v])
+    size = _multiple(size, compact_bert.attention_of(block, family).attention_head_size)
+    if heads * size < block.get_submodule(output).in_features:
+        compact_bert.resize_attention(block, family, heads, size)
+        rows, rows_v = _places(layer.sizes, size), _places(layer.sizes_v, size)
+        if heads:
+            parts = (layer.query, rows), (layer.key, rows), (layer.value, rows_v)
+            for name, (affine, places) in zip(inputs, parts, strict=True):
+                _fill(block.get_submodule(name), affine, rows=places)
+        _fill(block.get_submodule(output), layer.output, columns=rows_v)
+
+
+def _shrink_neurons(
+    block: nn.Module, family: Family, first: Affine, second: Affine, least: int
+) -> None:
+    neurons, most = len(first.bias), block.get_submodule(family.neurons[1]).in_features
+    total = _multiple(max(least, neurons), most)
+    if total < most:
+        compact_bert.resize_neurons(block, family, total)
+        if total:
+            _fill(block.get_submodule(family.neurons[0]), first, rows=slice(neurons))
+        _fill(block.get_submodule(family.neurons[1]), second, columns=slice(neurons))
 
 
 def compacted(model: PreTrainedModel) -> PreTrainedModel:
@@ -183,11 +217,15 @@ def compacted(model: PreTrainedModel) -> PreTrainedModel:
     """
     name = f"Compact{type(model).__name__.removeprefix('Compact')}"
     compact_class = getattr(compact_bert, name, None)
-    if compact_class is None or model.config.is_decoder:
-        raise ValueError(f"there is no compact form of a {type(model).__name__}: give a plain BERT")
+    if compact_class is None or getattr(model.config, "is_decoder", False):
+        kind = stock_type(model.config.model_type)
+        raise ValueError(
+            f"there is no compact form of a {type(model).__name__} ({kind}): give a plain "
+            "BERT with the head of a task"
+        )
     small = copy.deepcopy(model)
-    compact_model(small, encoder_of(small))
-    layers = encoder_of(small).layer
+    compact_model(small)
+    layers = layers_of(small)
     left = {
         "layer_heads": [layer.attention.self.num_attention_heads for layer in layers],
         "layer_head_sizes": [layer.attention.self.attention_head_size for layer in layers],

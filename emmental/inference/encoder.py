@@ -1,4 +1,6 @@
-"""The encoder of a pruned BERT on sparse matrices. It replaces `BertEncoder` in any stock model."""
+"""The encoder of a pruned model on sparse matrices, for families whose layer computes what BERT's
+does. It replaces the encoder of any of their stock models.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -6,11 +8,11 @@ import numpy as np
 import torch
 from scipy.sparse import vstack
 from torch import Tensor, nn
-from transformers import BertConfig
+from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from ..modules.numeric import is_traced
-from .compaction import Affine, Layer
+from .compaction import Affine, Layer, activation_of
 from .kernels import Library, Matrix, Native
 
 NOT_IN_GRAPHS = "a sparse model cannot be traced or exported: take the bertarized model instead"
@@ -46,14 +48,17 @@ class SparseLayer:
 
 
 class SparseEncoder(nn.Module):
-    """The outputs of the `BertEncoder` with these layers, up to float32 rounding.
+    """The outputs of the stock encoder with these layers, up to float32 rounding.
 
     For the CPU, float32 and evaluation only. Its weights are not parameters: the model cannot be
     trained, moved or saved with them.
     """
 
     def __init__(
-        self, config: BertConfig, backend: type[Native] | type[Library], layers: list[SparseLayer]
+        self,
+        config: PreTrainedConfig,
+        backend: type[Native] | type[Library],
+        layers: list[SparseLayer],
     ):
         super().__init__()
         self.config, self.backend, self.layers = config, backend, layers
@@ -84,7 +89,8 @@ class SparseEncoder(nn.Module):
 
     def _run(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
         run = self.backend(*hidden.shape[:2])
-        epsilon, activation = self.config.layer_norm_eps, self.config.hidden_act
+        activation = activation_of(self.config)
+        epsilon = getattr(self.config, "layer_norm_eps", 1e-12)  # DistilBERT's is fixed
         scale = (self.config.hidden_size // self.config.num_attention_heads) ** -0.5
         x = run.enter(hidden)
         for layer in self.layers:
@@ -125,7 +131,7 @@ class SparseEncoder(nn.Module):
 
 
 def key_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
-    """The visible keys, bool [batch, length], from the mask that BertModel makes; None for all.
+    """The visible keys, bool [batch, length], from the mask of the base model; None for all.
 
     attention_mask: bool [batch, 1, 1 or length, length]. Raises ValueError for another mask, such
     as one that differs between queries.

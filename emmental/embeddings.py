@@ -1,0 +1,43 @@
+"""The embeddings of a model: fine-pruning leaves them as they were in its base model."""
+
+import hashlib
+import inspect
+
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedModel
+
+from .configs import read_config
+from .errors import UserError, first_line
+from .families import FAMILIES, stock_type
+
+
+def prefix_of(model_class: type[PreTrainedModel]) -> str:
+    """What the names of the embeddings' tensors start with, in a class with a head."""
+    family = FAMILIES[stock_type(model_class.config_class.model_type)]
+    return f"{model_class.base_model_prefix}.{family.embeddings}."
+
+
+def base_embeddings(name_or_path: str) -> dict[str, Tensor]:
+    """The embeddings of any model, by their names in one with a head. Raises UserError."""
+    model_type = stock_type(read_config(name_or_path)["model_type"])
+    base = MODEL_MAPPING[CONFIG_MAPPING[model_type]]
+    has_pooler = "add_pooling_layer" in inspect.signature(base).parameters
+    options = {"add_pooling_layer": False} if has_pooler else {}
+    try:
+        model = base.from_pretrained(name_or_path, dtype=torch.float32, **options)
+    except Exception as error:  # broken files raise the errors of three libraries
+        raise UserError(
+            f"cannot load the base model {name_or_path}: {first_line(error)}"
+        ) from error
+    embeddings = model.get_submodule(FAMILIES[model_type].embeddings).state_dict()
+    return {f"{prefix_of(base)}{name}": tensor for name, tensor in embeddings.items()}
+
+
+def digest_of(embeddings: dict[str, Tensor]) -> str:
+    """A digest of tensors and their names, in hexadecimal."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(embeddings):
+        digest.update(name.encode())
+        digest.update(embeddings[name].detach().float().contiguous().numpy())
+    return digest.hexdigest()

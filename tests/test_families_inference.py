@@ -1,0 +1,274 @@
+"""After training, for every family: packed files, sparse inference, compaction, cards."""
+
+import logging
+from dataclasses import fields
+
+import pytest
+import torch
+import transformers
+from conftest import tokenizer_of
+from transformers import CONFIG_MAPPING, AutoTokenizer
+
+import saving_prunebert
+from emmental import storage
+from emmental.embeddings import prefix_of
+from emmental.export import plain_percents
+from emmental.families import FAMILIES, HEADS, encoder_of, family_of, layers_of
+from emmental.inference import compacted, sparsify
+from emmental.inference.encoder import SparseEncoder
+
+HIDDEN, NEURONS = 32, 48
+SIZES = dict(
+    hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=4, intermediate_size=NEURONS,
+    hidden_dim=NEURONS, max_position_embeddings=48, embedding_size=16, type_vocab_size=2,
+    initializer_range=0.2, relative_attention=True, position_buckets=8,
+    pos_att_type=["p2c", "c2p"], norm_rel_ebd="layer_norm",
+)  # fmt: skip
+NATIVE = ["bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert"]
+FEED_FORWARD = ["mpnet", "albert", "deberta-v2"]
+SPECIAL = ("pad", "bos", "eos", "cls", "sep")
+
+
+def config_of(row, tokenizer, **settings):
+    """A tiny configuration; each family takes the settings that it has."""
+    kind = CONFIG_MAPPING[row]
+    known = {field.name for field in fields(kind)} | set(kind.attribute_map)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in SPECIAL}
+    settings = SIZES | ids | {"vocab_size": len(tokenizer)} | settings
+    return kind(**{name: value for name, value in settings.items() if name in known})
+
+
+@torch.no_grad()
+def build(row, head="QuestionAnswering", density=0.2, seed=0, **settings):
+    """A plain model with random zeros; a head and half of the neurons of layer 0 are empty, and all
+    heads and neurons of layer 1. Its padding id matters for positions.
+    """
+    torch.manual_seed(seed)
+    config = config_of(row, tokenizer_of(row), **settings)
+    model = getattr(transformers, f"AutoModelFor{head}").from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.add_(torch.randn(parameter.shape) * 0.3)
+    for parameter in encoder_of(model).parameters():
+        if parameter.dim() == 2:
+            parameter.mul_(torch.rand(parameter.shape) < density)
+    family = family_of(config)
+    for layer, share in zip(layers_of(model), (4, 1)):
+        for names in (family.heads, family.neurons):
+            if names:
+                weight = layer.get_submodule(names[-1]).weight
+                weight[:, : weight.shape[1] // share] = 0
+        if family.neurons:  # neurons whose activation is constant
+            layer.get_submodule(family.neurons[0]).weight[-NEURONS // 3 :] = 0
+    return model
+
+
+def batch_of(model, padding=True):
+    """A batch of three lengths; without `padding` all tokens are seen."""
+    torch.manual_seed(1)
+    ids, mask = torch.randint(5, model.config.vocab_size, (3, 21)), torch.ones(3, 21).long()
+    for row, length in enumerate((21, 9, 4) if padding else ()):
+        ids[row, length:], mask[row, length:] = model.config.pad_token_id, 0
+    given = {"input_ids": ids, "attention_mask": mask}
+    if type(model).__name__.endswith("MultipleChoice"):
+        given = {name: tensor[None] for name, tensor in given.items()}
+    return given
+
+
+@torch.no_grad()
+def assert_same(model, other, tolerance=1e-4):
+    for padding in (True, False):
+        given = batch_of(model, padding)
+        pairs = zip(other(**given).to_tuple(), model(**given).to_tuple(), strict=True)
+        for found, expected in pairs:
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance / 5)
+
+
+def save_masked(row, folder, head="QuestionAnswering"):
+    """A masked model of one layer, saved with its tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = tokenizer_of(row)
+    config = config_of(row, tokenizer, num_hidden_layers=1)
+    values = config.to_dict() | {"model_type": f"masked_{row}"}
+    masks = {"mask_init": "uniform", "mask_scale": 4.0, "threshold": 0.2}
+    config = CONFIG_MAPPING[f"masked_{row}"].from_dict(values | masks)
+    model = getattr(transformers, f"AutoModelFor{head}").from_config(config).eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+# --- packed files ---
+
+
+@pytest.mark.parametrize("row", FAMILIES)
+def test_packed_files(row, tmp_path):
+    masked, file = save_masked(row, tmp_path / "in"), str(tmp_path / "file")
+    packed = storage.pack(str(tmp_path / "in"), file, 32)
+    stock = type(masked).__name__.removeprefix("Masked")
+    assert packed.header["architecture"] == stock
+    assert packed.header["config"]["model_type"] == row
+    assert_same(masked, storage.load_packed(file, sparse=True))
+    assert_same(masked, storage.unpack(file, str(tmp_path / "out")), 0.0)
+    model = transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path / "out")
+    assert type(model) is getattr(transformers, stock)
+    assert_same(masked, model.eval(), 0.0)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"A plain `{stock}`" in card and f"from transformers import {stock}" in card
+    tokenizers = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("out", "in"))
+    pair = "who lives in oslo ?", "Ada lives in oslo . ben lives in rome ."
+    ours, theirs = (tokenizer(*pair).input_ids for tokenizer in tokenizers)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("row", ["roberta", "electra", "distilbert", "albert", "modernbert"])
+def test_embeddings_of_a_base_model_are_left_out(row, tmp_path):
+    masked, file = save_masked(row, tmp_path / "in"), str(tmp_path / "file")
+    stock = getattr(transformers, type(masked).__name__.removeprefix("Masked"))
+    base = stock(config_of(row, tokenizer_of(row), num_hidden_layers=1))
+    own = {n: x for n, x in masked.state_dict().items() if n.startswith(prefix_of(stock))}
+    assert own and base.load_state_dict(own, strict=False).unexpected_keys == []
+    base.save_pretrained(tmp_path / "base")
+    packed = storage.pack(str(tmp_path / "in"), file, 8, str(tmp_path / "base"))
+    names = {entry["name"] for entry in packed.header["tensors"]}
+    assert names == set(base.state_dict()) - set(own)  # shared matrices are there once
+    assert saving_prunebert.main(["verify", file, str(tmp_path / "in")]) == 0
+    loaded = storage.load_packed(file)
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in own.items())
+    assert_same(masked, loaded, 0.3)
+
+
+@pytest.mark.parametrize("head", HEADS[1:])
+def test_packed_heads(head, tmp_path):
+    masked, file = save_masked("distilbert", tmp_path / "in", head), str(tmp_path / "file")
+    storage.pack(str(tmp_path / "in"), file, 32)
+    assert_same(masked, storage.load_packed(file), 0.0)
+    assert_same(masked, storage.load_packed(file, sparse=True))
+
+
+def test_embeddings_of_another_family_are_refused(tmp_path):
+    save_masked("roberta", tmp_path / "in")
+    save_masked("camembert", tmp_path / "same names")
+    save_masked("distilbert", tmp_path / "base")
+    for base in ("base", "same names"):
+        with pytest.raises(storage.UserError, match="embeddings of .* are not those of"):
+            storage.pack(str(tmp_path / "in"), str(tmp_path / "f"), 8, str(tmp_path / base))
+
+
+@pytest.mark.parametrize(
+    "architecture, model_type",
+    [
+        ("BertForQuestionAnswering", "roberta"),
+        ("RobertaForMaskedLM", "roberta"),
+        ("GPT2ForQuestionAnswering", "gpt2"),
+        ("MaskedRobertaForQuestionAnswering", "masked_roberta"),
+        ("CompactRobertaForQuestionAnswering", "compact_roberta"),
+        ("CompactBertForQuestionAnswering", "bert"),
+        ("AutoModelForQuestionAnswering", "roberta"),
+    ],
+)
+def test_a_class_that_is_not_of_its_family_is_refused(tmp_path, architecture, model_type):
+    config = {"model_type": model_type}
+    header = {"architecture": architecture, "config": config, "files": [], "tensors": []}
+    storage._write(tmp_path / "file", header, [])
+    with pytest.raises(storage.UserError, match="invalid header"):
+        storage.open_packed(str(tmp_path / "file"))
+
+
+# --- sparse inference ---
+
+
+@pytest.mark.parametrize("row", FAMILIES)
+def test_sparsify(row, caplog):
+    caplog.set_level(logging.WARNING)
+    model = build(row)
+    for kernel in ("auto", "native", "library", "compact"):
+        caplog.clear()
+        if row not in NATIVE and kernel in ("native", "library"):
+            with pytest.raises(
+                ValueError, match=f"no sparse kernels for {row} layers; choose auto"
+            ):
+                sparsify(model, kernel)
+            continue
+        sparse = sparsify(model, kernel)
+        assert_same(model, sparse)
+        is_sparse = isinstance(encoder_of(sparse), SparseEncoder)
+        assert is_sparse == (row in NATIVE and kernel != "compact")
+        said = [
+            record.message for record in caplog.records if "gains nothing" not in record.message
+        ]
+        if row in NATIVE:
+            assert said == []
+        else:
+            does = "feed-forward part compacted only" if row in FEED_FORWARD else "computes dense"
+            assert len(said) == 1 and f"no sparse kernels for {row} layers: {does}" in said[0]
+
+
+@pytest.mark.parametrize("row", [*NATIVE, *FEED_FORWARD])
+def test_what_compaction_drops(row):
+    """Heads where attention is BERT's, neurons everywhere; only a BERT can lose all of a layer."""
+    model, family = build(row, density=0.9), FAMILIES[row]
+    small = sparsify(model, "compact")
+    assert_same(model, small)
+    first, *last = layers_of(small)
+    rows, neurons = (
+        first.get_submodule(names[-1]).in_features for names in (family.heads, family.neurons)
+    )
+    assert rows == (24 if row in NATIVE else HIDDEN) and neurons == 24
+    for layer in last:
+        rows, neurons = (
+            layer.get_submodule(n[-1]).in_features for n in (family.heads, family.neurons)
+        )
+        assert neurons == (0 if row == "bert" else 8)
+        assert rows == ({"bert": 0}.get(row, 8) if row in NATIVE else HIDDEN)
+    small.train()(**batch_of(model)).start_logits.sum().backward()
+
+
+@pytest.mark.parametrize("head", HEADS[1:])
+def test_heads(head):
+    for row in FAMILIES:
+        model = build(row, head)
+        assert_same(
+            model, sparsify(model, "auto" if row in FEED_FORWARD + ["modernbert"] else "library")
+        )
+
+
+@pytest.mark.parametrize("row", FAMILIES)
+def test_masked_models(row, tmp_path):
+    masked = save_masked(row, tmp_path / "in")
+    sparse = sparsify(masked)
+    assert type(sparse).__name__ == type(masked).__name__.removeprefix("Masked")
+    assert_same(masked, sparse)
+    with pytest.raises(ValueError, match="cannot be saved"):
+        sparse.save_pretrained(tmp_path / "out")
+
+
+def test_other_activations_and_norms():
+    for row, settings in (
+        ("distilbert", {"activation": "relu"}),
+        ("roberta", {"hidden_act": "silu", "layer_norm_eps": 0.1}),
+    ):
+        model = build(row, **settings)
+        for kernel in ("auto", "library", "compact"):
+            assert_same(model, sparsify(model, kernel))
+
+
+@pytest.mark.parametrize("row", ["roberta", "distilbert"])
+def test_a_layer_that_is_not_of_linears_is_refused(row):
+    model = build(row)
+    layers_of(model)[0].set_submodule(FAMILIES[row].heads[0], torch.nn.Bilinear(2, 2, 2))
+    with pytest.raises(ValueError, match="Bilinear instead of nn.Linear"):
+        sparsify(model)
+
+
+def test_only_bert_has_a_compact_form():
+    for row in ("roberta", "distilbert", "modernbert"):
+        with pytest.raises(
+            ValueError, match=rf"no compact form of a \w+ \({row}\): give a plain BERT"
+        ):
+            compacted(build(row))
+
+
+def test_percentages_of_the_card():
+    for row in FAMILIES:
+        assert 5 < plain_percents(build(row))[0] < 25
