@@ -29,7 +29,7 @@ def get_parser() -> Parser:
     return parser
 
 
-def print_report(counts: RemainingWeights, layers: list[LayerCount]) -> None:
+def print_report(counts: RemainingWeights, layers: list[LayerCount], depth: int) -> None:
     method, threshold, global_topk, granularity = counts.settings.values()
     ranked = ", all matrices ranked together" if global_topk else ""
     at = f" at threshold {threshold:g}{ranked}" if METHODS[method].threshold else ""
@@ -43,6 +43,8 @@ def print_report(counts: RemainingWeights, layers: list[LayerCount]) -> None:
     for n, x in enumerate(layers):
         heads, neurons = f"{x.heads} of {x.all_heads}", f"{x.neurons} of {x.all_neurons}"
         print(f"{n:>5}  {100 * x.remaining / x.total:>11.3f}  {heads:>13}  {neurons:>13}")
+    if len(layers) < depth and layers:
+        print(f"{'':>5}  these matrices serve {depth} layers")
     convention = "published convention (encoder, bias and LayerNorm counted):"
     print(f"\nRemaining weights, {convention} {counts.published_percent:.3f} %")
     print(f"Remaining weights, {'Linear weights only:':<59} {counts.linear_percent:.3f} %")
@@ -57,7 +59,7 @@ def main(argv: list[str] | None = None) -> RemainingWeights:
         counts, layers = remaining_weights(model, masks), count_layers(model, masks)
         if args.json:
             write_json(Path(args.json), counts.as_dict() | {"layers": [asdict(x) for x in layers]})
-        print_report(counts, layers)
+        print_report(counts, layers, model.config.num_hidden_layers)
     return counts
 
 

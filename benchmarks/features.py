@@ -34,6 +34,7 @@ import masked_run_squad
 from emmental.data import glue, glue_tasks, squad
 from emmental.data.metrics import glue_metrics, squad_metrics
 from emmental.errors import UserError, one_line_errors
+from emmental.inputs import MODEL_INPUTS
 from emmental.loading import load_model
 from emmental.schedule import learning_rate_factor
 from emmental.tokenizer import load_tokenizer
@@ -41,7 +42,7 @@ from emmental.training.batches import BatchPlan
 from emmental.training.distributed import World, keep_freed_memory
 from emmental.training.evaluate import Predictor
 from emmental.training.optim import build_optimizer, set_learning_rates
-from emmental.training.passes import MODEL_INPUTS, forward
+from emmental.training.passes import forward
 
 
 class Squad:

@@ -71,15 +71,24 @@ def concrete_type(asked: str, source: str, cache_dir: str | None = None) -> str:
 
 def head_of(source: str, config: dict) -> str:
     """Which of `HEADS` a checkpoint was saved with. Raises UserError if it does not say."""
-    names = [str(name) for name in config.get("architectures") or ()]
-    for head in HEADS:
-        if any(name.endswith(f"For{head}") for name in names):
-            return head
+    head = saved_head(config)
+    if head:
+        return head
     raise UserError(
-        f"{source} has no head of a task ({', '.join(names) or 'no architectures'} in its "
-        f"config.json): give a model fine-tuned for one of {', '.join(HEADS)}, not a base model "
-        "or a masked-LM head"
+        f"{source} has no head of a task ({', '.join(_classes(config)) or 'no architectures'} in "
+        f"its config.json): give a model fine-tuned for one of {', '.join(HEADS)}, not a base "
+        "model or a masked-LM head"
     )
+
+
+def saved_head(config: dict) -> str | None:
+    """Which of `HEADS` a checkpoint was saved with; None if it does not say."""
+    names = _classes(config)
+    return next((h for h in HEADS if any(name.endswith(f"For{h}") for name in names)), None)
+
+
+def _classes(config: dict) -> list[str]:
+    return [str(name) for name in config.get("architectures") or ()]
 
 
 def refuse_or_warn(problem: str, trained: bool) -> None:

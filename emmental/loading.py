@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from .configs import head_of, read_config, refuse_or_warn, without_foreign
+from .configs import head_of, read_config, refuse_or_warn, saved_head, without_foreign
 from .errors import UserError, first_line
 from .families import COMPACT, MASKED, SCORES, is_masked, stock_type
 from .inputs import longest_input
@@ -65,6 +65,9 @@ def load_model(
     recorded = values = read_config(source, cache_dir)
     model_type = values["model_type"]
     _check_kind(source, model_type, masked, trained)
+    saved = saved_head(recorded)
+    if trained and saved not in (None, head):  # some have weights of the same names
+        raise UserError(f"{source} has no trained {head} head, but one for {saved}")
     model_type = MASKED + stock_type(model_type) if masked else model_type
     if config_name:
         values = read_config(config_name, cache_dir)

@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from conftest import TOKENIZERS, tokenizer_of
 from datasets import ClassLabel, Dataset, Features, Value
 from transformers import BertTokenizerFast
 
@@ -655,6 +656,7 @@ TEXTS = [
     ("gus [SEP] hana", "Ünknown [MASK] words\u2028"),
     ("", LONG),
 ]
+ONE_TYPE = ("roberta", "xlm-roberta", "camembert", "mpnet")  # their tokenizers tell none apart
 
 
 def make_examples(pair=True, labels=None, texts=TEXTS):
@@ -667,25 +669,28 @@ def make_examples(pair=True, labels=None, texts=TEXTS):
     return Dataset.from_dict(rows, features=Features(kinds))
 
 
-@pytest.mark.parametrize("max_seq_length", [5, 12, 13, 64])
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("max_seq_length", [6, 12, 13, 64])
 @pytest.mark.parametrize("pair", [True, False])
-def test_features_are_those_of_the_stock_tokenizer(tiny_tokenizer, pair, max_seq_length):
-    examples = make_examples(pair)
-    before = tiny_tokenizer.backend_tokenizer.to_str()
-    features = build_features(examples, tiny_tokenizer, max_seq_length=max_seq_length)
-    assert tiny_tokenizer.backend_tokenizer.to_str() == before
+def test_features_are_those_of_the_stock_tokenizer(pair, max_seq_length, kind):
+    examples, tokenizer = make_examples(pair), tokenizer_of(kind)
+    before = tokenizer.backend_tokenizer.to_str()
+    features = build_features(examples, tokenizer, max_seq_length=max_seq_length)
+    assert tokenizer.backend_tokenizer.to_str() == before
     assert features.column_names == ["input_ids", "length", "second_start"]
     assert features.features["input_ids"].feature == Value("int32")
-    batch = collate(list(features), tiny_tokenizer.pad_token_id, multiple_of=1)
+    batch = collate(list(features), tokenizer.pad_token_id, multiple_of=1)
     texts = [list(texts) for texts in zip(*TEXTS)][: 1 + pair]
-    stock = tiny_tokenizer(*texts, truncation="longest_first", max_length=max_seq_length)
+    options = {"truncation": "longest_first", "return_token_type_ids": True}
+    stock = tokenizer(*texts, max_length=max_seq_length, **options)
     for row, (ids, types) in enumerate(
         zip(stock["input_ids"], stock["token_type_ids"], strict=True)
     ):
         assert features[row]["input_ids"] == ids
         assert features[row]["length"] == len(ids) <= max_seq_length
         assert batch["token_type_ids"][row, : len(ids)].tolist() == types
-        assert features[row]["second_start"] == (types.index(1) if pair else len(ids))
+        assert features[row]["second_start"] == (types.index(1) if any(types) else len(ids))
+        assert any(types) == (pair and kind not in ONE_TYPE)
 
 
 def test_features_hold_the_label(tiny_tokenizer):

@@ -478,7 +478,8 @@ def test_load_model_of_a_plain_bert(tiny_bert):
 def test_load_model_of_another_head(tiny_bert):
     model = load_model(str(tiny_bert), "SequenceClassification", masked=True, labels=3)
     assert model.classifier.weight.shape == (3, 32)
-    with pytest.raises(UserError, match="pooler"):
+    said = "no trained SequenceClassification head, but one for QuestionAnswering"
+    with pytest.raises(UserError, match=said):
         load_model(str(tiny_bert), "SequenceClassification", masked=False, trained=True)
 
 

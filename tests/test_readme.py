@@ -180,18 +180,19 @@ parser = make_parser(Tagging(), "x")
 words = "--data_dir x --model_type masked_bert --model_name_or_path x --output_dir x"
 assert parser.parse_args([*words.split(), "--granularity", "2x2"]).granularity == "2x2"
 
-sizes = dict(vocab_size=30, dim=8, n_layers=1, n_heads=2, hidden_dim=16)
-config = MaskedDistilBertConfig(**sizes, max_position_embeddings=16, granularity="structure")
-distilbert = AutoModel.from_config(config)
-shapes = {n: p.shape for n, p in distilbert.named_parameters() if n.endswith("mask_scores")}
+sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+kind = transformers.CONFIG_MAPPING["masked_ernie"]
+config = kind(vocab_size=30, **sizes, granularity="structure")
+ernie = transformers.AutoModel.from_config(config)
+shapes = {n: p.shape for n, p in ernie.named_parameters() if n.endswith("mask_scores")}
 assert [*shapes.values()] == [(2,), (16,)], shapes
 config.granularity = "2x2"
 ids = torch.arange(5, 15)[None]
-outputs = {AutoModel: "last_hidden_state", AutoModelForQuestionAnswering: "start_logits"}
-for auto, output in outputs.items():
-    distilbert = auto.from_config(config)
-    assert type(distilbert).__name__.startswith("MaskedDistilBert")
-    assert distilbert(ids, threshold=0.5)[output].shape[:2] == (1, 10)
+for auto in transformers.AutoModel, transformers.AutoModelForQuestionAnswering:
+    ernie = auto.from_config(config)
+    assert type(ernie).__name__.startswith("MaskedErnie")
+    assert ernie(ids, threshold=0.5)[0].shape[:2] == (1, 10)
+assert type(ernie) is MaskedErnieForQuestionAnswering
 
 place = Path(sys.argv[1])
 words = "[PAD] [UNK] [CLS] [SEP] [MASK] ada ben lives in oslo rome ##me".split()

@@ -8,7 +8,6 @@ import contextlib
 import copy
 import functools
 import hashlib
-import inspect
 import json
 import logging
 import os
@@ -35,10 +34,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from emmental.errors import TrainingError, UserError, handled_signals
 from emmental.files import file_digest, write_file
+from emmental.inputs import MODEL_INPUTS, longest_input
 
 logger = logging.getLogger(__name__)
 
-MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 BATCH = 1000  # rows per step
 DAY = 24 * 60 * 60  # seconds
 LABEL = (str, int, bool)
@@ -216,12 +215,18 @@ def fast_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
 
 
 def padding_of(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> dict:
-    """The options of `pad_batch` for a model."""
-    accepted = inspect.signature(model.forward).parameters
+    """The options of `pad_batch` for a model.
+
+    There are token types if the tokenizer has them, for a teacher that takes them too: a forward
+    of `training` gives each model its own inputs. The id of padding is the model's, as RoBERTa
+    numbers its positions by it.
+    """
+    padding = model.get_input_embeddings().padding_idx
+    has_types = any(fast_backend(tokenizer).encode("a", "b").type_ids)
     return {
-        "pad_token_id": tokenizer.pad_token_id,
-        "input_names": [name for name in MODEL_INPUTS if name in accepted],
-        "multiple_of": 8 if model.config.max_position_embeddings % 8 == 0 else 1,
+        "pad_token_id": tokenizer.pad_token_id if padding is None else padding,
+        "input_names": [name for name in MODEL_INPUTS if has_types or name != "token_type_ids"],
+        "multiple_of": 1 if (longest_input(model) or 8) % 8 else 8,
     }
 
 

@@ -35,9 +35,10 @@ from emmental.data.features import (
 )
 from emmental.errors import UserError
 
-VERSION = 2  # raise it when the features of the same input change: old caches are then ignored
+VERSION = 3  # raise it when the features of the same input change: old caches are then ignored
 HUB_NAMES = {False: "rajpurkar/squad", True: "rajpurkar/squad_v2"}
 NO_SPAN_ODDS = 1e6  # null odds of a question without a valid span: finite, above every real score
+SPACES = [place for place in range(0x3001) if chr(place).isspace()]  # all that Unicode has
 EXAMPLE_FEATURES = Features(
     id=Value("string"),
     title=Value("string"),
@@ -213,7 +214,7 @@ def build_features(
     context_start (index of the first context token: token types are 0 before it, 1 from it on),
     example_index. For training also start_position and end_position (indices of the first and last
     token of the first answer, or of [CLS] if the window does not hold all of it); else offsets
-    (start, end, start, end, ...: characters of the context tokens in the context) and max_context
+    (start, end, start, end, ...: characters of the context tokens, see `_spans`) and max_context
     (bool per context token: whether this window shows most of its surroundings). `caching` are
     options of `cached_map`. Raises UserError if the lengths leave no room for a context.
     """
@@ -296,14 +297,25 @@ def _windows(n_tokens, room, doc_stride):
 
 
 def _spans(offsets, text):
-    """Characters [start, end) of each token: int32 of shape (tokens, 2)."""
+    """Characters [start, end) of each token, without white space around: int32 (tokens, 2).
+
+    Both ascend. A token of white space alone ends before it starts.
+    """
     spans = np.array(offsets, np.int32).reshape(-1, 2)
     if not text.isascii() and any(unicodedata.category(char) == "Mn" for char in text):
         # The normaliser strips combining accents: extend each token over those that follow it.
         for span, limit in zip(spans, [*spans[1:, 0], len(text)]):
             while span[1] < limit and unicodedata.category(text[span[1]]) == "Mn":
                 span[1] += 1
-    return spans
+    # The space that add_prefix_space puts after a special token is said to follow the next word.
+    spans[:, 0] = np.minimum.accumulate(spans[::-1, 0])[::-1]
+    is_space = np.isin(np.frombuffer(text.encode("utf-32-le"), np.uint32), SPACES)
+    places = np.arange(len(text), dtype=np.int32)
+    begins = np.append(np.where(is_space, len(text), places), len(text))
+    ends = np.append(0, np.where(is_space, 0, places + 1))
+    begins = np.minimum.accumulate(begins[::-1])[::-1]  # of the first character that is none
+    ends = np.maximum.accumulate(ends)  # behind the last
+    return np.stack([begins[spans[:, 0]], ends[spans[:, 1]]], axis=1).astype(np.int32)
 
 
 def _answer_tokens(answers, spans):
@@ -394,6 +406,7 @@ def _candidates(start, end, context_start, offsets, max_context, n_best_size, ma
     first = np.sort(np.argsort(-start, kind="stable")[:n_best_size])[:, None]
     last = np.sort(np.argsort(-end, kind="stable")[:n_best_size])[None, :]
     valid = (last >= first) & (last - first < max_answer_length) & max_context[first]
+    valid &= offsets[first, 0] < offsets[last, 1]  # white space alone is no answer
     i, j = np.nonzero(valid)
     first, last = first[i, 0], last[0, j]
     return np.stack(

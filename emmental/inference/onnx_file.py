@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..errors import TrainingError, UserError
 from ..files import write_file
+from ..inputs import input_names, longest_input
 
 PACKAGES = ("onnx==1.23.2", "onnxruntime==1.32.0", "onnxscript==0.7.2")
 ROUNDING = 1e-4  # of float32: the most that an output may differ by, relative to the largest one
@@ -31,11 +32,11 @@ def check_onnx(file: Path) -> None:
 def write_onnx(model: PreTrainedModel, file: Path) -> None:
     """Write a stock or compact model, in float32 on the CPU, to an ONNX file.
 
-    Its inputs are `input_ids`, `attention_mask` and `token_type_ids` (int64, batch x length, for
-    multiple choice batch x choices x length), of any size; its outputs are those of the model, by
-    their names. The file is kept only if ONNX Runtime computes what torch does. Raises UserError
-    as `check_onnx` does, and TrainingError for a model that cannot be exported or computes
-    something else.
+    Its inputs are `input_ids`, `attention_mask` and, if it tells them apart, `token_type_ids`
+    (int64, batch x length, for multiple choice batch x choices x length), of any size; its outputs
+    are those of the model, by their names. The file is kept only if ONNX Runtime computes what
+    torch does. Raises UserError as `check_onnx` does, and TrainingError for a model that cannot be
+    exported or computes something else.
     """
     check_onnx(file)
 
@@ -57,16 +58,16 @@ def write_onnx(model: PreTrainedModel, file: Path) -> None:
 
 def _sample(model: PreTrainedModel, batch: int, length: int) -> dict[str, Tensor]:
     """Inputs with padding and, if the model has them, two token types."""
-    config = model.config
-    length = min(length, config.max_position_embeddings)
+    length = min(length, longest_input(model) or length)
     choices = (3,) if type(model).__name__.endswith("ForMultipleChoice") else ()
     shape = (batch, *choices, length)
     generator = torch.Generator().manual_seed(length)
     mask, types = torch.ones(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     mask[0, ..., length - length // 3 :] = 0
-    types[..., length // 2 :] = min(1, config.type_vocab_size - 1)
-    ids = torch.randint(config.vocab_size, shape, generator=generator)
-    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+    types[..., length // 2 :] = 1
+    ids = torch.randint(model.config.vocab_size, shape, generator=generator)
+    inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+    return {name: inputs[name] for name in input_names(model)}
 
 
 @torch.no_grad()

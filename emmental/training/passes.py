@@ -8,14 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..inputs import input_names
 from ..losses import regularization
 from ..modules.masks import masked_layers
 from .checkpoint import TrainingState
 from .distributed import World
 from .hidden import hidden_distillation_loss, hidden_states
 from .task import Batch, Logits, Task
-
-MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 class Passes:
@@ -95,9 +94,9 @@ class Passes:
 
 def forward(task: Task, model: nn.Module, batch: Batch, precision: torch.dtype | None) -> Logits:
     """The task's logits of a batch, which is on the model's device."""
-    device = batch["input_ids"].device.type
+    device, names = batch["input_ids"].device.type, input_names(getattr(model, "module", model))
     with torch.autocast(device, precision, enabled=precision is not None):
-        outputs = model(**{name: batch[name] for name in MODEL_INPUTS if name in batch})
+        outputs = model(**{name: batch[name] for name in names if name in batch})
     return task.logits(outputs, batch)
 
 
