@@ -62,6 +62,18 @@ def test_training_step(benchmark, capsys, monkeypatch):
     assert allowed == 4 * 4 * 64 * 64 + 17 * (1 + 4 * 64)  # one head, and neurons
 
 
+@pytest.mark.parametrize("family", ["distilbert", "modernbert"])
+def test_families(benchmark, family):
+    size = f"--family {family} --layers 1 --hidden 64 --repeats 1".split()
+    flags = "--shapes 2x16 --warmup 0 --device cpu --methods topK --no_memory".split()
+    found = benchmark("training_step", *size, *flags)
+    assert found["family"] == family and found["shapes"]["2 x 16"]["topK"]["step_ratio"] > 0
+    flags = "--densities 0.1 --batches 2 --lengths 16 --without compiled int8".split()
+    (row,) = benchmark("inference", *size, *flags)["rows"]
+    assert round(row["left"], 1) == 0.1 and row["difference"] < 1e-5
+    assert row["kernels"] != "compact" or family == "modernbert"
+
+
 @pytest.mark.parametrize("task", ["squad", "sst-2"])
 def test_features(benchmark, tiny_bert, squad_dir, tmp_path, monkeypatch, capsys, task):
     if task == "squad":

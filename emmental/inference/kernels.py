@@ -1,4 +1,4 @@
-"""Two backends for a sparse BERT on a CPU: our own kernels (kernels.cpp), and torch's CSR product.
+"""Two backends for a sparse model on a CPU: our own kernels (kernels.cpp), and torch's CSR product.
 
 A backend keeps the activations of one forward feature-major, in its own layout:
 - `Native`: [tiles][features][T], tiles of T tokens (see kernels.cpp). Compiled at first use with
