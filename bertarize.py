@@ -1,11 +1,11 @@
-"""Turn a fine-pruned checkpoint into a plain BERT with the same outputs.
+"""Turn a fine-pruned checkpoint into a plain model with the same outputs.
 
-    python bertarize.py --model_name_or_path OUT             # a plain BERT, pruned weights at zero
+    python bertarize.py --model_name_or_path OUT             # a plain model, pruned weights at zero
     python bertarize.py --model_name_or_path OUT --compact   # without its empty heads and neurons
     python bertarize.py --model_name_or_path OUT --compact --onnx model.onnx   # for ONNX Runtime
 
 writes the folder bertarized_OUT (or compact_OUT) beside OUT. `BertForQuestionAnswering` and the
-Auto classes load the plain BERT as any other; for a compact one, import emmental first. The
+Auto classes load the plain model as any other; for a compact one, import emmental first. The
 checkpoint's config.json says which method and threshold it was trained with; checkpoints of the
 2020 code need --threshold. --compact and --onnx also take a plain or compact model.
 """

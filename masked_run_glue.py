@@ -1,4 +1,4 @@
-"""Fine-prune (or fine-tune) BERT on a GLUE task or your own, evaluate it, predict its test set.
+"""Fine-prune (or fine-tune) an encoder, such as BERT, on a GLUE task or your own.
 
 Movement pruning towards 15% of the encoder's weights on MNLI:
 

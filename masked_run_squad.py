@@ -1,4 +1,4 @@
-"""Fine-prune (or fine-tune) BERT on SQuAD v1.1 or v2.0, and evaluate it.
+"""Fine-prune (or fine-tune) an encoder, such as BERT, on SQuAD v1.1 or v2.0, and evaluate it.
 
 Movement pruning towards 15% of the encoder's weights, as in the paper:
 

@@ -23,7 +23,7 @@ part() { # part NAME SECONDS COMMAND...
 run_all() { # run_all SECONDS PARTS...: of results/commands.sh
   local seconds=$1
   shift
-  bash results/commands.sh "$@" | sed "s#^python#$PYTHON#" > "$OUT/commands.txt"
+  bash results/commands.sh "$@" | sed "s#\bpython #$PYTHON #g" > "$OUT/commands.txt"
   part "${1}" "$seconds" xargs -a "$OUT/commands.txt" -P "${JOBS:-12}" -I{} bash -c {}
 }
 
