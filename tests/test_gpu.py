@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 import masked_run_squad
 from emmental.loading import load_masked
 from emmental.modules import find_masks
+from emmental.modules.granularity import GRANULARITIES
 from emmental.modules.methods import METHODS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -46,6 +47,16 @@ def assert_near(ours, theirs, tolerance):
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "l0"])  # its noise differs
 def test_gpu_training_is_cpu_training(run, method):
     assert_near(run("gpu", method=method), run("cpu", "--no_cuda", method=method), 0.02)
+
+
+@pytest.mark.parametrize("granularity", [name for name in GRANULARITIES if name != "weight"])
+@pytest.mark.parametrize("method", ["topK", "magnitude", "platon"])
+def test_gpu_granularities(run, method, granularity):
+    blocks = "" if granularity == "structure" else "--block_rows 8 --block_columns 8"
+    flags = f"--granularity {granularity} {blocks}".split()
+    plain = run("gpu", *flags, method=method)
+    assert_near(plain, run("cpu", "--no_cuda", *flags, method=method), 0.02)
+    assert_near(run("compiled", "--compile", *flags, method=method), plain, 0.2)
 
 
 @pytest.mark.parametrize("method", METHODS)
