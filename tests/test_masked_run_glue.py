@@ -699,7 +699,7 @@ def test_configurations_and_teachers_that_do_not_fit(run, refused, tmp_path, tin
     )
     small.save_pretrained(tmp_path / "small")
     teach = ["--teacher_type", "bert", "--teacher_name_or_path", str(tmp_path / "small")]
-    assert "max_position_embeddings 24 against 48" in refused("rte", *TOPK, *TRAIN, *teach)
+    assert "it takes 24 tokens, and 48 are needed" in refused("rte", *TOPK, *TRAIN, *teach)
     assert "--text_column is empty" in refused(
         "custom", "--do_train", "--text_column", "", data=tmp_path
     )
