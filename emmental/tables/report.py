@@ -108,7 +108,8 @@ def run_rows(runs: list[Run]) -> list[dict]:
     rows, order = [], ["dense", *methods_of(runs)].index
     for run in sorted(runs, key=lambda r: (r.task, order(r.method), r.distil, -r.remaining)):
         args, summary, kind = run.args, run.summary, (run.method, run.distil)
-        paper = {name: paper_value(run.task, name, *kind, run.remaining) for name in run.metrics}
+        compared = run.metrics if run.granularity in ("", "weight") else ()
+        paper = {name: paper_value(run.task, name, *kind, run.remaining) for name in compared}
         row = {
             "task": run.task,
             "method": run.method,
