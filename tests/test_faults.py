@@ -10,6 +10,7 @@ import sys
 import threading
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,7 +20,7 @@ import bertarize
 import counts_parameters
 import masked_run_squad
 import saving_prunebert
-from emmental.data import squad
+from emmental.data import features, squad
 from emmental.training import checkpoint, evaluate, guards, loop, passes
 from emmental.training import run as narrative
 from emmental.training.distributed import World
@@ -192,6 +193,22 @@ def test_a_signal_while_several_processes_make_features(tmp_path, tiny_bert, squ
     os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(30) == 143
     assert b"error: stopped by SIGTERM" in process.stderr.read()
+
+
+def test_signals_end_workers_without_a_handler(tmp_path):
+    """A pool that had an error waits for ever if a worker's handler does not run."""
+
+    def featurize(column):
+        defaults = [signal.getsignal(n) is signal.SIG_DFL for n in (signal.SIGTERM, signal.SIGINT)]
+        return {"default": [defaults] * len(column)}
+
+    datasets.Dataset.from_dict({"x": [1, 2, 3, 4]}).save_to_disk(tmp_path / "data")
+    before = signal.getsignal(signal.SIGTERM)
+    made = features.cached_map(
+        datasets.load_from_disk(tmp_path / "data"), featurize, ["x"], key="k", num_proc=2
+    )
+    assert made["default"] == [[True, True]] * 4
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 # ---- where the output goes

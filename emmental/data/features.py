@@ -186,11 +186,20 @@ def cached_map(
 
 def _stop_workers(number: int, frame) -> None:
     """Handle a signal by ending at once: an exception would wait for the workers for ever."""
-    if not multiprocess.parent_process():
-        for worker in multiprocess.active_children():
-            worker.kill()
-        print(f"\nerror: stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
+    for worker in multiprocess.active_children():
+        worker.kill()
+    print(f"\nerror: stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
     os._exit(128 + number)
+
+
+def _end_at_once() -> None:
+    """Let signals end a worker: a handler of Python's may never run while it waits for work."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(number) is _stop_workers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_end_at_once)
 
 
 def ragged(pieces: list[np.ndarray], lengths: list[int]) -> pa.ListArray:
