@@ -96,8 +96,8 @@ def remaining_weights(model: nn.Module, masks: Masks | None = None) -> Remaining
         matrices.append(MatrixCount(name, kept, total, floored, 100 * kept / total))
     parameters = encoder_of(model).named_parameters()
     encoder = sum(p.numel() for name, p in parameters if not name.endswith(".mask_scores"))
-    settings = {x: getattr(model.config, x) for x in ("pruning_method", "threshold", "global_topk")}
-    settings["granularity"] = getattr(model.config, "granularity", "weight")
+    names = "pruning_method", "threshold", "global_topk", "granularity"
+    settings = {name: getattr(model.config, name) for name in names}
     return RemainingWeights(settings, matrices, encoder - sum(m.total for m in matrices))
 
 

@@ -177,8 +177,7 @@ class Masked:
     def mask_encoder(self) -> None:
         """Replace the encoder's `nn.Linear` by masked layers, and freeze the embeddings."""
         names = "mask_init mask_scale pruning_method importance_beta uncertainty_beta".split()
-        known = [name for name in names if hasattr(self.config, name)]  # of a user's own family
-        options = {name: getattr(self.config, name) for name in known}
+        options = {name: getattr(self.config, name) for name in names}
         granularity = granularity_of(self.config)
         for kind in granularity.shared:
             self._share_scores(kind, options)
@@ -198,7 +197,8 @@ class Masked:
             )
         kinds = {}  # one object for equal matrices, so that equal layers share compiled code
         for layer in layers_of(self):
-            own = [name for name in names if name in dict(layer.named_modules())]
+            modules = dict(layer.named_modules())
+            own = [name for name in names if name in modules]
             holder, count = None, layer.get_submodule(names[0]).out_features
             count = self.config.num_attention_heads if kind == "heads" else count
             for name in own:
@@ -245,9 +245,7 @@ class MaskedHead(Masked):
 
 def granularity_of(config: PreTrainedConfig) -> Weight:
     """The granularity of a masked model. Raises ValueError for an unknown name."""
-    granularity = find_granularity(getattr(config, "granularity", "weight"))
-    sizes = (getattr(config, name, 32) for name in ("block_rows", "block_columns"))
-    return granularity.sized(*sizes)
+    return find_granularity(config.granularity).sized(config.block_rows, config.block_columns)
 
 
 def _check_blocks(encoder: nn.Module, granularity: Weight) -> None:

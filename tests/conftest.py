@@ -31,6 +31,14 @@ WORDS = "lives in where does live ? . , the and yes no a is who".split()
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *NAMES, *PLACES, *WORDS]
 
 
+SIZES = {  # sizes of a model
+    "vocab_size": 120,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+}
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,?!'-éß漢字"
 
 
@@ -118,14 +126,7 @@ def make_squad(path, questions=24, seed=0, unanswerable=0):
 
 @pytest.fixture(scope="session")
 def tiny_config():
-    return dict(
-        vocab_size=120,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=64,
-    )
+    return dict(SIZES)
 
 
 @pytest.fixture(scope="session")

@@ -216,15 +216,7 @@ def make_material(folder: Path) -> tuple[Path, Path]:
     words = conftest.VOCABULARY + [f"[unused{i}]" for i in range(120 - len(conftest.VOCABULARY))]
     (folder / "vocab.txt").write_text("\n".join(words))
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=120,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-    )
+    config = BertConfig(**conftest.SIZES, initializer_range=0.2)
     BertForQuestionAnswering(config).save_pretrained(model)
     BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(model)
     return model, data
