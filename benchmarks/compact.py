@@ -216,7 +216,10 @@ def make_models(args: argparse.Namespace) -> tuple[PreTrainedModel, dict[str, tu
         if max(args.lengths) > limit:
             raise UserError(f"--lengths: {name or 'BERT'} takes {limit} tokens at most")
     place = {"device": args.device, "dtype": DTYPES[args.dtype]}
-    pairs = {name: (model.to(**place), compacted(model)) for name, model in plain.items()}
+    try:
+        pairs = {name: (model.to(**place), compacted(model)) for name, model in plain.items()}
+    except ValueError as error:
+        raise UserError(f"--models: {error}") from error
     return dense.to(**place), pairs
 
 

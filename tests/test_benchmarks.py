@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import BertConfig, BertForSequenceClassification
 
 import bertarize
@@ -249,3 +250,14 @@ def test_speed_benchmarks_refuse(capsys, flags, said):
         importlib.import_module(name).main(flags)
     assert stop.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_compact_models_of_another_family_are_refused(tiny_config, tmp_path, capsys):
+    config = transformers.RobertaConfig(**tiny_config)
+    transformers.RobertaForQuestionAnswering(config).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module("compact").main(
+            ["--models", str(tmp_path), "--dense", str(tmp_path), "--lengths", "16"]
+        )
+    assert stop.value.code == 2
+    assert "no compact form of a RobertaForQuestionAnswering" in capsys.readouterr().err
