@@ -30,7 +30,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from emmental.errors import UserError, one_line_errors
 from emmental.families import FAMILIES, encoder_of
 from emmental.inference import sparsify
-from emmental.inference.compaction import density
+from emmental.inference.compaction import activation_of, density
 from emmental.inference.encoder import SparseEncoder
 from emmental.inputs import longest_input
 
@@ -77,7 +77,10 @@ def run_group(
     The dense sides are measured with the first model only, as masks do not change their speed.
     """
     forced = {} if args.csr_below is None else {"kernel": "native", "csr_below": args.csr_below}
-    ours = {name: sparsify(model, **forced) for name, model in models.items()}
+    try:
+        ours = {name: sparsify(model, **forced) for name, model in models.items()}
+    except ValueError as error:
+        raise UserError(f"{title}: {error}") from error
     dense = next(iter(models.values()))
     generator = torch.Generator().manual_seed(1)
     found = []
@@ -98,13 +101,14 @@ def run_group(
             for name, model in models.items():
                 encoder = encoder_of(ours[name])
                 sparse = isinstance(encoder, SparseEncoder)
+                without = "compact" if activation_of(model.config) else "dense"
                 found.append(
                     {
                         "model": name,
                         "batch": batch,
                         "length": length,
                         "left": density(encoder_of(model)),
-                        "kernels": encoder.backend.name if sparse else "compact",
+                        "kernels": encoder.backend.name if sparse else without,
                         **summarise(times, name),
                         "bound": encoder.multiply_adds(length) * ids.numel() / rate
                         if sparse

@@ -63,8 +63,11 @@ def test_training_step(benchmark, capsys, monkeypatch):
     assert allowed == 4 * 4 * 64 * 64 + 17 * (1 + 4 * 64)  # one head, and neurons
 
 
-@pytest.mark.parametrize("family", ["distilbert", "modernbert"])
-def test_families(benchmark, family):
+@pytest.mark.parametrize(
+    "family, kernels",
+    [("distilbert", "native library"), ("mpnet", "compact"), ("modernbert", "dense")],
+)
+def test_families(benchmark, family, kernels):
     size = f"--family {family} --layers 1 --hidden 64 --repeats 1".split()
     flags = "--shapes 2x16 --warmup 0 --device cpu --methods topK --no_memory".split()
     found = benchmark("training_step", *size, *flags)
@@ -72,7 +75,7 @@ def test_families(benchmark, family):
     flags = "--densities 0.1 --batches 2 --lengths 16 --without compiled int8".split()
     (row,) = benchmark("inference", *size, *flags)["rows"]
     assert round(row["left"], 1) == 0.1 and row["difference"] < 1e-5
-    assert row["kernels"] != "compact" or family == "modernbert"
+    assert row["kernels"] in kernels.split()
 
 
 @pytest.mark.parametrize("task", ["squad", "sst-2"])
@@ -235,6 +238,10 @@ def test_scale(benchmark, monkeypatch):
         ("inference --models nowhere", "nowhere"),
         ("inference --densities 6", "not a fraction"),
         ("inference --batches 0", "at least 1"),
+        (
+            "inference --family mpnet --hidden 64 --layers 1 --lengths 8 --csr_below 0.2",
+            "no sparse kernels for mpnet",
+        ),
         ("compact --hidden 100", "--hidden must be a multiple of 64"),
         ("compact --lengths 600 --hidden 64 --layers 1", "512 tokens at most"),
         ("compact --models nowhere --dense nowhere", "nowhere"),
