@@ -250,8 +250,9 @@ def _align_labels(
     trained: bool,
 ) -> None:
     """Put the outputs of a trained head in the order of the `wanted` labels."""
+    base = f"{model.base_model_prefix}."  # which RoBERTa has after its head
     linears = [item for item in model.named_modules() if isinstance(item[1], nn.Linear)]
-    name, head = linears[-1]  # its rows are the outputs
+    name, head = [item for item in linears if not item[0].startswith(base)][-1]
     if f"{name}.weight" in fresh:
         return
     places = {label.casefold(): place for place, label in enumerate(own)}

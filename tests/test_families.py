@@ -280,6 +280,19 @@ def test_two_processes_reach_the_weights_of_one(folder, flags, tmp_path):
             torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-5, msg=f"{case}: {key}")
 
 
+@every
+def test_outputs_in_the_order_of_the_labels(case, folder, caplog):
+    head, names = "SequenceClassification", {0: "far", 1: "near"}
+    source = str(folder(case, head, id2label=names, label2id={"far": 0, "near": 1}))
+    asked = (("far", "near"), ("near", "far"), ("good", "bad"))
+    same, swapped, fresh = (load_model(source, head, masked=False, labels=x) for x in asked)
+    expected = outputs(same, head)
+    torch.testing.assert_close(outputs(swapped, head).reshape(-1, 2).flip(1).flatten(), expected)
+    assert "the head of" in caplog.text and not torch.allclose(outputs(fresh, head), expected)
+    for name, value in same.base_model.state_dict().items():
+        assert torch.equal(fresh.base_model.state_dict()[name], value), name
+
+
 @pytest.mark.parametrize("student, teacher, problem", PAIRS)
 def test_a_teacher_of_another_family(student, teacher, problem, folder, squad, capsys):
     teach = ["--teacher_type", "dense", "--teacher_name_or_path", folder(teacher)]
