@@ -37,7 +37,7 @@ def print_report(counts: RemainingWeights, layers: list[LayerCount], depth: int)
     width = max(len(m.name) for m in counts.matrices)
     print(f"{'matrix':<{width}}  {'remaining %':>11}  {'remaining':>12}")
     for m in counts.matrices:
-        floor = "  (floor of 0.5%)" if m.floored else ""
+        floor = "  (floor)" if m.floored else ""
         print(f"{m.name:<{width}}  {m.percent:>11.3f}  {m.remaining:>12,}{floor}")
     print(f"\n{'layer':>5}  {'remaining %':>11}  {'heads':>13}  {'neurons':>13}" if layers else "")
     for n, x in enumerate(layers):

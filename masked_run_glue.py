@@ -21,7 +21,14 @@ from torch.nn import functional as F
 
 from emmental.data import glue
 from emmental.data.features import padding_of, take_first
-from emmental.data.glue_tasks import CUSTOM, SUBMISSION_FILES, TASKS, custom_task, task_name
+from emmental.data.glue_tasks import (
+    CUSTOM,
+    CUSTOM_ARGUMENTS,
+    SUBMISSION_FILES,
+    TASKS,
+    custom_task,
+    task_name,
+)
 from emmental.data.metrics import glue_metrics, mean_entropy
 from emmental.errors import UserError
 from emmental.files import write_text
@@ -32,8 +39,6 @@ from emmental.training import run
 from emmental.training.args import make_parser
 from emmental.training.parser import Parser, choice
 from emmental.training.task import Task
-
-CUSTOM_ARGUMENTS = ("text_column", "text_pair_column", "label_column", "regression")
 
 
 class Glue(Task):

@@ -18,15 +18,19 @@ from argparse import Namespace
 from pathlib import Path
 
 from emmental import coding, storage
+from emmental.data.glue_tasks import CUSTOM, CUSTOM_ARGUMENTS
 from emmental.errors import UserError, one_line_errors
 from emmental.families import COMPACT, family_of, is_masked
 from emmental.files import write_json
 from emmental.loading import read_config
 from emmental.tokenizer import VOCABULARIES
 from emmental.training.args import Parser, add_mask_flags, given_masks
+from emmental.training.checkpoint import ARGS_FILE
 from emmental.training.runlog import set_up_logging
 
 MB = 1e6
+# Flags of a training that an evaluation of its model needs again.
+DATA_FLAGS = "task_name max_seq_length max_query_length doc_stride version_2_with_negative".split()
 CHECKPOINT = "checkpoint", "folder of a masked, bertarized or dense model with a fine-tuned head"
 FILE = "file", "packed file"
 FOLDER = "folder", "folder to write"
@@ -57,10 +61,10 @@ def get_parser() -> Parser:
     add("--json", help="file for the figures")
     add = verb("verify", "compare a packed file with its checkpoint", FILE, CHECKPOINT)
     add("--base_model", help=base)
-    add("--task_name", help="GLUE task for evaluating both, with --data_dir (default: SQuAD)")
     add("--data_dir", help="folder of the data for evaluating both")
     add("--predict_file", help="SQuAD file for evaluating both")
-    add("--max_seq_length", type=int, help="the value from training, if not the default")
+    add("--task_name", help="GLUE task (default: that of the checkpoint's run, else SQuAD)")
+    add("--max_seq_length", type=int, help="default: that of the checkpoint's run")
     add("--version_2_with_negative", action="store_true", help="SQuAD v2.0")
     add_mask_flags(add)
     # fmt: on
@@ -97,30 +101,37 @@ def print_info(packed: storage.Packed, report: dict) -> None:
         print("\nNo matrix of the encoder is sparse: packing saves nothing beyond its precision.")
 
 
-def evaluate(model: str, args: Namespace) -> dict[str, float]:
-    """The metrics of a model folder, from the evaluation script in its own process."""
-    script = "masked_run_glue.py" if args.task_name else "masked_run_squad.py"
+def evaluation_flags(checkpoint: str, args: Namespace) -> dict[str, object]:
+    """The flags of an evaluation: those given, and those of the training if the task is its own."""
+    file = Path(checkpoint, ARGS_FILE)
+    trained = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    names = (*DATA_FLAGS, *CUSTOM_ARGUMENTS, "data_dir", "predict_file")
+    flags = {name: value for name in names if (value := getattr(args, name, None))}
+    task = flags.setdefault("task_name", trained.get("task_name"))
+    if task == trained.get("task_name"):
+        own = (*DATA_FLAGS, *CUSTOM_ARGUMENTS) if task == CUSTOM else DATA_FLAGS
+        flags = {name: trained[name] for name in own if name in trained} | flags
+    return flags
+
+
+def evaluate(model: str, flags: dict[str, object], masks: dict[str, object]) -> dict[str, float]:
+    """The metrics of a model folder, from the evaluation script in its own process.
+
+    flags: see `evaluation_flags`. masks: flags of a masked model alone.
+    """
+    script = "masked_run_glue.py" if flags["task_name"] else "masked_run_squad.py"
     model_type = read_config(model)["model_type"]
-    flags = {
-        "model_type": model_type.removeprefix(COMPACT),
-        "model_name_or_path": model,
-        "task_name": args.task_name,
-        "data_dir": args.data_dir,
-        "predict_file": args.predict_file,
-        "max_seq_length": args.max_seq_length,
-    }
-    switches = ["--version_2_with_negative"] * args.version_2_with_negative
-    if is_masked(model_type):
-        flags |= {"pruning_method": args.pruning_method, "final_threshold": args.threshold}
-        switches += ["--global_topk"] * bool(args.global_topk)
+    flags = {"model_type": model_type.removeprefix(COMPACT), "model_name_or_path": model} | flags
+    flags |= masks if is_masked(model_type) else {}
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(Path(__file__).with_name(script)), "--do_eval", *switches]
+        command = [sys.executable, str(Path(__file__).with_name(script)), "--do_eval"]
         for name, value in (flags | {"output_dir": f"{folder}/out"}).items():
-            if value is not None:
-                command += [f"--{name}", str(value)]
+            if value not in (None, False):
+                command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["it was stopped"])[-1]
+            reason = reason.removeprefix(f"{script}: error: ")
             raise UserError(f"{script} cannot evaluate {model}: {reason}")
         text = Path(folder, "out", "eval_results.json").read_text(encoding="utf-8")
     no_metrics = ("remaining", "threshold", "entropy", "total")
@@ -149,7 +160,11 @@ def verify(args: Namespace) -> int:
     if args.data_dir or args.predict_file:
         with tempfile.TemporaryDirectory() as folder:
             storage.unpack(args.file, f"{folder}/model", args.base_model)
-            before, after = evaluate(args.checkpoint, args), evaluate(f"{folder}/model", args)
+            flags, masks = evaluation_flags(args.checkpoint, args), given_masks(args)
+            masks["final_threshold"] = masks.pop("threshold")
+            before, after = (
+                evaluate(model, flags, masks) for model in (args.checkpoint, f"{folder}/model")
+            )
         for name, value in before.items():
             print(f"{name}: {value:.4g} checkpoint, {after.get(name, float('nan')):.4g} packed")
     return 1 if problems else 0

@@ -167,9 +167,9 @@ def get_parser() -> argparse.ArgumentParser:
     add("--lengths", type=report.positive, nargs="+", default=[32, 128, 384],
         help="in tokens (default: 32 128 384)")
     add("--layers", type=report.positive,
-        help="layers of the random models (default: the family's, 12)")
+        help="layers of the random models (default: the family's, 12 for bert)")
     add("--hidden", type=report.positive,
-        help="their hidden size, a multiple of 64 (default: the family's, 768)")
+        help="their hidden size, a multiple of 64 (default: the family's, 768 for bert)")
     add("--csr_below", type=float,
         help="density below which a matrix becomes CSR, to check the limit (default: sparsify's)")
     add("--repeats", type=report.positive, default=5, help="measured turns (default: 5)")

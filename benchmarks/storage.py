@@ -59,13 +59,13 @@ def torch_save_bytes(state: dict[str, torch.Tensor], embeddings: str) -> int:
     return len(memory.getvalue())
 
 
-def measure(checkpoint: Path, args: argparse.Namespace | None) -> dict:
+def measure(checkpoint: Path, flags: dict | None) -> dict:
     """A row for each format: MB of encoder and head and their entropy, seconds, task results."""
     model_class, _, state = storage.load_plain(str(checkpoint))
     embeddings = prefix_of(model_class)
     rows = {"torch.save, CSR": {"MB": torch_save_bytes(state, embeddings) / MB}}
-    if args:
-        rows["dense float32"] = {"results": saving_prunebert.evaluate(str(checkpoint), args)}
+    if flags:
+        rows["dense float32"] = {"results": saving_prunebert.evaluate(str(checkpoint), flags, {})}
     with tempfile.TemporaryDirectory() as folder:
         for bits in BITS:
             file = f"{folder}/{bits}.packed"
@@ -93,9 +93,9 @@ def measure(checkpoint: Path, args: argparse.Namespace | None) -> dict:
             if bits == 8:
                 rows.setdefault("dense float32", {})["MB"] = total["dense"] / MB
                 rows["notebook, int8"] = {"MB": notebook_bytes(packed) / MB}
-            if args:
+            if flags:
                 storage.unpack(file, f"{folder}/{bits}")
-                row["results"] = saving_prunebert.evaluate(f"{folder}/{bits}", args)
+                row["results"] = saving_prunebert.evaluate(f"{folder}/{bits}", flags, {})
     return rows
 
 
@@ -158,16 +158,12 @@ def get_parser() -> argparse.ArgumentParser:
     add("--remaining", type=float, nargs="*", default=[0.1, 0.0616, 0.03],
         help="densities of the random BERTs (default: 0.1 0.0616 0.03)")
     add("--model", help="folder of a fine-pruned checkpoint")
-    add("--task_name", help="GLUE task for evaluating it, with --data_dir (default: SQuAD)")
     add("--data_dir", help="folder of the data for evaluating it")
     add("--predict_file", help="SQuAD file for evaluating it")
-    add("--max_seq_length", type=int, help="the value from training, if not the default")
+    add("--task_name", help="GLUE task (default: that of the checkpoint's run, else SQuAD)")
+    add("--max_seq_length", type=int, help="default: that of the checkpoint's run")
     add("--json", help="file for the results")
     # fmt: on
-    # saving_prunebert.evaluate reads these as well.
-    parser.set_defaults(
-        version_2_with_negative=False, pruning_method=None, threshold=None, global_topk=None
-    )
     return parser
 
 
@@ -191,7 +187,8 @@ def run(args: argparse.Namespace) -> None:
         show(f"BERT-base, random weights and mask, {remaining:.2%} remaining", rows)
     if args.model:
         has_data = args.data_dir or args.predict_file
-        rows = results[args.model] = measure(Path(args.model), args if has_data else None)
+        flags = saving_prunebert.evaluation_flags(args.model, args) if has_data else None
+        rows = results[args.model] = measure(Path(args.model), flags)
         show(args.model, rows)
     report.write_json(args.json, results)
 

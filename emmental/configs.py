@@ -35,15 +35,16 @@ def read_config(source: str, cache_dir: str | None = None) -> dict:
             raise ValueError("there is no config.json")
     except Exception as error:  # of the hub, of JSON, of transformers
         raise UserError(
-            f"no checkpoint found at {source!r}: give a folder with a config.json, or the name "
-            f"of a model on the hub ({first_line(error)})"
+            f"no usable checkpoint at {source!r} ({first_line(error)}): give a folder with a valid "
+            "config.json, or the name of a model on the hub"
         ) from error
-    if "hidden_size" in config:
+    if "hidden_size" in config and all(name.startswith("Bert") for name in _classes(config)):
         config.setdefault("model_type", "bert")  # the first BERT checkpoints do not say it
     model_type = str(config.get("model_type"))
     if stock_type(model_type) not in FAMILIES:
         raise UserError(
-            f"{source} is of type {model_type!r}; these scripts take {', '.join(FAMILIES)}"
+            f"{source} is of type {model_type!r} in its config.json; these scripts take "
+            f"{', '.join(FAMILIES)}"
         )
     decoder = [name for name in DECODER if config.get(name)]
     if decoder:
@@ -63,8 +64,8 @@ def concrete_type(asked: str, source: str, cache_dir: str | None = None) -> str:
     own, any_family = (MASKED + own, "masked") if is_masked(asked) else (own, "dense")
     if asked not in (own, any_family):
         raise UserError(
-            f"{source} is a {stock_type(own)}, not a {stock_type(asked)}: use model type "
-            f"{any_family}, which takes every family, or {own}"
+            f"{source} is of type {own}, not {asked}: give that type, or {any_family}, which takes "
+            "every family"
         )
     return own
 

@@ -15,7 +15,7 @@ from .modules.topk import floor_count
 
 @dataclass
 class MatrixCount:
-    """Remaining weights of a matrix. floored: only the floor of 0.5% kept it from vanishing."""
+    """Remaining weights of a matrix. floored: only the floor (0.5%, or one score) kept it."""
 
     name: str
     remaining: int

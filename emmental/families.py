@@ -181,7 +181,7 @@ class Masked:
         granularity = granularity_of(self.config)
         for kind in granularity.shared:
             self._share_scores(kind, options)
-        _check_blocks(encoder_of(self), granularity)
+        _check_blocks(self, granularity)
         swap_linears(encoder_of(self), granularity=granularity, **options)
         self.freeze_embeddings()
         own = [end for end in SCORES if any(key.endswith(end) for key in self.state_dict())]
@@ -191,9 +191,10 @@ class Masked:
         """Mask the heads or neurons (`kind`) of all layers: one score each, in its first matrix."""
         names = getattr(family_of(self.config), kind)
         if not names:
+            family = stock_type(self.config.model_type)
             raise ValueError(
-                f"granularity {self.config.granularity}: it is not known where a "
-                f"{self.config.model_type} has its {kind}"
+                f"granularity {self.config.granularity}: {family} has no matrices of single {kind}"
+                "; choose weight or block"
             )
         kinds = {}  # one object for equal matrices, so that equal layers share compiled code
         for layer in layers_of(self):
@@ -248,17 +249,17 @@ def granularity_of(config: PreTrainedConfig) -> Weight:
     return find_granularity(config.granularity).sized(config.block_rows, config.block_columns)
 
 
-def _check_blocks(encoder: nn.Module, granularity: Weight) -> None:
+def _check_blocks(model: nn.Module, granularity: Weight) -> None:
     """Raises ValueError if blocks do not divide an `nn.Linear` of the encoder."""
-    linears = [x for x in encoder.named_modules() if type(x[1]) is nn.Linear]
+    linears = [x for x in encoder_of(model).named_modules() if type(x[1]) is nn.Linear]
     for name, linear in linears if isinstance(granularity, Block) else ():
         try:
             granularity.shape(linear.weight.shape)
         except ValueError as error:
             rows, columns = zip(*(linear.weight.shape for _, linear in linears), strict=True)
             raise ValueError(
-                f"{name}: {error}: block_rows can be {_divisors(*rows)}, and block_columns "
-                f"{_divisors(*columns)}"
+                f"{family_of(model.config).encoder}.{name}: {error}: block_rows can be "
+                f"{_divisors(*rows)}, and block_columns {_divisors(*columns)}"
             ) from None
 
 

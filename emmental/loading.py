@@ -67,7 +67,7 @@ def load_model(
     _check_kind(source, model_type, masked, trained)
     saved = saved_head(recorded)
     if trained and saved not in (None, head):  # some have weights of the same names
-        raise UserError(f"{source} has no trained {head} head, but one for {saved}")
+        raise UserError(f"{source} is for {saved}: give a model with a trained {head} head")
     model_type = MASKED + stock_type(model_type) if masked else model_type
     if config_name:
         values = read_config(config_name, cache_dir)
@@ -87,7 +87,7 @@ def load_model(
             ignore_mismatched_sizes=True,  # `_check_weights` reports them
         )
     except Exception as error:  # of three libraries, for a broken file
-        raise UserError(f"cannot load the checkpoint {source}: {first_line(error)}") from error
+        raise UserError(f"cannot load {source}: {first_line(error)}") from error
     fresh = _check_weights(source, model, info, trained)
     if masked:
         _check_masks(source, model, trained, advice)
@@ -103,14 +103,15 @@ def _check_kind(source: str, model_type: str, masked: bool, trained: bool) -> No
     """Raises UserError for a masked checkpoint if plain is asked for, or the other way round."""
     family = stock_type(model_type)
     if model_type.startswith(COMPACT) and masked:
-        raise UserError(f"{source} is a compact model, without masks: use model type {family}")
+        raise UserError(f"{source} is a compact model, without masks: give the type {family}")
     if is_masked(model_type) and not masked:
         raise UserError(
-            f"{source} is a masked checkpoint: use model type {MASKED}{family}, or bertarize it"
+            f"{source} is a masked checkpoint: give the type {MASKED}{family}, or bertarize it"
         )
     if trained and masked and not is_masked(model_type):
         raise UserError(
-            f"{source} is a plain model without masks: use model type {family}, or fine-prune it"
+            f"{source} is a plain model without masks: fine-prune it first (to evaluate it as it "
+            f"is, give the type {family})"
         )
 
 
@@ -338,7 +339,8 @@ def load_student(
     longest = longest_input(model)
     if longest and max_seq_length > longest:
         raise UserError(
-            f"--max_seq_length {max_seq_length} exceeds what the model takes ({longest})"
+            f"--max_seq_length {max_seq_length} is more than the model takes: give {longest} or "
+            "less"
         )
     return model, tokenizer
 

@@ -86,7 +86,7 @@ class Packed:
             if name in {f"{stem}For{head}" for head in HEADS}:
                 module = modeling_bert_compact if kind.startswith(COMPACT) else transformers
                 return getattr(module, name)
-        raise ValueError(f"unknown architecture {name!r} of a {kind!r}")
+        raise ValueError(f"unknown architecture {name!r} of type {kind!r}")
 
     @property
     def embeddings(self) -> str:
@@ -428,7 +428,7 @@ def compare(file: str, checkpoint: str, base_model: str | None = None, **masks) 
     architecture = model_class.__name__
     if architecture != packed.header["architecture"]:
         raise UserError(
-            f"{file} holds a {packed.header['architecture']}, but {checkpoint} is a {architecture}"
+            f"{file} holds {packed.header['architecture']}, but {checkpoint} is {architecture}"
         )
     problems = []
     by_row = {entry["name"]: entry["by_row"] for entry in packed.header["tensors"]}

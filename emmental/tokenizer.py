@@ -59,10 +59,12 @@ def load_tokenizer(
     """The tokenizer of a checkpoint: uncased if its files say so, or if `do_lower_case` and it can.
 
     Without it, transformers would lower-case for BERT unless tokenizer_config.json forbids it.
-    Raises UserError when there is none.
+    Raises UserError when there is none, for which transformers makes up an empty one.
     """
     options = {"cache_dir": cache_dir, "use_fast": True, "trust_remote_code": False}
     try:
+        if not has_tokenizer(source, cache_dir):
+            raise ValueError("there is no vocabulary")
         _check_packages(source, cache_dir)
         config = PreTrainedConfig.get_config_dict(source, cache_dir=cache_dir)[0]
         if "model_type" not in config and (config or _find_file(source, "vocab.txt", cache_dir)):
@@ -71,15 +73,13 @@ def load_tokenizer(
         if do_lower_case or declared is not None or _find_file(source, "vocab.txt", cache_dir):
             options["do_lower_case"] = do_lower_case or bool(declared)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers made it up
-            raise ValueError("there is no vocabulary")
         backend = tokenizer.backend_tokenizer
         has_pieces = isinstance(backend.model, models.WordPiece)
         if do_lower_case and has_pieces and not lower_cases(backend):  # a class without the option
             parts = [normalizers.BertNormalizer(lowercase=True), backend.normalizer]
             backend.normalizer = normalizers.Sequence([part for part in parts if part])
-    except Exception as error:  # a missing vocabulary has many errors
-        raise UserError(f"no tokenizer found at {source!r} ({first_line(error)})") from error
+    except Exception as error:  # of the hub, of tokenizers, of transformers
+        raise UserError(f"no usable tokenizer at {source!r} ({first_line(error)})") from error
     return tokenizer
 
 

@@ -137,7 +137,7 @@ SOFT = (
         ("--do_train --warmup_ratio 0.5 --final_warmup 1", "use a ratio below 1/2"),
         ("--do-trian", "unknown argument --do-trian; did you mean --do_train?"),
         ("--do_train --train_file \udcd0", "\\udcd0 is not UTF-8: set PYTHONUTF8=1"),
-        ("--do_train --max_seq_length 384", "exceeds what the model takes (64)"),
+        ("--do_train --max_seq_length 384", "384 is more than the model takes: give 64 or less"),
     ],
 )
 def test_arguments(refused, flags, said):
@@ -207,13 +207,13 @@ def test_output_dir_not_empty(refused, tmp_path):
 
 
 def test_models_that_do_not_fit(refused, tmp_path, tiny_bert, tiny_config, tiny_tokenizer):
-    assert "no checkpoint found" in refused(*PRUNE, model=tmp_path / "absent")
+    assert "no usable checkpoint" in refused(*PRUNE, model=tmp_path / "absent")
     BertConfig(**tiny_config).save_pretrained(tmp_path / "empty")
-    assert "cannot load the checkpoint" in refused(*PRUNE, model=tmp_path / "empty")
+    assert "cannot load" in refused(*PRUNE, model=tmp_path / "empty")
     (tmp_path / "empty" / "model.safetensors").write_bytes(b"broken")
-    assert "cannot load the checkpoint" in refused(*PRUNE, model=tmp_path / "empty")
+    assert "cannot load" in refused(*PRUNE, model=tmp_path / "empty")
     (tmp_path / "empty" / "model.safetensors").write_bytes(b"broken" * 10_000)
-    assert "cannot load the checkpoint" in refused(*PRUNE, model=tmp_path / "empty")
+    assert "cannot load" in refused(*PRUNE, model=tmp_path / "empty")
     BertForQuestionAnswering(BertConfig(**tiny_config | {"hidden_size": 16})).save_pretrained(
         tmp_path / "narrow"
     )
@@ -221,7 +221,7 @@ def test_models_that_do_not_fit(refused, tmp_path, tiny_bert, tiny_config, tiny_
     assert "does not fit its configuration" in refused(*PRUNE, model=tmp_path / "narrow")
 
     BertForQuestionAnswering(BertConfig(**tiny_config)).save_pretrained(tmp_path / "bare")
-    assert "no tokenizer found" in refused(*PRUNE, model=tmp_path / "bare")
+    assert "no usable tokenizer" in refused(*PRUNE, model=tmp_path / "bare")
     BertForQuestionAnswering(BertConfig(**tiny_config | {"vocab_size": 50})).save_pretrained(
         tmp_path / "small"
     )
@@ -235,7 +235,7 @@ def test_evaluation_wants_a_trained_model(
     refused, tmp_path, tiny_bert, tiny_config, tiny_tokenizer
 ):
     length = ["--max_seq_length", "48", "--max_query_length", "16", "--do_eval"]
-    assert "is a plain model without masks: use model type bert" in refused(*length)
+    assert "is a plain model without masks: fine-prune it first" in refused(*length)
     from transformers import BertModel
 
     BertModel(BertConfig(**tiny_config)).save_pretrained(tmp_path / "headless")
@@ -249,7 +249,7 @@ def test_evaluation_wants_a_trained_model(
     )
     masked.save_pretrained(tmp_path / "masked")
     tiny_tokenizer.save_pretrained(tmp_path / "masked")
-    assert "masked checkpoint: use model type masked_bert" in refused(
+    assert "masked checkpoint: give the type masked_bert" in refused(
         *length, model=tmp_path / "masked", model_type="bert"
     )
     assert "does not record the threshold" in refused(*length, model=tmp_path / "masked")

@@ -267,4 +267,4 @@ def test_compact_models_of_another_family_are_refused(tiny_config, tmp_path, cap
             ["--models", str(tmp_path), "--dense", str(tmp_path), "--lengths", "16"]
         )
     assert stop.value.code == 2
-    assert "no compact form of a RobertaForQuestionAnswering" in capsys.readouterr().err
+    assert "RobertaForQuestionAnswering (roberta) has no compact form" in capsys.readouterr().err

@@ -310,7 +310,7 @@ def test_what_cannot_be(with_tokenizer, squad_dir, tmp_path, capsys):
         capsys, masked_run_squad.main, *run, *("--model_type", "masked_bert"),
         *("--model_name_or_path", with_tokenizer),
     )  # fmt: skip
-    assert "is a compact model, without masks: use model type bert" in message
+    assert "is a compact model, without masks: give the type bert" in message
     message = refused(
         capsys, bertarize.main, "--compact", "--model_name_or_path", with_tokenizer,
         *("--threshold", 0.1),
@@ -329,7 +329,7 @@ def test_what_cannot_be(with_tokenizer, squad_dir, tmp_path, capsys):
 
 
 def test_other_models_have_no_compact_form(tiny_config):
-    with pytest.raises(ValueError, match="no compact form of a BertForMaskedLM"):
+    with pytest.raises(ValueError, match="BertForMaskedLM .bert. has no compact form"):
         compacted(transformers.BertForMaskedLM(transformers.BertConfig(**tiny_config)))
 
 

@@ -59,7 +59,7 @@ def test_refusals(source, tiny_config, tmp_path, capsys):
         ([source, tmp_path / "small", "--keep", -1], "has the layers 0 to 4"),
         ([source, source], "exists: choose another folder"),
         ([tmp_path / "compact", tmp_path / "small"], "is a compact model: give a plain one"),
-        ([tmp_path / "nowhere", tmp_path / "small"], "no checkpoint found at"),
+        ([tmp_path / "nowhere", tmp_path / "small"], "no usable checkpoint at"),
     ):
         with pytest.raises(SystemExit) as stop:
             drop_layers.main([str(flag) for flag in flags])

@@ -27,7 +27,9 @@ def test_a_row_makes_a_family(monkeypatch, flags, tmp_path, caplog):
     torch.manual_seed(0)
     transformers.ErnieForQuestionAnswering(config).save_pretrained(source)
     tokenizer.save_pretrained(source)
-    with pytest.raises(UserError, match="of type 'ernie'; these scripts take bert, roberta"):
+    with pytest.raises(
+        UserError, match="of type 'ernie' in its config.json; these scripts take bert"
+    ):
         read_config(str(source))
 
     monkeypatch.setitem(FAMILIES, "ernie", ERNIE)

@@ -24,6 +24,7 @@ from emmental.export import bertarized_state_dict, count_layers
 from emmental.families import FAMILIES, HEADS, layers_of
 from emmental.loading import load_masked, load_model
 from emmental.modules.masks import masked_layers
+from emmental.tokenizer import load_tokenizer
 
 WIDTHS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZE = WIDTHS | {"intermediate_size": 64, "max_position_embeddings": 66}
@@ -167,7 +168,7 @@ def test_auto_classes_load_what_was_saved(case, head, tmp_path):
 def test_heads_and_neurons(case):
     family = FAMILIES[TINY[case][0]]
     if not family.heads:
-        with pytest.raises(ValueError, match="not known where a masked_.* has its heads"):
+        with pytest.raises(ValueError, match="has no matrices of single heads; choose weight or"):
             make(case, prefix="masked_", granularity="structure")
         return
     model = make(case, prefix="masked_", granularity="structure", threshold=0.5)
@@ -328,21 +329,37 @@ def test_a_family_that_was_not_asked_for(case, folder):
     assert concrete_type("dense", source) == family
     other = next(name for name in FAMILIES if name != family)
     said = refusal(concrete_type, f"masked_{other}", source)
-    assert f"is a {family}, not a {other}: use model type masked," in said
-    assert f"or masked_{family}" in said
-    assert f"model type dense, which takes every family, or {family}" in refusal(
-        concrete_type, other, source
-    )
-    assert "has no trained" in refusal(
+    assert f"is of type masked_{family}, not masked_{other}: give that type, or masked," in said
+    said = refusal(concrete_type, other, source)
+    assert f"is of type {family}, not {other}: give that type, or dense," in said
+    assert "give a model with a trained TokenClassification head" in refusal(
         load_model, source, "TokenClassification", masked=False, trained=True
     )
+
+
+@every
+def test_a_checkpoint_without_a_tokenizer_is_refused(case, folder):
+    make(case).save_pretrained(folder(case).parent / "bare")
+    said = refusal(load_tokenizer, str(folder(case).parent / "bare"))
+    assert "no usable tokenizer at" in said and "there is no vocabulary" in said
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "vit", "t5", "masked_gpt2"])
 def test_a_family_without_a_row(model_type, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     said = refusal(read_config, str(tmp_path))
-    assert f"of type {model_type!r}; these scripts take {', '.join(FAMILIES)}" in said
+    assert f"of type {model_type!r} in its config.json; these scripts take bert, roberta" in said
+
+
+def test_only_a_bert_may_leave_out_its_type(folder):
+    """As the first published ones do."""
+    for case in ("bert", "roberta"):
+        path = folder(case) / "config.json"
+        values = json.loads(path.read_text())
+        del values["model_type"]
+        path.write_text(json.dumps(values))
+    assert read_config(str(path.parent.parent / "model bert"))["model_type"] == "bert"
+    assert "is of type 'None' in its config.json" in refusal(read_config, str(path.parent))
 
 
 @pytest.mark.parametrize("name", ["is_decoder", "is_encoder_decoder", "add_cross_attention"])

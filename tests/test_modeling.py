@@ -478,7 +478,7 @@ def test_load_model_of_a_plain_bert(tiny_bert):
 def test_load_model_of_another_head(tiny_bert):
     model = load_model(str(tiny_bert), "SequenceClassification", masked=True, labels=3)
     assert model.classifier.weight.shape == (3, 32)
-    said = "no trained SequenceClassification head, but one for QuestionAnswering"
+    said = "is for QuestionAnswering: give a model with a trained SequenceClassification head"
     with pytest.raises(UserError, match=said):
         load_model(str(tiny_bert), "SequenceClassification", masked=False, trained=True)
 
@@ -649,7 +649,7 @@ def test_a_head_that_uses_the_pooler_needs_it(tiny_config, tmp_path, change):
 
 
 def test_loading_refuses_the_wrong_kind(tiny_bert, pruned, tmp_path):
-    with pytest.raises(UserError, match="no checkpoint found"):
+    with pytest.raises(UserError, match="no usable checkpoint"):
         load_qa(tmp_path / "nowhere")
     with pytest.raises(UserError, match="masked_bert"):
         load_qa(pruned, masked=False)

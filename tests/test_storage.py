@@ -1,6 +1,7 @@
 """Packed files: round trips, the command line, and errors."""
 
 import contextlib
+import importlib
 import io
 import json
 import shutil
@@ -17,7 +18,6 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer, BertConfi
 
 import bertarize
 import emmental
-import masked_run_squad
 import saving_prunebert
 from emmental import MaskedBertConfig, files, storage
 from emmental.errors import UserError
@@ -285,7 +285,9 @@ def test_forged_headers_are_refused(tmp_path, packed, capsys, change):
 def test_wrong_paths_are_refused(tmp_path, packed, checkpoint, capsys):
     assert "not a packed model" in refused(capsys, "info", checkpoint / "config.json")
     assert "cannot read" in refused(capsys, "info", tmp_path / "nothing")
-    assert "no checkpoint" in refused(capsys, "pack", tmp_path / "nothing", tmp_path / "file")
+    assert "no usable checkpoint" in refused(
+        capsys, "pack", tmp_path / "nothing", tmp_path / "file"
+    )
     assert "is a folder" in refused(capsys, "pack", checkpoint, tmp_path)
     (tmp_path / "no").write_text("")
     assert "cannot write" in refused(capsys, "pack", checkpoint, tmp_path / "no" / "file", status=1)
@@ -369,19 +371,40 @@ def test_an_old_file_survives_a_failed_pack(tmp_path, packed, checkpoint, monkey
     assert (tmp_path / "file").read_bytes() == packed.read_bytes()
 
 
-def test_verify_evaluates_both(
-    tmp_path, tiny_config, tiny_tokenizer, squad_dir, capsys, monkeypatch
-):
+@pytest.fixture
+def in_process(monkeypatch):
     """The script's `main` runs in this process, which saves importing torch twice."""
 
     def run(command, **options):
-        script, *flags = command[1:]
-        assert command[0] == sys.executable and Path(script) == ROOT / "masked_run_squad.py"
+        script = Path(command[1])
+        assert command[0] == sys.executable and script.parent == ROOT
         with contextlib.redirect_stdout(io.StringIO()):
-            masked_run_squad.main(flags)
+            importlib.import_module(script.stem).main(command[2:])
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(saving_prunebert.subprocess, "run", run)
+
+
+def test_verify_evaluates_as_the_run_did(tmp_path, tiny_bert, capsys, in_process):
+    for split in ("train", "dev"):
+        rows = "".join(f"ada lives in {x} .\t{x}\n" for x in ("oslo", "rome") * 3)
+        (tmp_path / f"{split}.tsv").write_text("review\tstars\n" + rows)
+    run, file = str(tmp_path / "run"), str(tmp_path / "file")
+    data = ["--data_dir", str(tmp_path)]
+    flags = f"--task_name custom --text_column review --label_column stars --output_dir {run} "
+    flags += f"--model_name_or_path {tiny_bert} --model_type masked --do_train --do_eval "
+    flags += f"--cache_dir {tmp_path} --max_seq_length 64 --max_steps 3 --warmup_steps 0"
+    results = importlib.import_module("masked_run_glue").main([*flags.split(), *data])
+    saving_prunebert.main(["pack", run, file, "--bits", "32"])
+    capsys.readouterr()
+    assert saving_prunebert.main(["verify", file, run, *data]) == 0
+    expected = f"{results['acc']:.4g}"
+    assert f"acc: {expected} checkpoint, {expected} packed" in capsys.readouterr().out
+
+
+def test_verify_evaluates_both(
+    tmp_path, tiny_config, tiny_tokenizer, squad_dir, capsys, in_process
+):
     save_masked(tmp_path / "in", tiny_config, tiny_tokenizer)
     saving_prunebert.main(["pack", str(tmp_path / "in"), str(tmp_path / "file"), "--bits", "32"])
     capsys.readouterr()

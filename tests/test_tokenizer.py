@@ -163,7 +163,7 @@ def test_a_vocabulary_without_a_model_type_is_of_bert(model, run, tmp_path):
     (folder / "config.json").unlink()  # a folder of a tokenizer alone
     assert load_tokenizer(str(folder)).cls_token == "[CLS]"
     (folder / "vocab.txt").unlink()
-    with pytest.raises(UserError, match="no tokenizer found"):
+    with pytest.raises(UserError, match="no usable tokenizer"):
         load_tokenizer(str(folder))
 
 

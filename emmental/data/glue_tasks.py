@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field, replace
 
 CUSTOM = "custom"  # the name of every task of your own
+CUSTOM_ARGUMENTS = ("text_column", "text_pair_column", "label_column", "regression")
 CUSTOM_SUBMISSION = "predictions.tsv"
 
 

@@ -130,8 +130,8 @@ def _check_model(model: nn.Module) -> None:
     kind = isinstance(model, PreTrainedModel) and stock_type(model.config.model_type)
     if kind not in FAMILIES:
         raise ValueError(
-            f"sparse inference knows {', '.join(FAMILIES)}, plain or masked, with any head; this "
-            f"is a {type(model).__name__}"
+            f"sparse inference knows {', '.join(FAMILIES)}, plain or masked, with any head, "
+            f"not {type(model).__name__}"
         )
     encoder, family = encoder_of(model), family_of(model.config)
     if isinstance(encoder, SparseEncoder):
@@ -145,8 +145,8 @@ def _check_model(model: nn.Module) -> None:
             known, kind = name in family.heads + family.neurons, type(module)
             if known and kind not in (nn.Linear, MaskedLinear, Bias):
                 raise ValueError(
-                    f"the encoder has a {kind.__module__}.{kind.__name__} instead of nn.Linear: "
-                    "give the model without quantisation or adapters"
+                    f"the encoder has {kind.__module__}.{kind.__name__} instead of nn.Linear: give "
+                    "the model without quantisation or adapters"
                 )
 
 

@@ -220,8 +220,8 @@ def compacted(model: PreTrainedModel) -> PreTrainedModel:
     if compact_class is None or getattr(model.config, "is_decoder", False):
         kind = stock_type(model.config.model_type)
         raise ValueError(
-            f"there is no compact form of a {type(model).__name__} ({kind}): give a plain "
-            "BERT with the head of a task"
+            f"{type(model).__name__} ({kind}) has no compact form: give a plain BERT with the head "
+            "of a task"
         )
     small = copy.deepcopy(model)
     compact_model(small)

@@ -275,6 +275,7 @@ def _warn(args: argparse.Namespace, given: set[str]) -> None:
         ("--model_type masked", names["pruning"], masked),
         ("--pruning_method platon or sensitivity", ["importance_beta"], observes or not masked),
         ("--pruning_method platon", ["uncertainty_beta"], deviates or not masked),
+        ("--do_eval", ["sparse_inference"], args.do_eval or getattr(args, "do_predict", False)),
     ):
         idle = [f"--{name}" for name in group if name in given]
         if idle and not present:
