@@ -3,7 +3,9 @@
 import json
 import os
 import random
+import subprocess
 import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -194,6 +196,25 @@ def run(flags, tmp_path):
     def call(name, *more, **options):
         masked_run_squad.main(flags(name, *more, **options))
         return tmp_path / name
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def on_two_ranks(tmp_path_factory):
+    """Runs commands of masked_run_squad.py, each a list of words, on two processes."""
+
+    def call(*commands):
+        file = tmp_path_factory.mktemp("ranks") / "commands.json"
+        file.write_text(json.dumps(commands))
+        done = subprocess.run(
+            [sys.executable, str(Path(__file__).with_name("two_ranks.py")), str(file)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr
 
     return call
 

@@ -2,11 +2,7 @@
 
 import copy
 import json
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -56,17 +52,6 @@ LABELS = {
     "TokenClassification": {"labels": [[0, 1, 1, 0, 1, 0, -100, 1, 0]] * 3},
     "MultipleChoice": {"labels": [1]},
 }
-ROOT = Path(__file__).parent.parent
-RUN = """import json, sys
-sys.path.insert(0, {root!r})
-import torch.distributed as dist
-import masked_run_squad
-dist.init_process_group("gloo")  # once for all commands
-dist.init_process_group = dist.destroy_process_group = lambda *_, **__: None
-for words in json.load(open({file!r})):
-    masked_run_squad.main(words)
-"""
-
 every = pytest.mark.parametrize("case", TINY)
 
 
@@ -251,8 +236,7 @@ def test_from_training_to_a_plain_model(case, folder, squad, tmp_path, caplog, c
     assert found == [expected] * 2
 
 
-def test_two_processes_reach_the_weights_of_one(folder, flags, tmp_path):
-    """Of every family: two processes run their commands, one after the other."""
+def test_two_processes_reach_the_weights_of_one(folder, flags, tmp_path, on_two_ranks):
     short = " ".join(map(str, PRUNE)) + " --max_steps 3 --check_ranks --adam_epsilon 1e-4"
     commands, names = [], {case: f"two {number}" for number, case in enumerate(TINY)}
     for case, name in names.items():
@@ -262,19 +246,7 @@ def test_two_processes_reach_the_weights_of_one(folder, flags, tmp_path):
             words.remove("--do_lower_case")
             commands.append(words)
         masked_run_squad.main(commands.pop())
-    (tmp_path / "commands.json").write_text(json.dumps(commands))
-    (tmp_path / "run.py").write_text(
-        RUN.format(root=str(ROOT), file=str(tmp_path / "commands.json"))
-    )
-    launcher = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
-    done = subprocess.run(
-        [sys.executable, *launcher, tmp_path / "run.py"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    on_two_ranks(*commands)
     for case, name in names.items():
         one, two = (load_masked(str(tmp_path / x)).state_dict() for x in (f"one {name}", name))
         for key, value in one.items():

@@ -11,8 +11,6 @@ to change them, record them again with
 import hashlib
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -209,18 +207,10 @@ def run_alone(places, task, name, flags):
     return fingerprint(output)
 
 
-def run_two_ranks(places, name, flags):
-    flags, output = command(places, "squad", name, flags)
-    launcher = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2".split()]
-    done = subprocess.run(
-        [*launcher, "masked_run_squad.py", *flags],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    return fingerprint(output)
+def run_two_ranks(places, on_two_ranks):
+    made = {name: command(places, "squad", name, flags) for name, flags in TWO_RANKS.items()}
+    on_two_ranks(*(flags for flags, _ in made.values()))
+    return {name: fingerprint(output) for name, (_, output) in made.items()}
 
 
 @pytest.mark.parametrize("name", SQUAD_RUNS)
@@ -233,15 +223,15 @@ def test_glue_runs(places, name):
     check(name, run_alone(places, name, name, GLUE_RUNS[name]))
 
 
-@pytest.mark.parametrize("name", TWO_RANKS)
-def test_two_ranks(places, name):
-    check(name, run_two_ranks(places, name, TWO_RANKS[name]))
+def test_two_ranks(places, on_two_ranks):
+    for name, found in run_two_ranks(places, on_two_ranks).items():
+        check(name, found)
 
 
 @pytest.mark.skipif("RECORD_GOLDEN" not in os.environ, reason="records the values, when asked to")
-def test_record(places):
+def test_record(places, on_two_ranks):
     runs = {name: run_alone(places, "squad", name, flags) for name, flags in SQUAD_RUNS.items()}
     runs |= {name: run_alone(places, name, name, flags) for name, flags in GLUE_RUNS.items()}
-    runs |= {name: run_two_ranks(places, name, flags) for name, flags in TWO_RANKS.items()}
+    runs |= run_two_ranks(places, on_two_ranks)
     lines = [f" {json.dumps(name)}: {json.dumps(found)}" for name, found in runs.items()]
     GOLDEN.write_text(f'{{"here": {json.dumps(HERE)},\n"runs": {{\n' + ",\n".join(lines) + "\n}}\n")

@@ -3,10 +3,7 @@
 import copy
 import json
 import math
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -519,17 +516,10 @@ def test_a_resumed_run_has_the_same_granularity(run, refused, capsys):
     assert "block_columns 8 contradicts 16 of the checkpoint" in said
 
 
-def test_two_ranks_have_the_same_scores(run, flags, tmp_path):
+def test_two_ranks_have_the_same_scores(run, flags, tmp_path, on_two_ranks):
     more = (FLAGS["topK, global"], granular("structure"), "--adam_epsilon 1e-4")
     one = run("one", *more, "--per_gpu_train_batch_size 10")
-    launcher = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2".split()]
-    done = subprocess.run(
-        [*launcher, str(ROOT / "masked_run_squad.py"), *flags("two", *more, "--check_ranks")],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    on_two_ranks(flags("two", *more, "--check_ranks"))
     two = load_file(tmp_path / "two" / "model.safetensors")
     for name, value in load_file(one / "model.safetensors").items():
         if name.endswith("mask_scores"):

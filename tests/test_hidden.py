@@ -2,9 +2,6 @@
 
 import functools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -158,15 +155,10 @@ def test_accumulated_batches_are_one_large_batch(teacher, run):
     close(one, run("parts", common, "5 --gradient_accumulation_steps 5", teacher=teacher))
 
 
-def test_two_ranks_are_one_process(run, flags, tmp_path):
+def test_two_ranks_are_one_process(run, flags, tmp_path, on_two_ranks):
     common = "--adam_epsilon 1e-4 --gradient_accumulation_steps 2 --per_gpu_train_batch_size"
     one = run("one", common, "10", teacher="wider")
-    command = flags("two", common, "5 --check_ranks --save_steps 8", teacher="wider")
-    launcher = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 2"
-    script = [*launcher.split(), str(ROOT / "masked_run_squad.py"), *command]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(script, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    on_two_ranks(flags("two", common, "5 --check_ranks --save_steps 8", teacher="wider"))
     close(one, tmp_path / "two")
 
 

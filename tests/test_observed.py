@@ -1,9 +1,6 @@
 """The methods whose scores are observed, `sensitivity` and `platon`."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -161,16 +158,9 @@ def test_observed_scores_resume_bit_for_bit_and_have_no_moments(method, ranked, 
         assert all(m.remaining == int(0.3 * m.total) for m in counts.matrices)
 
 
-def test_observed_scores_are_equal_on_two_ranks(run, flags, tmp_path):
+def test_observed_scores_are_equal_on_two_ranks(run, flags, tmp_path, on_two_ranks):
     one = run("one", "--per_gpu_train_batch_size 10")
-    launcher = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2".split()]
-    done = subprocess.run(
-        [*launcher, str(ROOT / "masked_run_squad.py"), *flags("two", "--check_ranks")],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    on_two_ranks(flags("two", "--check_ranks"))
     two = tensors_of(tmp_path / "two", ".mask_scores", ".mask_uncertainty")
     for name, value in tensors_of(one, ".mask_scores", ".mask_uncertainty").items():
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-6, msg=name)
