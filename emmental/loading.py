@@ -251,7 +251,7 @@ def _align_labels(
     trained: bool,
 ) -> None:
     """Put the outputs of a trained head in the order of the `wanted` labels."""
-    base = f"{model.base_model_prefix}."  # which RoBERTa has after its head
+    base = f"{model.base_model_prefix}."  # whose modules come last in some classes
     linears = [item for item in model.named_modules() if isinstance(item[1], nn.Linear)]
     name, head = [item for item in linears if not item[0].startswith(base)][-1]
     if f"{name}.weight" in fresh:
