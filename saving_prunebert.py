@@ -104,7 +104,10 @@ def print_info(packed: storage.Packed, report: dict) -> None:
 def evaluation_flags(checkpoint: str, args: Namespace) -> dict[str, object]:
     """The flags of an evaluation: those given, and those of the training if the task is its own."""
     file = Path(checkpoint, ARGS_FILE)
-    trained = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    try:
+        trained = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{file} is damaged: remove it, and name the task and its data") from error
     names = (*DATA_FLAGS, *CUSTOM_ARGUMENTS, "data_dir", "predict_file")
     flags = {name: value for name in names if (value := getattr(args, name, None))}
     task = flags.setdefault("task_name", trained.get("task_name"))
