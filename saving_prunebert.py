@@ -66,6 +66,9 @@ def get_parser() -> Parser:
     add("--task_name", help="GLUE task (default: that of the checkpoint's run, else SQuAD)")
     add("--max_seq_length", type=int, help="default: that of the checkpoint's run")
     add("--version_2_with_negative", action="store_true", help="SQuAD v2.0")
+    for name in CUSTOM_ARGUMENTS:
+        add(f"--{name}", action="store_true" if name == "regression" else "store",
+            help=f"of a {CUSTOM} task (default: that of the checkpoint's run)")
     add_mask_flags(add)
     # fmt: on
     return parser

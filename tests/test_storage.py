@@ -211,6 +211,7 @@ def packed(tmp_path_factory, checkpoint):
 
 
 def refused(capsys, *command, status=2):
+    capsys.readouterr()  # what came before, such as the bars of saving a model
     with pytest.raises(SystemExit) as stop:
         saving_prunebert.main([str(word) for word in command])
     said = capsys.readouterr().err.strip()
