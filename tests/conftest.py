@@ -200,6 +200,13 @@ def run(flags, tmp_path):
     return call
 
 
+def launch(*words, timeout=300):
+    """Run a Python process with these words, on one thread; returns how it ended."""
+    command = [sys.executable, *map(str, words)]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=one_thread)
+
+
 @pytest.fixture(scope="session")
 def on_two_ranks(tmp_path_factory):
     """Runs commands of masked_run_squad.py, each a list of words, on two processes."""
@@ -207,13 +214,7 @@ def on_two_ranks(tmp_path_factory):
     def call(*commands):
         file = tmp_path_factory.mktemp("ranks") / "commands.json"
         file.write_text(json.dumps(commands))
-        done = subprocess.run(
-            [sys.executable, str(Path(__file__).with_name("two_ranks.py")), str(file)],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+        done = launch(Path(__file__).with_name("two_ranks.py"), file)
         assert done.returncode == 0, done.stderr
 
     return call

@@ -161,6 +161,7 @@ def test_all_problems_are_reported_together(refused):
             "--do_train --model_type bert --final_threshold 0.1",
             "--final_threshold: no effect without --model_type",
         ),
+        ("--do_train --sparse_inference", "--sparse_inference: no effect without --do_eval"),
         (
             "--do_train --pruning_method sigmoied_threshold",
             "soft movement prunes little without a penalty",

@@ -2,16 +2,14 @@
 
 import importlib
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import launch
 from safetensors.torch import load_file
 
 import masked_run_squad
@@ -48,21 +46,13 @@ def run(launcher, output, cache, model, data, *flags, script="masked_run_squad.p
         words = [*FLAGS, *flags, *places]
         importlib.import_module(script.removesuffix(".py")).main(list(map(str, words)))
         return None
-    done = subprocess.run(
-        [*launcher, str(ROOT / script), *FLAGS, *flags, *places],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    done = launch(*launcher, ROOT / script, *FLAGS, *flags, *places)
     assert done.returncode == 0, done.stderr
     return done
 
 
 def torchrun(processes):
-    command = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node {processes}"
-    return command.split()
+    return f"-m torch.distributed.run --standalone --nproc_per_node {processes}".split()
 
 
 TORCHRUN = torchrun(2)
@@ -304,22 +294,14 @@ masked_run_squad.main()
 def spoiled(tmp_path, tiny_bert, squad_dir):
     """Run two processes, one of which does `act` at update 6; returns how it ended, and seconds."""
 
-    def start(act, *flags, launcher=TORCHRUN):
+    def start(act, *flags):
         (tmp_path / "script.py").write_text(SCRIPT.format(root=str(ROOT), act=act))
         places = f"--output_dir {tmp_path}/out --cache_dir {tmp_path}/cache "
         places += f"--model_name_or_path {tiny_bert} --data_dir {squad_dir}"
         own = "--per_gpu_train_batch_size 5 --save_steps 2 --max_steps 8"
-        script = [*launcher, str(tmp_path / "script.py")]
         common = [*FLAGS, *SQUAD, *METHODS["topK"], *own.split(), *places.split()]
-        command = [*script, *common, *flags]
         started = time.perf_counter()
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+        done = launch(*TORCHRUN, tmp_path / "script.py", *common, *flags, timeout=120)
         return done, time.perf_counter() - started
 
     return start

@@ -1,14 +1,11 @@
 """A task of the tests alone, through all of `run`: names and places in a sentence, by token."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import NAMES, PLACES
+from conftest import NAMES, PLACES, launch
 from datasets import Dataset
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -150,11 +147,9 @@ def test_words_weigh_alike_in_whatever_batch_they_are(tmp_path, tagger):
     run.main(Tagging(), "Tags.", flags(tmp_path, tagger, "one", f"{size} 20 {teach}"))
     parts = f"{size} 6 {accumulation} {teach}"
     run.main(Tagging(), "Tags.", flags(tmp_path, tagger, "parts", parts))
-    launcher = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 2"
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
     ranks = flags(tmp_path, tagger, "ranks", f"{size} 3 {accumulation} {teach} --check_ranks")
-    command = [*launcher.split(), str(tmp_path / "script.py"), *ranks]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = launch(*torchrun, tmp_path / "script.py", *ranks)
     assert done.returncode == 0, done.stderr
     one, *others = (
         load_file(tmp_path / name / "model.safetensors") for name in ("one", "parts", "ranks")
