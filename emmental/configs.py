@@ -60,9 +60,11 @@ def concrete_type(asked: str, source: str, cache_dir: str | None = None) -> str:
 
     Raises UserError if it is not of the family that is asked for.
     """
-    own = stock_type(read_config(source, cache_dir)["model_type"])
+    recorded = read_config(source, cache_dir)["model_type"]
+    own = stock_type(recorded)
     own, any_family = (MASKED + own, "masked") if is_masked(asked) else (own, "dense")
     if asked not in (own, any_family):
+        own, any_family = (recorded, "masked") if is_masked(recorded) else (own, any_family)
         raise UserError(
             f"{source} is of type {own}, not {asked}: give that type, or {any_family}, which takes "
             "every family"

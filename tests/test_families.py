@@ -307,6 +307,8 @@ def test_a_family_that_was_not_asked_for(case, folder):
     assert "give a model with a trained TokenClassification head" in refusal(
         load_model, source, "TokenClassification", masked=False, trained=True
     )
+    said = refusal(concrete_type, other, str(folder(case, prefix="masked_")))
+    assert f"is of type masked_{family}, not {other}: give that type, or masked," in said
 
 
 @every

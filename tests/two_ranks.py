@@ -7,7 +7,6 @@ no process left, if one of them fails.
 import json
 import os
 import signal
-import socket
 import sys
 import traceback
 from pathlib import Path
@@ -19,29 +18,30 @@ import torch.distributed as dist
 import masked_run_squad
 
 
-def run(rank: int, port: int, commands: list[list[str]]) -> None:
-    """One process: all commands in the same process group, which each would make anew."""
+def run(rank: int, store: Path, commands: list[list[str]]) -> None:
+    """One process: all commands in the same process group, which each would make anew.
+
+    store: a new file where the processes meet, as a port may be taken meanwhile.
+    """
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    own |= {"MASTER_ADDR": "unused", "MASTER_PORT": "1"}
     os.environ |= {name: str(value) for name, value in own.items()}
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     dist.init_process_group = dist.destroy_process_group = lambda *_, **__: None
     for words in commands:
         masked_run_squad.main(words)
 
 
 def main() -> int:
-    commands = json.loads(Path(sys.argv[1]).read_text())
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    file = Path(sys.argv[1]).resolve()
+    commands = json.loads(file.read_text())
     children = set()
     for rank in range(2):
         child = os.fork()
         if not child:
             status = 1
             try:
-                run(rank, port, commands)
+                run(rank, file.with_name("store"), commands)
                 status = 0
             except BaseException:
                 traceback.print_exc()
