@@ -9,7 +9,8 @@ a time the median of all steps. The dense side is the stock model for questions,
 embeddings, like ours. Both have the optimiser, the clipping and the penalty of a run of the
 scripts. Peak memory is measured in one process per side (on a GPU, by the allocator). "allowed" is
 the memory that masks need: scores, their gradient, two moments of Adam (for platon, the uncertainty
-instead), one byte per weight for the mask (four for l0), and a masked copy of the largest matrix.
+instead), one byte per weight for the mask (four for l0), and a masked copy of all matrices in the
+precision of the computation.
 With another --granularity, scores and masks are as many as its scores.
 """
 
@@ -41,7 +42,7 @@ from emmental.modules import find_masks, masked, masked_layers
 from emmental.modules.granularity import GRANULARITIES
 from emmental.modules.methods import METHODS
 from emmental.training.distributed import keep_freed_memory
-from emmental.training.optim import build_optimizer
+from emmental.training.optim import build_optimizer, trained_parameters
 from emmental.training.passes import observe_scores
 
 # fmt: off
@@ -78,6 +79,8 @@ class Side:
             self.model = masked_class.from_pretrained(None, config=config, state_dict=state)
         self.model.to(args.device).train()
         self.optimizer = build_optimizer(self.model, 3e-5, 1e-2, 0.0, 1e-8)
+        self.layers = masked_layers(self.model)
+        self.parameters = trained_parameters(self.model, self.optimizer)
         self.scaler = torch.amp.GradScaler(args.device, enabled=False)
         if args.compile:
             for layer in layers_of(self.model):
@@ -91,19 +94,19 @@ class Side:
     def step(self, batch: dict[str, Tensor], clock: Callable[[str], None]) -> None:
         """One update, as in `emmental.training.loop`. Calls `clock(phase)` after each phase."""
         penalty = METHODS[self.method].penalty if self.method != "dense" else None
-        with masked(self.model, THRESHOLD.get(self.method)):
+        with masked(self.layers, THRESHOLD.get(self.method)):
             clock("cut-offs")
             outputs = self.forward(batch)
             target = torch.zeros_like(batch["input_ids"][:, 0])
             loss = F.cross_entropy(outputs.start_logits.float(), target)
             loss = loss + F.cross_entropy(outputs.end_logits.float(), target)
             if penalty:
-                loss = loss + regularization(self.model, penalty)
+                loss = loss + regularization(self.layers, penalty)
             clock("forward")
             loss.backward()
             clock("backward")
-        observe_scores(self.model, self.scaler)
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        observe_scores(self.layers, self.scaler, skipped=False)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         clock("optimiser")
@@ -216,12 +219,13 @@ def _measure_peak(args: argparse.Namespace) -> float:
 
 def allowed_memory(masked: Side) -> float:
     """MiB that masks need: see the top of this file."""
-    largest = max(layer.weight.numel() for layer in masked_layers(masked.model).values())
+    copied = sum(layer.weight.numel() for layer in masked.layers.layers if layer.is_gate)
+    copied *= 2 if masked.args.bf16 else 4
     method = METHODS[masked.method]
     scores = 4 * {"learned": 4, "observed": 2 + method.has_uncertainty, None: 0}[method.scores]
     masks = find_masks(masked.model, THRESHOLD[masked.method]).by_layer.values()
     masks = {id(mask): mask for mask in masks}.values()  # layers may share them
-    return (sum(x.numel() * (scores + x.element_size()) for x in masks) + 4 * largest) / MIB
+    return (sum(x.numel() * (scores + x.element_size()) for x in masks) + copied) / MIB
 
 
 def shape(text: str) -> tuple[int, int]:

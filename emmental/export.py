@@ -8,8 +8,8 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from .families import COMPACT, SCORES, encoder_of, family_of, layers_of, stock_type
 from .modeling_masked import MASK_FIELDS
+from .modules.lists import apply_masks
 from .modules.masks import Masks, count, find_masks, masked_layers
-from .modules.numeric import apply_mask
 from .modules.topk import floor_count
 
 
@@ -174,7 +174,7 @@ def bertarized_state_dict(model: nn.Module, masks: Masks | None = None) -> dict[
     state = {k: v for k, v in model.state_dict().items() if not k.endswith(SCORES)}
     for name, layer in masked_layers(model).items():
         mask = layer.expand(masks.by_layer[name])
-        state[f"{name}.weight"] = apply_mask(layer.weight, mask)
+        state[f"{name}.weight"] = apply_masks([layer.weight], [mask])[0]
     return state
 
 

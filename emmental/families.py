@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .modules.granularity import Block, Columns, Rows, Weight, find_granularity
-from .modules.masked_nn import MaskedLinear
-from .modules.masks import LOCK, in_force, masked, masked_layers
+from .modules.masked_nn import MaskedLinear, drop_masked_weights, make_masked_weights
+from .modules.masks import in_force, lock_of, masked, masked_layers
 from .modules.swap import swap_linears
 
 HEADS = ("QuestionAnswering", "SequenceClassification", "TokenClassification", "MultipleChoice")
@@ -183,6 +183,9 @@ class Masked:
             self._share_scores(kind, options)
         _check_blocks(self, granularity)
         swap_linears(encoder_of(self), granularity=granularity, **options)
+        for layer in layers_of(self):
+            layer.register_forward_pre_hook(make_masked_weights)
+            layer.register_forward_hook(drop_masked_weights)
         self.freeze_embeddings()
         own = [end for end in SCORES if any(key.endswith(end) for key in self.state_dict())]
         self._keep_in_fp32_modules_strict = {end[1:] for end in own}
@@ -293,22 +296,21 @@ def _forward_masks(model: nn.Module, threshold: float | None) -> Iterator[None]:
 
     Raises ValueError for another threshold than the block's.
     """
-    with nullcontext() if torch.compiler.is_compiling() else LOCK:  # which graphs cannot hold
-        layers = (x for x in model.modules() if isinstance(x, MaskedLinear))
-        layer = next((layer for layer in layers if layer.in_force), None)
-        if not layer or (layer.in_force.sampled and not model.training):  # no samples in evaluation
+    first = next(module for module in model.modules() if isinstance(module, MaskedLinear))
+    with nullcontext() if torch.compiler.is_compiling() else lock_of(first):  # no graph has locks
+        given = first.in_force
+        if given is None or (given.sampled and not model.training):  # no samples in evaluation
             with masked(model, threshold, lasting=False):
                 yield
             return
-    given = layer.in_force.threshold
-    if layer.method.threshold and threshold not in (None, given):
-        raise ValueError(f"threshold={threshold} inside a block masked at {given}")
+    if first.method.threshold and threshold not in (None, given.threshold):
+        raise ValueError(f"threshold={threshold} inside a block masked at {given.threshold}")
     yield
 
 
 def _checkpoint_with_masks(model: nn.Module, checkpoint: Callable, function: Callable, *args):
     """Checkpoint a layer so that its second run, in the backward, has the masks of its first."""
-    layers = list(masked_layers(model).values())
+    layers = masked_layers(model).layers
     masks = [layer.in_force for layer in layers]
 
     def rerun(*args):

@@ -1,5 +1,6 @@
 """What an encoder takes, as the model itself says: the names of its inputs, and how many tokens."""
 
+import functools
 import inspect
 
 from transformers import PreTrainedModel
@@ -12,10 +13,15 @@ def input_names(model: PreTrainedModel) -> list[str]:
 
     DistilBERT, MPNet and ModernBERT take no token types; RoBERTa and DeBERTa do not tell two apart.
     """
-    accepted = inspect.signature(model.forward).parameters
+    accepted = _parameters(type(model).forward)
     names = [name for name in MODEL_INPUTS if name in accepted]
     has_types = getattr(model.config, "type_vocab_size", 2) > 1
     return names if has_types else [name for name in names if name != "token_type_ids"]
+
+
+@functools.cache
+def _parameters(function) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
 
 
 def longest_input(model: PreTrainedModel) -> int | None:

@@ -4,23 +4,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .modules.masks import masked_layers
+from .modules.masks import MaskedLayers, masked_layers
 from .modules.methods import METHODS
 
 PENALTIES = {m.penalty: m for m in reversed(METHODS.values()) if m.penalty}  # l0, l1
 
 
-def regularization(model: nn.Module, mode: str) -> Tensor:
+def regularization(model: nn.Module | MaskedLayers, mode: str) -> Tensor:
     """The penalty on the scores, averaged over the matrices that they mask: a scalar in [0, 1].
 
     mode: `l1` (of soft movement) or `l0`. Raises ValueError for another, or without scores.
     """
     if mode not in PENALTIES:
         raise ValueError(f"unknown regularization {mode!r}: choose one of {', '.join(PENALTIES)}")
-    scores = [layer.scores for layer in masked_layers(model).values()]
+    scores = [layer.scores for layer in masked_layers(model).layers]
     if not scores or scores[0] is None:
         raise ValueError(f"regularization {mode} needs scores, and this model has none")
-    return torch.stack([PENALTIES[mode].penalty_of(s) for s in scores]).mean()
+    return PENALTIES[mode].penalty_of(scores)
 
 
 def distillation_loss(

@@ -261,7 +261,7 @@ def test_the_importance_of_a_structure_is_that_of_its_mask(granularity, method):
     wanted, _, gates = explicit(model, granularity)
     wanted[..., 0].sum().backward()
     model(IDS).last_hidden_state[..., 0].sum().backward()
-    observe_scores(model, torch.amp.GradScaler("cpu", enabled=False))
+    observe_scores(masked_layers(model), torch.amp.GradScaler("cpu", enabled=False), False)
     sizes = {keys[0]: size for keys, (_, size) in ranked(model, granularity).items()}
     for name, old in before.items():
         layer = model.get_submodule(name)

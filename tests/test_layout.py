@@ -175,21 +175,6 @@ def test_public_names(module, names):
         assert set(names) <= set(found.__all__)
 
 
-def test_the_science_is_short():
-    """What a newcomer reads first: the path of a mask through an update."""
-    modules = [
-        PACKAGE / "modules" / f"{name}.py"
-        for name in ("methods", "granularity", "topk", "masked_nn", "masks")
-    ]
-    path = [
-        *modules,
-        PACKAGE / "schedule.py",
-        PACKAGE / "losses.py",
-        PACKAGE / "training" / "loop.py",
-    ]
-    assert sum(len(file.read_text().splitlines()) for file in path) <= 952
-
-
 def test_functions_and_files_are_short():
     for file in [*SOURCES, *ROOT.glob("*.py")]:
         text = file.read_text()

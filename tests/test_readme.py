@@ -152,7 +152,7 @@ def test_help_says_what_a_flag_is_for(capsys):
 EXTENDED = """
 import sys
 import transformers
-from emmental.modules import find_masks
+from emmental.modules import find_masks, masked_layers
 from emmental.training.args import make_parser
 from emmental.training.passes import observe_scores
 
@@ -162,7 +162,7 @@ for method in "sign_movement", "peak":
     before = layer.mask_scores.detach().clone()
     layer.train()(torch.randn(3, 6), threshold=0.5).sum().backward()
     if method == "peak":
-        observe_scores(layer, torch.amp.GradScaler("cpu", enabled=False))
+        observe_scores(masked_layers(layer), torch.amp.GradScaler("cpu", enabled=False), False)
         assert layer.mask_scores.grad is None and not torch.equal(layer.mask_scores, before)
     else:
         assert layer.mask_scores.grad.abs().unique().tolist() == [1.0]

@@ -7,7 +7,12 @@ The columns alone decide what a head or neuron adds. So training masks them and 
 they are: the gradient of a score is that of a gate on the head or neuron, also when it is closed.
 """
 
+from collections.abc import Sequence
+
+import torch
 from torch import Size, Tensor
+
+from .lists import is_traced, together
 
 
 class Weight:
@@ -99,7 +104,7 @@ class Columns(Rows):
         return mask[:, None].expand(-1, weight_shape[1] // self.count).reshape(-1)
 
     def reduce(self, gradient):
-        return gradient.sum(0).reshape(self.count, -1).sum(1)
+        return gradient.reshape(len(gradient), self.count, -1).sum((0, 2))
 
 
 class Structure(Weight):
@@ -123,3 +128,27 @@ def find_granularity(name: str | Weight) -> Weight:
         known = ", ".join(GRANULARITIES)
         raise ValueError(f"unknown granularity {name!r}: choose one of {known}")
     return GRANULARITIES[name] if isinstance(name, str) else name
+
+
+def apply_each(
+    function: str, granularities: Sequence[Weight], tensors: Sequence[Tensor], *arguments: Sequence
+) -> list[Tensor]:
+    """`function` ("expand", "reduce" or "rank") of each granularity, with its tensor and arguments.
+
+    On a GPU, those of equal shapes, granularity and arguments are stacked and go together.
+    """
+    calls = list(zip(granularities, tensors, *arguments, strict=True))
+    if is_traced() or torch.compiler.is_compiling() or not together(tensors[0]):
+        return [getattr(granularity, function)(*given) for granularity, *given in calls]
+    alike: dict[tuple, list[int]] = {}
+    for place, (granularity, tensor, *rest) in enumerate(calls):
+        alike.setdefault((granularity, tensor.shape, *rest), []).append(place)
+    results = list(tensors)  # which are right for a score per weight
+    for (granularity, _, *rest), places in alike.items():
+        if type(granularity) is not Weight:
+            stack = torch.stack([tensors[place] for place in places])
+            act = getattr(granularity, function)
+            rows = torch.vmap(lambda tensor: act(tensor, *rest))(stack)
+            for place, row in zip(places, rows, strict=True):
+                results[place] = row
+    return results

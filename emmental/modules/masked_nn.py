@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from .binarizer import compute_mask  # noqa: F401, published here
 from .granularity import Weight, find_granularity
+from .lists import is_traced, together
 from .methods import find_method
-from .numeric import NOT_IN_GRAPHS, apply_mask, check_values, is_traced
-from .product import MaskedProduct
+from .numeric import NOT_IN_GRAPHS
+from .product import MaskedWeights, multiply
 
 MASK_INITS = ("constant", "uniform", "kaiming")
 
@@ -25,13 +26,22 @@ class MaskInForce:
 
     sampled: whether it is a random sample (l0 in training).
     lasting: whether it serves many forwards. In evaluation the layer then keeps `masked_weight`.
+    expanded: on a GPU, the mask of all weights, found once like the mask.
+    masked_weight: W * M for a forward of the encoder layer, or for the evaluation of a block.
     """
 
     mask: Tensor
     threshold: float
     sampled: bool
     lasting: bool
+    expanded: Tensor | None = None
     masked_weight: Tensor | None = None
+
+    def keeps(self, layer: nn.Module) -> bool:
+        """Whether W * M of the layer serves all forwards of the block: in evaluation."""
+        grad = layer.training or torch.is_grad_enabled() or is_traced()
+        own = type(layer.weight) is nn.Parameter  # torch.func.functional_call passes a tensor
+        return self.lasting and own and not grad
 
 
 class MaskedLinear(nn.Linear):
@@ -40,8 +50,8 @@ class MaskedLinear(nn.Linear):
     `mask_scores` (None for magnitude pruning) has the shape of `weight`, or of the granularity. It
     starts `constant` at `mask_scale`, `uniform` in +-`mask_scale`, or `kaiming`. The betas weigh
     the past in the running means of observed scores. With `scores_of`, a layer has no scores of its
-    own but those of that layer. The last layer that shares them `is_gate`: in training, it alone
-    is masked. Raises ValueError for an unknown name, and what does not fit.
+    own but those of that layer. The last layer that shares them `is_gate`: it alone is masked, as
+    that is enough. Raises ValueError for an unknown name, and what does not fit.
 
     `layer(x, threshold=v)` finds its mask for the threshold v. `layer(x)` uses the mask of the
     `masked` block around the call, and raises RuntimeError outside a block.
@@ -110,8 +120,7 @@ class MaskedLinear(nn.Linear):
     @property
     def source(self) -> Tensor:
         """What the mask follows from: mostly the scores; for magnitude pruning, the weights."""
-        check_values(self.weight, self.scores)
-        return self.method.source(self.group[0])
+        return self.method.sources([self.group[0]])[0]
 
     @property
     def owner(self) -> int:
@@ -129,27 +138,25 @@ class MaskedLinear(nn.Linear):
         return self.granularity.expand(mask, self.weight.shape)
 
     def forward(self, input: Tensor, threshold: float | None = None) -> Tensor:
-        current = self.in_force
-        if threshold is not None:
-            current = self._find_mask(threshold)
-        elif current is None:
+        if threshold is None and self.in_force is None:
             raise RuntimeError("no mask: use `with masked(model, threshold):`, or threshold=...")
-        if is_traced() and self.training:
-            raise ValueError("a trace or export keeps its masks for good: call model.eval() first")
-        if is_traced() or (current.lasting and not (self.training or torch.is_grad_enabled())):
-            own = type(self.weight) is nn.Parameter  # torch.func.functional_call passes a tensor
-            weight = current.masked_weight if own else None
-            if weight is None:
-                weight = apply_mask(self.weight.detach(), self.expand(current.mask))
-            if own and not is_traced():
-                current.masked_weight = weight
-            return F.linear(input, weight, self.bias)
         if not self.is_gate:  # so that what is pruned has a gradient, and can return
-            return F.linear(input, self.weight, self.bias)
-        if torch.is_autocast_enabled(input.device.type):  # MaskedProduct casts W and b
-            input = input.to(torch.get_autocast_dtype(input.device.type))
-        tensors = input, self.weight, self.scores, current.mask, self.bias
-        return MaskedProduct.apply(*tensors, self.method, self.granularity, current.sampled)
+            weight = self.weight
+        elif threshold is None:
+            weight = self._weight_in_force(self.in_force)
+        else:
+            weight = masked_weights([self], [self._find_mask(threshold)])[0]
+        return F.linear(input, weight, self.bias)
+
+    def _weight_in_force(self, current: MaskInForce) -> Tensor:
+        keeps, weight = current.keeps(self), current.masked_weight
+        if weight is not None and weight.dtype == _computing_dtype(self.weight):
+            if keeps or together(weight):  # of this block, or of this forward
+                return weight
+        weight = masked_weights([self], [current])[0]
+        if keeps:
+            current.masked_weight = weight
+        return weight
 
     @torch.compiler.disable(reason=NOT_IN_GRAPHS)  # they would be compiled for each threshold
     def _find_mask(self, threshold: float) -> MaskInForce:
@@ -173,3 +180,44 @@ class MaskedLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, pruning_method={self.pruning_method}"
+
+
+def masked_weights(layers: list[MaskedLinear], masks: list[MaskInForce]) -> list[Tensor]:
+    """W * M of the layers, in the dtype of the computation: autocast's, if it is on."""
+    if is_traced() and layers[0].training:
+        raise ValueError("a trace or export keeps its masks for good: call model.eval() first")
+    method, sampled = layers[0].method, masks[0].sampled
+    granularities = tuple(layer.granularity for layer in layers)
+    weights, scores = [layer.weight for layer in layers], [layer.scores for layer in layers]
+    found, expanded = [mask.mask for mask in masks], [mask.expanded for mask in masks]
+    dtype = _computing_dtype(weights[0])
+    if is_traced() or not torch.is_grad_enabled():
+        weights = [weight.detach() for weight in weights]
+        return multiply(granularities, weights, found, expanded, dtype)
+    tensors = *weights, *found, *scores, *expanded
+    return MaskedWeights.apply(method, granularities, sampled, dtype, *tensors)
+
+
+def _computing_dtype(weight: Tensor) -> torch.dtype:
+    kind = weight.device.type
+    autocast = torch.is_autocast_enabled(kind) and weight.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if autocast else weight.dtype
+
+
+def make_masked_weights(module: nn.Module, args: tuple) -> None:
+    """A forward pre-hook of an encoder layer: W * M of its matrices in one operation, on a GPU."""
+    layers = [x for x in module.modules() if isinstance(x, MaskedLinear) and x.is_gate]
+    masks = [layer.in_force for layer in layers]
+    if not all(masks) or not together(layers[0].weight) or masks[0].keeps(layers[0]):
+        return
+    if module.training and getattr(module, "gradient_checkpointing", False):
+        return  # hooks run outside the checkpoint: each matrix is multiplied in its run and rerun
+    for mask, weight in zip(masks, masked_weights(layers, masks), strict=True):
+        mask.masked_weight = weight
+
+
+def drop_masked_weights(module: nn.Module, args: tuple, output) -> None:
+    """A forward hook of an encoder layer: what was made for this forward ends with it."""
+    for layer in module.modules():
+        if isinstance(layer, MaskedLinear) and layer.in_force and not layer.in_force.keeps(layer):
+            layer.in_force.masked_weight = None

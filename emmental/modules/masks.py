@@ -8,6 +8,7 @@ Outside a block, every forward of a masked model finds its own masks, which cost
 """
 
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,12 +17,41 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .granularity import apply_each
+from .lists import together
 from .masked_nn import MaskedLinear, MaskInForce
 from .methods import check_fraction
 from .numeric import NOT_IN_GRAPHS
 from .topk import count_ones, keep_largest_together
 
-LOCK = threading.RLock()  # held by the thread that puts masks in force, or that uses its own
+_LOCKS: weakref.WeakKeyDictionary[MaskedLinear, threading.RLock] = weakref.WeakKeyDictionary()
+
+
+class MaskedLayers(dict[str, MaskedLinear]):
+    """The masked layers of a model by name, in the order of its modules, found once for many calls.
+
+    All functions of this file take it in place of its model. config: that of the model, also below
+    a wrapper, or None. layers: the layers. holders: of the layers that share their scores, the one
+    that holds them. observed: those with observed scores.
+    """
+
+    def __init__(self, model: nn.Module):
+        modules = model.named_modules()
+        super().__init__((n, module) for n, module in modules if isinstance(module, MaskedLinear))
+        configs = (getattr(module, "config", None) for module in model.modules())
+        self.config = next((config for config in configs if hasattr(config, "global_topk")), None)
+        self.layers = list(self.values())
+        self.holders = list({layer.owner: layer.group[0] for layer in self.layers}.values())
+        self.observed = [layer for layer in self.holders if layer.method.observe]
+
+    @property
+    def training(self) -> bool:
+        return self.layers[0].training
+
+
+def masked_layers(model: nn.Module | MaskedLayers) -> MaskedLayers:
+    """The masked layers of a model by name, in the order of its modules."""
+    return model if isinstance(model, MaskedLayers) else MaskedLayers(model)
 
 
 @dataclass
@@ -31,12 +61,14 @@ class Masks:
     sizes: how many weights one score of each layer stands for.
     cutoff: the lowest score that is kept, with `global_topk`.
     threshold: what the masks were found for.
+    ones: how many scores each mask keeps, if the method knows it.
     """
 
     by_layer: dict[str, Tensor]
     sizes: dict[str, int]
     cutoff: float | None = None
     threshold: float | None = None
+    ones: list[int] | None = None
 
 
 @dataclass
@@ -52,14 +84,9 @@ class Counts:
         return sum(self.remaining.values()) / sum(self.total.values())
 
 
-def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
-    """The masked layers of a model by name, in the order of its modules."""
-    return {n: module for n, module in model.named_modules() if isinstance(module, MaskedLinear)}
-
-
 def count(masks: Masks) -> Counts:
     """Count the weights that the masks keep (for l0: with M > 0)."""
-    ones, sizes = count_ones(list(masks.by_layer.values())), masks.sizes
+    ones, sizes = masks.ones or count_ones(list(masks.by_layer.values())), masks.sizes
     remaining = {name: n * sizes[name] for name, n in zip(masks.by_layer, ones, strict=True)}
     return Counts(remaining, {n: mask.numel() * sizes[n] for n, mask in masks.by_layer.items()})
 
@@ -67,7 +94,7 @@ def count(masks: Masks) -> Counts:
 @torch.compiler.disable(reason=NOT_IN_GRAPHS)  # they would be compiled for each threshold
 @torch.no_grad()
 def find_masks(
-    model: nn.Module,
+    model: nn.Module | MaskedLayers,
     threshold: float | None = None,
     cutoff: float | None = None,
     generator: torch.Generator | None = None,
@@ -83,7 +110,7 @@ def find_masks(
     above: if given, keep the weights with higher scores instead.
     Raises ValueError for what has no masks, and for a threshold that is unknown or out of range.
     """
-    layers, config = masked_layers(model), _config(model)
+    layers = masked_layers(model)
     if not layers:
         raise ValueError("the model has no masked layers")
     if any(name.rpartition(".")[2] == "base_layer" for name in layers):
@@ -91,9 +118,8 @@ def find_masks(
             "an adapter (PEFT) over a masked layer could not be merged: convert the model with "
             "bertarize.py first, and add the adapter to the result"
         )
-    method = next(iter(layers.values())).method
-    owners = {layer.owner: layer for layer in layers.values()}  # layers may share their scores
-    values = [layer.source for layer in owners.values()]
+    method, config, ones = layers.layers[0].method, layers.config, None
+    values = method.sources(layers.holders)
     if threshold is None:
         threshold = getattr(config, "threshold", None)
     if above is not None:
@@ -102,30 +128,31 @@ def find_masks(
         raise ValueError("the threshold is unknown: pass threshold=..., or set config.threshold")
     elif not getattr(config, "global_topk", False):
         found = method.masks(values, threshold, sampled, generator)
+        ones = method.counts(values, threshold)
     elif not method.ranks_together:
         raise ValueError(f"global_topk cannot rank all matrices together for {method.name}")
     else:
         sizes = Counter()
-        for layer in layers.values():
+        for layer in layers.layers:
             sizes[layer.owner] += layer.weights_per_score
-        values = [value.abs() for value in values] if method.absolute else values
+        values = torch._foreach_abs(values) if method.absolute else values
         fraction = check_fraction(threshold)
         found, cutoff = keep_largest_together(values, list(sizes.values()), fraction, cutoff)
+    owners = [layer.owner for layer in layers.holders]
     by_owner = dict(zip(owners, found, strict=True))
-    by_layer = {name: by_owner[layer.owner] for name, layer in layers.items()}
-    sizes = {name: layer.weights_per_score for name, layer in layers.items()}
-    return Masks(by_layer, sizes, cutoff, 1.0 if threshold is None else float(threshold))
-
-
-def _config(model: nn.Module):
-    """The configuration of a masked model, also below a wrapper; None without one."""
-    configs = (getattr(module, "config", None) for module in model.modules())
-    return next((config for config in configs if hasattr(config, "global_topk")), None)
+    ones = ones and dict(zip(owners, ones, strict=True))
+    return Masks(
+        {name: by_owner[layer.owner] for name, layer in layers.items()},
+        {name: layer.weights_per_score for name, layer in layers.items()},
+        cutoff,
+        1.0 if threshold is None else float(threshold),
+        ones and [ones[layer.owner] for layer in layers.layers],
+    )
 
 
 @contextmanager
 def masked(
-    model: nn.Module,
+    model: nn.Module | MaskedLayers,
     threshold: float | None = None,
     cutoff: float | None = None,
     generator: torch.Generator | None = None,
@@ -138,27 +165,39 @@ def masked(
     `save_pretrained` records. In evaluation without gradients, a `lasting` block keeps W * M too.
     New weights or scores do not change the masks of a block. A dense model has none: None.
     """
-    layers = list(masked_layers(model).values())
+    layers = masked_layers(model)
     if not layers:
         yield None
         return
-    sampled, config, outer = model.training, _config(model), layers[0].in_force
-    masks = find_masks(model, threshold, cutoff, generator, sampled=sampled)
+    sampled, config, outer = layers.training, layers.config, layers.layers[0].in_force
+    masks = find_masks(layers, threshold, cutoff, generator, sampled=sampled)
     found = [MaskInForce(m, masks.threshold, sampled, lasting) for m in masks.by_layer.values()]
+    _expand(layers, found)
     if config:
         config.threshold = masks.threshold
     try:
-        with in_force(layers, found):
+        with in_force(layers.layers, found):
             yield masks
     finally:
         if config and outer:
             config.threshold = outer.threshold
 
 
+def _expand(layers: MaskedLayers, masks: list[MaskInForce]) -> None:
+    """Find the masks of all weights, if a GPU shall have them once for all forwards."""
+    gates = [(layer, mask) for layer, mask in zip(layers.layers, masks) if layer.is_gate]
+    if not together(layers.layers[0].weight) or torch.compiler.is_compiling():
+        return
+    kinds, shapes = zip(*((layer.granularity, layer.weight.shape) for layer, _ in gates))
+    expanded = apply_each("expand", kinds, [mask.mask for _, mask in gates], shapes)
+    for (layer, mask), full in zip(gates, expanded, strict=True):
+        mask.expanded = full.expand(layer.weight.shape).contiguous()
+
+
 @contextmanager
 def in_force(layers: list[MaskedLinear], masks: list[MaskInForce | None]) -> Iterator[None]:
     """Let the layers use these masks inside the block."""
-    with LOCK:
+    with lock_of(layers[0]):
         before = [layer.in_force for layer in layers]
         for layer, mask in zip(layers, masks, strict=True):
             layer.in_force = mask
@@ -167,3 +206,12 @@ def in_force(layers: list[MaskedLinear], masks: list[MaskInForce | None]) -> Ite
     finally:
         for layer, mask in zip(layers, before, strict=True):
             layer.in_force = mask
+
+
+def lock_of(layer: MaskedLinear) -> threading.RLock:
+    """The lock of the model whose first masked layer this is.
+
+    Threads may share a model: in evaluation, their forwards run side by side in a block. Outside a
+    block, each forward puts its own masks in force, and holds the lock for as long.
+    """
+    return _LOCKS.setdefault(layer, threading.RLock())

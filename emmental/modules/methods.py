@@ -14,7 +14,9 @@ import math
 import torch
 from torch import Tensor
 
-from .numeric import MeanSigmoid, check_fraction, logit, uniform_noise
+from .granularity import apply_each
+from .lists import by_stack
+from .numeric import MeanSigmoid, check_fraction, check_values, logit, uniform_noise
 from .topk import keep_above, keep_largest
 
 
@@ -30,8 +32,9 @@ class Method:
     ranks_together: whether `global_topk` can rank all matrices together.
     has_floor: whether every matrix keeps at least 0.5% of its weights.
     has_uncertainty: whether it observes `layer.mask_uncertainty` too.
-    observe: None, or a method `observe(layer, grad)` that updates `layer.mask_scores` in place,
-        once per update, from the straight-through dL/dS. It must do the same on every rank.
+    observe: None, or a method `observe(layers, grads)` that updates the `mask_scores` of layers in
+        place, once per update, from the straight-through dL/dS of each. It must do the same on
+        every rank.
     """
 
     name: str
@@ -42,12 +45,20 @@ class Method:
     absolute = has_floor = has_uncertainty = False
     ranks_together, observe = True, None
 
-    def source(self, layer) -> Tensor:
-        """What the masks of a `MaskedLinear` that holds its scores follow from, in their shape."""
+    def sources(self, layers) -> list[Tensor]:
+        """What the masks of `MaskedLinear`s that hold their scores follow from, in their shape.
+
+        Raises ValueError where there are no values to compare: in a trace, and for sharded layers.
+        """
+        for layer in layers:
+            check_values(layer.weight, layer.mask_scores)
         if self.scores:
-            return layer.mask_scores
-        ranks = [each.granularity.rank(each.weight.detach()) for each in layer.group]
-        return torch.stack(ranks).square().mean(0).sqrt() if len(ranks) > 1 else ranks[0]
+            return [layer.mask_scores for layer in layers]
+        members = [member for layer in layers for member in layer.group]
+        weights = [member.weight.detach() for member in members]
+        ranks = iter(apply_each("rank", [member.granularity for member in members], weights))
+        groups = [[next(ranks) for _ in layer.group] for layer in layers]
+        return [_root_mean_square(group) if len(group) > 1 else group[0] for group in groups]
 
     def masks(
         self, sources: list[Tensor], threshold: float, sampled=False, generator=None
@@ -63,12 +74,19 @@ class Method:
         """The masks if all weights with scores up to `score` were pruned."""
         return keep_above(sources, score)
 
-    def scores_gradient(self, mask: Tensor, grad: Tensor, sampled: bool) -> Tensor:
-        """dL/dS from `grad` = dL/dM, which may be overwritten. By default straight through."""
+    def counts(self, sources: list[Tensor], threshold: float) -> list[int] | None:
+        """How many scores `masks` keeps of each matrix, if that is known without looking."""
+        return None
+
+    def scores_gradient(self, scores: Tensor, mask: Tensor, grad: Tensor, sampled: bool) -> Tensor:
+        """dL/dS from `grad` = dL/dM, which may be overwritten. By default straight through.
+
+        It goes entry by entry: the tensors are a matrix, or the entries of several in a row.
+        """
         return grad
 
-    def penalty_of(self, scores: Tensor) -> Tensor:
-        """The penalty of one matrix, a scalar in [0, 1]."""
+    def penalty_of(self, scores: list[Tensor]) -> Tensor:
+        """The penalty of each matrix, averaged over the matrices: a scalar in [0, 1]."""
         raise NotImplementedError
 
     def closing_score(self, threshold: float) -> float:
@@ -82,9 +100,11 @@ class TopK(Method):
     name, title = "topK", "movement"
 
     def masks(self, sources, threshold, sampled=False, generator=None):
+        return keep_largest(sources, self.counts(sources, threshold), self.absolute)
+
+    def counts(self, sources, threshold):
         fraction = check_fraction(threshold)
-        counts = [int(fraction * source.numel()) for source in sources]
-        return keep_largest(sources, counts, self.absolute)
+        return [int(fraction * source.numel()) for source in sources]
 
 
 class Magnitude(TopK):
@@ -99,8 +119,9 @@ class Sensitivity(TopK):
 
     name, title, scores = "sensitivity", "sensitivity", "observed"
 
-    def observe(self, layer, grad):
-        layer.mask_scores.lerp_(grad.abs(), 1 - layer.importance_beta)
+    def observe(self, layers, grads):
+        means = [layer.mask_scores for layer in layers]
+        torch._foreach_lerp_(means, torch._foreach_abs(grads), 1 - layers[0].importance_beta)
 
 
 class Platon(Sensitivity):
@@ -108,13 +129,17 @@ class Platon(Sensitivity):
 
     name, title, has_uncertainty = "platon", "PLATON", True
 
-    def observe(self, layer, grad):
-        super().observe(layer, grad)
-        deviation = grad.abs().sub_(layer.mask_scores).abs_()
-        layer.mask_uncertainty.lerp_(deviation, 1 - layer.uncertainty_beta)
+    def observe(self, layers, grads):
+        super().observe(layers, grads)
+        deviations = torch._foreach_abs(grads)
+        torch._foreach_sub_(deviations, [layer.mask_scores for layer in layers])
+        torch._foreach_abs_(deviations)
+        means = [layer.mask_uncertainty for layer in layers]
+        torch._foreach_lerp_(means, deviations, 1 - layers[0].uncertainty_beta)
 
-    def source(self, layer):
-        return layer.mask_scores.detach() * layer.mask_uncertainty
+    def sources(self, layers):
+        means = [scores.detach() for scores in super().sources(layers)]
+        return list(torch._foreach_mul(means, [layer.mask_uncertainty for layer in layers]))
 
 
 class Threshold(Method):
@@ -141,7 +166,7 @@ class SoftMovement(Method):
         return keep_above(sources, self.closing_score(threshold))
 
     def penalty_of(self, scores):
-        return MeanSigmoid.apply(scores, 0.0)
+        return MeanSigmoid.apply(0.0, *scores)
 
     def closing_score(self, threshold):
         return logit(check_fraction(threshold))
@@ -161,7 +186,8 @@ class L0(Method):
     WIDTH = RIGHT - LEFT
 
     def masks(self, sources, threshold=None, sampled=False, generator=None):
-        return [self._mask(source.detach(), sampled, generator) for source in sources]
+        sources = [source.detach() for source in sources]
+        return by_stack(lambda scores: self._mask(scores, sampled, generator), sources)
 
     def _mask(self, scores: Tensor, sampled: bool, generator: torch.Generator | None) -> Tensor:
         if sampled:
@@ -174,7 +200,7 @@ class L0(Method):
     def masks_above(self, sources, score):
         return [source.detach() > score for source in sources]
 
-    def scores_gradient(self, mask, grad, sampled):
+    def scores_gradient(self, scores, mask, grad, sampled):
         # Where 0 < M < 1: g = (M - l) / (r - l) and dM/dS = g (1 - g) (r - l) / b. Elsewhere: 0.
         gate = (mask / self.WIDTH).sub_(self.LEFT / self.WIDTH)
         grad.mul_(self.WIDTH / (self.TEMPERATURE if sampled else 1.0))
@@ -182,10 +208,16 @@ class L0(Method):
         return torch.ops.aten.hardtanh_backward(gate, mask, 0.0, 1.0, grad_input=grad)
 
     def penalty_of(self, scores):
-        return MeanSigmoid.apply(scores, self.TEMPERATURE * math.log(-self.LEFT / self.RIGHT))
+        shift = self.TEMPERATURE * math.log(-self.LEFT / self.RIGHT)
+        return MeanSigmoid.apply(shift, *scores)
 
     def closing_score(self, threshold=None):
         return logit(-self.LEFT / self.WIDTH)  # M = 0 in evaluation
+
+
+def _root_mean_square(tensors: list[Tensor]) -> Tensor:
+    stack = torch.stack(tensors)
+    return torch.linalg.vector_norm(stack, dim=0).div_(len(stack) ** 0.5)
 
 
 _ALL = TopK(), Threshold(), SoftMovement(), Magnitude(), L0(), Sensitivity(), Platon()

@@ -1,4 +1,4 @@
-"""Elementwise functions that are faster, or need less memory, than the plain formula."""
+"""Formulas of the scores: noise, the mean sigmoid of the penalties, fractions; and their checks."""
 
 import math
 
@@ -6,30 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .lists import is_traced, stacks, together
+
 NOT_IN_GRAPHS = (
     "masks cannot be found within a trace, an export or a full graph: open `with masked(model):` "
     "around it, or convert the model with bertarize.py first"
 )
-
-
-def apply_mask(tensor: Tensor, mask: Tensor) -> Tensor:
-    """tensor * mask, in the dtype of `tensor`."""
-    factor = as_factor(mask, tensor.dtype)
-    own = factor is not mask and factor.shape == tensor.shape
-    return factor.mul_(tensor) if own else tensor * factor
-
-
-def as_factor(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask in a floating dtype. A CPU converts bytes ten times as fast as booleans."""
-    # TorchScript, ONNX and the compiler of torch 2.11 lack such views.
-    as_bytes = mask.dtype == torch.bool and not is_traced() and not torch.compiler.is_compiling()
-    return (mask.view(torch.int8) if as_bytes else mask).to(dtype)
-
-
-def is_traced() -> bool:
-    """Whether `torch.jit.trace`, `torch.export` or `torch.onnx` records this call."""
-    # Not `is_exporting()`, which torch.compile of torch 2.11 takes for True.
-    return torch.jit.is_tracing() or torch.compiler._is_exporting_flag
 
 
 def check_values(weight: Tensor, scores: Tensor | None) -> None:
@@ -46,7 +28,7 @@ def check_values(weight: Tensor, scores: Tensor | None) -> None:
 
 def uniform_noise(scores: Tensor, generator: torch.Generator | None = None, margin: float = 1e-4):
     """Noise u ~ U(margin, 1 - margin) of the shape of `scores`."""
-    if scores.device.type != "cpu":
+    if together(scores):
         return torch.empty_like(scores).uniform_(margin, 1 - margin, generator=generator)
     # On a CPU, NumPy's SFC64 is three times as fast as torch's generator, which gives the seed.
     seed = torch.randint(2**63 - 1, (), generator=generator).item()
@@ -56,19 +38,27 @@ def uniform_noise(scores: Tensor, generator: torch.Generator | None = None, marg
 
 
 class MeanSigmoid(torch.autograd.Function):
-    """mean(sigmoid(S - shift)). It saves S for the backward, not a new tensor of sigmoids."""
+    """mean(sigmoid(S - shift)) of each matrix, averaged over the matrices: a scalar.
+
+    It saves the scores for the backward, and no sigmoids.
+    """
 
     @staticmethod
-    def forward(ctx, scores: Tensor, shift: float) -> Tensor:
-        ctx.save_for_backward(scores)
+    def forward(ctx, shift: float, *scores: Tensor) -> Tensor:
+        ctx.save_for_backward(*scores)
         ctx.shift = shift
-        return _sigmoid(scores, shift).mean()
+        return torch.cat([_sigmoid(s, shift).mean(1) for _, s in stacks(list(scores))]).mean()
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (scores,) = ctx.saved_tensors
-        grad, probability = grad / scores.numel(), _sigmoid(scores, ctx.shift)
-        return torch.ops.aten.sigmoid_backward(grad, probability, grad_input=probability), None
+        scores = ctx.saved_tensors
+        grad, gradients = grad / len(scores), [None] * len(scores)
+        for places, stack in stacks(list(scores)):
+            found = _sigmoid(stack, ctx.shift)
+            torch.ops.aten.sigmoid_backward(grad / stack.shape[1], found, grad_input=found)
+            for place, row in zip(places, found, strict=True):
+                gradients[place] = row.view(scores[place].shape)
+        return None, *gradients
 
 
 def _sigmoid(scores: Tensor, shift: float) -> Tensor:

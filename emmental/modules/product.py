@@ -1,63 +1,75 @@
-"""The product of an input with masked weights, and its gradients."""
-
-import inspect
+"""W * M, the masked weights, and its gradients: here a gradient reaches the scores."""
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .numeric import apply_mask, as_factor
+from .granularity import apply_each
+from .lists import apply_masks, cast
+from .methods import Method
 
 
-class MaskedProduct(torch.autograd.Function):
-    """x (W * M)^T + b. With G = dL/d(W * M): dL/dW = G * M, dL/dM = G * W, dL/dS from the method.
+class MaskedWeights(torch.autograd.Function):
+    """W * M of several matrices, in the dtype of the computation.
 
-    It saves x, W and M, and computes W * M again in the backward: the masked weights of all layers
-    would be a second model. Outputs are allocated before temporary tensors, so that those leave no
-    holes in the memory of a CPU.
+    With G = dL/d(W * M): dL/dW = G * M and dL/dM = G * W, from which the method makes dL/dS.
+
+    MaskedWeights.apply(method, granularities, sampled, dtype, *weights, *masks, *scores, *expanded)
+    expanded: the masks of all weights, or None to expand `masks`, those of the scores.
     """
 
     @staticmethod
-    def forward(input, weight, scores, mask, bias, method, granularity, sampled):
-        rows = input.reshape(-1, input.shape[-1])
-        output = rows.new_empty(len(rows), len(weight))
-        masked = apply_mask(weight, granularity.expand(mask, weight.shape))
-        if torch.is_autocast_enabled(input.device.type):
-            masked = masked.to(input.dtype)
-            bias = bias if bias is None else bias.to(input.dtype)
-        if bias is None:
-            torch.mm(rows, masked.t(), out=output)
-        else:
-            torch.addmm(bias, rows, masked.t(), out=output)
-        return output.view(*input.shape[:-1], len(weight))
+    def forward(method, granularities, sampled, dtype, *tensors):
+        weights, masks, _, expanded = _quarters(tensors)
+        return tuple(multiply(granularities, weights, masks, expanded, dtype))
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        input, weight, _, mask, _, ctx.method, ctx.granularity, ctx.sampled = inputs
-        ctx.save_for_backward(input, weight, mask)
+    def setup_context(ctx, inputs, outputs):
+        ctx.method, ctx.granularities, ctx.sampled, _, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output: Tensor):
-        input, weight, mask = ctx.saved_tensors
-        needs_input, needs_weight, needs_scores, _, needs_bias = ctx.needs_input_grad[:5]
-        rows = grad_output.reshape(-1, grad_output.shape[-1])
-        grad_input = grad_weight = grad_scores = None
-        expanded = ctx.granularity.expand(mask, weight.shape)
-        if needs_weight or needs_scores:
-            gradient = (rows.t() @ input.reshape(-1, input.shape[-1])).to(weight.dtype)  # G
-            if needs_scores:
-                grad_mask = ctx.granularity.reduce(gradient * weight)
-                grad_scores = ctx.method.scores_gradient(mask, grad_mask, ctx.sampled)
-            if needs_weight:
-                grad_weight = gradient.mul_(as_factor(expanded, weight.dtype))
-        grad_bias = rows.sum(0) if needs_bias else None
-        if needs_input:
-            grad_input = rows.new_empty(len(rows), input.shape[-1])
-            torch.mm(rows, apply_mask(weight, expanded).to(rows.dtype), out=grad_input)
-            grad_input = grad_input.view(input.shape)
-        return grad_input, grad_weight, grad_scores, None, grad_bias, None, None, None
+    def backward(ctx, *grads):
+        used = [place for place, grad in enumerate(grads) if grad is not None]
+        of_weights, of_scores, none = ([None] * len(grads) for _ in range(3))
+        needed = _quarters(ctx.needs_input_grad[4:])
+        if used:
+            saved = _quarters(ctx.saved_tensors)
+            weights, masks, scores, expanded = ([x[i] for i in used] for x in saved)
+            granularities = [ctx.granularities[i] for i in used]
+            gradients = cast([grads[i] for i in used], weights[0].dtype)  # G
+        if used and any(needed[2]):
+            products = torch._foreach_mul(gradients, weights)
+            of_masks = apply_each("reduce", granularities, products)
+            found = _scores_gradients(ctx.method, scores, masks, of_masks, ctx.sampled)
+            for place, gradient in zip(used, found, strict=True):
+                of_scores[place] = gradient
+        if used and any(needed[0]):
+            found = multiply(granularities, gradients, masks, expanded, weights[0].dtype)
+            for place, gradient in zip(used, found, strict=True):
+                of_weights[place] = gradient
+        return None, None, None, None, *of_weights, *none, *of_scores, *none
 
 
-# torch binds the arguments of each call to the signature, which takes long to find.
-MaskedProduct.forward.__signature__ = inspect.signature(MaskedProduct.forward)
+def multiply(granularities, tensors, masks, expanded, dtype: torch.dtype) -> list[Tensor]:
+    """The weights, or what has their shape, times their masks, in this dtype."""
+    if None in expanded:
+        expanded = apply_each("expand", granularities, masks, [x.shape for x in tensors])
+    return cast(apply_masks(tensors, expanded), dtype)
+
+
+def _quarters(values: tuple) -> list[list]:
+    size = len(values) // 4
+    return [list(values[start : start + size]) for start in range(0, len(values), size)]
+
+
+def _scores_gradients(method, scores, masks, grads, sampled: bool) -> list[Tensor]:
+    if type(method).scores_gradient is Method.scores_gradient:
+        return grads
+    if len(grads) == 1:
+        return [method.scores_gradient(scores[0], masks[0], grads[0], sampled)]
+    rows = [torch.cat([x.reshape(-1) for x in tensors]) for tensors in (scores, masks, grads)]
+    parts = method.scores_gradient(*rows, sampled).split([grad.numel() for grad in grads])
+    return [part.view(grad.shape) for part, grad in zip(parts, grads, strict=True)]

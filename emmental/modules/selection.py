@@ -1,7 +1,8 @@
-"""Find the k largest entries, fast.
+"""Find the k largest entries, fast: on a CPU in one vector, on a GPU in the rows of a matrix.
 
-On a CPU, a sample narrows down which entries can be the k-th largest. On a GPU, one call selects in
-all matrices of the same size.
+Both narrow down, by a sample, which entries of a long vector can be the k-th largest. Rows of a few
+million entries are left to `torch.topk`, which gives several blocks of a GPU to each row.
+`benchmarks/selection.py` compares the candidates.
 """
 
 import math
@@ -33,7 +34,10 @@ def _select_largest(values: np.ndarray, count: int) -> np.ndarray:
         return np.full(values.size, count > 0)
     mask, places, missing = np.zeros(values.size, bool), slice(None), count
     if values.size >= SAMPLED_SIZE:
-        low, high = _enclose(values, count)
+        sample = values[::SAMPLE_STRIDE].copy()
+        ranks = _enclosing_ranks(sample.size, 1 - count / values.size)
+        sample.partition(ranks)
+        low, high = sample[ranks[0]], sample[ranks[1]]
         above = values > high
         between = np.flatnonzero((values >= low) ^ above)
         missing_above = count - np.count_nonzero(above)
@@ -49,26 +53,41 @@ def _select_largest(values: np.ndarray, count: int) -> np.ndarray:
     return mask
 
 
-def _enclose(values: np.ndarray, count: int) -> tuple[np.floating, np.floating]:
-    """Two entries of a sample, almost surely below and above the `count`-th largest value."""
-    sample = values[::SAMPLE_STRIDE].copy()
-    expected = sample.size * (1 - count / values.size)
-    margin = 4 * math.sqrt(expected * count / values.size) + 2  # four standard deviations
-    low, high = max(0, int(expected - margin)), min(sample.size - 1, int(expected + margin))
-    sample.partition((low, high))
-    return sample[low], sample[high]
+def _enclosing_ranks(size: int, fraction: float) -> tuple[int, int]:
+    """Places in a sorted sample, almost surely below and above this quantile of all entries."""
+    expected = size * fraction
+    margin = 4 * math.sqrt(expected * (1 - fraction)) + 2  # four standard deviations
+    return max(0, int(expected - margin)), min(size - 1, int(expected + margin))
 
 
-def kth_largest(values: list[Tensor], counts: list[int]) -> list[Tensor]:
-    """The `counts[i]`-th largest entry of `values[i]`: +inf for 0, -inf for all entries."""
-    cutoffs = [value.new_tensor(-torch.inf if n else torch.inf) for value, n in zip(values, counts)]
-    by_size: dict[tuple, list[int]] = {}
-    for i, (value, count) in enumerate(zip(values, counts, strict=True)):
-        if 0 < count < value.numel():
-            by_size.setdefault((value.numel(), count), []).append(i)
-    for (size, count), members in by_size.items():  # one matrix uses only a small part of a GPU
-        stacked = torch.stack([values[i].reshape(-1) for i in members])
-        selected = torch.kthvalue(stacked, size - count + 1, dim=1).values
-        for i, kth in zip(members, selected, strict=True):
-            cutoffs[i] = kth
-    return cutoffs
+def largest_in_rows(rows: Tensor, count: int) -> Tensor:
+    """Boolean mask of the `count` largest entries of each row, of equal ones the first.
+
+    It does not wait for a GPU, except for rows too long for `torch.topk`.
+    """
+    if not 0 < count < rows.shape[1]:
+        return torch.full_like(rows, count > 0, dtype=torch.bool)
+    kth = kth_largest(rows, count)
+    above, equal = rows > kth, rows == kth
+    missing = count - above.sum(1, keepdim=True)
+    return above.logical_or_(equal.logical_and_(equal.cumsum(1, dtype=torch.int32) <= missing))
+
+
+def kth_largest(rows: Tensor, count: int) -> Tensor:
+    """The `count`-th largest entry of each row, of shape (rows, 1); 0 < count < entries."""
+    if len(rows) == 1 and rows.shape[1] >= SAMPLED_SIZE:  # one row alone would be sorted whole
+        return _kth_of_a_long_row(rows[0], count).reshape(1, 1)
+    rest = rows.shape[1] - count + 1
+    if count <= rest:
+        return rows.topk(count, sorted=False).values.amin(1, keepdim=True)
+    return rows.topk(rest, largest=False, sorted=False).values.amax(1, keepdim=True)
+
+
+def _kth_of_a_long_row(values: Tensor, count: int) -> Tensor:
+    sample = values[::SAMPLE_STRIDE].sort().values
+    low, high = sample[list(_enclosing_ranks(len(sample), 1 - count / len(values)))]
+    candidates = values[(values >= low) & (values <= high)]
+    rank = count - int((values > high).sum())
+    if not 0 < rank <= len(candidates):
+        candidates, rank = values, count
+    return candidates.sort(descending=True).values[rank - 1]

@@ -1,13 +1,15 @@
 """Exact masks of the k largest entries, and of the entries above a cut-off."""
 
 import itertools
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .selection import kth_largest, select_largest
+from .lists import by_stack, stacks, together
+from .selection import largest_in_rows, select_largest
 
 MIN_REMAINING = 0.005  # the floor: a threshold removes at most 99.5% of a matrix
 
@@ -15,19 +17,17 @@ MIN_REMAINING = 0.005  # the floor: a threshold removes at most 99.5% of a matri
 def keep_largest(values: list[Tensor], counts: list[int], absolute: bool = False) -> list[Tensor]:
     """Boolean masks with exactly `counts[i]` ones on the largest (absolute) entries of `values[i]`.
 
-    Among equal entries, the first in row-major order are kept.
+    Among equal entries, the first in row-major order are kept. Tensors of one size have one count.
     """
-    if all(value.device.type == "cpu" for value in values):
+    if not values or not together(values[0]):
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # NumPy releases the GIL
             return list(pool.map(select_largest, values, counts, itertools.repeat(absolute)))
-    values = [value.detach().abs() if absolute else value.detach() for value in values]
-    cutoffs = kth_largest(values, counts)
-    masks = [(value >= cutoff).contiguous() for value, cutoff in zip(values, cutoffs, strict=True)]
-    for i, ones in enumerate(count_ones(masks)):
-        if ones > counts[i]:
-            tied = (values[i] == cutoffs[i]).reshape(-1).nonzero().squeeze(1)
-            masks[i].view(-1)[tied[len(tied) - (ones - counts[i]) :]] = False
-    return masks
+    by_numel = {value.numel(): count for value, count in zip(values, counts, strict=True)}
+
+    def select(rows: Tensor) -> Tensor:
+        return largest_in_rows(rows.abs_() if absolute else rows, by_numel[rows.shape[1]])
+
+    return by_stack(select, [value.detach() for value in values])
 
 
 def keep_largest_together(
@@ -39,7 +39,7 @@ def keep_largest_together(
     kept; or, with a `cutoff` of an earlier call, the entries at or above it.
     """
     if cutoff is not None:
-        return keep_floor(values, [value.detach() >= cutoff for value in values]), cutoff
+        return keep_above(values, cutoff, torch.ge), cutoff
     everything = torch.cat([value.detach().reshape(-1) for value in values])
     numels = [value.numel() for value in values]
     if len(set(sizes)) == 1:
@@ -55,9 +55,19 @@ def keep_largest_together(
     return keep_floor(values, masks), cutoff
 
 
-def keep_above(values: list[Tensor], cutoff: float) -> list[Tensor]:
-    """Boolean masks of the entries above `cutoff`, with the floor."""
-    return keep_floor(values, [value.detach() > cutoff for value in values])
+def keep_above(
+    values: list[Tensor], cutoff: float, compare: Callable[..., Tensor] = torch.gt
+) -> list[Tensor]:
+    """Boolean masks of the entries above `cutoff` (with `torch.ge`: or at it), with the floor."""
+    values = [value.detach() for value in values]
+    if not values or not together(values[0]):
+        return keep_floor(values, [compare(value, cutoff) for value in values])
+
+    def select(rows: Tensor) -> Tensor:  # always with the floor: to count would be to wait
+        floor = largest_in_rows(rows, floor_count(rows.shape[1]))
+        return compare(rows, cutoff).logical_or_(floor)
+
+    return by_stack(select, values)
 
 
 def keep_floor(values: list[Tensor], masks: list[Tensor]) -> list[Tensor]:
@@ -77,6 +87,9 @@ def floor_count(numel: int) -> int:
 
 def count_ones(masks: list[Tensor]) -> list[int]:
     """How many entries of each mask are not zero."""
-    if all(mask.device.type == "cpu" for mask in masks):
+    if not masks or not together(masks[0]):
         return [int(np.count_nonzero(mask.numpy())) for mask in masks]
-    return torch.stack([mask.count_nonzero() for mask in masks]).tolist()  # one synchronization
+    places, rows = zip(*stacks(masks), strict=True)
+    ones = torch.cat([stack.count_nonzero(1) for stack in rows]).tolist()  # one synchronization
+    by_place = dict(zip(itertools.chain(*places), ones, strict=True))
+    return [by_place[place] for place in range(len(masks))]

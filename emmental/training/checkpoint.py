@@ -195,8 +195,10 @@ class TrainingState:
         return figures
 
     def _check_weights(self) -> None:
-        for name, parameter in self.model.named_parameters():
-            if not torch.isfinite(parameter).all():
+        names, parameters = zip(*self.model.named_parameters(), strict=True)
+        norms = torch._foreach_norm([parameter.detach() for parameter in parameters])
+        for name, value in zip(names, torch.stack([x.float() for x in norms]).tolist()):
+            if not math.isfinite(value):
                 raise TrainingError(
                     f"update {self.step}: {name} is not finite: nothing is saved; lower the "
                     "learning rates, and continue from the last checkpoint"

@@ -19,6 +19,7 @@ from .distributed import World
 logger = logging.getLogger(__name__)
 
 PATIENCE_FP16 = 50  # updates in a row that the gradient scaler may skip
+EXCHANGE = 4  # updates after which the ranks tell each other of signals
 
 
 @contextmanager
@@ -39,6 +40,11 @@ def stop_signals() -> Iterator[list[int]]:
         yield numbers
 
 
+def agreed_signal(signals: list[int], step: int, world: World) -> int:
+    """The signal that stops all ranks after `step` updates, of any of them; or 0."""
+    return 0 if world.size > 1 and step % EXCHANGE else world.largest(signals[0] if signals else 0)
+
+
 def interruption(number: int, step: int, total: int) -> Interrupted:
     """The error that ends a run after a signal."""
     return Interrupted(
@@ -49,15 +55,22 @@ def interruption(number: int, step: int, total: int) -> Interrupted:
 
 
 class GradientGuard:
-    """Stops a run with a non-finite gradient; with a gradient scaler, after many in a row."""
+    """Stops a run with a non-finite gradient; with a gradient scaler, after many in a row.
+
+    loss: that of the last update, on this rank.
+    """
 
     def __init__(self, scaled: bool, world: World):
         self.patience, self.world = PATIENCE_FP16 if scaled else 0, world
-        self.skipped = 0  # updates in a row
+        self.skipped, self.loss = 0, math.nan  # skipped: updates in a row
 
-    def skips(self, step: int, grad_norm: Tensor, losses: dict[str, Tensor]) -> bool:
-        """Whether the gradient scaler skips this update. Raises TrainingError to stop."""
-        self.skipped = 0 if torch.isfinite(grad_norm) else self.skipped + 1
+    def skips(self, step: int, norms: list[Tensor], losses: dict[str, Tensor]) -> bool:
+        """Whether the gradient scaler skips this update. Raises TrainingError to stop.
+
+        norms: of the gradients. Here the host waits for the device, once in an update.
+        """
+        self.loss, *values = torch.stack([losses["loss"].float(), *norms]).tolist()
+        self.skipped = 0 if all(map(math.isfinite, values)) else self.skipped + 1
         if self.skipped <= self.patience:
             return self.skipped > 0
         values = {name: value.item() for name, value in losses.items() if name != "loss"}

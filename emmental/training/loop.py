@@ -4,12 +4,12 @@ import time
 
 from torch import nn
 
-from ..modules.masks import count, find_masks, masked
+from ..modules.masks import count, find_masks, masked, masked_layers
 from .checkpoint import TrainingState
 from .evaluate import Predictor
-from .guards import GradientGuard, check_ranks, interruption, stop_signals
-from .optim import set_learning_rates
-from .passes import Means, Passes, observe_scores
+from .guards import GradientGuard, agreed_signal, check_ranks, interruption, stop_signals
+from .optim import set_learning_rates, trained_parameters
+from .passes import Means, Passes, observe_scores, observed_norms
 from .runlog import RunLog, progress_bar, show_progress
 
 
@@ -23,6 +23,7 @@ def train(
     settings, world, schedule = state.settings, state.world, state.settings.schedule
     model, optimizer, scaler, steering = state.model, state.optimizer, state.scaler, state.steering
     means, guard, start = Means(world), GradientGuard(scaler.is_enabled(), world), state.step
+    layers, parameters = masked_layers(model), trained_parameters(model, optimizer)
     begun, total = time.perf_counter() - state.seconds, schedule.total_step
     log.start(start)
     steps = {"iterable": range(start, total), "initial": start, "total": total}
@@ -31,17 +32,17 @@ def train(
         for step in bar:
             threshold, penalty_weight = schedule.threshold(step)
             if steering:
-                left = count(find_masks(model, above=steering.reference(step))).overall
+                left = count(find_masks(layers, above=steering.reference(step))).overall
                 penalty_weight *= steering.steer(step, left)
             set_learning_rates(optimizer, schedule.learning_rate(step))
             cutoff = state.cutoff if step % settings.global_topk_frequency_compute else None
 
-            with masked(model, threshold, cutoff, state.mask_generator) as masks:
+            with masked(layers, threshold, cutoff, state.mask_generator) as masks:
                 losses = passes.backward(*next(batches), penalty_weight)
             scaler.unscale_(optimizer)
-            observe_scores(model, scaler)
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
-            skipped = guard.skips(step, grad_norm, losses)
+            grad_norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+            skipped = guard.skips(step, [grad_norm, *observed_norms(layers)], losses)
+            observe_scores(layers, scaler, skipped)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
@@ -50,7 +51,7 @@ def train(
                 check_ranks(state, masks)
 
             means.add(losses, grad_norm, skipped)
-            show_progress(bar, state.step, losses, threshold, masks)
+            show_progress(bar, state.step, guard.loss, threshold, masks)
             logs = state.step % settings.logging_steps == 0
             if logs or state.step == total:
                 values = {"threshold": threshold, "lambda": penalty_weight} if masks else {}
@@ -58,12 +59,12 @@ def train(
             if logs and settings.evaluate_during_training:
                 log.evaluation(predictor.evaluate(model, state.step), state.step)
                 model.train()
-            stopping = world.largest(signals[0] if signals else 0)  # on any rank
+            stopping = agreed_signal(signals, state.step, world)
             if stopping or (settings.save_steps and state.step % settings.save_steps == 0):
                 state.save(time.perf_counter() - begun)
-                log.score_histograms(model, state.step)
+                log.score_histograms(layers, state.step)
             if stopping:
                 raise interruption(stopping, state.step, total)
     figures = state.finish(time.perf_counter() - begun)
-    log.score_histograms(model, total)
+    log.score_histograms(layers, total)
     return figures

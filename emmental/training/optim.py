@@ -40,7 +40,7 @@ def build_optimizer(
     Only weights are decayed: neither scores nor bias and LayerNorm, which have one dimension.
     Scores that the pruning method observes are left to it. `peak_lr` keeps the rate of a group.
     """
-    layers = masked_layers(model).values()
+    layers = masked_layers(model).layers
     observed = {id(layer.scores) for layer in layers if layer.method.observe}
     groups = {"scores": [], "weights": [], "no_decay": []}
     for name, parameter in model.named_parameters():
@@ -62,3 +62,9 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Set every group to `factor` times its peak rate."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
+
+
+def trained_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """The parameters that the optimizer trains, in the order of the model."""
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [parameter for parameter in model.parameters() if id(parameter) in trained]

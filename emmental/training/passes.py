@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..inputs import input_names
 from ..losses import regularization
-from ..modules.masks import masked_layers
+from ..modules.masks import MaskedLayers, masked_layers
 from .checkpoint import TrainingState
 from .distributed import World
 from .hidden import hidden_distillation_loss, hidden_states
@@ -23,6 +23,7 @@ class Passes:
     def __init__(self, task: Task, state: TrainingState, teacher: nn.Module | None):
         self.task, self.model, self.teacher = task, state.model, teacher
         self.student, self.projection = state.model, state.projection
+        self.layers = masked_layers(state.model)
         self.settings, self.world, self.scaler = state.settings, state.world, state.scaler
         if teacher:
             teacher.to(self.world.device).eval()
@@ -55,7 +56,7 @@ class Passes:
                     objective = objective + alpha * hidden
                     sums["loss/hidden"] += hidden.detach()
                 if last and penalty:  # depends on the scores alone: once per update
-                    sums["loss/penalty"] = regularization(self.model, penalty)
+                    sums["loss/penalty"] = regularization(self.layers, penalty)
                     objective = objective + penalty_weight * sums["loss/penalty"]
                 self.scaler.scale(objective).backward()
             for name, value in losses.items():
@@ -100,21 +101,27 @@ def forward(task: Task, model: nn.Module, batch: Batch, precision: torch.dtype |
     return task.logits(outputs, batch)
 
 
+def observed_norms(layers: MaskedLayers) -> list[Tensor]:
+    """The norms of the gradients of observed scores, which are not clipped."""
+    grads = [layer.mask_scores.grad for layer in layers.observed]
+    return list(torch._foreach_norm(grads)) if grads else []
+
+
 @torch.no_grad()
-def observe_scores(model: nn.Module, scaler: torch.amp.GradScaler) -> None:
-    """Pass the gradients of observed scores to their method, before clipping and optimiser.
+def observe_scores(layers: MaskedLayers, scaler: torch.amp.GradScaler, skipped: bool) -> None:
+    """Pass the gradients of observed scores, unclipped, to their method, unless it is `skipped`.
 
     They are divided by the root of the number of weights that a score stands for, so that scores of
     all sizes compare: the square of a gradient, as in Fisher information, grows with that number.
     """
-    layers = [x.group[0] for x in masked_layers(model).values() if x.method.observe]
-    layers = {layer.owner: layer for layer in layers}.values()
-    grads = [layer.mask_scores.grad for layer in layers]
-    if layers and torch.stack([grad.isfinite().all() for grad in grads]).all():
-        for layer, grad in zip(layers, grads, strict=True):
-            size = sum(each.weights_per_score for each in layer.group)
-            layer.method.observe(layer, grad / (scaler.get_scale() * size**0.5))
-    for layer in layers:
+    observed = layers.observed
+    if observed and not skipped:
+        scale = scaler.get_scale()
+        sizes = [sum(layer.weights_per_score for layer in x.group) for x in observed]
+        grads = [layer.mask_scores.grad for layer in observed]
+        grads = torch._foreach_div(grads, [scale * size**0.5 for size in sizes])
+        observed[0].method.observe(observed, list(grads))
+    for layer in observed:
         layer.mask_scores.grad = None
 
 

@@ -5,18 +5,21 @@ import sys
 import threading
 from pathlib import Path
 
+import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
 from ..errors import first_line
 from ..files import write_json, write_text
 from ..launcher import read_launch
-from ..modules.masks import Masks, count, masked_layers
+from ..modules.masks import MaskedLayers, Masks, count, masked_layers
 from .distributed import World
 
 logger = logging.getLogger(__name__)
+
+HISTOGRAM_SAMPLE = 10_000  # the most scores of a matrix
 
 
 def set_up_logging() -> None:
@@ -78,12 +81,17 @@ class RunLog:
         """Log the metrics of an evaluation."""
         self.scalars({f"eval/{name}": value for name, value in metrics.items()}, step)
 
-    def score_histograms(self, model: nn.Module, step: int) -> None:
-        """Log the distribution of the scores of every masked matrix."""
-        for name, layer in masked_layers(model).items() if self.writer else ():
-            if layer.mask_scores is not None:
-                scores = layer.source.detach().float().cpu()
-                self.writer.add_histogram(f"scores/{name}", scores, step)
+    def score_histograms(self, model: nn.Module | MaskedLayers, step: int) -> None:
+        """Log the distribution of the scores of every masked matrix, from a sample of each."""
+        layers = masked_layers(model)
+        if not self.writer or not layers or not layers.layers[0].method.scores:
+            return
+        names = {id(layer): name for name, layer in layers.items()}
+        scores = [layer.source.detach().reshape(-1) for layer in layers.holders]
+        samples = [x[:: -(-x.numel() // HISTOGRAM_SAMPLE)].float() for x in scores]
+        parts = torch.cat(samples).cpu().split([len(sample) for sample in samples])
+        for layer, part in zip(layers.holders, parts, strict=True):
+            self.writer.add_histogram(f"scores/{names[id(layer)]}", part, step)
 
     def close(self) -> None:
         if self.writer:
@@ -101,15 +109,18 @@ def progress_bar(world: World, **kwargs) -> tqdm:
     return tqdm(dynamic_ncols=True, disable=not world.is_main, file=sys.stderr, **kwargs)
 
 
-def show_progress(
-    bar: tqdm, step: int, losses: dict[str, Tensor], threshold: float, masks: Masks | None
-) -> None:
-    """Show loss, threshold and remaining weights beside the bar, at every tenth update."""
+def show_progress(bar: tqdm, step: int, loss: float, threshold: float, masks: Masks | None) -> None:
+    """Show loss, threshold and remaining weights beside the bar, at every tenth update.
+
+    Remaining weights that must be counted, for which a GPU is waited for, at every hundredth.
+    """
     if bar.disable or step % 10:
         return
-    shown = {"loss": f"{losses['loss'].item():.3f}"}
+    shown = {"loss": f"{loss:.3f}"}
     if masks:
-        shown |= {"threshold": f"{threshold:.3f}", "remaining": f"{count(masks).overall:.1%}"}
+        if masks.ones or step % 100 == 0:
+            bar.remaining = f"{count(masks).overall:.1%}"
+        shown |= {"threshold": f"{threshold:.3f}", "remaining": getattr(bar, "remaining", "?")}
     bar.set_postfix(shown, refresh=False)
 
 
