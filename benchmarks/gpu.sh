@@ -4,12 +4,14 @@
 #   MODEL=minilm SST2=glue/SST-2 SQUAD=squad RUNS=runs UPDATES=3000 JOBS=12 bash benchmarks/gpu.sh OUT
 #
 # MODEL, SST2, SQUAD, RUNS, UPDATES, SEEDS: as in results/commands.sh. JOBS: runs at a time on the GPU.
-# PARTS: of `tests steps inference runs`, in this order, all by default. OUT: folder of the logs and tables.
+# PARTS: of `steps selection tests inference runs`, in this order, all by default. OUT: folder of logs and tables.
+# DEVICE, SHAPE, SIZE: of the steps; `DEVICE=cpu SHAPE=1x8 SIZE="--layers 1 --hidden 64"` tries them without a GPU.
 # INFERENCE: flags of benchmarks/compact.py that win, such as `--models A B --dense C`.
 # 12 runs of a small model at a time need one core each; they are faster under NVIDIA's MPS.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-OUT=${1:?the folder of the results is missing} PYTHON=${PYTHON:-python} PARTS=${PARTS:-tests steps inference runs}
+OUT=${1:?the folder of the results is missing} PYTHON=${PYTHON:-python} PARTS=${PARTS:-steps selection tests inference runs}
+DEVICE=${DEVICE:-cuda} SHAPE=${SHAPE:-16x384} SIZE=${SIZE:-}
 mkdir -p "$OUT"
 export OMP_NUM_THREADS=1
 
@@ -32,8 +34,16 @@ for name in $PARTS; do
     tests) part tests 300 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_gpu.py tests/test_binarizers.py \
       tests/test_masks.py tests/test_modeling.py tests/test_inference.py -k "gpu or device or compile" ;;
     steps)
-      part steps 120 "$PYTHON" benchmarks/training_step.py --shapes 16x384 --bf16 --no_memory
-      part steps-compiled 200 "$PYTHON" benchmarks/training_step.py --shapes 16x384 --bf16 --no_memory --compile ;;
+      step="benchmarks/training_step.py --device $DEVICE --shapes $SHAPE $SIZE --bf16"
+      part steps 150 "$PYTHON" $step --json "$OUT/steps.json"
+      part steps-compiled 240 "$PYTHON" $step --no_memory --compile --json "$OUT/steps-compiled.json"
+      part hours 20 "$PYTHON" -c 'import json, sys
+for path in sys.argv[1:]:
+    for shape, methods in json.load(open(path))["shapes"].items():
+        for name, found in methods.items():
+            hours = 55_000 * found["masked"]["step"] / 3600
+            print(f"{path}: 55,000 updates of {shape}, {name}: {hours:.1f} hours")' "$OUT"/steps*.json ;;
+    selection) part selection 60 "$PYTHON" benchmarks/selection.py --device $DEVICE $SIZE ;;
     inference) part inference 600 "$PYTHON" benchmarks/compact.py --device cuda --dtype bf16 --batches 32 128 \
       --lengths 384 --repeats 20 ${INFERENCE:-} ;;
     runs)

@@ -41,9 +41,10 @@ from emmental.modeling_masked import CLASSES
 from emmental.modules import find_masks, masked, masked_layers
 from emmental.modules.granularity import GRANULARITIES
 from emmental.modules.methods import METHODS
-from emmental.training.distributed import keep_freed_memory
+from emmental.training.distributed import World, keep_freed_memory
+from emmental.training.guards import GradientGuard
 from emmental.training.optim import build_optimizer, trained_parameters
-from emmental.training.passes import observe_scores
+from emmental.training.passes import observe_scores, observed_norms
 
 # fmt: off
 THRESHOLD = {"topK": 0.15, "magnitude": 0.15, "sigmoied_threshold": 0.5, "threshold": 0.0,
@@ -82,6 +83,7 @@ class Side:
         self.layers = masked_layers(self.model)
         self.parameters = trained_parameters(self.model, self.optimizer)
         self.scaler = torch.amp.GradScaler(args.device, enabled=False)
+        self.guard = GradientGuard(False, World(torch.device(args.device)))
         if args.compile:
             for layer in layers_of(self.model):
                 layer.compile()
@@ -105,7 +107,8 @@ class Side:
             clock("forward")
             loss.backward()
             clock("backward")
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.guard.skips(0, [norm, *observed_norms(self.layers)], {"loss": loss.detach()})
         observe_scores(self.layers, self.scaler, skipped=False)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -138,7 +138,7 @@ def apply_each(
     On a GPU, those of equal shapes, granularity and arguments are stacked and go together.
     """
     calls = list(zip(granularities, tensors, *arguments, strict=True))
-    if is_traced() or torch.compiler.is_compiling() or not together(tensors[0]):
+    if not together(tensors[0]) or is_traced() or torch.compiler.is_compiling():
         return [getattr(granularity, function)(*given) for granularity, *given in calls]
     alike: dict[tuple, list[int]] = {}
     for place, (granularity, tensor, *rest) in enumerate(calls):

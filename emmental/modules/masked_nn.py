@@ -206,6 +206,7 @@ def _computing_dtype(weight: Tensor) -> torch.dtype:
 
 def make_masked_weights(module: nn.Module, args: tuple) -> None:
     """A forward pre-hook of an encoder layer: W * M of its matrices in one operation, on a GPU."""
+    module.products = []  # what is made for this forward alone
     layers = [x for x in module.modules() if isinstance(x, MaskedLinear) and x.is_gate]
     masks = [layer.in_force for layer in layers]
     if not all(masks) or not together(layers[0].weight) or masks[0].keeps(layers[0]):
@@ -214,10 +215,11 @@ def make_masked_weights(module: nn.Module, args: tuple) -> None:
         return  # hooks run outside the checkpoint: each matrix is multiplied in its run and rerun
     for mask, weight in zip(masks, masked_weights(layers, masks), strict=True):
         mask.masked_weight = weight
+    module.products = masks
 
 
 def drop_masked_weights(module: nn.Module, args: tuple, output) -> None:
     """A forward hook of an encoder layer: what was made for this forward ends with it."""
-    for layer in module.modules():
-        if isinstance(layer, MaskedLinear) and layer.in_force and not layer.in_force.keeps(layer):
-            layer.in_force.masked_weight = None
+    for mask in module.products:
+        mask.masked_weight = None
+    module.products = []

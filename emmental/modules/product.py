@@ -19,7 +19,8 @@ class MaskedWeights(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(method, granularities, sampled, dtype, *tensors):
+    def forward(*inputs):  # named arguments would be bound by name, which takes longer
+        _, granularities, _, dtype, *tensors = inputs
         weights, masks, _, expanded = _quarters(tensors)
         return tuple(multiply(granularities, weights, masks, expanded, dtype))
 
@@ -55,7 +56,7 @@ class MaskedWeights(torch.autograd.Function):
 
 def multiply(granularities, tensors, masks, expanded, dtype: torch.dtype) -> list[Tensor]:
     """The weights, or what has their shape, times their masks, in this dtype."""
-    if None in expanded:
+    if expanded[0] is None:
         expanded = apply_each("expand", granularities, masks, [x.shape for x in tensors])
     return cast(apply_masks(tensors, expanded), dtype)
 
