@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 import transformers
-from conftest import tokenizer_of
+from tiny import tokenizer_of
 from torch import nn
 
 import bertarize

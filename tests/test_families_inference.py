@@ -6,7 +6,7 @@ from dataclasses import fields
 import pytest
 import torch
 import transformers
-from conftest import tokenizer_of
+from tiny import tokenizer_of
 from transformers import CONFIG_MAPPING, AutoTokenizer
 
 import saving_prunebert

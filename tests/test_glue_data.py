@@ -7,8 +7,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import TOKENIZERS, tokenizer_of
 from datasets import ClassLabel, Dataset, Features, Value
+from tiny import TOKENIZERS, tokenizer_of
 from transformers import BertTokenizerFast
 
 from emmental.data import glue, glue_tasks

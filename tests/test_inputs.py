@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from conftest import TOKENIZERS, make_squad, tokenizer_of
+from tiny import TOKENIZERS, make_squad, tokenizer_of
 
 from emmental.data import squad
 from emmental.data.features import MODEL_INPUTS, padding_of

@@ -8,10 +8,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import NAMES, PLACES
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_glue_data import LAYOUTS, table
+from tiny import NAMES, PLACES
 from transformers import BertConfig, BertForSequenceClassification, pipeline
 
 import bertarize

@@ -13,9 +13,9 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from conftest import tokenizer_of
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from tiny import tokenizer_of
 from tokenizers.normalizers import NFKC
 
 from emmental import coding

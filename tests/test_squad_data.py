@@ -16,7 +16,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import TOKENIZERS, tokenizer_of
+from tiny import TOKENIZERS, tokenizer_of
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NAMES, PLACES, launch
+from conftest import launch
 from datasets import Dataset
 from safetensors.torch import load_file
+from tiny import NAMES, PLACES
 from torch.nn import functional as F
 from transformers import AutoModelForTokenClassification
 
