@@ -32,7 +32,7 @@ def get_parser() -> Parser:
 def print_report(counts: RemainingWeights, layers: list[LayerCount], depth: int) -> None:
     method, threshold, global_topk, granularity = counts.settings.values()
     ranked = ", all matrices ranked together" if global_topk else ""
-    at = f" at threshold {threshold:g}{ranked}" if METHODS[method].threshold else ""
+    at = f" at threshold {threshold:g}{ranked}" if METHODS[method].threshold_is else ""
     print(f"{method}{at}, granularity {granularity}")
     width = max(len(m.name) for m in counts.matrices)
     print(f"{'matrix':<{width}}  {'remaining %':>11}  {'remaining':>12}")

@@ -225,7 +225,7 @@ def allowed_memory(masked: Side) -> float:
     copied = sum(layer.weight.numel() for layer in masked.layers.layers if layer.is_gate)
     copied *= 2 if masked.args.bf16 else 4
     method = METHODS[masked.method]
-    scores = 4 * {"learned": 4, "observed": 2 + method.has_uncertainty, None: 0}[method.scores]
+    scores = 4 * {"learned": 4, "observed": 2 + len(method.state), None: 0}[method.scores]
     masks = find_masks(masked.model, THRESHOLD[masked.method]).by_layer.values()
     masks = {id(mask): mask for mask in masks}.values()  # layers may share them
     return (sum(x.numel() * (scores + x.element_size()) for x in masks) + copied) / MIB

@@ -114,7 +114,7 @@ def _card(metadata: ModelCardData, name: str, model: PreTrainedModel, made: str)
     if masked_layers(model):
         method, counts = METHODS[config.pruning_method], remaining_weights(model)
         linear, published = counts.linear_percent, counts.published_percent
-        at = f" at threshold {config.threshold:g}" if method.threshold else ""
+        at = f" at threshold {config.threshold:g}" if method.threshold_is else ""
         grain = counts.settings["granularity"]
         at += f", granularity {grain}" if grain != "weight" else ""
         intro = (

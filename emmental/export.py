@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from .families import COMPACT, SCORES, encoder_of, family_of, layers_of, stock_type
-from .modeling_masked import MASK_FIELDS
+from .families import COMPACT, encoder_of, family_of, layers_of, stock_type
+from .modeling_masked import mask_fields
 from .modules.lists import apply_masks
 from .modules.masks import Masks, count, find_masks, masked_layers
+from .modules.methods import score_suffixes
 from .modules.topk import floor_count
 
 
@@ -171,7 +172,7 @@ def bertarized_state_dict(model: nn.Module, masks: Masks | None = None) -> dict[
     ValueError for a model without masked layers or threshold.
     """
     masks = masks or find_masks(model)
-    state = {k: v for k, v in model.state_dict().items() if not k.endswith(SCORES)}
+    state = {k: v for k, v in model.state_dict().items() if not k.endswith(score_suffixes())}
     for name, layer in masked_layers(model).items():
         mask = layer.expand(masks.by_layer[name])
         state[f"{name}.weight"] = apply_masks([layer.weight], [mask])[0]
@@ -180,6 +181,6 @@ def bertarized_state_dict(model: nn.Module, masks: Masks | None = None) -> dict[
 
 def bertarized_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """Configuration of the plain model."""
-    masked_only = (*MASK_FIELDS, "model_type", "architectures", "transformers_version")
+    masked_only = (*mask_fields(), "model_type", "architectures", "transformers_version")
     values = {name: value for name, value in config.to_dict().items() if name not in masked_only}
     return CONFIG_MAPPING[stock_type(config.model_type)].from_dict(values)

@@ -20,11 +20,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .modules.granularity import Block, Columns, Rows, Weight, find_granularity
 from .modules.masked_nn import MaskedLinear, drop_masked_weights, make_masked_weights
 from .modules.masks import in_force, lock_of, masked, masked_layers
+from .modules.methods import find_method, score_suffixes
 from .modules.swap import swap_linears
 
 HEADS = ("QuestionAnswering", "SequenceClassification", "TokenClassification", "MultipleChoice")
 MASKED, COMPACT = "masked_", "compact_"
-SCORES = (".mask_scores", ".mask_uncertainty")  # how their names in a state dict end
 
 
 @dataclass(frozen=True)
@@ -176,8 +176,11 @@ class Masked:
 
     def mask_encoder(self) -> None:
         """Replace the encoder's `nn.Linear` by masked layers, and freeze the embeddings."""
-        names = "mask_init mask_scale pruning_method importance_beta uncertainty_beta".split()
+        names = ("mask_init", "mask_scale", "pruning_method")
         options = {name: getattr(self.config, name) for name in names}
+        for setting in find_method(self.config.pruning_method).settings:
+            options[setting.name] = getattr(self.config, setting.name, setting.default)
+            setattr(self.config, setting.name, options[setting.name])
         granularity = granularity_of(self.config)
         for kind in granularity.shared:
             self._share_scores(kind, options)
@@ -187,8 +190,9 @@ class Masked:
             layer.register_forward_pre_hook(make_masked_weights)
             layer.register_forward_hook(drop_masked_weights)
         self.freeze_embeddings()
-        own = [end for end in SCORES if any(key.endswith(end) for key in self.state_dict())]
-        self._keep_in_fp32_modules_strict = {end[1:] for end in own}
+        keys, ends = list(self.state_dict()), score_suffixes()
+        scores = [end for end in ends if any(key.endswith(end) for key in keys)]
+        self._keep_in_fp32_modules_strict = {end[1:] for end in scores}
 
     def _share_scores(self, kind: str, options: dict) -> None:
         """Mask the heads or neurons (`kind`) of all layers: one score each, in its first matrix."""
@@ -303,7 +307,7 @@ def _forward_masks(model: nn.Module, threshold: float | None) -> Iterator[None]:
             with masked(model, threshold, lasting=False):
                 yield
             return
-    if first.method.threshold and threshold not in (None, given.threshold):
+    if first.method.threshold_is and threshold not in (None, given.threshold):
         raise ValueError(f"threshold={threshold} inside a block masked at {given.threshold}")
     yield
 

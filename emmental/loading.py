@@ -16,10 +16,10 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel, PreT
 
 from .configs import head_of, read_config, refuse_or_warn, saved_head, without_foreign
 from .errors import UserError, first_line
-from .families import COMPACT, MASKED, SCORES, is_masked, stock_type
+from .families import COMPACT, MASKED, is_masked, stock_type
 from .inputs import longest_input
 from .modules.masks import find_masks, masked_layers
-from .modules.methods import METHODS
+from .modules.methods import METHODS, score_suffixes
 from .tokenizer import (
     declared_casing,
     has_tokenizer,
@@ -168,7 +168,7 @@ def _check_weights(source: str, model: PreTrainedModel, info: dict, trained: boo
     base = f"{model.base_model_prefix}."
     for key in sorted(fresh):
         theirs, ours = shapes.get(key, (None, None))
-        are_scores = key.endswith(SCORES)
+        are_scores = key.endswith(score_suffixes())
         if key.startswith(base) and not HARMLESS.search(key):
             if theirs or not are_scores:
                 problem = f"has another shape ({theirs})" if theirs else "is missing"
@@ -200,7 +200,7 @@ def _check_extra_weights(
     own = {name for part in (model, model.base_model) for name, _ in part.named_children()}
     extra = sorted(k for k in keys if k.split(".")[0] in own and not HARMLESS.search(k))
     if is_masked(model.config.model_type):  # a method without scores leaves them
-        extra = [key for key in extra if not key.endswith(SCORES)]
+        extra = [key for key in extra if not key.endswith(score_suffixes())]
     if extra:
         shown = ", ".join(extra[:2]) + (f" and {len(extra) - 2} more" if extra[2:] else "")
         name = type(model).__name__
@@ -214,7 +214,7 @@ def _check_masks(source: str, model: PreTrainedModel, trained: bool, advice: str
         raise UserError(f"{source} has no layers: correct num_hidden_layers of its config.json")
     if not trained:
         return
-    if config.threshold is None and METHODS[config.pruning_method].threshold:
+    if config.threshold is None and METHODS[config.pruning_method].threshold_is:
         raise UserError(f"{source} does not record the threshold that it was trained at: {advice}")
     if not all(x.source.isfinite().all() for x in layers if x.mask_scores is not None):
         raise UserError(f"{source} holds scores that are not finite: its training diverged")

@@ -7,20 +7,28 @@ from torch.nn import functional as F
 from .modules.masks import MaskedLayers, masked_layers
 from .modules.methods import METHODS
 
-PENALTIES = {m.penalty: m for m in reversed(METHODS.values()) if m.penalty}  # l0, l1
-
 
 def regularization(model: nn.Module | MaskedLayers, mode: str) -> Tensor:
     """The penalty on the scores, averaged over the matrices that they mask: a scalar in [0, 1].
 
-    mode: `l1` (of soft movement) or `l0`. Raises ValueError for another, or without scores.
+    mode: the name of the penalty of a method, such as `l1` (of soft movement) or `l0`. That of the
+    model's own method comes first. Raises ValueError for an unknown one, or without scores.
     """
-    if mode not in PENALTIES:
-        raise ValueError(f"unknown regularization {mode!r}: choose one of {', '.join(PENALTIES)}")
-    scores = [layer.scores for layer in masked_layers(model).layers]
+    layers = masked_layers(model).layers
+    methods = [*(layer.method for layer in layers[:1]), *METHODS.values()]
+    fitting = [method for method in methods if method.penalty == mode]
+    if mode is None or not fitting:
+        known = ", ".join(penalties())
+        raise ValueError(f"unknown regularization {mode!r}: choose one of {known}")
+    scores = [layer.scores for layer in layers]
     if not scores or scores[0] is None:
         raise ValueError(f"regularization {mode} needs scores, and this model has none")
-    return PENALTIES[mode].penalty_of(scores)
+    return fitting[0].penalty_of(scores)
+
+
+def penalties() -> list[str]:
+    """The names of the penalties of all methods: those for `--regularization`."""
+    return sorted({method.penalty for method in METHODS.values() if method.penalty})
 
 
 def distillation_loss(

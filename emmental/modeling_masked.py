@@ -32,6 +32,7 @@ from dataclasses import dataclass, fields
 import transformers
 
 from .families import FAMILIES, HEADS, MASKED, MaskedHead, MaskedModel, register
+from .modules.methods import all_settings
 
 
 @dataclass
@@ -40,19 +41,17 @@ class MaskSettings:
 
     pruning_method: the name of one of `emmental.modules.methods.METHODS`.
     mask_init, mask_scale: the initial scores, see `MaskedLinear`.
-    importance_beta, uncertainty_beta: weights of the past in the running means of observed scores.
     threshold: the last threshold that was used: a fraction in [0, 1], for the method `threshold` a
         cut on the scores. None if unknown, as in checkpoints of the 2020 code.
     global_topk: whether all matrices are ranked together.
     granularity: what one score stands for, a name in `emmental.modules.granularity.GRANULARITIES`.
     block_rows, block_columns: the size of a block, for granularities with blocks.
+    The settings of a method are fields, too, in the models of this method.
     """
 
     pruning_method: str = "topK"
     mask_init: str = "constant"
     mask_scale: float | int = 0.0
-    importance_beta: float = 0.85
-    uncertainty_beta: float = 0.95
     threshold: float | int | None = None
     global_topk: bool = False
     granularity: str = "weight"
@@ -60,7 +59,9 @@ class MaskSettings:
     block_columns: int = 32
 
 
-MASK_FIELDS = tuple(field.name for field in fields(MaskSettings))
+def mask_fields() -> tuple[str, ...]:
+    """The fields of a configuration that speak of masks, with the settings of all methods."""
+    return *(field.name for field in fields(MaskSettings)), *all_settings()
 
 
 def make_masked(model_type: str) -> dict[str, type]:

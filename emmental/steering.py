@@ -56,12 +56,6 @@ class LambdaSteering:
         return self.last_lambda
 
 
-def usual_lambda(target: float, penalty: str) -> float:
-    """final_lambda that leaves about `target`, fitted to the paper's SQuAD runs without teacher."""
-    odds = (1 - target) / target
-    return 140 * odds**0.65 if penalty == "l1" else 15 * odds**1.1
-
-
 def _clamp(value: float, low: float, high: float) -> float:
     return min(high, max(low, value))
 

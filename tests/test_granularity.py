@@ -58,8 +58,8 @@ def make(granularity, method="topK", cls=MaskedBertModel, **values):
         for layer in masked_layers(model).values():
             if layer.mask_scores is not None:
                 layer.mask_scores.data.uniform_(0, 1)
-                if METHODS[method].has_uncertainty:
-                    layer.mask_uncertainty.uniform_(0, 1)
+                for name in METHODS[method].state:
+                    layer.get_buffer(name).uniform_(0, 1)
     return model
 
 

@@ -31,7 +31,7 @@ ALLOWED = {  # part: (parts of emmental it may import, third-party libraries; No
     "losses": ({"modules"}, {"torch"}),
     "inputs": (set(), {"transformers"}),
     "families": ({"modules"}, {"torch", "transformers"}),
-    **{part: (MODELS, {"torch", "transformers"}) for part in STATEMENTS},
+    **{part: (MODELS | {"modules"}, {"torch", "transformers"}) for part in STATEMENTS},
     "export": ({"modules"} | MODELS, {"torch", "transformers"}),
     "tokenizer": (LEAVES, {"tokenizers", "transformers"}),
     "configs": (LEAVES | {"families"}, {"transformers"}),

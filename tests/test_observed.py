@@ -50,7 +50,10 @@ def observe(layer, grad, scale=1.0, skipped=False):
 def test_the_scores_are_those_of_the_paper(scale):
     random, mean, uncertainty = np.random.default_rng(0), np.zeros((20, 30)), np.zeros((20, 30))
     betas = {"importance_beta": 0.7, "uncertainty_beta": 0.9}
-    layers = {m: MaskedLinear(30, 20, pruning_method=m, **betas) for m in OBSERVED}
+    layers = {
+        "sensitivity": MaskedLinear(30, 20, pruning_method="sensitivity", importance_beta=0.7),
+        "platon": MaskedLinear(30, 20, pruning_method="platon", **betas),
+    }
     for _ in range(7):
         grad = random.normal(size=mean.shape)
         importance = abs(grad)
@@ -138,7 +141,8 @@ def test_observed_scores_resume_bit_for_bit_and_have_no_moments(method, ranked, 
     for name, value in tensors_of(whole, ".mask_scores", ".mask_uncertainty").items():
         assert (value > 0).any() and not torch.equal(value, middle[name])
     config = json.loads((whole / "config.json").read_text())
-    assert (config["importance_beta"], config["uncertainty_beta"]) == (0.9, 0.95)
+    settings = {"importance_beta": 0.9} | ({"uncertainty_beta": 0.95} if method == "platon" else {})
+    assert {name: value for name, value in config.items() if name.endswith("_beta")} == settings
     state = torch.load(whole / "checkpoint-4" / "training_state.pt", weights_only=True)
     groups = [group["name"] for group in state["optimizer"]["param_groups"]]
     assert groups == ["weights", "no_decay"]
@@ -216,7 +220,7 @@ def test_other_methods_and_platon_read_each_others_checkpoints(run, capsys, capl
 
 
 def test_a_checkpoint_from_before_the_betas_is_resumed(run):
-    whole = run("whole", "--save_steps 4", method="topK")
+    whole = run("whole", "--save_steps 4", method="platon")
     folder = whole / "checkpoint-4"
     (folder / "files.json").unlink()
     for file in folder / "config.json", folder / "training_args.json":
@@ -224,7 +228,7 @@ def test_a_checkpoint_from_before_the_betas_is_resumed(run):
         kept = {name: value for name, value in values.items() if not name.endswith("_beta")}
         assert len(values) - len(kept) == 2
         file.write_text(json.dumps(kept))
-    again = run("again", "--save_steps 4", f"--resume_from_checkpoint {folder}", method="topK")
+    again = run("again", "--save_steps 4", f"--resume_from_checkpoint {folder}", method="platon")
     assert (whole / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
 
 

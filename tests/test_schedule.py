@@ -8,8 +8,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from emmental.modules.methods import METHODS
 from emmental.schedule import learning_rate_factor, plateaus_overlap, schedule_threshold
-from emmental.steering import LambdaSteering, usual_lambda
+from emmental.steering import LambdaSteering
 
 CASES = [
     (100, 10, 1, 2),  # T, w, i, f
@@ -135,7 +136,13 @@ def test_steering_ends_at_its_target(target, start):
     total, warmup, cut, rate = 2000, 200, math.log(0.1 / 0.9), 3e-2
     steered, constant = Scores(), Scores()
     steering = LambdaSteering(
-        target, 0.0, cut, warmup, total - 4 * warmup, total, start * usual_lambda(target, "l1")
+        target,
+        0.0,
+        cut,
+        warmup,
+        total - 4 * warmup,
+        total,
+        start * METHODS["sigmoied_threshold"].usual_lambda(target),
     )
     for step in range(total):
         threshold, ramp = schedule_threshold(step, total, warmup, 0.0, 0.1, 1, 4, 1.0)
@@ -165,14 +172,14 @@ def test_steering_rests_until_the_threshold_moves_and_stays_in_bounds():
 
 
 @pytest.mark.parametrize(
-    "penalty, remaining, published",
+    "method, remaining, published",
     [
-        ("l1", 0.139, 500),
-        ("l1", 0.040, 1100),
-        ("l1", 0.0256, 1400),
+        ("sigmoied_threshold", 0.139, 500),
+        ("sigmoied_threshold", 0.040, 1100),
+        ("sigmoied_threshold", 0.0256, 1400),
         ("l0", 0.148, 100),
         ("l0", 0.061, 300),
     ],
 )
-def test_where_steering_begins_is_near_the_paper(penalty, remaining, published):
-    assert usual_lambda(remaining, penalty) == pytest.approx(published, rel=0.15)
+def test_where_steering_begins_is_near_the_paper(method, remaining, published):
+    assert METHODS[method].usual_lambda(remaining) == pytest.approx(published, rel=0.15)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from emmental import MaskedBertConfig, MaskedBertForQuestionAnswering
-from emmental.losses import PENALTIES, regularization
+from emmental.losses import regularization
 from emmental.modules import count, find_masks, masked, masked_layers
 from emmental.modules.granularity import GRANULARITIES
 from emmental.modules.lists import ONE_BY_ONE
@@ -40,8 +40,8 @@ def make(method, granularity="weight", **settings):
     )
     model = MaskedBertForQuestionAnswering(config).train()
     for layer in masked_layers(model).observed:
-        for tensor in layer.mask_scores.data, getattr(layer, "mask_uncertainty", torch.zeros(1)):
-            tensor.uniform_(0, 1)
+        for name in ("mask_scores", *layer.method.state):
+            getattr(layer, name).data.uniform_(0, 1)
     return model
 
 
@@ -167,10 +167,6 @@ def test_noise_of_a_gpu_is_in_its_range():
         noise = uniform_noise(torch.zeros(2, 50_000), torch.Generator().manual_seed(1))
     assert 1e-4 <= noise.min() < 2e-4 and 1 - 2e-4 < noise.max() <= 1 - 1e-4
     assert noise.mean().item() == pytest.approx(0.5, abs=0.01)
-
-
-def test_penalties_of_every_method_are_listed():
-    assert set(PENALTIES) == {method.penalty for method in METHODS.values() if method.penalty}
 
 
 LARGEST = {"weight": {"l0": 60, None: 50}, "hybrid": {"l0": 80, None: 70}}

@@ -48,10 +48,10 @@ class MaskedLinear(nn.Linear):
     """An `nn.Linear` with a mask over its weights.
 
     `mask_scores` (None for magnitude pruning) has the shape of `weight`, or of the granularity. It
-    starts `constant` at `mask_scale`, `uniform` in +-`mask_scale`, or `kaiming`. The betas weigh
-    the past in the running means of observed scores. With `scores_of`, a layer has no scores of its
-    own but those of that layer. The last layer that shares them `is_gate`: it alone is masked, as
-    that is enough. Raises ValueError for an unknown name, and what does not fit.
+    starts `constant` at `mask_scale`, `uniform` in +-`mask_scale`, or `kaiming`. With `scores_of`,
+    a layer has no scores of its own but those of that layer. The last layer that shares them
+    `is_gate`: it alone is masked, as that is enough. `settings` are those of the method. Raises
+    ValueError for an unknown name, and what does not fit.
 
     `layer(x, threshold=v)` finds its mask for the threshold v. `layer(x)` uses the mask of the
     `masked` block around the call, and raises RuntimeError outside a block.
@@ -66,11 +66,10 @@ class MaskedLinear(nn.Linear):
         mask_scale: float = 0.0,
         pruning_method: str = "topK",
         granularity: str | Weight = "weight",
-        importance_beta: float = 0.85,
-        uncertainty_beta: float = 0.95,
         scores_of: "MaskedLinear | None" = None,
         device=None,
         dtype=None,
+        **settings: float,
     ):
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         if mask_init not in MASK_INITS:
@@ -83,15 +82,18 @@ class MaskedLinear(nn.Linear):
             self._group += [self] if self._group else [scores_of, self]
             self._group[-2].is_gate = False
         self.mask_init, self.mask_scale, self.mask_scores = mask_init, mask_scale, None
-        self.importance_beta, self.uncertainty_beta = importance_beta, uncertainty_beta
+        for setting in self.method.settings:
+            setattr(self, setting.name, settings.pop(setting.name, setting.default))
+        if settings:
+            raise ValueError(f"{pruning_method} has no setting {', '.join(settings)}")
         self.in_force: MaskInForce | None = None
         shape = self.granularity.shape(self.weight.shape)
         if self.method.scores and scores_of is None:
             # Also in a half-precision model: updates of scores are too small for its precision.
             dtype = torch.promote_types(self.weight.dtype, torch.float32)
             self.mask_scores = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
-            if self.method.has_uncertainty:
-                self.register_buffer("mask_uncertainty", torch.empty_like(self.mask_scores.data))
+            for name in self.method.state:
+                self.register_buffer(name, torch.empty_like(self.mask_scores.data))
             self.reset_scores()
 
     def reset_scores(self) -> None:
@@ -104,8 +106,8 @@ class MaskedLinear(nn.Linear):
             nn.init.uniform_(self.mask_scores, -self.mask_scale, self.mask_scale)
         else:
             nn.init.kaiming_uniform_(self.mask_scores, a=math.sqrt(5))
-        if self.method.has_uncertainty:
-            nn.init.zeros_(self.mask_uncertainty)
+        for name in self.method.state:
+            nn.init.zeros_(self.get_buffer(name))
 
     @property
     def group(self) -> "list[MaskedLinear]":

@@ -32,7 +32,7 @@ class MaskedLayers(dict[str, MaskedLinear]):
 
     All functions of this file take it in place of its model. config: that of the model, also below
     a wrapper, or None. layers: the layers. holders: of the layers that share their scores, the one
-    that holds them. observed: those with observed scores.
+    that holds them. observed: those whose method observes gradients.
     """
 
     def __init__(self, model: nn.Module):
@@ -124,7 +124,7 @@ def find_masks(
         threshold = getattr(config, "threshold", None)
     if above is not None:
         found = method.masks_above(values, above)
-    elif threshold is None and method.threshold:
+    elif threshold is None and method.threshold_is:
         raise ValueError("the threshold is unknown: pass threshold=..., or set config.threshold")
     elif not getattr(config, "global_topk", False):
         found = method.masks(values, threshold, sampled, generator)

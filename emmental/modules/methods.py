@@ -6,10 +6,12 @@ use the straight-through estimator, which takes the mask for the scores (paper, 
     dL/dS = dL/dM = dL/d(W * M) * W
 
 So a score falls when training moves its weight towards zero, and rises when it moves it away.
-To add a method, write a class and add an object of it to `METHODS`.
+To add a method, write a class and add an object of it to `METHODS`. Its flags, the fields of
+`config.json`, and what is saved and resumed follow from the class.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,30 +22,46 @@ from .numeric import MeanSigmoid, check_fraction, check_values, logit, uniform_n
 from .topk import keep_above, keep_largest
 
 
+@dataclass(frozen=True)
+class Setting:
+    """A number of a method: a flag, a field of `config.json`, and an attribute of the layers.
+
+    above, below: bounds that it must not reach.
+    """
+
+    name: str
+    default: float
+    help: str
+    above: float = -math.inf
+    below: float = math.inf
+
+
 class Method:
     """What every pruning method defines.
 
     name, title: its spelling for `--pruning_method`; its name in reports.
     scores: "learned" by the optimizer, "observed" by `observe`, or None: it ranks the weights.
-    threshold: the fraction that "remains", a cut on the "sigmoid" of the scores (both in [0, 1]),
-        a cut on the "score" itself, or None.
-    penalty: the name of the penalty that makes the model sparse, or None.
+    threshold_is: the fraction that "remains", a cut on the "sigmoid" of the scores (both in
+        [0, 1]), a cut on the "score" itself, or None: the method has no threshold.
+    penalty: the name, for `--regularization`, of the penalty that makes the model sparse, or None.
     absolute: whether it ranks absolute values.
     ranks_together: whether `global_topk` can rank all matrices together.
     has_floor: whether every matrix keeps at least 0.5% of its weights.
-    has_uncertainty: whether it observes `layer.mask_uncertainty` too.
-    observe: None, or a method `observe(layers, grads)` that updates the `mask_scores` of layers in
-        place, once per update, from the straight-through dL/dS of each. It must do the same on
-        every rank.
+    settings: its numbers. state: names of tensors in the shape of the scores that a layer has too.
+        They begin at 0, and are saved and resumed like the scores.
+    observe: None, or a method `observe(layers, grads)` that updates tensors of the layers in place,
+        once per update, from the straight-through dL/dS of each. It must do the same on every rank.
     """
 
     name: str
     title: str
     scores: str | None = "learned"
-    threshold: str | None = "remains"
+    threshold_is: str | None = "remains"
     penalty: str | None = None
-    absolute = has_floor = has_uncertainty = False
+    absolute = has_floor = False
     ranks_together, observe = True, None
+    settings: tuple[Setting, ...] = ()
+    state: tuple[str, ...] = ()
 
     def sources(self, layers) -> list[Tensor]:
         """What the masks of `MaskedLinear`s that hold their scores follow from, in their shape.
@@ -93,6 +111,10 @@ class Method:
         """The score below which a weight is pruned, for methods with a penalty."""
         raise NotImplementedError
 
+    def usual_lambda(self, remaining: float) -> float | None:
+        """The final lambda that usually leaves this fraction of the weights, if it is known."""
+        return None
+
 
 class TopK(Method):
     """Movement pruning: M = 1 on the `int(v * n)` largest scores, exactly that many (eq. 2)."""
@@ -118,6 +140,11 @@ class Sensitivity(TopK):
     """Ranks weights by a running mean of their importance I = |W * dL/d(W * M)|."""
 
     name, title, scores = "sensitivity", "sensitivity", "observed"
+    settings = (
+        Setting(
+            "importance_beta", 0.85, "weight of the past in the running mean of |W dL/dW|", 0, 1
+        ),
+    )
 
     def observe(self, layers, grads):
         means = [layer.mask_scores for layer in layers]
@@ -127,7 +154,14 @@ class Sensitivity(TopK):
 class Platon(Sensitivity):
     """PLATON (Zhang et al. 2022): ranks weights by J * U, the running means of I and |I - J|."""
 
-    name, title, has_uncertainty = "platon", "PLATON", True
+    name, title = "platon", "PLATON"
+    state = ("mask_uncertainty",)
+    settings = (
+        *Sensitivity.settings,
+        Setting(
+            "uncertainty_beta", 0.95, "weight of the past in the running mean of its changes", 0, 1
+        ),
+    )
 
     def observe(self, layers, grads):
         super().observe(layers, grads)
@@ -146,7 +180,7 @@ class Threshold(Method):
     """Movement pruning with a cut on the scores: M = 1 where S > v. With `global_topk`, as topK."""
 
     name, title = "threshold", "movement"
-    threshold, has_floor = "score", True
+    threshold_is, has_floor = "score", True
 
     def masks(self, sources, threshold, sampled=False, generator=None):
         return keep_above(sources, float(threshold))
@@ -159,7 +193,7 @@ class SoftMovement(Method):
     """
 
     name, title = "sigmoied_threshold", "soft movement"
-    threshold, penalty = "sigmoid", "l1"
+    threshold_is, penalty = "sigmoid", "l1"
     ranks_together, has_floor = False, True
 
     def masks(self, sources, threshold, sampled=False, generator=None):
@@ -171,6 +205,9 @@ class SoftMovement(Method):
     def closing_score(self, threshold):
         return logit(check_fraction(threshold))
 
+    def usual_lambda(self, remaining):
+        return 140 * ((1 - remaining) / remaining) ** 0.65  # fits the paper's SQuAD runs
+
 
 class L0(Method):
     """L0 regularization with the hard concrete distribution (Louizos et al. 2018).
@@ -181,7 +218,7 @@ class L0(Method):
     """
 
     name, title = "l0", "l0"
-    threshold, penalty, ranks_together = None, "l0", False
+    threshold_is, penalty, ranks_together = None, "l0", False
     LEFT, RIGHT, TEMPERATURE, MARGIN = -0.1, 1.1, 2 / 3, 1e-4
     WIDTH = RIGHT - LEFT
 
@@ -214,6 +251,9 @@ class L0(Method):
     def closing_score(self, threshold=None):
         return logit(-self.LEFT / self.WIDTH)  # M = 0 in evaluation
 
+    def usual_lambda(self, remaining):
+        return 15 * ((1 - remaining) / remaining) ** 1.1  # fits the paper's SQuAD runs
+
 
 def _root_mean_square(tensors: list[Tensor]) -> Tensor:
     stack = torch.stack(tensors)
@@ -229,3 +269,14 @@ def find_method(name: str) -> Method:
     if name not in METHODS:
         raise ValueError(f"unknown pruning_method {name!r}: choose one of {', '.join(METHODS)}")
     return METHODS[name]
+
+
+def all_settings() -> dict[str, Setting]:
+    """The settings of all methods by name."""
+    return {setting.name: setting for m in METHODS.values() for setting in m.settings}
+
+
+def score_suffixes() -> tuple[str, ...]:
+    """How names of scores, and of what else a method keeps for them, end in a state dict."""
+    state = dict.fromkeys(name for method in METHODS.values() for name in method.state)
+    return ".mask_scores", *(f".{name}" for name in state)

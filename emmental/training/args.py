@@ -16,10 +16,10 @@ from transformers import PreTrainedConfig
 
 from ..errors import UserError
 from ..families import FAMILIES, MASKED, granularity_of, is_masked
-from ..losses import PENALTIES
+from ..losses import penalties
 from ..modules.granularity import GRANULARITIES, Block, find_granularity
 from ..modules.masked_nn import MASK_INITS
-from ..modules.methods import METHODS
+from ..modules.methods import METHODS, all_settings
 from ..modules.topk import MIN_REMAINING
 from ..schedule import Schedule, plateaus_overlap
 from .parser import Parser, choice, number
@@ -31,7 +31,6 @@ COUNT, COUNT_OR_0 = number(int, at_least=1), number(int, at_least=0)
 NUMBER, POSITIVE, NOT_NEGATIVE = number(float), number(float, above=0), number(float, at_least=0)
 OBSOLETE = ("fp16_opt_level", "server_ip", "server_port", "lang_id")  # the last: of SQuAD alone
 RATES = ("learning_rate", "mask_scores_learning_rate", "weight_decay", "adam_epsilon")
-BETA = number(float, above=0, below=1)
 SEED = number(int, at_least=0, below=2**32)
 
 
@@ -53,7 +52,7 @@ def granularity(text: str) -> str:
 
 def penalty(text: str) -> str | None:
     """An argparse type: the name of a penalty, or None for the "null" of published commands."""
-    return None if text == "null" else choice(*PENALTIES, "null")(text)
+    return None if text == "null" else choice(*penalties(), "null")(text)
 
 
 def add_mask_flags(add: Callable) -> None:
@@ -119,10 +118,6 @@ FLAGS = {
          "from --final_lambda or a usual value (soft movement, l0)"),
         ("global_topk", bool, False, "rank all matrices together (not with a penalty)"),
         ("global_topk_frequency_compute", COUNT, 25, "updates between two global cut-offs"),
-        ("importance_beta", BETA, None, "weight of the past in the running mean of |W dL/dW| "
-         "(platon, sensitivity; 0.85 if not given)"),
-        ("uncertainty_beta", BETA, None, "weight of the past in the running mean of its "
-         "deviation (platon; 0.95 if not given)"),
     ],
     "distillation": [
         ("teacher_type", model_type, None, "model type of the teacher"),
@@ -178,10 +173,21 @@ def make_parser(task: Task, description: str) -> Parser:
                 add(f"--{name}", action="store_true", help=text)
             else:
                 add(f"--{name}", type=kind, default=default, required=default is ..., help=text)
+    add = parser.add_argument_group("settings of pruning methods").add_argument
+    for name, setting in all_settings().items():
+        kind = number(float, above=setting.above, below=setting.below)
+        fitting = ", ".join(_methods_with(name))
+        text = f"{fitting}: {setting.help} ({setting.default:g} if not given)"
+        add(f"--{name}", type=kind, help=text)
     task.add_arguments(parser)
     for name in OBSOLETE[:-1]:
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     return parser
+
+
+def _methods_with(setting: str) -> list[str]:
+    """The names of the methods that have this setting."""
+    return [n for n, m in METHODS.items() if setting in (known.name for known in m.settings)]
 
 
 def check_common_arguments(args: argparse.Namespace, given: set[str]) -> list[str]:
@@ -216,7 +222,9 @@ def _check_pruning(args: argparse.Namespace) -> list[str]:
     problems, method = [], METHODS[args.pruning_method]
     for name in ("initial_threshold", "final_threshold"):
         value = getattr(args, name)
-        if (method.threshold in ("remains", "sigmoid") or args.global_topk) and not 0 <= value <= 1:
+        if (
+            method.threshold_is in ("remains", "sigmoid") or args.global_topk
+        ) and not 0 <= value <= 1:
             problems.append(f"--{name} is a fraction and must lie in [0, 1], got {value}")
     if args.regularization and method.scores != "learned":
         problems.append(f"--regularization needs learned scores, and {method.name} has none")
@@ -235,6 +243,11 @@ def _check_pruning(args: argparse.Namespace) -> list[str]:
             "choose constant or uniform"
         )
     if args.target_remaining is not None:
+        known = method.usual_lambda(0.5) is not None or args.final_lambda
+        if method.penalty and not known:
+            problems.append(
+                "--target_remaining: no usual lambda is known for this method: add --final_lambda"
+            )
         if not method.penalty or args.regularization != method.penalty:
             options = [
                 f"{n} with --regularization {m.penalty}" for n, m in METHODS.items() if m.penalty
@@ -242,7 +255,7 @@ def _check_pruning(args: argparse.Namespace) -> list[str]:
             problems.append(f"--target_remaining steers a penalty: use {' or '.join(options)}")
         if not 1.2 * MIN_REMAINING < args.target_remaining < 1:
             problems.append(f"--target_remaining must lie between {1.2 * MIN_REMAINING:g} and 1")
-        if method.penalty and method.threshold and not 0 < args.final_threshold < 1:
+        if method.penalty and method.threshold_is and not 0 < args.final_threshold < 1:
             problems.append("--target_remaining needs a --final_threshold between 0 and 1")
     if args.do_train and (problem := plateau_problem(args, args.max_steps)):
         problems.append(problem)
@@ -269,12 +282,18 @@ def _warn(args: argparse.Namespace, given: set[str]) -> None:
     """Warn of flags without effect, and of soft movement and l0 that would hardly prune."""
     method, masked = METHODS[args.pruning_method], is_masked(args.model_type)
     names = {group: [name for name, *_ in flags] for group, flags in FLAGS.items()}
-    observes, deviates = method.scores == "observed", method.has_uncertainty
+    settings = [
+        (
+            f"--pruning_method {' or '.join(_methods_with(name))}",
+            [name],
+            name in (setting.name for setting in method.settings) or not masked,
+        )
+        for name in all_settings()
+    ]
     for needed, group, present in (
         ("--teacher_name_or_path", names["distillation"], args.teacher_name_or_path),
-        ("--model_type masked", names["pruning"], masked),
-        ("--pruning_method platon or sensitivity", ["importance_beta"], observes or not masked),
-        ("--pruning_method platon", ["uncertainty_beta"], deviates or not masked),
+        ("--model_type masked", [*names["pruning"], *all_settings()], masked),
+        *settings,
         ("--do_eval", ["sparse_inference"], args.do_eval or getattr(args, "do_predict", False)),
     ):
         idle = [f"--{name}" for name in group if name in given]
@@ -285,7 +304,7 @@ def _warn(args: argparse.Namespace, given: set[str]) -> None:
     if not args.regularization or not (args.final_lambda or args.target_remaining):
         advice = f"add --regularization {method.penalty} --final_lambda ..."
         logger.warning("%s prunes little without a penalty: %s", method.title, advice)
-    if method.threshold and args.initial_threshold > args.final_threshold:
+    if method.threshold_is and args.initial_threshold > args.final_threshold:
         logger.warning("%s: the paper starts with --initial_threshold 0", method.title)
 
 
@@ -336,8 +355,8 @@ def student_options(args: argparse.Namespace, given: set[str], resumed: bool) ->
     masked = is_masked(args.model_type)
     if masked:
         names += [x for x in ("pruning_method", "global_topk") if args.do_train or x in given]
-        own = ("mask_init", "mask_scale", "importance_beta", "uncertainty_beta")
-        own += ("granularity", "block_rows", "block_columns")
+        own = ("mask_init", "mask_scale", "granularity", "block_rows", "block_columns")
+        own += tuple(setting.name for setting in METHODS[args.pruning_method].settings)
         names += [x for x in own if x in given]
     options = {name: getattr(args, name) for name in names}
     if masked and args.do_train:
@@ -409,7 +428,7 @@ def training_settings(
 def _warn_of_no_heads(args: argparse.Namespace, config: PreTrainedConfig) -> None:
     heads, final = config.num_attention_heads, args.final_threshold
     of_heads = "heads" in granularity_of(config).shared and not args.global_topk
-    ranks = METHODS[args.pruning_method].threshold == "remains"
+    ranks = METHODS[args.pruning_method].threshold_is == "remains"
     if of_heads and ranks and int(final * heads) == 0:
         message = (
             "--final_threshold %g keeps none of the %d heads of each layer: its attention becomes "

@@ -27,7 +27,7 @@ from ..families import layers_of
 from ..files import file_digest, write_folder, write_into, write_json
 from ..modules.masks import count, find_masks, masked_layers
 from ..modules.methods import METHODS
-from ..steering import LambdaSteering, usual_lambda
+from ..steering import LambdaSteering
 from .args import Settings
 from .distributed import World, describe_hardware
 from .hidden import projection_of
@@ -247,7 +247,7 @@ def make_steering(model: PreTrainedModel, settings: Settings) -> LambdaSteering 
         start=schedule.initial_warmup * schedule.warmup_steps,
         end=schedule.total_step - schedule.final_warmup * schedule.warmup_steps,
         total_step=schedule.total_step,
-        first_lambda=settings.final_lambda or usual_lambda(target, method.penalty),
+        first_lambda=settings.final_lambda or method.usual_lambda(target),
     )
 
 

@@ -41,7 +41,7 @@ def build_optimizer(
     Scores that the pruning method observes are left to it. `peak_lr` keeps the rate of a group.
     """
     layers = masked_layers(model).layers
-    observed = {id(layer.scores) for layer in layers if layer.method.observe}
+    observed = {id(layer.scores) for layer in layers if layer.method.scores == "observed"}
     groups = {"scores": [], "weights": [], "no_decay": []}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or id(parameter) in observed:

@@ -103,26 +103,31 @@ def forward(task: Task, model: nn.Module, batch: Batch, precision: torch.dtype |
 
 def observed_norms(layers: MaskedLayers) -> list[Tensor]:
     """The norms of the gradients of observed scores, which are not clipped."""
-    grads = [layer.mask_scores.grad for layer in layers.observed]
+    grads = [x.mask_scores.grad for x in layers.observed if x.method.scores == "observed"]
     return list(torch._foreach_norm(grads)) if grads else []
 
 
 @torch.no_grad()
 def observe_scores(layers: MaskedLayers, scaler: torch.amp.GradScaler, skipped: bool) -> None:
-    """Pass the gradients of observed scores, unclipped, to their method, unless it is `skipped`.
+    """Pass the gradients of scores to a method that observes them, unless the update is `skipped`.
 
     They are divided by the root of the number of weights that a score stands for, so that scores of
     all sizes compare: the square of a gradient, as in Fisher information, grows with that number.
+    The optimizer has no observed scores: their gradients are not clipped, and go.
     """
     observed = layers.observed
-    if observed and not skipped:
-        scale = scaler.get_scale()
+    if not observed:
+        return
+    method = observed[0].method
+    if not skipped:
+        scale = scaler.get_scale() if method.scores == "observed" else 1.0  # others are unscaled
         sizes = [sum(layer.weights_per_score for layer in x.group) for x in observed]
         grads = [layer.mask_scores.grad for layer in observed]
         grads = torch._foreach_div(grads, [scale * size**0.5 for size in sizes])
-        observed[0].method.observe(observed, list(grads))
-    for layer in observed:
-        layer.mask_scores.grad = None
+        method.observe(observed, list(grads))
+    if method.scores == "observed":
+        for layer in observed:
+            layer.mask_scores.grad = None
 
 
 class Means:
