@@ -10,17 +10,19 @@ the embeddings, with one step per row; `pack --base_model NAME` leaves them out 
 those of NAME.
 """
 
+import io
 import json
-import subprocess
 import sys
 import tempfile
 from argparse import Namespace
+from contextlib import redirect_stdout
+from importlib import import_module
 from pathlib import Path
 
 from emmental import coding, storage
 from emmental.data.glue_tasks import CUSTOM, CUSTOM_ARGUMENTS
 from emmental.errors import UserError, one_line_errors
-from emmental.families import COMPACT, family_of, is_masked
+from emmental.families import family_of, is_masked
 from emmental.files import write_json
 from emmental.loading import read_config
 from emmental.tokenizer import VOCABULARIES
@@ -29,8 +31,9 @@ from emmental.training.checkpoint import ARGS_FILE
 from emmental.training.runlog import set_up_logging
 
 MB = 1e6
+LENGTHS = "max_seq_length", "max_query_length", "doc_stride"
 # Flags of a training that an evaluation of its model needs again.
-DATA_FLAGS = "task_name max_seq_length max_query_length doc_stride version_2_with_negative".split()
+TASK_FLAGS = "task_name", *CUSTOM_ARGUMENTS, "version_2_with_negative", *LENGTHS
 CHECKPOINT = "checkpoint", "folder of a masked, bertarized or dense model with a fine-tuned head"
 FILE = "file", "packed file"
 FOLDER = "folder", "folder to write"
@@ -111,39 +114,34 @@ def evaluation_flags(checkpoint: str, args: Namespace) -> dict[str, object]:
         trained = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError as error:
         raise UserError(f"{file} is damaged: remove it, and name the task and its data") from error
-    names = (*DATA_FLAGS, *CUSTOM_ARGUMENTS, "data_dir", "predict_file")
+    names = *TASK_FLAGS, "data_dir", "predict_file"
     flags = {name: value for name in names if (value := getattr(args, name, None))}
-    task = flags.setdefault("task_name", trained.get("task_name"))
-    if task == trained.get("task_name"):
-        own = (*DATA_FLAGS, *CUSTOM_ARGUMENTS) if task == CUSTOM else DATA_FLAGS
-        flags = {name: trained[name] for name in own if name in trained} | flags
+    task = trained.get("task_name")
+    if flags.setdefault("task_name", task) == task:
+        flags = {name: trained[name] for name in TASK_FLAGS if name in trained} | flags
     return flags
 
 
 def evaluate(model: str, flags: dict[str, object], masks: dict[str, object]) -> dict[str, float]:
-    """The metrics of a model folder, from the evaluation script in its own process.
+    """The metrics of a model folder, by the `main` of the evaluation script.
 
     flags: see `evaluation_flags`. masks: flags of a masked model alone.
     """
-    script = "masked_run_glue.py" if flags["task_name"] else "masked_run_squad.py"
-    model_type = read_config(model)["model_type"]
-    flags = {"model_type": model_type.removeprefix(COMPACT), "model_name_or_path": model} | flags
-    flags |= masks if is_masked(model_type) else {}
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(Path(__file__).with_name(script)), "--do_eval"]
-        for name, value in (flags | {"output_dir": f"{folder}/out"}).items():
-            if value not in (None, False):
-                command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["it was stopped"])[-1]
-            reason = reason.removeprefix(f"{script}: error: ")
-            raise UserError(f"{script} cannot evaluate {model}: {reason}")
-        text = Path(folder, "out", "eval_results.json").read_text(encoding="utf-8")
+    script = "masked_run_glue" if flags["task_name"] else "masked_run_squad"
+    masked = is_masked(read_config(model)["model_type"])
+    flags = flags | {"model_name_or_path": model, "model_type": "masked" if masked else "dense"}
+    words = ["--do_eval"]
+    for name, value in (flags | masks if masked else flags).items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value is not None and value is not False:
+            words.append(f"--{name}={value}")
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        results = import_module(script).main([*words, f"--output_dir={folder}/out"])
     no_metrics = ("remaining", "threshold", "entropy", "total")
     return {
         name: value
-        for name, value in json.loads(text).items()
+        for name, value in results.items()
         if isinstance(value, float) and not name.startswith(no_metrics)
     }
 
@@ -152,27 +150,24 @@ def verify(args: Namespace) -> int:
     """Compare a packed file with its checkpoint, print the result, and return the exit status."""
     header = storage.open_packed(args.file).header
     names = {entry["name"] for entry in header["files"]}
-    if (args.data_dir or args.predict_file) and names.isdisjoint(VOCABULARIES):
+    with_data = args.data_dir or args.predict_file
+    if with_data and names.isdisjoint(VOCABULARIES):
         raise UserError(
             f"{args.file} has no tokenizer, and cannot be evaluated: leave out the data"
         )
-    problems = storage.compare(args.file, args.checkpoint, args.base_model, **given_masks(args))
-    for problem in problems:
-        print(problem)
-    if not problems:
-        print(
-            f"all masks are equal, and all weights within the error bound of {header['bits']} bits"
-        )
-    if args.data_dir or args.predict_file:
+    masks = given_masks(args)
+    problems = storage.compare(args.file, args.checkpoint, args.base_model, **masks)
+    bound = f"all weights within the error bound of {header['bits']} bits"
+    print("\n".join(problems) or f"all masks are equal, and {bound}")
+    if with_data:
+        flags = evaluation_flags(args.checkpoint, args)
+        masks["final_threshold"] = masks.pop("threshold")
+        before = evaluate(args.checkpoint, flags, masks)
         with tempfile.TemporaryDirectory() as folder:
             storage.unpack(args.file, f"{folder}/model", args.base_model)
-            flags, masks = evaluation_flags(args.checkpoint, args), given_masks(args)
-            masks["final_threshold"] = masks.pop("threshold")
-            before, after = (
-                evaluate(model, flags, masks) for model in (args.checkpoint, f"{folder}/model")
-            )
+            after = evaluate(f"{folder}/model", flags, masks)
         for name, value in before.items():
-            print(f"{name}: {value:.4g} checkpoint, {after.get(name, float('nan')):.4g} packed")
+            print(f"{name}: {value:.4g} checkpoint, {after[name]:.4g} packed")
     return 1 if problems else 0
 
 

@@ -1,12 +1,8 @@
 """Packed files: round trips, the command line, and errors."""
 
-import contextlib
 import importlib
-import io
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -298,13 +294,16 @@ def test_wrong_paths_are_refused(tmp_path, packed, checkpoint, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_head_is_refused(tmp_path, packed, tiny_config, tiny_tokenizer, capsys):
+def test_another_head_or_size_is_refused(tmp_path, packed, tiny_config, tiny_tokenizer, capsys):
     save_masked(tmp_path / "other", tiny_config, tiny_tokenizer, head="TokenClassification")
     said = refused(capsys, "verify", packed, tmp_path / "other")
     assert "BertForQuestionAnswering" in said and "BertForTokenClassification" in said
     transformers.BertModel(BertConfig(**tiny_config)).save_pretrained(tmp_path / "headless")
     tiny_tokenizer.save_pretrained(tmp_path / "headless")
     assert "head" in refused(capsys, "pack", tmp_path / "headless", tmp_path / "file")
+    smaller = tiny_config | {"num_hidden_layers": 1}
+    save_masked(tmp_path / "smaller", smaller, tiny_tokenizer)
+    assert "different sizes" in refused(capsys, "verify", packed, tmp_path / "smaller")
 
 
 def test_a_model_without_a_tokenizer_packs_without(tmp_path, checkpoint, capsys, caplog):
@@ -372,21 +371,7 @@ def test_an_old_file_survives_a_failed_pack(tmp_path, packed, checkpoint, monkey
     assert (tmp_path / "file").read_bytes() == packed.read_bytes()
 
 
-@pytest.fixture
-def in_process(monkeypatch):
-    """The script's `main` runs in this process, which saves importing torch twice."""
-
-    def run(command, **options):
-        script = Path(command[1])
-        assert command[0] == sys.executable and script.parent == ROOT
-        with contextlib.redirect_stdout(io.StringIO()):
-            importlib.import_module(script.stem).main(command[2:])
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(saving_prunebert.subprocess, "run", run)
-
-
-def test_verify_evaluates_as_the_run_did(tmp_path, tiny_bert, capsys, in_process):
+def test_verify_evaluates_as_the_run_did(tmp_path, tiny_bert, capsys):
     for split in ("train", "dev"):
         rows = "".join(f"ada lives in {x} .\t{x}\n" for x in ("oslo", "rome") * 3)
         (tmp_path / f"{split}.tsv").write_text("review\tstars\n" + rows)
@@ -405,9 +390,7 @@ def test_verify_evaluates_as_the_run_did(tmp_path, tiny_bert, capsys, in_process
     assert "training_args.json is damaged" in refused(capsys, "verify", file, run, *data)
 
 
-def test_verify_evaluates_both(
-    tmp_path, tiny_config, tiny_tokenizer, squad_dir, capsys, in_process
-):
+def test_verify_evaluates_both(tmp_path, tiny_config, tiny_tokenizer, squad_dir, capsys):
     save_masked(tmp_path / "in", tiny_config, tiny_tokenizer)
     saving_prunebert.main(["pack", str(tmp_path / "in"), str(tmp_path / "file"), "--bits", "32"])
     capsys.readouterr()
@@ -421,13 +404,9 @@ def test_verify_evaluates_both(
         assert before.split()[0] == after.split()[0]
 
 
-def test_a_failed_evaluation_is_reported_in_one_line(packed, checkpoint, capsys, monkeypatch):
-    def run(command, **options):
-        return subprocess.CompletedProcess(command, 2, "", "a warning\nerror: no such data\n")
-
-    monkeypatch.setattr(saving_prunebert.subprocess, "run", run)
+def test_a_failed_evaluation_is_reported_in_one_line(packed, checkpoint, capsys):
     said = refused(capsys, "verify", packed, checkpoint, "--data_dir", "nowhere")
-    assert "masked_run_squad.py cannot evaluate" in said and said.endswith("error: no such data")
+    assert "nowhere" in said
 
 
 def test_the_notebook_runs(tmp_path, monkeypatch):
