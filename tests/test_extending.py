@@ -1,6 +1,11 @@
-"""What a new family touches: its own row, and nothing else."""
+"""What a new method or family touches: its class or its row, and nothing else."""
 
 import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,3 +60,70 @@ def test_a_row_makes_a_family(monkeypatch, flags, tmp_path, caplog):
     storage.pack(str(out), str(tmp_path / "file"), 32)
     packed = storage.load_packed(str(tmp_path / "file"))
     assert torch.equal(packed(ids).start_logits, plain(ids).start_logits)
+
+
+ROOT = Path(__file__).parent.parent
+METHOD = """
+import contextlib, io, json, sys
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+import bertarize, counts_parameters, masked_run_squad
+from emmental import storage
+
+flags, out = sys.argv[2:], Path(sys.argv[1])
+flags += "--pruning_method steady --initial_threshold 0 --final_threshold 0.5".split()
+flags += "--regularization squares --final_lambda 30 --score_memory 0.8 --save_steps 3".split()
+
+help = io.StringIO()
+with contextlib.redirect_stdout(help), contextlib.suppress(SystemExit):
+    masked_run_squad.main(["--help"])
+assert "--score_memory" in help.getvalue()
+assert "steady: weight of the past in the mean score (0.9 if not given)" in " ".join(
+    help.getvalue().split()
+)
+
+masked_run_squad.main([*flags, "--output_dir", str(out / "whole")])
+resume = ["--resume_from_checkpoint", str(out / "whole/checkpoint-3")]
+masked_run_squad.main([*flags, "--output_dir", str(out / "again"), *resume])
+whole, again = (load_file(out / name / "model.safetensors") for name in ("whole", "again"))
+assert whole.keys() == again.keys() and all((whole[n] == again[n]).all() for n in whole)
+saved = load_file(out / "whole/checkpoint-3/model.safetensors")
+for end in ".mask_mean", ".mask_crossings":
+    tensors = [name for name in whole if name.endswith(end)]
+    assert len(tensors) == 12
+    assert any((whole[name] != saved[name]).any() for name in tensors), end
+config = json.loads((out / "whole/config.json").read_text())
+assert config["score_memory"] == 0.8 and config["pruning_method"] == "steady"
+
+counts = counts_parameters.main(["--serialization_dir", str(out / "whole")])
+means = [tensor for name, tensor in whole.items() if name.endswith(".mask_mean")]
+kept = sum(int((tensor > 0).sum()) for tensor in means)
+assert 0 < kept < sum(tensor.numel() for tensor in means)
+assert sum(matrix.remaining for matrix in counts.matrices) == kept
+folder = bertarize.main(["--model_name_or_path", str(out / "whole")])
+plain = load_file(Path(folder) / "model.safetensors")
+assert not [name for name in plain if "mask_" in name]
+assert "score_memory" not in json.loads((Path(folder) / "config.json").read_text())
+storage.pack(str(out / "whole"), str(out / "packed"), 32)
+packed = storage.load_packed(str(out / "packed")).state_dict()
+assert all((packed[name] == value).all() for name, value in plain.items())
+"""
+
+
+def test_a_class_makes_a_method(tmp_path, tiny_bert, squad_dir):
+    """The page's method with a setting, state, penalty and gradient, in a process of its own."""
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page.partition("## A granularity")[0], re.S)
+    assert "class SteadyMovement" in blocks[-1]
+    script = tmp_path / "steady.py"
+    script.write_text("\n".join([*blocks, METHOD]), encoding="utf-8")
+    flags = f"--model_type masked_bert --model_name_or_path {tiny_bert} --data_dir {squad_dir}"
+    flags += " --do_train --do_lower_case --no_cuda --max_steps 6 --warmup_steps 1"
+    flags += f" --learning_rate 1e-3 --mask_scores_learning_rate 0.1 --cache_dir {tmp_path / 'c'}"
+    flags += " --max_seq_length 48 --max_query_length 16 --doc_stride 16 --logging_steps 3"
+    command = [sys.executable, str(script), str(tmp_path), *flags.split()]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
