@@ -4,7 +4,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +31,13 @@ class Interrupted(UserError):
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
         self.status = 128 + signal_number
+
+
+class Terminated(SystemExit):
+    """SIGTERM outside the training loop: files written aside are removed on the way out.
+
+    As a SystemExit it passes every `except Exception`, and forked processes end silently.
+    """
 
 
 def first_line(error: BaseException) -> str:
@@ -62,7 +68,7 @@ def one_line_errors(advice: str = "") -> Iterator[None]:
     advice: how to go on after an interruption.
     """
     try:
-        with _sigterm_as_exception(advice):
+        with handled_signals(_stop, signal.SIGTERM):
             yield
             print(end="", flush=True)
     except UserError as error:
@@ -80,25 +86,13 @@ def one_line_errors(advice: str = "") -> Iterator[None]:
         fail([f"another process died; see its error above{advice}"], 1)
     except KeyboardInterrupt:
         fail([f"interrupted{advice}"], 130)
+    except Terminated as stop:
+        fail([f"stopped by SIGTERM{advice}"], stop.code)
 
 
-@contextmanager
-def _sigterm_as_exception(advice: str) -> Iterator[None]:
-    """Have SIGTERM leave the block as Interrupted, so that files written aside are removed."""
-    received = []
-
-    def stop(number: int, frame) -> None:
-        if not received or time.monotonic() - received[0] >= SAME_SIGNAL:
-            received.append(time.monotonic())
-            raise SystemExit(128 + number)  # forked processes inherit this, and end silently
-
-    try:
-        with handled_signals(stop, signal.SIGTERM):
-            yield
-    except BaseException as error:  # libraries may raise another one on the way
-        if not received:
-            raise
-        raise Interrupted(f"stopped by SIGTERM{advice}", signal.SIGTERM) from error
+def _stop(number: int, frame) -> None:
+    signal.signal(number, signal.SIG_IGN)  # torchrun passes on what the process group also got
+    raise Terminated(128 + number)
 
 
 @contextmanager
