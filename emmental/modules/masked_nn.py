@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from .binarizer import compute_mask  # noqa: F401, published here
 from .granularity import Weight, find_granularity
 from .lists import is_traced, together
-from .methods import find_method
+from .methods import find_method, magnitudes
 from .numeric import NOT_IN_GRAPHS
 from .product import MaskedWeights, multiply
 
-MASK_INITS = ("constant", "uniform", "kaiming")
+MASK_INITS = ("constant", "uniform", "kaiming", "magnitude")
 
 
 @dataclass
@@ -48,10 +48,12 @@ class MaskedLinear(nn.Linear):
     """An `nn.Linear` with a mask over its weights.
 
     `mask_scores` (None for magnitude pruning) has the shape of `weight`, or of the granularity. It
-    starts `constant` at `mask_scale`, `uniform` in +-`mask_scale`, or `kaiming`. With `scores_of`,
-    a layer has no scores of its own but those of that layer. The last layer that shares them
-    `is_gate`: it alone is masked, as that is enough. `settings` are those of the method. Raises
-    ValueError for an unknown name, and what does not fit.
+    starts `constant` at `mask_scale`, `uniform` in +-`mask_scale`, `kaiming`, or at the `magnitude`
+    of the weights: `mask_scale` * |W| / root mean square of W, as in HYDRA (Sehwag et al. 2020),
+    shifted to a mean of 0 for methods that cut at a value. With `scores_of`, a layer has no scores
+    of its own but those of that layer. The last layer that shares them `is_gate`: it alone is
+    masked, as that is enough. `settings` are those of the method. Raises ValueError for an unknown
+    name, and what does not fit.
 
     `layer(x, threshold=v)` finds its mask for the threshold v. `layer(x)` uses the mask of the
     `masked` block around the call, and raises RuntimeError outside a block.
@@ -104,10 +106,20 @@ class MaskedLinear(nn.Linear):
             nn.init.constant_(self.mask_scores, self.mask_scale)
         elif self.mask_init == "uniform":
             nn.init.uniform_(self.mask_scores, -self.mask_scale, self.mask_scale)
-        else:
+        elif self.mask_init == "kaiming":
             nn.init.kaiming_uniform_(self.mask_scores, a=math.sqrt(5))
+        else:
+            self._start_from_magnitudes()
         for name in self.method.state:
             nn.init.zeros_(self.get_buffer(name))
+
+    @torch.no_grad()
+    def _start_from_magnitudes(self) -> None:
+        ranks = magnitudes([self])[0].abs().to(self.mask_scores.dtype)
+        scores = ranks * (self.mask_scale / ranks.square().mean().sqrt())
+        if self.method.threshold_is != "remains":  # where 0 is the usual start
+            scores -= scores.mean()
+        self.mask_scores.copy_(scores)
 
     @property
     def group(self) -> "list[MaskedLinear]":

@@ -72,11 +72,7 @@ class Method:
             check_values(layer.weight, layer.mask_scores)
         if self.scores:
             return [layer.mask_scores for layer in layers]
-        members = [member for layer in layers for member in layer.group]
-        weights = [member.weight.detach() for member in members]
-        ranks = iter(apply_each("rank", [member.granularity for member in members], weights))
-        groups = [[next(ranks) for _ in layer.group] for layer in layers]
-        return [_root_mean_square(group) if len(group) > 1 else group[0] for group in groups]
+        return magnitudes(layers)
 
     def masks(
         self, sources: list[Tensor], threshold: float, sampled=False, generator=None
@@ -253,6 +249,15 @@ class L0(Method):
 
     def usual_lambda(self, remaining):
         return 15 * ((1 - remaining) / remaining) ** 1.1  # fits the paper's SQuAD runs
+
+
+def magnitudes(layers) -> list[Tensor]:
+    """What magnitude pruning ranks: the weights, or the root mean squares of larger structures."""
+    members = [member for layer in layers for member in layer.group]
+    weights = [member.weight.detach() for member in members]
+    ranks = iter(apply_each("rank", [member.granularity for member in members], weights))
+    groups = [[next(ranks) for _ in layer.group] for layer in layers]
+    return [_root_mean_square(group) if len(group) > 1 else group[0] for group in groups]
 
 
 def _root_mean_square(tensors: list[Tensor]) -> Tensor:

@@ -19,5 +19,7 @@ def swap_linears(
             options |= {"device": old.weight.device, "dtype": old.weight.dtype}
             new = MaskedLinear(old.in_features, old.out_features, old.bias is not None, **options)
             new.weight, new.bias = old.weight, old.bias
+            if new.mask_init == "magnitude":
+                new.reset_scores()
             parent, _, attribute = name.rpartition(".")
             setattr(module.get_submodule(parent), attribute, new.train(old.training))
