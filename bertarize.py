@@ -25,7 +25,8 @@ from emmental.inference import compacted
 from emmental.inference.onnx_file import check_onnx, write_onnx
 from emmental.loading import head_of, load_masked, load_model, read_config
 from emmental.tokenizer import tokenizer_to_copy
-from emmental.training.args import Parser, add_mask_flags, given_masks
+from emmental.training.flags import add_mask_flags, given_masks
+from emmental.training.parser import Parser
 from emmental.training.runlog import set_up_logging
 
 # The files of a bertarized folder. A target folder with any other file is not overwritten.

@@ -16,7 +16,8 @@ from emmental.files import write_json
 from emmental.loading import load_masked
 from emmental.modules.masks import find_masks
 from emmental.modules.methods import METHODS
-from emmental.training.args import Parser, add_mask_flags, given_masks
+from emmental.training.flags import add_mask_flags, given_masks
+from emmental.training.parser import Parser
 from emmental.training.runlog import set_up_logging
 
 

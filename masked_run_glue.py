@@ -36,7 +36,7 @@ from emmental.inference import sparsify
 from emmental.loading import checkpoint_labels
 from emmental.losses import distillation_loss, regression_distillation_loss
 from emmental.training import run
-from emmental.training.args import make_parser
+from emmental.training.flags import make_parser
 from emmental.training.parser import Parser, choice
 from emmental.training.task import Task
 
@@ -63,8 +63,8 @@ class Glue(Task):
         add("--regression", action="store_true", help=f"{CUSTOM}: labels are numbers to predict")
     # fmt: on
 
-    def check(self, args, given):
-        task, own = TASKS.get(args.task_name), given & set(CUSTOM_ARGUMENTS)
+    def check(self, args):
+        task, own = TASKS.get(args.task_name), args.given & set(CUSTOM_ARGUMENTS)
         if not task:
             problems = [f"--{name} is empty" for name in own if getattr(args, name) == ""]
             return problems + (["--task_name custom needs --data_dir"] if not args.data_dir else [])

@@ -27,7 +27,7 @@ from emmental.errors import UserError
 from emmental.files import write_json
 from emmental.inference import sparsify
 from emmental.training import run
-from emmental.training.args import make_parser
+from emmental.training.flags import make_parser
 from emmental.training.parser import Parser, number
 from emmental.training.task import Task
 
@@ -78,7 +78,7 @@ class Squad(Task):
     def dataset(self):
         return squad.HUB_NAMES[self.v2]
 
-    def check(self, args, given):
+    def check(self, args):
         problems, one_is_given = [], args.train_file or args.predict_file
         for split, file in data_files(args).items():
             if file and not file.is_file():

@@ -26,8 +26,9 @@ from emmental.families import family_of, is_masked
 from emmental.files import write_json
 from emmental.loading import read_config
 from emmental.tokenizer import VOCABULARIES
-from emmental.training.args import Parser, add_mask_flags, given_masks
 from emmental.training.checkpoint import ARGS_FILE
+from emmental.training.flags import add_mask_flags, given_masks
+from emmental.training.parser import Parser
 from emmental.training.runlog import set_up_logging
 
 MB = 1e6

@@ -14,7 +14,7 @@ import counts_parameters
 import masked_run_squad
 import saving_prunebert
 from emmental import MaskedBertConfig, MaskedBertForQuestionAnswering, storage
-from emmental.training.args import check_common_arguments
+from emmental.training.checks import check_common_arguments
 
 SOME = "--model_type bert --model_name_or_path m --output_dir o".split()
 PRUNE = ["--max_seq_length", "48", "--max_query_length", "16", "--max_steps", "4", "--do_train"]
@@ -177,7 +177,7 @@ def test_arguments_without_effect_are_warned_of(flags, said, tmp_path, caplog):
     common = f"--model_type masked_bert --model_name_or_path b --output_dir {tmp_path / 'out'} "
     flags = (common + flags).split()
     parser = masked_run_squad.get_parser()
-    assert check_common_arguments(parser.parse_args(flags), parser.given(flags)) == []
+    assert check_common_arguments(parser.parse_args(flags)) == []
     assert any(said in message for message in caplog.messages)
 
 
@@ -192,10 +192,11 @@ def test_flags_may_have_dashes():
     """As torch.distributed.launch writes them. Values keep theirs."""
     words = "--model-type masked_bert --model_name_or_path a-b --output-dir=x-y --local-rank=0"
     parser, words = masked_run_squad.get_parser(), [*words.split(), "--do-train"]
-    args, given = parser.parse_args(words), parser.given(words)
+    args = parser.parse_args(words)
     assert (args.model_name_or_path, args.output_dir) == ("a-b", "x-y")
     assert args.local_rank == 0 and args.do_train
-    assert given == {"model_type", "model_name_or_path", "output_dir", "local_rank", "do_train"}
+    named = {"model_type", "model_name_or_path", "output_dir", "local_rank", "do_train"}
+    assert args.given == named
     args = saving_prunebert.get_parser().parse_args("pack a b --base-model c".split())
     assert args.base_model == "c"
 

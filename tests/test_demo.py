@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, BertForQuestionAnswering
 
 import masked_run_squad
 from emmental.data.squad import drop_misaligned, read_examples
-from emmental.training.args import check_common_arguments
+from emmental.training.checks import check_common_arguments
 
 DEMO = Path(__file__).parent.parent / "demo"
 sys.path.insert(0, str(DEMO))
@@ -64,4 +64,4 @@ def test_the_commands_of_the_demo_are_valid(method, tmp_path):
     flags = " ".join(flags).split()
     flags += ["--model_name_or_path", "bert", "--output_dir", str(tmp_path / "out")]
     parser = masked_run_squad.get_parser()
-    assert check_common_arguments(parser.parse_args(flags), parser.given(flags)) == []
+    assert check_common_arguments(parser.parse_args(flags)) == []

@@ -21,9 +21,9 @@ from emmental.data import squad
 from emmental.inference import sparsify
 from emmental.modules import masks
 from emmental.training import run as narrative
-from emmental.training.args import warmup_updates
 from emmental.training.distributed import World
 from emmental.training.passes import Means
+from emmental.training.settings import warmup_updates
 
 SHORT = (
     "--max_seq_length 48 --max_query_length 16 --doc_stride 16 --per_gpu_train_batch_size 4"

@@ -26,7 +26,7 @@ from emmental.tables.floor import bag_of_words
 from emmental.tables.points import find_point, load_points, paper_value
 from emmental.tables.report import headline, run_rows
 from emmental.tables.runs import find_runs, read_run
-from emmental.training.args import check_common_arguments
+from emmental.training.checks import check_common_arguments
 
 POINTS = [point for task in points.TASKS for point in load_points(task)]
 SCRIPTS = {f"{script.__name__}.py": script for script in (masked_run_squad, masked_run_glue)}
@@ -68,13 +68,13 @@ def test_all_points_are_there_and_corrected():
 
 
 def plan(*words, extra=()):
-    """Output folder, parsed arguments and given flags of each command that `run` would run."""
+    """Output folder and parsed arguments of each command that `run` would run."""
     given = argparse.Namespace(extra=list(extra))
     planned = paper_tables.plan(paper_tables.get_parser().parse_args(["run", *words], given))
     for folder, command in planned.items():
         place = next(i for i, word in enumerate(command) if word.endswith(".py"))
         parser, flags = SCRIPTS[Path(command[place]).name].get_parser(), command[place + 1 :]
-        yield folder, parser.parse_args(flags), parser.given(flags)
+        yield folder, parser.parse_args(flags)
 
 
 @pytest.mark.parametrize(
@@ -88,10 +88,10 @@ def test_every_command_parses_and_passes_the_checks(words, extra, tmp_path, monk
         by_name = {point.name: point for point in load_points(task)}
         planned = list(plan(task, *by_name, *words, extra=extra))
         assert len(planned) == len(by_name)
-        for folder, args, given in planned:
-            assert check_common_arguments(args, given) == []
+        for folder, args in planned:
+            assert check_common_arguments(args) == []
             if task != "squad":
-                assert masked_run_glue.Glue().check(args, given) == []
+                assert masked_run_glue.Glue().check(args) == []
             if not words:
                 for name, value in by_name[folder.name].settings.items():
                     assert getattr(args, name) == type(getattr(args, name))(value)
@@ -99,17 +99,17 @@ def test_every_command_parses_and_passes_the_checks(words, extra, tmp_path, monk
 
 def test_scaled_and_shared_commands():
     options = ["--scale", "0.1", "--nproc", "4", "--seed", "3", "--task_name", "sst-2"]
-    (teacher, dense, _), (folder, args, _) = plan("mnli", "3D3", *options, extra=["--bf16"])
+    (teacher, dense), (folder, args) = plan("mnli", "3D3", *options, extra=["--bf16"])
     assert args.max_steps == round(0.1 * 6 * 392_702 / 32) and args.warmup_steps == 1200
     assert (args.per_gpu_train_batch_size, args.task_name) == (8, "sst-2")
     assert (args.seed, args.bf16) == (3, True)
     assert args.teacher_name_or_path == str(teacher) == "runs/sst-2/teacher"
     assert str(folder) == "runs/sst-2/3D3-seed3"
     assert (dense.seed, dense.model_type) == (42, "bert")
-    ((_, args, _),) = plan("squad", "3D3", "--teacher", "mine", "--data_dir", "data")
+    ((_, args),) = plan("squad", "3D3", "--teacher", "mine", "--data_dir", "data")
     assert (args.teacher_name_or_path, args.data_dir) == ("mine", "data")
     assert (args.num_train_epochs, args.seed) == (10, 92)
-    ((_, args, _),) = plan("squad", "3D1", extra=["--learning_rate=1e-4"])
+    ((_, args),) = plan("squad", "3D1", extra=["--learning_rate=1e-4"])
     assert args.learning_rate == 1e-4  # not the point's
 
 

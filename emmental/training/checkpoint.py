@@ -26,12 +26,10 @@ from ..errors import TrainingError, UserError
 from ..families import layers_of
 from ..files import file_digest, write_folder, write_into, write_json
 from ..modules.masks import count, find_masks, masked_layers
-from ..modules.methods import METHODS
-from ..steering import LambdaSteering
-from .args import Settings
 from .distributed import World, describe_hardware
 from .hidden import projection_of
 from .optim import build_optimizer
+from .settings import Settings, make_steering
 
 logger = logging.getLogger(__name__)
 
@@ -223,32 +221,6 @@ class TrainingState:
                 digest.update(values.to_numpy(zero_copy_only=False))
         labels = list(self.model.config.id2label.values())
         return {"data": digest.hexdigest(), "labels": labels}
-
-
-def make_steering(model: PreTrainedModel, settings: Settings) -> LambdaSteering | None:
-    """What steers lambda to --target_remaining, if it is given.
-
-    Raises UserError for a target below what the floor leaves, as with few heads.
-    """
-    target, schedule = settings.target_remaining, settings.schedule
-    if target is None or not masked_layers(model):
-        return None
-    method = METHODS[model.config.pruning_method]
-    lowest = count(find_masks(model, above=math.inf)).overall
-    if target <= lowest:
-        raise UserError(
-            f"--target_remaining {target:g}: {lowest:.4f} of the weights remain at least, as every "
-            "matrix keeps 0.5% of its scores, at least one: give more"
-        )
-    return LambdaSteering(
-        target=target,
-        first_cut=settings.first_cut,
-        last_cut=method.closing_score(schedule.final_threshold),
-        start=schedule.initial_warmup * schedule.warmup_steps,
-        end=schedule.total_step - schedule.final_warmup * schedule.warmup_steps,
-        total_step=schedule.total_step,
-        first_lambda=settings.final_lambda or method.usual_lambda(target),
-    )
 
 
 def find_checkpoints(output_dir: Path) -> list[Path]:

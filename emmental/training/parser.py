@@ -50,12 +50,14 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
+        """The arguments, and `given`: the names of those on the command line."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
             nearest = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
             hint = f"; did you mean {nearest[0]}?" if nearest else ""
             self.error(f"unknown argument {unknown[0]}{hint}")
+        parsed.given = self._given(args)
         return parsed
 
     def parse_known_args(self, args=None, namespace=None):
@@ -74,8 +76,7 @@ class Parser(argparse.ArgumentParser):
         with one_line_errors():
             super().print_help(file)
 
-    def given(self, args: Sequence[str] | None = None) -> set[str]:
-        """Names of the arguments on the command line, whatever their value."""
+    def _given(self, args: Sequence[str] | None) -> set[str]:
         absent = object()
         bare = argparse.Namespace(**{action.dest: absent for action in self._actions})
         parsed, _ = self.parse_known_args(args, bare)

@@ -19,22 +19,17 @@ from ..export import LayerCount, count_layers, mask_report
 from ..families import is_masked
 from ..loading import load_model, load_student, load_teacher
 from ..modules.masks import find_masks, masked
-from .args import (
-    check_common_arguments,
-    make_parser,
-    precision_of,
-    resumes_in_place,
-    student_options,
-    training_settings,
-)
 from .batches import BatchPlan, training_batches
 from .checkpoint import TrainingState, clean_output, find_checkpoints, find_resume_folder, step_of
+from .checks import check_common_arguments, check_training
 from .distributed import World, join_world, leave_world
 from .evaluate import Predictor
+from .flags import make_parser
 from .hidden import add_projection
 from .loop import train
 from .passes import Passes
 from .runlog import RunLog, print_summary, set_up_logging, write_results
+from .settings import precision_of, resumes_in_place, student_options, training_settings
 from .task import Task
 
 logger = logging.getLogger(__name__)
@@ -49,22 +44,20 @@ def main(
     """Run a script, and return its results. sparsify: makes the model of --sparse_inference."""
     set_up_logging()
     parser = make_parser(task, description)
-    args, given = parser.parse_args(argv), parser.given(argv)
-    problems = check_common_arguments(args, given) + task.check(args, given)
+    args = parser.parse_args(argv)
+    problems = check_common_arguments(args) + task.check(args)
     if args.sparse_inference and not sparsify:
         problems.append("--sparse_inference: this script has no sparse form of its models")
     if problems:
         fail(problems)
     with one_line_errors(advice="; if there is a checkpoint, resume with " + RESUME):
         try:
-            return run(task, args, given, sparsify)
+            return run(task, args, sparsify)
         finally:
             leave_world()
 
 
-def run(
-    task: Task, args: argparse.Namespace, given: set[str], sparsify: Sparsify | None
-) -> dict[str, float | str]:
+def run(task: Task, args: argparse.Namespace, sparsify: Sparsify | None) -> dict[str, float | str]:
     """Do all that the arguments ask for, and return the results of the evaluation."""
     started = time.perf_counter()
     world = join_world(args.no_cuda, args.local_rank, args.fp16)
@@ -77,7 +70,7 @@ def run(
         args = with_families(args, source)
         task.load_examples(args, source)
     torch.manual_seed(args.seed)
-    options = student_options(args, given, resumed=resume_folder is not None)
+    options = student_options(args, resumed=resume_folder is not None)
     model, tokenizer = load_student(source, task.head, labels=task.labels, **options)
     with world.main_first():
         task.make_features(args, tokenizer, model)
@@ -112,7 +105,7 @@ def run(
         if args.do_eval:
             write_results(output_dir, results)
         if args.do_train:
-            _write_card(task, args, given, model, final)
+            _write_card(task, args, model, final)
         total = {"total_seconds": time.perf_counter() - started}
         print_summary(results | figures | total, output_dir)
     world.barrier()
@@ -145,6 +138,7 @@ def _train(
     lengths, accumulation = task.train_set["length"], args.gradient_accumulation_steps
     plan = BatchPlan(lengths, batch_size, accumulation, args.seed)
     total = args.max_steps if args.max_steps > 0 else plan.total_updates(args.num_train_epochs)
+    check_training(args, total, model.config)
     settings = training_settings(args, total, model.config)
     teacher = None
     if args.teacher_name_or_path:
@@ -182,15 +176,11 @@ def _warn_of_empty_layers(layers: list[LayerCount]) -> None:
 
 
 def _write_card(
-    task: Task,
-    args: argparse.Namespace,
-    given: set[str],
-    model: PreTrainedModel,
-    metrics: dict[str, float],
+    task: Task, args: argparse.Namespace, model: PreTrainedModel, metrics: dict[str, float]
 ) -> None:
     command = ["python", Path(inspect.getfile(type(task))).name]
     for name, value in vars(args).items():
-        if name in given and name != "resume_from_checkpoint":
+        if name in args.given and name != "resume_from_checkpoint":
             command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     write_run_card(
         Path(args.output_dir),

@@ -41,8 +41,8 @@ class Task:
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Add the task's own flags."""
 
-    def check(self, args: argparse.Namespace, given: set[str]) -> list[str]:
-        """The task's problems with the arguments, one line each. given: flags of the command."""
+    def check(self, args: argparse.Namespace) -> list[str]:
+        """The task's problems with the arguments, one line each. `args.given`: flags that are."""
         return []
 
     def load_examples(self, args: argparse.Namespace, source: str) -> None:

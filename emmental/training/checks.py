@@ -1,0 +1,201 @@
+"""Which arguments of a training script go together.
+
+All contradictions are reported together, before anything is loaded: one line each, status 2.
+"""
+
+import logging
+import os
+from argparse import Namespace
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+
+from ..errors import UserError
+from ..families import granularity_of, is_masked
+from ..modules.granularity import Block, find_granularity
+from ..modules.methods import METHODS
+from ..modules.topk import MIN_REMAINING
+from ..schedule import plateaus_overlap
+from .flags import (
+    OBSOLETE,
+    add_distillation_flags,
+    add_method_flags,
+    add_pruning_flags,
+    flag_names,
+    methods_with,
+    names_with_blocks,
+)
+from .settings import resumes_in_place, warmup_updates
+
+logger = logging.getLogger(__name__)
+
+
+def check_common_arguments(args: Namespace) -> list[str]:
+    """The problems of the arguments, one line each. Warns of arguments without effect."""
+    problems = []
+    for name in sorted(args.given & set(OBSOLETE)):
+        logger.warning("--%s is obsolete and ignored", name)
+    if not (args.do_train or _evaluates(args)):
+        problems.append("nothing to do: give --do_train or --do_eval")
+    if args.fp16 and args.bf16:
+        problems.append("--fp16 and --bf16 exclude each other: give one")
+    if args.sparse_inference and (args.fp16 or args.bf16):
+        problems.append("--sparse_inference computes in float32: drop --fp16 and --bf16")
+    if (args.teacher_type is None) != (args.teacher_name_or_path is None):
+        problems.append("--teacher_type and --teacher_name_or_path go together: give both or none")
+    if args.teacher_name_or_path and not (args.alpha_ce or args.alpha_distil or args.alpha_hidden):
+        problems.append(
+            "--alpha_ce, --alpha_distil and --alpha_hidden 0 leave nothing to learn from: raise one"
+        )
+    if {"warmup_steps", "warmup_ratio"} <= args.given:
+        problems.append("--warmup_steps and --warmup_ratio exclude each other: give one")
+    if args.resume_from_checkpoint and not args.do_train:
+        problems.append("--resume_from_checkpoint continues training: add --do_train")
+    if is_masked(args.model_type):
+        problems += _check_pruning(args)
+    if not problems:
+        _warn_of_no_effect(args)
+        _warn_of_no_pruning(args)
+    return problems + _check_output_dir(args)
+
+
+def check_training(args: Namespace, total_step: int, config: PreTrainedConfig) -> None:
+    """What can be said once the model and the number of updates are known.
+
+    Raises UserError for plateaus that overlap. Warns of a layer without heads.
+    """
+    if not is_masked(args.model_type):
+        return
+    if problem := _plateau_problem(args, total_step):
+        raise UserError(problem)
+    heads, final = config.num_attention_heads, args.final_threshold
+    of_heads = "heads" in granularity_of(config).shared and not args.global_topk
+    ranks = METHODS[args.pruning_method].threshold_is == "remains"
+    if of_heads and ranks and int(final * heads) == 0:
+        message = (
+            "--final_threshold %g keeps none of the %d heads of each layer: its attention becomes "
+            "a bias. --global_topk ranks the heads of all layers together"
+        )
+        logger.warning(message, final, heads)
+
+
+def _check_pruning(args: Namespace) -> list[str]:
+    problems = []
+    method = METHODS[args.pruning_method]
+    is_fraction = method.threshold_is in ("remains", "sigmoid") or args.global_topk
+    for name in ("initial_threshold", "final_threshold"):
+        value = getattr(args, name)
+        if is_fraction and not 0 <= value <= 1:
+            problems.append(f"--{name} is a fraction and must lie in [0, 1], got {value}")
+    if args.regularization and method.scores != "learned":
+        problems.append(f"--regularization needs learned scores, and {method.name} has none")
+    if args.do_train and args.final_lambda and not args.regularization:
+        problems.append("--final_lambda has no effect without --regularization: add it (l1 or l0)")
+    if args.global_topk and not method.ranks_together:
+        fitting = ", ".join(name for name, other in METHODS.items() if other.ranks_together)
+        problems.append(f"--global_topk goes with {fitting}, not with {method.name}")
+    granularity = find_granularity(args.granularity or "weight")
+    if (args.block_rows or args.block_columns) and not isinstance(granularity, Block):
+        fitting = " or ".join(names_with_blocks())
+        problems.append(f"--block_rows and --block_columns need --granularity {fitting}: add it")
+    if args.mask_init == "kaiming" and method.scores and granularity.shared:
+        problems.append(
+            "--mask_init kaiming needs a matrix of scores, unlike those of heads and neurons: "
+            "choose constant or uniform"
+        )
+    if args.target_remaining is not None:
+        problems += _check_target(args)
+    if args.do_train and (problem := _plateau_problem(args, args.max_steps)):
+        problems.append(problem)
+    return problems
+
+
+def _check_target(args: Namespace) -> list[str]:
+    problems = []
+    method = METHODS[args.pruning_method]
+    lowest = 1.2 * MIN_REMAINING
+    has_lambda = args.final_lambda or method.usual_lambda(0.5) is not None
+    if method.penalty and not has_lambda:
+        problems.append(
+            "--target_remaining: no usual lambda is known for this method: add --final_lambda"
+        )
+    if not method.penalty or args.regularization != method.penalty:
+        penalized = [other for other in METHODS.values() if other.penalty]
+        options = " or ".join(f"{m.name} with --regularization {m.penalty}" for m in penalized)
+        problems.append(f"--target_remaining steers a penalty: use {options}")
+    if not lowest < args.target_remaining < 1:
+        problems.append(f"--target_remaining must lie between {lowest:g} and 1")
+    if method.penalty and method.threshold_is and not 0 < args.final_threshold < 1:
+        problems.append("--target_remaining needs a --final_threshold between 0 and 1")
+    return problems
+
+
+def _plateau_problem(args: Namespace, total_step: int) -> str | None:
+    """Why the threshold's plateaus do not fit into `total_step` updates; None if they do.
+
+    total_step: not positive if it is not known yet.
+    """
+    if args.initial_threshold == args.final_threshold and args.target_remaining is None:
+        return None  # the threshold is constant
+    plateaus = args.initial_warmup, args.final_warmup
+    if sum(plateaus) * (args.warmup_ratio or 0) >= 1:
+        return (
+            f"--warmup_ratio {args.warmup_ratio:g}: the plateaus last initial_warmup + "
+            f"final_warmup = {sum(plateaus):g} times as long as the warm-up, and leave no update "
+            f"to move the threshold; use a ratio below 1/{sum(plateaus):g}"
+        )
+    if total_step <= 0:
+        return None
+    return plateaus_overlap(total_step, warmup_updates(args, total_step), *plateaus)
+
+
+def _check_output_dir(args: Namespace) -> list[str]:
+    folder = Path(args.output_dir).absolute()
+    if not args.output_dir.strip():
+        return ["--output_dir is empty: is its variable set?"]
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        return [f"--output_dir {folder} cannot be written to: see {existing}"]
+    may_exist = args.overwrite_output_dir or resumes_in_place(args) or not args.do_train
+    if existing == folder and any(folder.iterdir()) and not may_exist:
+        return [
+            f"--output_dir {folder} is not empty: choose another folder, or give "
+            "--overwrite_output_dir, or --resume_from_checkpoint latest to continue the run there"
+        ]
+    return []
+
+
+def _warn_of_no_effect(args: Namespace) -> None:
+    """Warn of flags that need another one."""
+    masked = is_masked(args.model_type)
+    of_masks = flag_names(add_pruning_flags)
+    of_methods = flag_names(add_method_flags)
+    needs = [
+        ("--teacher_name_or_path", flag_names(add_distillation_flags), args.teacher_name_or_path),
+        ("--model_type masked", of_masks + of_methods, masked),
+        ("--do_eval", ["sparse_inference"], _evaluates(args)),
+    ]
+    for name in of_methods:
+        methods = methods_with(name)
+        fits = not masked or args.pruning_method in methods
+        needs.append((f"--pruning_method {' or '.join(methods)}", [name], fits))
+    for needed, names, present in needs:
+        idle = [f"--{name}" for name in names if name in args.given]
+        if idle and not present:
+            logger.warning("%s: no effect without %s", ", ".join(idle), needed)
+
+
+def _warn_of_no_pruning(args: Namespace) -> None:
+    """Warn of soft movement and l0 that would hardly prune."""
+    method = METHODS[args.pruning_method]
+    if not (is_masked(args.model_type) and args.do_train and method.penalty):
+        return
+    if not args.regularization or not (args.final_lambda or args.target_remaining):
+        advice = f"add --regularization {method.penalty} --final_lambda ..."
+        logger.warning("%s prunes little without a penalty: %s", method.title, advice)
+    if method.threshold_is and args.initial_threshold > args.final_threshold:
+        logger.warning("%s: the paper starts with --initial_threshold 0", method.title)
+
+
+def _evaluates(args: Namespace) -> bool:
+    return args.do_eval or getattr(args, "do_predict", False)

@@ -1,0 +1,256 @@
+"""The flags of the training scripts, in groups, and those of scripts that read a masked checkpoint.
+
+The help of a flag says when to change it. `checks` says which of them go together.
+"""
+
+import argparse
+from collections.abc import Callable, Iterable
+
+from ..families import FAMILIES, MASKED
+from ..losses import penalties
+from ..modules.granularity import GRANULARITIES, Block
+from ..modules.masked_nn import MASK_INITS
+from ..modules.methods import METHODS, all_settings
+from .parser import Parser, choice, number
+from .task import Task
+
+COUNT = number(int, at_least=1)
+COUNT_OR_0 = number(int, at_least=0)
+NUMBER = number(float)
+POSITIVE = number(float, above=0)
+NOT_NEGATIVE = number(float, at_least=0)
+RATIO = number(float, at_least=0, below=1)
+SEED = number(int, at_least=0, below=2**32)
+
+# Flags of the scripts of 2020 that do nothing; lang_id is of SQuAD alone, which adds it itself.
+OBSOLETE = ("fp16_opt_level", "server_ip", "server_port", "lang_id")
+
+
+def make_parser(task: Task, description: str) -> Parser:
+    """The parser of a script: the flags of every task, and the task's own."""
+    parser = Parser(description=description, usage="%(prog)s [options]")
+    add_run_flags(parser.add_argument_group("what to run").add_argument)
+    add_model_flags(parser.add_argument_group("model, tokenizer and features").add_argument, task)
+    add_pruning_flags(parser.add_argument_group("pruning").add_argument)
+    add_method_flags(parser.add_argument_group("settings of pruning methods").add_argument)
+    add_distillation_flags(parser.add_argument_group("distillation").add_argument)
+    add_optimisation_flags(parser.add_argument_group("optimisation").add_argument)
+    add_logging_flags(parser.add_argument_group("logging and checkpoints").add_argument, task)
+    add_hardware_flags(parser.add_argument_group("hardware").add_argument)
+    task.add_arguments(parser)
+    for name in OBSOLETE[:-1]:
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
+    return parser
+
+
+# fmt: off
+def add_run_flags(add: Callable) -> None:
+    add("--model_type", type=read_model_type, required=True,
+        help="masked to fine-prune; dense for a dense model; masked_bert, bert, ... for models of "
+             "one family alone")
+    add("--model_name_or_path", required=True,
+        help="checkpoint folder, or name of a model on the hub")
+    add("--output_dir", required=True, help="where the model, its results and checkpoints go")
+    add("--do_train", action="store_true", help="train")
+    add("--do_eval", action="store_true", help="evaluate the trained model, or the one given")
+    add("--evaluate_during_training", action="store_true",
+        help="also evaluate every --logging_steps")
+    add("--eval_all_checkpoints", action="store_true",
+        help="with --do_eval: evaluate all checkpoints, too")
+    add("--overwrite_output_dir", action="store_true",
+        help="train even if output_dir is not empty")
+    add("--resume_from_checkpoint", help="checkpoint-<step> folder to continue, or 'latest'")
+    add("--seed", type=SEED, default=42,
+        help="seed of data order, dropout, fresh heads and scores")
+
+
+def add_model_flags(add: Callable, task: Task) -> None:
+    add("--config_name", help="configuration, if not the model's own")
+    add("--tokenizer_name", help="tokenizer, if not the model's own")
+    add("--cache_dir", help="where downloads and features are cached")
+    add("--do_lower_case", action="store_true",
+        help="lower-case even if the tokenizer's files do not say so")
+    add("--max_seq_length", type=COUNT, default=task.max_seq_length,
+        help="tokens at which longer inputs are cut")
+    add("--max_train_samples", type=COUNT, help="train on the first examples only, so many")
+    add("--max_eval_samples", type=COUNT,
+        help="evaluate the first examples only, so many of each set")
+    add("--threads", type=COUNT, default=1, help="processes that make features")
+    add("--overwrite_cache", action="store_true", help="make the features again")
+
+
+def add_pruning_flags(add: Callable) -> None:
+    add("--pruning_method", type=read_method, default="topK",
+        help=described((name, method.title) for name, method in METHODS.items()))
+    # what one score stands for
+    add("--granularity", type=choice(*GRANULARITIES),
+        help=f"what one score stands for: {described(shared_parts())}; weight if not given")
+    blocks = ", ".join(names_with_blocks())
+    add("--block_rows", type=COUNT, help=f"rows of a block ({blocks}; 32 if not given)")
+    add("--block_columns", type=COUNT, help="columns of a block (likewise)")
+    # the schedule of the threshold
+    add("--initial_threshold", type=NUMBER, default=1.0,
+        help="threshold at the start, a fraction: of remaining weights (1 for topK), or on "
+             "sigmoid(score) (0 for sigmoied_threshold)")
+    add("--final_threshold", type=NUMBER, default=0.7,
+        help="threshold at the end; what remains, for methods that rank")
+    add("--initial_warmup", type=NOT_NEGATIVE, default=1,
+        help="updates at the first threshold, in warmup_steps")
+    add("--final_warmup", type=NOT_NEGATIVE, default=2,
+        help="updates at the last threshold, in warmup_steps; raise it if the metric still climbs "
+             "at the end")
+    # scores at the start
+    add("--mask_init", type=choice(*MASK_INITS), default="constant",
+        help="constant, uniform or kaiming scores")
+    add("--mask_scale", type=NUMBER, default=0.0,
+        help="value (constant) or range (uniform) of initial scores")
+    # the penalty
+    penalized = [method for method in METHODS.values() if method.penalty]
+    kinds = described((method.penalty, method.title) for method in penalized)
+    add("--regularization", type=read_penalty,
+        help=f"penalty on the scores: {kinds}; null for none")
+    add("--final_lambda", type=NOT_NEGATIVE, default=0.0,
+        help="final weight of the penalty; raise it to prune more")
+    titles = ", ".join(method.title for method in penalized)
+    add("--target_remaining", type=NUMBER,
+        help="fraction of the weights to keep: steers lambda, from --final_lambda or a usual value "
+             f"({titles})")
+    # one cut-off for all matrices
+    add("--global_topk", action="store_true",
+        help="rank all matrices together (not with a penalty)")
+    add("--global_topk_frequency_compute", type=COUNT, default=25,
+        help="updates between two global cut-offs")
+
+
+def add_method_flags(add: Callable) -> None:
+    """The settings that single methods declare."""
+    for name, setting in all_settings().items():
+        methods = ", ".join(methods_with(name))
+        add(f"--{name}", type=number(float, above=setting.above, below=setting.below),
+            help=f"{methods}: {setting.help} ({setting.default:g} if not given)")
+
+
+def add_distillation_flags(add: Callable) -> None:
+    add("--teacher_type", type=read_model_type, help="model type of the teacher")
+    add("--teacher_name_or_path", help="fine-tuned teacher: folder or name on the hub")
+    add("--alpha_ce", type=NOT_NEGATIVE, default=0.5, help="weight of the task's own loss")
+    add("--alpha_distil", type=NOT_NEGATIVE, default=0.5, help="weight of the distillation loss")
+    add("--alpha_hidden", type=NOT_NEGATIVE, default=0.0,
+        help="weight of the distance between the hidden states of student and teacher")
+    add("--temperature", type=POSITIVE, default=2.0,
+        help="softens the distributions of student and teacher")
+
+
+def add_optimisation_flags(add: Callable) -> None:
+    add("--per_gpu_train_batch_size", type=COUNT, default=8, help="examples per device and batch")
+    add("--per_gpu_eval_batch_size", type=COUNT, default=8,
+        help="examples per device in evaluation")
+    add("--gradient_accumulation_steps", type=COUNT, default=1, help="batches per update")
+    add("--learning_rate", type=POSITIVE, default=5e-5, help="peak learning rate of the weights")
+    add("--mask_scores_learning_rate", type=POSITIVE, default=1e-2,
+        help="of the scores; raise it for short runs")
+    add("--num_train_epochs", type=POSITIVE, default=3.0, help="epochs, may be fractional")
+    add("--max_steps", type=int, default=-1, help="updates in all; overrides --num_train_epochs")
+    add("--warmup_steps", type=COUNT_OR_0, default=0,
+        help="updates of learning-rate warm-up; unit of plateaus")
+    add("--warmup_ratio", type=RATIO,
+        help="warm-up as a fraction of all updates, in place of --warmup_steps: fits data of any "
+             "size")
+    add("--weight_decay", type=NOT_NEGATIVE, default=0.0,
+        help="decay of weights; none for scores, bias, LayerNorm")
+    add("--adam_epsilon", type=POSITIVE, default=1e-8, help="epsilon of AdamW")
+    add("--max_grad_norm", type=NOT_NEGATIVE, default=1.0,
+        help="norm at which the gradient is clipped; 0: never")
+
+
+def add_logging_flags(add: Callable, task: Task) -> None:
+    add("--logging_steps", type=COUNT, default=task.logging_steps,
+        help="updates between points in TensorBoard")
+    add("--save_steps", type=COUNT_OR_0, default=task.save_steps,
+        help="updates between checkpoints; 0 for none")
+    add("--save_total_limit", type=COUNT,
+        help="checkpoints to keep (2, or all if all are evaluated)")
+
+
+def add_hardware_flags(add: Callable) -> None:
+    add("--no_cuda", action="store_true", help="stay on the CPU")
+    add("--sparse_inference", action="store_true",
+        help="evaluate with sparse kernels, faster on a CPU")
+    add("--fp16", action="store_true", help="mixed precision in float16 (GPU)")
+    add("--bf16", action="store_true", help="mixed precision in bfloat16 (GPU, recent CPUs)")
+    add("--compile", action="store_true",
+        help="compile the encoder; pays off after some hundred updates")
+    add("--num_workers", type=COUNT_OR_0, default=0, help="processes that load batches")
+    add("--check_ranks", action="store_true",
+        help="for debugging: stop if masks or weights differ by rank")
+    add("--local_rank", type=int, default=-1,
+        help="for old launchers; torchrun does not need it")
+
+
+def add_mask_flags(add: Callable) -> None:
+    """The flags of the scripts that read a masked checkpoint; see `given_masks`."""
+    default = "(default: from config.json)"
+    add("--pruning_method", type=read_method, help=f"method {default}")
+    add("--threshold", type=float,
+        help=f"threshold {default}: a fraction in [0, 1], or a score")
+    add("--global_topk", action="store_true", default=None,
+        help=f"all matrices were ranked together {default}")
+# fmt: on
+
+
+def given_masks(args: argparse.Namespace) -> dict:
+    """The values of `add_mask_flags`, as `load_masked` takes them."""
+    return {name: getattr(args, name) for name in ("pruning_method", "threshold", "global_topk")}
+
+
+def flag_names(add_flags: Callable) -> list[str]:
+    """The names of the flags that one of the functions above adds."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_flags(parser.add_argument)
+    return list(vars(parser.parse_args([])))
+
+
+def read_model_type(text: str) -> str:
+    """An argparse type: masked or dense of any family, or a family of models, masked or plain."""
+    families = (prefix + family for family in FAMILIES for prefix in (MASKED, ""))
+    return choice("masked", "dense", *families)(text)
+
+
+def read_method(text: str) -> str:
+    """An argparse type: the name of a pruning method, in the published or the usual spelling."""
+    return choice(*METHODS)("sigmoied_threshold" if text == "sigmoid_threshold" else text)
+
+
+def read_penalty(text: str) -> str | None:
+    """An argparse type: the name of a penalty, or None for the "null" of published commands."""
+    return None if text == "null" else choice(*penalties(), "null")(text)
+
+
+def described(names: Iterable[tuple[str, str]]) -> str:
+    """Names with what they mean, unless that says the same: `l1 (soft movement), l0`."""
+    texts = []
+    for name, meaning in names:
+        says_more = meaning and meaning.lower() != name.lower()
+        texts.append(f"{name} ({meaning})" if says_more else name)
+    return ", ".join(texts)
+
+
+def shared_parts() -> list[tuple[str, str]]:
+    """The granularities, and what has one score for all its matrices."""
+    pairs = []
+    for name, granularity in GRANULARITIES.items():
+        parts = list(granularity.shared)
+        if parts and isinstance(granularity, Block):
+            parts.append("else blocks")
+        pairs.append((name, ", ".join(parts)))
+    return pairs
+
+
+def names_with_blocks() -> list[str]:
+    """The granularities whose blocks have a size."""
+    return [name for name, x in GRANULARITIES.items() if isinstance(x, Block)]
+
+
+def methods_with(setting: str) -> list[str]:
+    """The names of the methods that have this setting."""
+    return [name for name, x in METHODS.items() if setting in {s.name for s in x.settings}]
