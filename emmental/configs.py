@@ -11,19 +11,15 @@ from .families import FAMILIES, HEADS, MASKED, is_masked, stock_type
 logger = logging.getLogger(__name__)
 
 DECODER = ("is_decoder", "is_encoder_decoder", "add_cross_attention")
-# Settings of other encoders that pass for one of ours, and the values at which they change nothing.
-# A family whose configuration has such a setting computes it.
+# Settings of other encoders, such as nn_pruning's, and the values at which they change nothing. The
+# settings that a family's configuration has are computed.
 NEUTRAL = {
     "position_embedding_type": "absolute",
-    "pruned_heads": {},
     "layer_norm_type": "layer_norm",
     "layer_norm_patch": False,
-    "gelu_patch": False,
     "normalization_type": "layer_norm",
-    "trigram_input": False,
-    "use_bottleneck": False,
-    "num_feedforward_networks": 1,
-    "relative_attention": False,
+    "gelu_patch": False,
+    "pruned_heads": {},
 }
 
 
@@ -61,15 +57,18 @@ def concrete_type(asked: str, source: str, cache_dir: str | None = None) -> str:
     Raises UserError if it is not of the family that is asked for.
     """
     recorded = read_config(source, cache_dir)["model_type"]
-    own = stock_type(recorded)
-    own, any_family = (MASKED + own, "masked") if is_masked(asked) else (own, "dense")
-    if asked not in (own, any_family):
-        own, any_family = (recorded, "masked") if is_masked(recorded) else (own, any_family)
+    family = stock_type(recorded)
+    if is_masked(asked):
+        fitting = MASKED + family, "masked"
+    else:
+        fitting = family, "dense"
+    if asked not in fitting:
+        own, any_family = (recorded, "masked") if is_masked(recorded) else fitting
         raise UserError(
             f"{source} is of type {own}, not {asked}: give that type, or {any_family}, which takes "
             "every family"
         )
-    return own
+    return fitting[0]
 
 
 def head_of(source: str, config: dict) -> str:
@@ -104,14 +103,13 @@ def refuse_or_warn(problem: str, trained: bool) -> None:
 def without_foreign(source: str, values: dict, trained: bool) -> dict:
     """The values of a `config.json` without those that no model of its family computes."""
     family = stock_type(values["model_type"])
-    own = {field.name for field in fields(CONFIG_MAPPING[family])}
-    neutral = NEUTRAL | {"embedding_size": values.get("hidden_size")}
-    foreign = {
-        name
-        for name, plain in neutral.items()
-        if name not in own and values.get(name) and values[name] != plain
-    }
-    for name in sorted(foreign):
-        said = f"{source}/config.json has {name} {values[name]!r}"
-        refuse_or_warn(f"{said}, which a {family} does not compute", trained)
-    return {name: value for name, value in values.items() if name not in foreign}
+    computed = {field.name for field in fields(CONFIG_MAPPING[family])}
+    plain = NEUTRAL | {"embedding_size": values.get("hidden_size")}
+    kept = {}
+    for name, value in values.items():
+        if name in computed or name not in plain or not value or value == plain[name]:
+            kept[name] = value
+        else:
+            said = f"{source}/config.json has {name} {value!r}"
+            refuse_or_warn(f"{said}, which a {family} does not compute", trained)
+    return kept
