@@ -16,7 +16,7 @@ from .errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
-VOCABULARIES = (
+VOCABULARIES = (  # those that need no further package come first
     "tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model",
     "spm.model",
 )  # fmt: skip
@@ -25,14 +25,6 @@ VOCABULARIES = (
 def has_tokenizer(source: str, cache_dir: str | None = None) -> bool:
     """Whether a checkpoint has files of a tokenizer, whole or damaged."""
     return any(_find_file(source, name, cache_dir) for name in VOCABULARIES)
-
-
-def _check_packages(source: str, cache_dir: str | None) -> None:
-    """Raises ValueError if a package that reads the only file of a vocabulary is not installed."""
-    names = [name for name in VOCABULARIES if _find_file(source, name, cache_dir)]
-    if names and all(name.endswith(".model") for name in names):
-        if not (is_sentencepiece_available() and is_protobuf_available()):
-            raise ValueError(f"for its {names[0]}, run `pip install sentencepiece protobuf`")
 
 
 def _find_file(source: str, name: str, cache_dir: str | None) -> str | None:
@@ -63,9 +55,12 @@ def load_tokenizer(
     """
     options = {"cache_dir": cache_dir, "use_fast": True, "trust_remote_code": False}
     try:
-        if not has_tokenizer(source, cache_dir):
+        names = [name for name in VOCABULARIES if _find_file(source, name, cache_dir)]
+        if not names:
             raise ValueError("there is no vocabulary")
-        _check_packages(source, cache_dir)
+        can_read_model = is_sentencepiece_available() and is_protobuf_available()
+        if names[0].endswith(".model") and not can_read_model:
+            raise ValueError(f"for its {names[0]}, run `pip install sentencepiece protobuf`")
         config = PreTrainedConfig.get_config_dict(source, cache_dir=cache_dir)[0]
         if "model_type" not in config and (config or _find_file(source, "vocab.txt", cache_dir)):
             options["config"] = BertConfig()  # as in `read_config`
