@@ -44,6 +44,11 @@ def tiny_tokenizer(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tokenizer():
+    return tiny.letters_tokenizer()
+
+
+@pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory, tiny_tokenizer):
     """Folder of a plain BERT with a question-answering head, without dropout."""
     model = tiny.plain_bert(**tiny.NO_DROPOUT)
@@ -93,6 +98,29 @@ def run(flags, tmp_path):
         return tmp_path / name
 
     return call
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache of data sets of one test's own: it sees that of no other, nor the user's."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Puts a data set, or a function, in the place of the hub; returns what it was asked for."""
+    import datasets
+
+    def put(data):
+        calls, get = [], data if callable(data) else lambda *_, **__: data
+        note = lambda *args, **kwargs: calls.append((args, kwargs)) or get(*args, **kwargs)  # noqa: E731
+        monkeypatch.setattr(datasets, "load_dataset", note)
+        return calls
+
+    return put
 
 
 @pytest.fixture

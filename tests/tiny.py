@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import string
 
 import torch
 
@@ -206,6 +207,88 @@ def make_squad(path, questions=24, seed=0, unanswerable=0):
     path.write_text(json.dumps({"version": "x", "data": data}))
     return path
 
+
+def refusal(call, *args, **options):
+    """The one line that a call refuses with."""
+    import pytest
+
+    from emmental.errors import UserError
+
+    with pytest.raises(UserError) as stop:
+        call(*args, **options)
+    assert "\n" not in str(stop.value)
+    return str(stop.value)
+
+
+# --- SQuAD by hand ---
+
+CONTEXT = "The Normans (Norman: Nourmands) were the people who gave their name to Normandy, "
+CONTEXT += "a region in France."
+UNICODE = "L'école à Besançon: 漢字 und 😀 𝔘ber cafe\u0301, nai\u0308ve e\u0301tude 한국 "
+UNICODE += "x\u200by İstanbul re\u0301sume\u0301"
+ANSWERS = ["L'école", "Besançon", "漢字 und 😀", "字", "𝔘ber cafe\u0301", "nai\u0308ve"]
+ANSWERS += ["한국", "İstanbul", "re\u0301sume\u0301"]
+WINDOWS = {"max_seq_length": 24, "doc_stride": 5, "max_query_length": 6}
+
+
+def letters_tokenizer(words=("the", "normans", "people", "france", "region", "##s", "name")):
+    """Word pieces: letters, and these words."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    letters = string.ascii_lowercase + string.digits + string.punctuation + "漢字😀𝔘"
+    vocabulary = [*BERT_TOKENS, *letters, *(f"##{letter}" for letter in letters), *words]
+    vocabulary = {token: n for n, token in enumerate(dict.fromkeys(vocabulary))}
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    names = {f"{name.lower()}_token": f"[{name}]" for name in ("UNK", "CLS", "SEP", "PAD")}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+def qa(id_, context, *texts, question="who gave the name?", **more):
+    answers = [{"text": text, "answer_start": context.index(text)} for text in texts]
+    return {"id": id_, "question": question, "answers": answers, **more}
+
+
+def document(*paragraphs, title="Normans"):
+    paragraphs = [{"context": context, "qas": qas} for context, qas in paragraphs]
+    return {"version": "1.1", "data": [{"title": title, "paragraphs": paragraphs}]}
+
+
+def good_document():
+    a, b, c = ["Normans", "The Normans"], ["France"], ["a region"]
+    d, e, f = ["Besançon"], ["漢字 und 😀"], ["nai\u0308ve"]
+    return document(
+        (CONTEXT, [qa(id_, CONTEXT, *texts) for id_, texts in zip("abc", (a, b, c))]),
+        (UNICODE, [qa(id_, UNICODE, *texts) for id_, texts in zip("def", (d, e, f))]),
+    )
+
+
+def write(path, content):
+    """Write bytes, a text, or values as JSON; returns the path."""
+    if not isinstance(content, bytes):
+        content = (content if isinstance(content, str) else json.dumps(content)).encode()
+    path.write_bytes(content)
+    return path
+
+
+def examples_of(folder, content, version_2_with_negative=False, **options):
+    """The examples of a SQuAD file with this content."""
+    from emmental.data.squad import read_examples
+
+    return read_examples(write(folder / "squad.json", content), version_2_with_negative, **options)
+
+
+def features_of(examples, tokenizer, training=False, **changes):
+    """The features of SQuAD's examples in WINDOWS of other sizes."""
+    from emmental.data.squad import build_features
+
+    return build_features(examples, tokenizer, training=training, **(WINDOWS | changes))
+
+
+# --- GLUE ---
 
 PAIR, IDENTITIES, STRINGS = "sentence1,sentence2", "#1 ID,#2 ID", "#1 String,#2 String"
 PARSES = "sentence1_binary_parse,sentence2_binary_parse,sentence1_parse,sentence2_parse"
