@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import multiprocess
 import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset, Features
 from datasets.arrow_writer import ArrowWriter
 from datasets.table import MemoryMappedTable
+from multiprocess import active_children
+from multiprocess.util import register_after_fork
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 BATCH = 1000  # rows per step
 DAY = 24 * 60 * 60  # seconds
+STOPS = signal.SIGTERM, signal.SIGINT
 LABEL = (str, int, bool)
 JSON_TYPES = {
     list: "a list",
@@ -175,7 +177,8 @@ def cached_map(
         new_fingerprint=content_hash(examples._fingerprint, key),
         desc="features",
     )
-    stops = (signal.SIGTERM, signal.SIGINT) if num_proc > 1 else ()
+    stops = STOPS if num_proc > 1 else ()
+    register_after_fork(build, _end_at_once)  # in the workers of `multiprocess` alone
     try:
         with handled_signals(_stop_workers, *stops):
             return build(load_from_cache_file=not overwrite_cache)
@@ -186,20 +189,16 @@ def cached_map(
 
 def _stop_workers(number: int, frame) -> None:
     """Handle a signal by ending at once: an exception would wait for the workers for ever."""
-    for worker in multiprocess.active_children():
+    for worker in active_children():
         worker.kill()
     print(f"\nerror: stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
     os._exit(128 + number)
 
 
-def _end_at_once() -> None:
+def _end_at_once(_) -> None:
     """Let signals end a worker: a handler of Python's may never run while it waits for work."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        if signal.getsignal(number) is _stop_workers:
-            signal.signal(number, signal.SIG_DFL)
-
-
-os.register_at_fork(after_in_child=_end_at_once)
+    for number in STOPS:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def ragged(pieces: list[np.ndarray], lengths: list[int]) -> pa.ListArray:
