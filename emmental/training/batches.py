@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
-from .checkpoint import TrainingState
+from .state import TrainingState
 from .task import Batch, Task
 
 POOL = 64  # batches in a pool

@@ -7,29 +7,21 @@ in it is ever executed. `files.json` lists the files with their sizes and SHA-25
 whole if they match.
 """
 
-import functools
 import hashlib
 import json
 import logging
-import math
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from ..errors import TrainingError, UserError
-from ..families import layers_of
+from ..errors import UserError
 from ..files import file_digest, write_folder, write_into, write_json
-from ..modules.masks import count, find_masks, masked_layers
-from .distributed import World, describe_hardware
-from .hidden import projection_of
-from .optim import build_optimizer
-from .settings import Settings, make_steering
 
 logger = logging.getLogger(__name__)
 
@@ -51,176 +43,87 @@ FREE_ARGUMENTS = {
 }  # fmt: skip
 
 
-class TrainingState:
-    """Model, optimiser and all else that training changes.
+def write_checkpoint(
+    output_dir: Path, values: dict, save_model: Callable[[Path], None], keep: int | None
+) -> None:
+    """Write the checkpoint of a training state, all but the `keep` newest of which then go.
 
-    step: completed updates. cutoff: the global cut-off in force, see
-    --global_topk_frequency_compute. seconds: of training, before this process.
+    values: what goes to `training_state.pt`, with the `step`. save_model: writes all the rest.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerFast,
-        train_set: Dataset,
-        settings: Settings,
-        world: World,
-    ):
-        self.model, self.tokenizer, self.train_set = model, tokenizer, train_set
-        self.settings, self.world = settings, world
-        self.projection = projection_of(model)
-        model.to(world.device).train()
-        self.optimizer = build_optimizer(model, **settings.rates)
-        is_scaled = settings.precision == torch.float16
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=is_scaled)
-        self.mask_generator = torch.Generator(world.device)
-        self.mask_generator.manual_seed(settings.seed)  # the same masks on all ranks
-        self.steering = make_steering(model, settings)
-        self.step, self.cutoff, self.seconds = 0, None, 0.0
-        torch.manual_seed(settings.seed + world.rank)  # other dropout on each rank
-        for layer in layers_of(model) if settings.compile else ():
-            layer.compile()  # one by one, as equal layers share compiled code
+    def fill(folder: Path) -> None:
+        save_model(folder)
+        with (folder / STATE_FILE).open("wb") as file:  # given a path, torch hides OS errors
+            torch.save(values, file)
+        write_json(folder / MANIFEST_FILE, describe_files(folder))
 
-    def save(self, seconds: float) -> None:
-        """Write a checkpoint after `seconds` of training, on every rank, and remove old ones."""
-        self._check_weights()
-        output_dir, device = self.settings.output_dir, self.world.device
-        random_state = {"cpu": torch.get_rng_state()}
-        if device.type == "cuda":
-            random_state["cuda"] = torch.cuda.get_rng_state(device)
-        state = {
-            "step": self.step,
-            "cutoff": self.cutoff,
-            "steering": self.steering and self.steering.integral,
-            "seconds": seconds,
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "projection": self.projection and self.projection.state_dict(),
-            "mask_generator": self.mask_generator.get_state(),
-            "random_states": self.world.gather(random_state),
-        } | self._data
+    write_folder(output_dir / f"checkpoint-{values['step']}", fill)
+    remove_old_checkpoints(output_dir, keep)
 
-        def fill(place: Path) -> None:
-            self._save_model(place)
-            with (place / STATE_FILE).open("wb") as file:  # given a path, torch hides OS errors
-                torch.save(state, file)
-            write_json(place / MANIFEST_FILE, describe_files(place))
 
-        if self.world.is_main:
-            write_folder(output_dir / f"checkpoint-{self.step}", fill)
-            remove_old_checkpoints(output_dir, self.settings.keep)
-        self.world.barrier()
+def write_trained(output_dir: Path, summary: dict, save_model: Callable[[Path], None]) -> None:
+    """Write the trained model to `output_dir`, with a summary and the hash of its weights."""
 
-    def load(self, folder: Path) -> None:
-        """Continue from the checkpoint `folder`, from which the model's weights are loaded already.
+    def fill(folder: Path) -> None:
+        save_model(folder)
+        digest = {"weights": file_digest(folder / WEIGHTS_FILE)}
+        write_json(folder / SUMMARY_FILE, summary | digest)
 
-        Raises UserError if it is damaged, or has other arguments, data or number of processes.
-        """
-        try:
-            arguments = json.loads((folder / ARGS_FILE).read_text(encoding="utf-8"))
-            saved = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-            self._check_same_run(folder, arguments, saved)
-            self.step, self.cutoff = int(saved["step"]), saved["cutoff"]
-            self.seconds = saved["seconds"]
-            if self.steering:
-                self.steering.integral = saved["steering"]
-            self._load_moments(**saved["optimizer"])
-            if self.projection:
-                self.projection.load_state_dict(saved["projection"])
-            self.scaler.load_state_dict(saved["scaler"])
-            self.mask_generator.set_state(saved["mask_generator"])
-            random_state = saved["random_states"][self.world.rank]
-            torch.set_rng_state(random_state["cpu"])
-            if self.world.device.type == "cuda" and "cuda" in random_state:
-                torch.cuda.set_rng_state(random_state["cuda"], self.world.device)
-        except UserError:
-            raise
-        except Exception as error:  # a broken file may raise anything
-            raise UserError(
-                f"{folder} is damaged, or not by these scripts: continue from another checkpoint"
-            ) from error
+    write_into(output_dir, fill)
 
-    def _load_moments(self, state: dict, param_groups: list[dict]) -> None:
-        groups = self.optimizer.state_dict()["param_groups"]  # their settings come from the flags
-        for group, saved in zip(groups, param_groups, strict=True):
-            group["updates"] = saved["updates"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        for parameter, moments in self.optimizer.state.items():
-            if any(moment.shape not in (parameter.shape, ()) for moment in moments.values()):
-                raise ValueError("moments of other weights")  # would corrupt the memory
 
-    def _check_same_run(self, folder: Path, arguments: dict, saved: dict) -> None:
-        problems = [
-            f"--{name} was {arguments.get(name)} and is {value}"
-            for name, value in sorted(self.settings.arguments.items())
-            if name not in FREE_ARGUMENTS
-            and (arguments.get(name) or None) != (value or None)  # older runs lack newer flags
-        ]
-        if {name: saved[name] for name in self._data} != self._data:
-            problems.append("the training data has changed")
-        if (processes := len(saved["random_states"])) != self.world.size:
-            problems.append(
-                f"it was written by {processes} processes, and this run has {self.world.size}"
-            )
-        if problems:
-            raise UserError(f"cannot continue {folder} exactly: {'; '.join(problems)}")
+def read_checkpoint(folder: Path) -> tuple[dict, dict]:
+    """The arguments of the run that wrote a checkpoint, and the values of its state."""
+    arguments = json.loads((folder / ARGS_FILE).read_text(encoding="utf-8"))
+    values = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+    return arguments, values
 
-    def finish(self, seconds: float) -> dict[str, float]:
-        """Save the trained model, after `seconds` of training. Returns the figures of the run."""
-        model, output_dir = self.model, self.settings.output_dir
-        self._check_weights()
-        model.eval()
-        if masked_layers(model):
-            model.config.threshold = self.settings.schedule.final_threshold
-            if self.steering:
-                target, found = self.steering.target, count(find_masks(model)).overall
-                logger.info(f"--target_remaining {target:g}: {found:.2%} of the weights remain")
-        figures = {"updates": self.step, "seconds": seconds}
-        figures["seconds_per_update"] = seconds / self.step
 
-        def fill(place: Path) -> None:
-            self._save_model(place)
-            made_by = {
-                "processes": self.world.size,
-                "hardware": describe_hardware(self.world),
-                "torch": torch.__version__,
-            }
-            digest = {"weights": file_digest(place / WEIGHTS_FILE)}
-            write_json(place / SUMMARY_FILE, figures | made_by | digest)
+@contextmanager
+def refuse_damage(folder: Path) -> Iterator[None]:
+    """Raises UserError for whatever goes wrong inside the block, where a checkpoint is read."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # a broken file may raise anything
+        raise UserError(
+            f"{folder} is damaged, or not by these scripts: continue from another checkpoint"
+        ) from error
 
-        if self.world.is_main:
-            write_into(output_dir, fill)
-        return figures
 
-    def _check_weights(self) -> None:
-        names, parameters = zip(*self.model.named_parameters(), strict=True)
-        norms = torch._foreach_norm([parameter.detach() for parameter in parameters])
-        for name, value in zip(names, torch.stack([x.float() for x in norms]).tolist()):
-            if not math.isfinite(value):
-                raise TrainingError(
-                    f"update {self.step}: {name} is not finite: nothing is saved; lower the "
-                    "learning rates, and continue from the last checkpoint"
-                )
+def check_same_run(
+    folder: Path, old_arguments: dict, values: dict, arguments: dict, data: dict, processes: int
+) -> None:
+    """Raises UserError if a checkpoint is of a run with other arguments, data or processes."""
+    problems = []
+    for name, value in sorted(arguments.items()):
+        old = old_arguments.get(name)  # older runs lack newer flags
+        if name not in FREE_ARGUMENTS and (old or None) != (value or None):
+            problems.append(f"--{name} was {old} and is {value}")
+    if {name: values[name] for name in data} != data:
+        problems.append("the training data has changed")
+    old_processes = len(values["random_states"])
+    if old_processes != processes:
+        problems.append(
+            f"it was written by {old_processes} processes, and this run has {processes}"
+        )
+    if problems:
+        raise UserError(f"cannot continue {folder} exactly: {'; '.join(problems)}")
 
-    def _save_model(self, place: Path) -> None:
-        self.model.save_pretrained(place)
-        self.tokenizer.save_pretrained(place)
-        write_json(place / ARGS_FILE, self.settings.arguments)
 
-    @functools.cached_property
-    def _data(self) -> dict:
-        """A hash of the inputs and labels of all training examples, and the names of the labels."""
-        digest = hashlib.sha256()
-        for batch in self.train_set.with_format("arrow").iter(batch_size=10_000):
-            for name, column in zip(batch.column_names, batch.columns):
-                values = column.combine_chunks()
-                digest.update(name.encode())
-                if pa.types.is_list(values.type):
-                    digest.update(values.value_lengths().to_numpy())
-                    values = values.flatten()
-                digest.update(values.to_numpy(zero_copy_only=False))
-        labels = list(self.model.config.id2label.values())
-        return {"data": digest.hexdigest(), "labels": labels}
+def describe_data(train_set: Dataset, labels: list[str]) -> dict:
+    """A hash of the inputs and labels of all training examples, and the names of the labels."""
+    digest = hashlib.sha256()
+    for batch in train_set.with_format("arrow").iter(batch_size=10_000):
+        for name, column in zip(batch.column_names, batch.columns):
+            values = column.combine_chunks()
+            digest.update(name.encode())
+            if pa.types.is_list(values.type):
+                digest.update(values.value_lengths().to_numpy())
+                values = values.flatten()
+            digest.update(values.to_numpy(zero_copy_only=False))
+    return {"data": digest.hexdigest(), "labels": labels}
 
 
 def find_checkpoints(output_dir: Path) -> list[Path]:
@@ -289,7 +192,9 @@ def find_resume_folder(asked: str | None, output_dir: Path, overwrite: bool) -> 
 
 def remove_old_checkpoints(output_dir: Path, limit: int | None) -> None:
     """Keep the newest `limit` checkpoints; None keeps all."""
-    for folder in find_checkpoints(output_dir)[:-limit] if limit else ():
+    if limit is None:
+        return
+    for folder in find_checkpoints(output_dir)[:-limit]:
         gone = folder.rename(folder.with_name(f".{folder.name}-old"))  # whole or a leftover
         shutil.rmtree(gone)
 

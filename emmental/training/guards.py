@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..errors import SAME_SIGNAL, Interrupted, TrainingError, handled_signals
 from ..modules.masks import Masks
-from .checkpoint import TrainingState
 from .distributed import World
+from .state import TrainingState
 
 logger = logging.getLogger(__name__)
 

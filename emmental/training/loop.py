@@ -5,12 +5,12 @@ import time
 from torch import nn
 
 from ..modules.masks import count, find_masks, masked, masked_layers
-from .checkpoint import TrainingState
 from .evaluate import Predictor
 from .guards import GradientGuard, agreed_signal, check_ranks, interruption, stop_signals
 from .optim import set_learning_rates, trained_parameters
 from .passes import Means, Passes, observe_scores, observed_norms
 from .runlog import RunLog, progress_bar, show_progress
+from .state import TrainingState
 
 
 def train(

@@ -11,9 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 from ..inputs import input_names
 from ..losses import regularization
 from ..modules.masks import MaskedLayers, masked_layers
-from .checkpoint import TrainingState
 from .distributed import World
 from .hidden import hidden_distillation_loss, hidden_states
+from .state import TrainingState
 from .task import Batch, Logits, Task
 
 

@@ -20,7 +20,7 @@ from ..families import is_masked
 from ..loading import load_model, load_student, load_teacher
 from ..modules.masks import find_masks, masked
 from .batches import BatchPlan, training_batches
-from .checkpoint import TrainingState, clean_output, find_checkpoints, find_resume_folder, step_of
+from .checkpoint import clean_output, find_checkpoints, find_resume_folder, step_of
 from .checks import check_common_arguments, check_training
 from .distributed import World, join_world, leave_world
 from .evaluate import Predictor
@@ -30,6 +30,7 @@ from .loop import train
 from .passes import Passes
 from .runlog import RunLog, print_summary, set_up_logging, write_results
 from .settings import precision_of, resumes_in_place, student_options, training_settings
+from .state import TrainingState
 from .task import Task
 
 logger = logging.getLogger(__name__)
