@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from huggingface_hub import ModelCard, constants
-from test_masked_run_squad import SHORT
+from tiny import SHORT
 
 import bertarize
 import masked_run_squad

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from test_masked_run_squad import SHORT
+from tiny import SHORT
 from torch import nn
 from transformers import AutoModel, BertForQuestionAnswering
 

@@ -8,8 +8,8 @@ import struct
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_masked_run_squad import SHORT
 from test_storage import rewritten
+from tiny import SHORT
 from transformers import BertConfig, BertForQuestionAnswering
 
 import bertarize

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_masked_run_squad import SHORT
-from tiny import write_split
+from tiny import SHORT, write_split
 
 import masked_run_glue
 import masked_run_squad

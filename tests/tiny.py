@@ -339,6 +339,8 @@ def write_split(path, name, rows, seed, *, test=False):
 
 # --- command lines, and what a run leaves ---
 
+SHORT = "--max_seq_length 48 --max_query_length 16 --doc_stride 16 --per_gpu_train_batch_size 4"
+SHORT = SHORT.split()
 TOPK = "--pruning_method topK --initial_threshold 1 --final_threshold 0.2"
 SOFT = "--pruning_method sigmoied_threshold --initial_threshold 0 --regularization l1"
 L0 = "--pruning_method l0 --initial_threshold 1 --final_threshold 1 --mask_scale 2.197"
@@ -353,6 +355,11 @@ RUNS = {  # flags of each method
     "platon": TOPK.replace("topK", "platon"),
 }
 TOGETHER = "--global_topk --global_topk_frequency_compute 3"
+TARGETS = {  # penalties whose lambda is steered
+    "soft to a target": f"{SOFT} --final_threshold 0.1 --mask_scores_learning_rate 0.3",
+    "l0 to a target": f"{L0} --mask_scores_learning_rate 0.5",
+}
+TARGETS = {name: f"{flags} --target_remaining 0.3" for name, flags in TARGETS.items()}
 RUNS |= {f"global {name}": f"{RUNS[name]} {TOGETHER}" for name in ("topK", "magnitude")}
 
 
