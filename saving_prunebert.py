@@ -112,8 +112,8 @@ def evaluation_flags(checkpoint: str, args: Namespace) -> dict[str, object]:
     """The flags of an evaluation: those given, and those of the training if the task is its own."""
     file = Path(checkpoint, ARGS_FILE)
     try:
-        trained = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
+        trained = dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    except (TypeError, ValueError) as error:
         raise UserError(f"{file} is damaged: remove it, and name the task and its data") from error
     names = *TASK_FLAGS, "data_dir", "predict_file"
     flags = {name: value for name in names if (value := getattr(args, name, None))}

@@ -426,24 +426,20 @@ def compare(file: str, checkpoint: str, base_model: str | None = None, **masks) 
     packed = open_packed(file)
     model_class, _, exact = load_plain(checkpoint, **masks)
     if model_class is not packed.model_class:
-        names = packed.model_class.__name__, model_class.__name__
-        raise UserError(f"{file} holds {names[0]}, but {checkpoint} is {names[1]}")
+        name = packed.model_class.__name__
+        raise UserError(f"{file} holds {name}, but {checkpoint} is {model_class.__name__}")
     state = load_packed(file, base_model).state_dict()
     shapes = [{name: x.shape for name, x in tensors.items()} for tensors in (state, exact)]
     if shapes[0] != shapes[1]:
         raise UserError(f"{file} and {checkpoint} are models of different sizes")
-    stored = {entry["name"]: entry for entry in packed.header["tensors"]}
+    by_row = {entry["name"]: entry["by_row"] for entry in packed.header["tensors"]}
     problems = []
     for name, tensor in state.items():
         found, wanted = tensor.numpy(), exact[name].float().numpy()
-        differing = np.count_nonzero((found != 0) != (wanted != 0))
-        if differing and found.ndim == 2:
-            problems.append(f"{name} has another mask: {differing:,} entries differ")
-            continue
-        # Embeddings of the base model are exact.
-        bits = packed.header["bits"] if name in stored else 32
-        bound = coding.error_bound(wanted, bits, name in stored and stored[name]["by_row"])
-        excess = (np.abs(found.astype(np.float64) - wanted) - bound).max(initial=0.0)
-        if excess > 0:
-            problems.append(f"{name} exceeds the error bound of {bits} bits by up to {excess:.3g}")
+        bits = packed.header["bits"] if name in by_row else 32  # embeddings of the base: exact
+        bound = coding.error_bound(wanted, bits, by_row.get(name, False))
+        if found.ndim == 2 and ((found != 0) != (wanted != 0)).any():
+            problems.append(f"{name} has another mask")
+        elif not (np.abs(found.astype(np.float64) - wanted) <= bound).all():
+            problems.append(f"{name} exceeds the error bound of {bits} bits")
     return problems

@@ -386,8 +386,9 @@ def test_verify_evaluates_as_the_run_did(tmp_path, tiny_bert, capsys):
     assert saving_prunebert.main(["verify", file, run, *data]) == 0
     expected = f"{results['acc']:.4g}"
     assert f"acc: {expected} checkpoint, {expected} packed" in capsys.readouterr().out
-    (tmp_path / "run" / "training_args.json").write_text("{")
-    assert "training_args.json is damaged" in refused(capsys, "verify", file, run, *data)
+    for damaged in ("{", "[1]"):
+        (tmp_path / "run" / "training_args.json").write_text(damaged)
+        assert "training_args.json is damaged" in refused(capsys, "verify", file, run, *data)
 
 
 def test_verify_evaluates_both(tmp_path, tiny_config, tiny_tokenizer, squad_dir, capsys):
