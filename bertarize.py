@@ -23,7 +23,7 @@ from emmental.families import is_masked
 from emmental.files import write_folder, write_text
 from emmental.inference import compacted
 from emmental.inference.onnx_file import check_onnx, write_onnx
-from emmental.loading import head_of, load_masked, load_model, read_config
+from emmental.loading import advising, head_of, load_masked, load_model, read_config
 from emmental.tokenizer import tokenizer_to_copy
 from emmental.training.flags import add_mask_flags, given_masks
 from emmental.training.parser import Parser
@@ -113,7 +113,7 @@ def drop(model: PreTrainedModel) -> PreTrainedModel:
 def main(argv: list[str] | None = None) -> Path:
     args = get_parser().parse_args(argv)
     set_up_logging()
-    with one_line_errors():
+    with one_line_errors(), advising("give --threshold"):
         source = Path(args.model_name_or_path)
         kind = "compact" if args.compact else "bertarized"
         target = target_folder(source, args.target_model_path, kind)

@@ -13,7 +13,7 @@ from pathlib import Path
 from emmental.errors import one_line_errors
 from emmental.export import LayerCount, RemainingWeights, count_layers, remaining_weights
 from emmental.files import write_json
-from emmental.loading import load_masked
+from emmental.loading import advising, load_masked
 from emmental.modules.masks import find_masks
 from emmental.modules.methods import METHODS
 from emmental.training.flags import add_mask_flags, given_masks
@@ -54,7 +54,7 @@ def print_report(counts: RemainingWeights, layers: list[LayerCount], depth: int)
 def main(argv: list[str] | None = None) -> RemainingWeights:
     args = get_parser().parse_args(argv)
     set_up_logging()
-    with one_line_errors():
+    with one_line_errors(), advising("give --threshold"):
         model = load_masked(args.serialization_dir, **given_masks(args))
         masks = find_masks(model)
         counts, layers = remaining_weights(model, masks), count_layers(model, masks)

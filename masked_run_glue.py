@@ -33,7 +33,7 @@ from emmental.data.metrics import glue_metrics, mean_entropy
 from emmental.errors import UserError
 from emmental.files import write_text
 from emmental.inference import sparsify
-from emmental.loading import checkpoint_labels
+from emmental.labels import checkpoint_labels
 from emmental.losses import distillation_loss, regression_distillation_loss
 from emmental.training import run
 from emmental.training.flags import make_parser

@@ -24,7 +24,7 @@ from emmental.data.glue_tasks import CUSTOM, CUSTOM_ARGUMENTS
 from emmental.errors import UserError, one_line_errors
 from emmental.families import family_of, is_masked
 from emmental.files import write_json
-from emmental.loading import read_config
+from emmental.loading import advising, read_config
 from emmental.tokenizer import VOCABULARIES
 from emmental.training.checkpoint import ARGS_FILE
 from emmental.training.flags import add_mask_flags, given_masks
@@ -175,7 +175,7 @@ def verify(args: Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     set_up_logging()
-    with one_line_errors():
+    with one_line_errors(), advising("give --threshold"):
         if args.verb == "verify":
             return verify(args)
         if args.verb == "pack":

@@ -304,7 +304,7 @@ def test_scores_of_a_masked_checkpoint_continue(run, tmp_path, caplog):
                 assert torch.allclose(weight, torch.full_like(weight, value), atol=1e-6)
             assert weight.shape == before[key].shape
         assert json.loads((out / "config.json").read_text())["mask_scale"] == value
-        kept = "the checkpoint's scores are kept; --mask_scale has no effect"
+        kept = "the checkpoint's scores are kept; mask_scale has no effect"
         assert (kept in caplog.messages) == (method == "topK")
         assert ("start fresh" in caplog.text) == (method == "l0")
 

@@ -35,17 +35,18 @@ ALLOWED = {  # part: (parts of emmental it may import, third-party libraries; No
     "export": ({"modules"} | MODELS, {"torch", "transformers"}),
     "tokenizer": (LEAVES, {"tokenizers", "transformers"}),
     "configs": (LEAVES | {"families"}, {"transformers"}),
-    "loading": (
-        LEAVES | {"configs", "inputs", "modules", "tokenizer"} | MODELS,
-        {"torch", "transformers"},
-    ),
+    "labels": (LEAVES | {"configs"}, {"torch", "transformers"}),
+    "loading": (LEAVES | {"configs", "labels", "modules"} | MODELS, {"torch", "transformers"}),
     "card": (
         LEAVES | {"modules", "export", "configuration_bert_compact"},
         {"transformers", "huggingface_hub"},
     ),
     "data": (LEAVES | {"data", "inputs"}, None),
     "training": (
-        LEAVES | SCIENCE | MODELS | {"card", "configs", "export", "inputs", "loading", "training"},
+        LEAVES
+        | SCIENCE
+        | MODELS
+        | {"card", "configs", "export", "inputs", "labels", "loading", "tokenizer", "training"},
         None,
     ),
     "coding": (LEAVES, {"numpy", "constriction"}),

@@ -18,8 +18,9 @@ from transformers.utils import output_capturing
 import emmental
 from emmental import MaskedBertConfig, MaskedBertForQuestionAnswering, MaskedBertModel
 from emmental.errors import UserError
-from emmental.loading import load_masked, load_model, load_teacher
+from emmental.loading import load_masked, load_model
 from emmental.modules import find_masks, masked, masked_layers
+from emmental.training.pair import load_teacher
 
 NO_DROPOUT = {
     "hidden_dropout_prob": 0.0,
@@ -719,7 +720,7 @@ def test_training_keeps_scores_or_starts_them_afresh(pruned, caplog, given):
     kept = load_qa(pruned, pruning_method="topK", threshold=None, **given)
     assert all(kept.state_dict()[key].equal(value) for key, value in saved.items())
     assert (kept.config.mask_init, kept.config.mask_scale) == ("uniform", 1.0)
-    no_effect = "the checkpoint's scores are kept; --{} has no effect"
+    no_effect = "the checkpoint's scores are kept; {} has no effect"
     assert warned(caplog) == [no_effect.format(name) for name in given]
     caplog.clear()
     fresh = load_qa(pruned, pruning_method="l0", threshold=None, **given)
@@ -736,7 +737,7 @@ def test_training_keeps_scores_or_starts_them_afresh(pruned, caplog, given):
 
 def test_load_masked_needs_a_threshold(tiny_config, tmp_path):
     write_2020_checkpoint(tmp_path, tiny_config)
-    with pytest.raises(UserError, match="--threshold"):
+    with pytest.raises(UserError, match="does not record the threshold"):
         load_masked(str(tmp_path))
     with pytest.raises(UserError, match="fraction"):
         load_masked(str(tmp_path), threshold=15)

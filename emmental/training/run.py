@@ -17,7 +17,7 @@ from ..configs import concrete_type
 from ..errors import fail, one_line_errors
 from ..export import LayerCount, count_layers, mask_report
 from ..families import is_masked
-from ..loading import load_model, load_student, load_teacher
+from ..loading import load_model
 from ..modules.masks import find_masks, masked
 from .batches import BatchPlan, training_batches
 from .checkpoint import clean_output, find_checkpoints, find_resume_folder, step_of
@@ -27,6 +27,7 @@ from .evaluate import Predictor
 from .flags import make_parser
 from .hidden import add_projection
 from .loop import train
+from .pair import load_student, load_teacher
 from .passes import Passes
 from .runlog import RunLog, print_summary, set_up_logging, write_results
 from .settings import precision_of, resumes_in_place, student_options, training_settings
