@@ -103,6 +103,8 @@ def _check_pruning(args: Namespace) -> list[str]:
             "--mask_init kaiming needs a matrix of scores, unlike those of heads and neurons: "
             "choose constant or uniform"
         )
+    if args.mask_init == "magnitude" and args.mask_scale <= 0 and method.scores:
+        problems.append("--mask_init magnitude needs a --mask_scale above 0: give 3, say")
     if args.target_remaining is not None:
         problems += _check_target(args)
     if args.do_train and (problem := _plateau_problem(args, args.max_steps)):

@@ -101,9 +101,9 @@ def add_pruning_flags(add: Callable) -> None:
              "at the end")
     # scores at the start
     add("--mask_init", type=choice(*MASK_INITS), default="constant",
-        help="constant, uniform or kaiming scores")
+        help="constant, uniform or kaiming scores, or those of magnitude pruning")
     add("--mask_scale", type=NUMBER, default=0.0,
-        help="value (constant) or range (uniform) of initial scores")
+        help="value (constant), range (uniform) or root mean square (magnitude) of initial scores")
     # the penalty
     penalized = [method for method in METHODS.values() if method.penalty]
     kinds = described((method.penalty, method.title) for method in penalized)
