@@ -71,19 +71,7 @@ def flags(tmp_path, tiny_bert, squad_dir):
     """The command line of a short run on SQuAD, in the folder `name`; later flags win."""
 
     def make(name, *more, model=tiny_bert):
-        folders = {
-            "model_name_or_path": model,
-            "data_dir": squad_dir,
-            "output_dir": tmp_path / name,
-            "cache_dir": tmp_path / "cache",
-        }
-        return [
-            *[word for flag, value in folders.items() for word in (f"--{flag}", str(value))],
-            *"--model_type masked_bert --do_lower_case --no_cuda --learning_rate 1e-3".split(),
-            *"--max_seq_length 48 --max_query_length 16 --doc_stride 16".split(),
-            *"--max_steps 8 --warmup_steps 1 --per_gpu_train_batch_size 5".split(),
-            *(word for words in more for word in words.split()),
-        ]
+        return tiny.command(tmp_path, model, squad_dir, name, *more)
 
     return make
 

@@ -3,77 +3,61 @@
 import json
 import os
 import pickle
+import shutil
 import struct
 
 import pytest
+import tiny
 import torch
-from safetensors.torch import load_file, save_file
 from test_storage import rewritten
-from tiny import SHORT
-from transformers import BertConfig, BertForQuestionAnswering
+from tiny import edit, read, rewrite
 
 import bertarize
 import counts_parameters
 import masked_run_glue
 import masked_run_squad
 import saving_prunebert
-from emmental import MaskedBertConfig, MaskedBertForQuestionAnswering
 from emmental.storage import open_packed, pack
 
-TRAIN = [
-    *"--do_train --final_threshold 0.3 --max_steps 4 --warmup_steps 1".split(),
-    *"--save_steps 2 --logging_steps 2".split(),
-]
+TRAIN = "--do_train --final_threshold 0.3 --max_steps 4 --warmup_steps 1 --save_steps 2"
+TRAIN += " --logging_steps 2"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_bert, squad_dir):
+    folder = tmp_path_factory.mktemp("trained")
+    masked_run_squad.main(tiny.command(folder, tiny_bert, squad_dir, "out", TRAIN))
+    return folder / "out"
 
 
 @pytest.fixture
-def run(tmp_path, tiny_bert, squad_dir):
-    def run_squad(*flags, model=tiny_bert):
-        masked_run_squad.main(
-            [
-                "--model_type",
-                "masked_bert",
-                "--model_name_or_path",
-                str(model),
-                "--data_dir",
-                str(squad_dir),
-                "--do_lower_case",
-                "--output_dir",
-                str(tmp_path / "out"),
-                "--cache_dir",
-                str(tmp_path / "cache"),
-                *SHORT,
-                *map(str, flags),
-            ]
-        )
-        return tmp_path / "out"
-
-    return run_squad
+def out(trained, tmp_path):
+    """A finished run with the checkpoints 2 and 4, and no checksums that alone would do."""
+    for checkpoint in shutil.copytree(trained, tmp_path / "out").glob("checkpoint-*"):
+        (checkpoint / "files.json").rename(checkpoint.parent / f"files of {checkpoint.name}")
+    return tmp_path / "out"
 
 
 @pytest.fixture
-def refused(capsys):
-    """Call, expect one line and a non-zero exit, and return the line."""
-
-    def call(function, *args, status=2, **kwargs):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            function(*args, **kwargs)
-        lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-        assert stop.value.code == status and len(lines) == 1 and len(lines[0]) < 600, lines
-        return lines[0]
-
-    return call
-
-
-@pytest.fixture
-def model(tmp_path, tiny_config, tiny_tokenizer):
+def model(tmp_path, tiny_tokenizer):
     """A masked checkpoint, fit for evaluation, counting, bertarizing and packing."""
-    torch.manual_seed(0)
-    config = MaskedBertConfig(**tiny_config, threshold=0.3, mask_init="uniform", mask_scale=1.0)
-    MaskedBertForQuestionAnswering(config).save_pretrained(tmp_path / "model")
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    return tiny.save(tiny.make(suffix=tiny.QA, threshold=0.3), tmp_path / "model", tiny_tokenizer)
+
+
+@pytest.fixture
+def readers(run, tmp_path):
+    """What reads a checkpoint: evaluating, counting, converting and packing."""
+
+    def make(folder):
+        file = str(tmp_path / "packed")
+        return {
+            "evaluate": lambda: run("out", "--do_eval --overwrite_output_dir", model=folder),
+            "count": lambda: counts_parameters.main(["--serialization_dir", str(folder)]),
+            "convert": lambda: bertarize.main(["--model_name_or_path", str(folder)]),
+            "pack": lambda: saving_prunebert.main(["pack", str(folder), file]),
+        }
+
+    return make
 
 
 # --- pickles ---
@@ -94,42 +78,36 @@ def test_the_payload_is_one(tmp_path):
     assert (tmp_path / "owned").exists()
 
 
-PICKLED = {
-    "torch": lambda payload, path: torch.save(
-        {"bert.embeddings.word_embeddings.weight": payload, "x": torch.zeros(10**6)}, path
-    ),
-    "old torch": lambda payload, path: torch.save(
-        [payload, torch.zeros(10**6)], path, _use_new_zipfile_serialization=False
-    ),
-    "pickle": lambda payload, path: path.write_bytes(pickle.dumps([payload, bytes(10**6)])),
-}
-PLACES = [
-    *"pytorch_model.bin model.safetensors training_state.pt training_args.bin".split(),
-    *"optimizer.pt scheduler.pt".split(),
-    *"rng_state.pth tokenizer.json vocab.txt training_args.json config.json files.json".split(),
-]
+def torch_pickle(payload, path):
+    name = "bert.embeddings.word_embeddings.weight"
+    torch.save({name: payload, "x": torch.zeros(10**6)}, path)
 
 
-@pytest.mark.parametrize("form", PICKLED)
-@pytest.mark.parametrize("place", PLACES)
-def test_a_pickle_in_a_checkpoint_is_never_executed(run, tmp_path, capsys, form, place):
-    """Whatever reads a checkpoint: resuming, evaluating, counting, converting, packing."""
-    out = run(*TRAIN)
+def old_torch_pickle(payload, path):
+    torch.save([payload, torch.zeros(10**6)], path, _use_new_zipfile_serialization=False)
+
+
+def plain_pickle(payload, path):
+    path.write_bytes(pickle.dumps([payload, bytes(10**6)]))
+
+
+PLACES = """pytorch_model.bin model.safetensors training_state.pt training_args.bin optimizer.pt
+    scheduler.pt rng_state.pth tokenizer.json vocab.txt training_args.json config.json files.json"""
+
+
+@pytest.mark.parametrize("form", [torch_pickle, old_torch_pickle, plain_pickle])
+@pytest.mark.parametrize("place", PLACES.split())
+def test_a_pickle_in_a_checkpoint_is_never_executed(
+    run, out, readers, tmp_path, capsys, form, place
+):
+    """Whatever reads a checkpoint: resuming, and the readers."""
     folder = out / "checkpoint-2"
-    if place == "pytorch_model.bin":
-        (folder / "model.safetensors").unlink()
-    if place == "vocab.txt":
-        (folder / "tokenizer.json").unlink()
-    if place != "files.json":
-        (folder / "files.json").unlink()  # else the checksum alone would do
-    PICKLED[form](Payload(tmp_path / "owned"), folder / place)
-    for act in (
-        lambda: run(*TRAIN, "--resume_from_checkpoint", folder),
-        lambda: run("--do_eval", "--overwrite_output_dir", model=folder),
-        lambda: counts_parameters.main(["--serialization_dir", str(folder)]),
-        lambda: bertarize.main(["--model_name_or_path", str(folder)]),
-        lambda: saving_prunebert.main(["pack", str(folder), str(tmp_path / "packed")]),
-    ):
+    hides = {"pytorch_model.bin": "model.safetensors", "vocab.txt": "tokenizer.json"}
+    if place in hides:
+        (folder / hides[place]).unlink()
+    form(Payload(tmp_path / "owned"), folder / place)
+    resume = lambda: run("out", TRAIN, f"--resume_from_checkpoint {folder}")  # noqa: E731
+    for act in (resume, *readers(folder).values()):
         try:
             act()
         except SystemExit as stop:
@@ -140,15 +118,12 @@ def test_a_pickle_in_a_checkpoint_is_never_executed(run, tmp_path, capsys, form,
 
 def test_code_of_a_tokenizer_is_never_fetched(run, model, tmp_path, monkeypatch):
     """transformers would ask at the keyboard whether to run the code of a checkpoint."""
-    settings = {
-        "tokenizer_class": "Evil",
-        "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
-    }
+    settings = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil"] * 2}}
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
     (model / "evil.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w')")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
     try:
-        run("--do_eval", model=model)
+        run("out", "--do_eval", model=model)
     except SystemExit as stop:
         assert stop.code == 2
     assert not (tmp_path / "owned").exists()
@@ -157,7 +132,7 @@ def test_code_of_a_tokenizer_is_never_fetched(run, model, tmp_path, monkeypatch)
 # --- weights and settings ---
 
 
-def lie(change):
+def lie(tensor=None, **changes):
     """A safetensors file whose header says something else than what was written."""
 
     def damage(folder):
@@ -165,7 +140,9 @@ def lie(change):
         content = path.read_bytes()
         size = struct.unpack("<Q", content[:8])[0]
         header = json.loads(content[8 : 8 + size])
-        change(header)
+        if tensor:
+            changes["data_offsets"] = header[tensor]["data_offsets"]
+        header[WORDS] |= changes
         raw = json.dumps(header).encode()
         path.write_bytes(struct.pack("<Q", len(raw)) + raw + content[8 + size :])
 
@@ -173,54 +150,45 @@ def lie(change):
 
 
 def settings(**changes):
+    return lambda folder: edit(folder / "config.json", **changes)
+
+
+def content(name, value, instead_of=None):
+    """Other bytes in a file, which may take the place of another file."""
+
     def damage(folder):
-        path = folder / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        if instead_of:
+            (folder / instead_of).unlink()
+        (folder / name).write_bytes(value)
 
     return damage
 
 
-def text(name, content):
-    return lambda folder: (folder / name).write_text(content)
-
-
-def shape_of(tensor, *shape):
-    return lie(lambda header: header[tensor].update(shape=list(shape)))
-
-
-NEST = 200_000
+NEST = b"[" * 200_000
 WORDS = "bert.embeddings.word_embeddings.weight"
+WEIGHTS = "model.safetensors"
+BITS = {"quant_method": "bitsandbytes", "load_in_8bit": True}
 DAMAGES = {
-    "safetensors: header longer than the file": lambda f: (f / "model.safetensors").write_bytes(
-        struct.pack("<Q", 2**62) + bytes(2**20)
+    "safetensors: header beyond the file": content(
+        WEIGHTS, struct.pack("<Q", 2**62) + bytes(2**20)
     ),
-    "safetensors: shape beyond its data": (shape_of(WORDS, 10**9, 32)),
-    "safetensors: shape that overflows": (shape_of(WORDS, 2**62, 2**62)),
-    "safetensors: negative shape": (shape_of(WORDS, -120, 32)),
-    "safetensors: shapes of another model": lambda f: save_file(
-        load_file(f / "model.safetensors") | {WORDS: torch.zeros(7, 5)},
-        f / "model.safetensors",
-        {"format": "pt"},
+    "safetensors: shape beyond its data": lie(shape=[10**9, 32]),
+    "safetensors: shape that overflows": lie(shape=[2**62, 2**62]),
+    "safetensors: negative shape": lie(shape=[-120, 32]),
+    "safetensors: shapes of another model": lambda folder: rewrite(
+        folder, lambda tensors: tensors | {WORDS: torch.zeros(7, 5)}
     ),
-    "safetensors: offsets outside": lie(lambda h: h[WORDS].update(data_offsets=[0, 2**60])),
-    "safetensors: overlapping": lie(
-        lambda h: h[WORDS].update(data_offsets=h["qa_outputs.bias"]["data_offsets"])
+    "safetensors: offsets outside": lie(data_offsets=[0, 2**60]),
+    "safetensors: overlapping": lie("qa_outputs.bias"),
+    "safetensors: unknown type": lie(dtype="F1024"),
+    "safetensors: header nested deep": content(
+        WEIGHTS, struct.pack("<Q", len(NEST)) + NEST + bytes(2**20)
     ),
-    "safetensors: unknown type": lie(lambda h: h[WORDS].update(dtype="F1024")),
-    "safetensors: header nested deep": lambda f: (f / "model.safetensors").write_bytes(
-        struct.pack("<Q", NEST) + b"[" * NEST + bytes(2**20)
-    ),
-    "index: no index": lambda f: [
-        text("model.safetensors.index.json", "[" * NEST)(f),
-        (f / "model.safetensors").unlink(),
-    ],
-    "torch: no archive at all": lambda f: [
-        (f / "model.safetensors").unlink(),
-        (f / "pytorch_model.bin").write_bytes(b"PK\3\4" + bytes(2**20)),
-    ],
-    "config: nested deep": text("config.json", "[" * NEST),
-    "config: a list": text("config.json", "[1]"),
-    "config: not UTF-8": lambda f: (f / "config.json").write_bytes(b'{"model_type": "\xff"}'),
+    "index: no index": content("model.safetensors.index.json", NEST, instead_of=WEIGHTS),
+    "torch: no archive": content("pytorch_model.bin", b"PK\3\4" + bytes(2**20), WEIGHTS),
+    "config: nested deep": content("config.json", NEST),
+    "config: a list": content("config.json", b"[1]"),
+    "config: not UTF-8": content("config.json", b'{"model_type": "\xff"}'),
     "config: words for numbers": settings(hidden_size="wide"),
     "config: null": settings(intermediate_size=None),
     "config: negative": settings(num_hidden_layers=-1),
@@ -230,73 +198,55 @@ DAMAGES = {
     "config: unknown method": settings(pruning_method="topKK"),
     "config: threshold of text": settings(threshold="much"),
     "config: threshold above all": settings(threshold=3),
-    "config: quantised by something": settings(
-        quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}
-    ),
+    "config: quantised by something": settings(quantization_config=BITS),
     "config: architectures of text": settings(architectures="BertForQuestionAnswering"),
     "config: labels of text": settings(num_labels="x", id2label=None),
     "config: architectures of numbers": settings(architectures=[1]),
     "config: id2label of nonsense": settings(id2label=[1, 2]),
-    "tokenizer: nested deep": text("tokenizer.json", "[" * NEST),
-    "tokenizer: empty": text("tokenizer.json", ""),
-    "tokenizer: settings of a list": text("tokenizer_config.json", "[]"),
+    "tokenizer: nested deep": content("tokenizer.json", NEST),
+    "tokenizer: empty": content("tokenizer.json", b""),
+    "tokenizer: settings of a list": content("tokenizer_config.json", b"[]"),
+}
+BLIND = {  # what a reader does not look at
+    "evaluate": "config: architectures",
+    "count": ("tokenizer", "config: id2label"),
+    "convert": "tokenizer",
+    "pack": "nothing",
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_checkpoints_end_in_one_line(run, refused, model, tmp_path, damage):
+def test_damaged_checkpoints_end_in_one_line(readers, refused, model, tmp_path, damage):
     DAMAGES[damage](model)
-    readers = {
-        "evaluate": lambda: run("--do_eval", model=model),
-        "count": lambda: counts_parameters.main(["--serialization_dir", str(model)]),
-        "convert": lambda: bertarize.main(["--model_name_or_path", str(model)]),
-        "pack": lambda: saving_prunebert.main(["pack", str(model), str(tmp_path / "packed")]),
-    }
-    blind = {  # what a reader does not look at
-        "evaluate": "config: architectures",
-        "count": ("tokenizer", "config: id2label"),
-        "convert": "tokenizer",
-        "pack": "",
-    }
-    for name, read in readers.items():
-        if not damage.startswith(blind[name] or "none"):
-            assert str(model) in refused(read), name
+    for name, reader in readers(model).items():
+        if not damage.startswith(BLIND[name]):
+            assert str(model) in refused(reader), name
     assert not (tmp_path / "packed").exists()
 
 
-def test_a_state_of_other_weights(run, refused):
-    out = run(*TRAIN)
-    folder = out / "checkpoint-2"
-    (folder / "files.json").unlink()
-    resume = [*TRAIN, "--resume_from_checkpoint", folder]
-    state = torch.load(folder / "training_state.pt", weights_only=True)
-    first = min(state["optimizer"]["state"])
-    moments = state["optimizer"]["state"][first]
+def test_a_state_of_other_weights(run, refused, out):
+    file = out / "checkpoint-2" / "training_state.pt"
     for change in (
-        lambda: moments.update(exp_avg=torch.zeros(3)),
-        lambda: state["optimizer"].update(state={}, param_groups=[]),
-        lambda: state.update(mask_generator=torch.zeros(3, dtype=torch.uint8)),
-        lambda: state.update(step="many"),
-        lambda: state.pop("cutoff"),
+        lambda state, moments: moments.update(exp_avg=torch.zeros(3)),
+        lambda state, _: state["optimizer"].update(state={}, param_groups=[]),
+        lambda state, _: state.update(mask_generator=torch.zeros(3, dtype=torch.uint8)),
+        lambda state, _: state.update(step="many"),
+        lambda state, _: state.pop("cutoff"),
     ):
-        change()
-        torch.save(state, folder / "training_state.pt")
-        assert "is damaged" in refused(run, *resume)
-        state = torch.load(out / "checkpoint-4" / "training_state.pt", weights_only=True)
-        moments = state["optimizer"]["state"][first]
+        state = torch.load(out / "checkpoint-4" / file.name, weights_only=True)
+        change(state, state["optimizer"]["state"][min(state["optimizer"]["state"])])
+        torch.save(state, file)
+        resume = f"--resume_from_checkpoint {file.parent}"
+        assert "is damaged" in refused(run, "out", TRAIN, resume)
 
 
-def test_settings_of_the_optimiser_come_from_the_arguments(run):
-    out = run(*TRAIN)
-    whole = (out / "model.safetensors").read_bytes()
-    folder = out / "checkpoint-2"
-    (folder / "files.json").unlink()
-    state = torch.load(folder / "training_state.pt", weights_only=True)
+def test_settings_of_the_optimiser_come_from_the_arguments(run, out, trained):
+    file = out / "checkpoint-2" / "training_state.pt"
+    state = torch.load(file, weights_only=True)
     for group in state["optimizer"]["param_groups"]:
         group |= {"peak_lr": 1e3, "betas": "x", "weight_decay": [], "maximize": True}
-    torch.save(state, folder / "training_state.pt")
-    run(*TRAIN, "--resume_from_checkpoint", folder)
-    assert (out / "model.safetensors").read_bytes() == whole
+    torch.save(state, file)
+    assert tiny.same(run("out", TRAIN, f"--resume_from_checkpoint {file.parent}"), trained)
 
 
 def test_what_is_no_weight_file_is_left_alone(run, model):
@@ -305,19 +255,19 @@ def test_what_is_no_weight_file_is_left_alone(run, model):
     (model / "docs.index.json").write_text("[]")
     (model / "folder.bin").mkdir()
     os.mkfifo(model / "pipe.bin")
-    run("--do_eval", model=model)
+    run("out", "--do_eval", model=model)
 
 
-def test_names_in_the_list_of_files_stay_in_the_folder(run, refused, tmp_path):
-    folder = run(*TRAIN) / "checkpoint-4"
-    listed = json.loads((folder / "files.json").read_text())
-    for name in ("../secret", str(tmp_path / "secret")):
-        (tmp_path / "secret").write_text("mine")
-        (folder / "files.json").write_text(json.dumps(listed | {name: {"bytes": 4, "sha256": "0"}}))
-        assert "is missing" in refused(run, *TRAIN, "--resume_from_checkpoint", folder)
+def test_names_in_the_list_of_files_stay_in_the_folder(run, refused, out, tmp_path):
+    folder = out / "checkpoint-4"
+    listed = read(out / "files of checkpoint-4")
+    (tmp_path / "secret").write_text("mine")
     os.mkfifo(folder / "pipe")  # which nobody writes to: opening it would wait for ever
-    (folder / "files.json").write_text(json.dumps(listed | {"pipe": {"bytes": 0, "sha256": "0"}}))
-    assert "pipe is missing" in refused(run, *TRAIN, "--resume_from_checkpoint", folder)
+    for name, size in ("../secret", 4), (str(tmp_path / "secret"), 4), ("pipe", 0):
+        entry = {name: {"bytes": size, "sha256": "0"}}
+        (folder / "files.json").write_text(json.dumps(listed | entry))
+        said = refused(run, "out", TRAIN, f"--resume_from_checkpoint {folder}")
+        assert f"{name} is missing" in said
 
 
 # --- packed files ---
@@ -327,19 +277,23 @@ def change_tensor(**changes):
     return lambda header: header["tensors"][0].update(changes)
 
 
+def change_file(name):
+    return lambda header: header["files"][0].update(name=name)
+
+
 LIES = {
     "a shape beyond every memory": change_tensor(shape=[10**7, 10**7]),
     "a negative shape": change_tensor(shape=[-120, 32]),
     "a shape of text": change_tensor(shape="wide"),
     "negative lengths": change_tensor(bytes=-4),
-    "an absurd vocabulary": lambda h: h["config"].update(vocab_size=10**12),
-    "a class that is none": lambda h: h.update(architecture="os"),
-    "a file that climbs out": lambda h: h["files"][0].update(name="../../evil.json"),
-    "an absolute file": lambda h: h["files"][0].update(name="/tmp/evil.json"),
-    "a file that is no tokenizer's": lambda h: h["files"][0].update(name="pytorch_model.bin"),
-    "a config of nonsense": lambda h: h.update(config={"hidden_size": "wide"}),
-    "no tensors": lambda h: h.update(tensors=[]),
-}  # fmt: skip
+    "an absurd vocabulary": lambda header: header["config"].update(vocab_size=10**12),
+    "a class that is none": lambda header: header.update(architecture="os"),
+    "a file that climbs out": change_file("../../evil.json"),
+    "an absolute file": change_file("/tmp/evil.json"),
+    "a file that is no tokenizer's": change_file("pytorch_model.bin"),
+    "a config of nonsense": lambda header: header.update(config={"hidden_size": "wide"}),
+    "no tensors": lambda header: header.update(tensors=[]),
+}
 
 
 @pytest.mark.parametrize("change", LIES)
@@ -358,144 +312,107 @@ def test_packed_files_that_lie_are_refused(model, refused, tmp_path, change):
 # --- data ---
 
 
-def squad_file(context="ada lives in oslo .", question="where does ada live ?", **qa):
-    qa = {"id": "a", "question": question, "answers": [{"text": "oslo", "answer_start": 13}]} | qa
+def squad_file(context="ada lives in oslo .", text="oslo", start=13, **qa):
+    answers = [{"text": text, "answer_start": start}]
+    qa = {"id": "a", "question": "where does ada live ?", "answers": answers} | qa
     return {"data": [{"title": "t", "paragraphs": [{"context": context, "qas": [qa]}]}]}
 
 
-def answer(text, start):
-    return {"answers": [{"text": text, "answer_start": start}]}
-
-
-SQUAD = {  # name: (a document or raw bytes, what the line says; None: it works)
-    "a title of a megabyte, and an error": (
-        lambda: {"data": [{"title": "t" * 10**6, "paragraphs": 3}]},
-        '"paragraphs" must be a list',
+PLAIN = json.dumps(squad_file()).encode()
+HUGE = b'{"data": [{"paragraphs": [{"context": "a", "qas": [{"id": "a", "question": "b", '
+HUGE += b'"answers": [{"text": "a", "answer_start": 1e400}]}]}]}]}'
+UNUSABLE = "no training question is usable"
+WORKS = None
+SQUAD = {  # name: (a document or raw bytes, what the line says)
+    "empty": (b"", "JSON"),
+    "a list": (b"[]", "data"),
+    "no questions": ({"data": []}, "no question"),
+    "no paragraphs": ({"data": [{"title": "t"}]}, "paragraphs"),
+    "no context": ({"data": [{"title": "t", "paragraphs": [{"qas": []}]}]}, "context"),
+    "a title of a megabyte": (
+        {"data": [{"title": "t" * 10**6, "paragraphs": 3}]}, '"paragraphs" must be a list'
     ),
     "an id of a megabyte, twice": (
-        lambda: {"data": squad_file(id="i" * 10**6)["data"] * 2},
-        "already belongs to",
+        {"data": squad_file(id="i" * 10**6)["data"] * 2}, "already belongs to"
     ),
-    "nested deep": (lambda: b'{"data": ' + b"[" * NEST, "not JSON"),
-    "nested deep, elsewhere": (lambda: b'{"x": ' + b'{"a":' * NEST, "not JSON"),
+    "nested deep": (b'{"data": ' + NEST, "not JSON"),
+    "nested deep, elsewhere": (b'{"x": ' + b'{"a":' * len(NEST), "not JSON"),
     "nested deep, and whole": (
-        lambda: b'{"data": [{"paragraphs": ' + b"[" * NEST + b"]" * NEST + b"}]}",
-        "not JSON",
+        b'{"data": [{"paragraphs": ' + NEST + b"]" * len(NEST) + b"}]}", "not JSON"
     ),
-    "nothing but blanks": (lambda: b" \n" * 10**6, "not JSON"),
-    "something after the end": (
-        lambda: json.dumps(squad_file()).encode() + b" {}",
-        "is not JSON in UTF-8",
-    ),
-    "cut off": (lambda: json.dumps(squad_file()).encode()[:-9], "not JSON"),
-    "UTF-16": (lambda: json.dumps(squad_file()).encode("utf-16"), "not JSON in UTF-8"),
-    "Latin-1": (lambda: b'{"data": "\xe9"}', "not JSON in UTF-8"),
-    "NULs": (lambda: b"\0" * 1000, "not JSON"),
-    "half a surrogate pair": (lambda: squad_file(context="ada \ud83d"), "half a surrogate pair"),
-    "numbers for text": (lambda: squad_file(question=12), "must be a string"),
-    "a start of 1e400": (
-        lambda: (
-            b'{"data": [{"paragraphs": [{"context": "a", "qas": [{"id": "a", "question": "b", '
-            b'"answers": [{"text": "a", "answer_start": 1e400}]}]}]}]}'
-        ),
-        "no training question is usable",
-    ),
-    "a start beyond 64 bits": (
-        lambda: squad_file(**answer("oslo", 2**70)),
-        "no training question is usable",
-    ),
-    "a negative start": (
-        lambda: squad_file(**answer("oslo", -1)),
-        "no training question is usable",
-    ),
-    "NaN": (lambda: b'{"data": NaN}', "must be a list"),
-    "an empty answer": (lambda: squad_file(**answer("", 3)), "no training question is usable"),
-    "a blank answer": (lambda: squad_file(**answer("  ", 3)), "no training question is usable"),
-    "an empty context": (lambda: squad_file(context=""), "no training question is usable"),
-    "an empty question": (lambda: squad_file(question=""), None),
-    "a byte order mark": (lambda: b"\xef\xbb\xbf" + json.dumps(squad_file()).encode(), None),
-    "beyond the BMP": (lambda: squad_file("\U0001f600 oslo \U0001d4d0", **answer("oslo", 2)), None),
-    "from right to left": (
-        lambda: squad_file("\u202e\u05e9\u05dc\u05d5\u05dd oslo \u202c", **answer("oslo", 6)),
-        None,
-    ),
-    "zero-width characters": (
-        lambda: squad_file("ada\u200b \u200d\ufeff oslo", **answer("oslo", 8)),
-        None,
-    ),
-    "nothing but zero-width characters": (
-        lambda: squad_file("\u200b\u200d", **answer("\u200d", 1)),
-        None,
-    ),
-    "combining marks": (lambda: squad_file("o\u0301\u0302slo oslo", **answer("oslo", 7)), None),
-    "NULs in a text": (lambda: squad_file("ada \0 oslo \0", **answer("oslo", 6)), None),
-    "lone carriage returns in a text": (
-        lambda: squad_file("ada\rin\roslo", **answer("oslo", 7)),
-        None,
-    ),
-    "a word of a megabyte": (
-        lambda: squad_file("x" * 10**6 + " oslo", **answer("oslo", 10**6 + 1)),
-        None,
-    ),
-}
+    "nothing but blanks": (b" \n" * 10**6, "not JSON"),
+    "something after the end": (PLAIN + b" {}", "is not JSON in UTF-8"),
+    "cut off": (PLAIN[:-9], "not JSON"),
+    "UTF-16": (PLAIN.decode().encode("utf-16"), "not JSON in UTF-8"),
+    "Latin-1": (b'{"data": "\xe9"}', "not JSON in UTF-8"),
+    "NULs": (b"\0" * 1000, "not JSON"),
+    "half a surrogate pair": (squad_file("ada \ud83d"), "half a surrogate pair"),
+    "numbers for text": (squad_file(question=12), "must be a string"),
+    "a start of 1e400": (HUGE, UNUSABLE),
+    "a start beyond 64 bits": (squad_file(start=2**70), UNUSABLE),
+    "a negative start": (squad_file(start=-1), UNUSABLE),
+    "NaN": (b'{"data": NaN}', "must be a list"),
+    "an empty answer": (squad_file(text="", start=3), UNUSABLE),
+    "a blank answer": (squad_file(text="  ", start=3), UNUSABLE),
+    "an empty context": (squad_file(""), UNUSABLE),
+    "an empty question": (squad_file(question=""), WORKS),
+    "a byte order mark": (b"\xef\xbb\xbf" + PLAIN, WORKS),
+    "beyond the BMP": (squad_file("\U0001f600 oslo \U0001d4d0", start=2), WORKS),
+    "right to left": (squad_file("\u202e\u05e9\u05dc\u05d5\u05dd oslo \u202c", start=6), WORKS),
+    "zero-width characters": (squad_file("ada\u200b \u200d\ufeff oslo", start=8), WORKS),
+    "nothing but zero-width": (squad_file("\u200b\u200d", "\u200d", 1), WORKS),
+    "combining marks": (squad_file("o\u0301\u0302slo oslo", start=7), WORKS),
+    "NULs in a text": (squad_file("ada \0 oslo \0", start=6), WORKS),
+    "lone carriage returns in a text": (squad_file("ada\rin\roslo", start=7), WORKS),
+    "a word of a megabyte": (squad_file("x" * 10**6 + " oslo", start=10**6 + 1), WORKS),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", SQUAD)
 def test_hostile_squad_files(run, refused, tmp_path, case):
-    make, said = SQUAD[case]
-    content = make()
-    path = tmp_path / "train.json"
-    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-    flags = [*TRAIN, "--train_file", path]
-    if said is None:
-        run(*flags)
-        assert (tmp_path / "out" / "model.safetensors").exists()
-        predicted = run(
-            "--do_eval", "--predict_file", path, "--overwrite_output_dir", model=tmp_path / "out"
-        )
-        predictions = json.loads((predicted / "predictions_.json").read_text())
-        context = (
-            content["data"][0]["paragraphs"][0]["context"]
-            if isinstance(content, dict)
-            else "ada lives in oslo ."
-        )
-        assert predictions["a"] in context
+    document, said = SQUAD[case]
+    path, trained = tiny.write(tmp_path / "train.json", document), tmp_path / "out"
+    flags = TRAIN, f"--train_file {path}"
+    if said is WORKS:
+        run("out", *flags)
+        evaluate = f"--do_eval --predict_file {path}"
+        predictions = read(run("again", evaluate, model=trained) / "predictions_.json")
+        document = document if isinstance(document, dict) else squad_file()
+        assert predictions["a"] in document["data"][0]["paragraphs"][0]["context"]
     else:
-        assert said in refused(run, *flags, "--evaluate_during_training", "--predict_file", path)
-        assert not (tmp_path / "out" / "model.safetensors").exists()
+        more = f"--evaluate_during_training --predict_file {path}"
+        message = refused(run, "out", *flags, more)
+        assert said in message and (said is UNUSABLE or "train.json" in message)
+    assert (trained / "model.safetensors").exists() == (said is WORKS)
 
 
-ROWS = "".join(
-    f"ada lives in {place} .\t{number % 2}\n"
-    for number, place in enumerate(["oslo", "rome", "lima"] * 4)
-)
-TSV = {  # name: (bytes of train.tsv, what the line says; None: it works)
-    "NULs": (b"sentence\tlabel\nada\0 lives\t0\nben\t1\n", None),
+PLACED = ["oslo", "rome", "lima"] * 4
+ROWS = "".join(f"ada lives in {place} .\t{n % 2}\n" for n, place in enumerate(PLACED))
+HEADER = b"sentence\tlabel\n"
+TSV = {  # name: (bytes of train.tsv, what the line says)
+    "NULs": (HEADER + b"ada\0 lives\t0\nben\t1\n", WORKS),
     "nothing but NULs": (b"\0" * 4096, "no column sentence"),
     "lone carriage returns as line ends": (
-        ("sentence\tlabel\n" + ROWS).replace("\n", "\r").encode(),
+        HEADER.replace(b"\n", b"\r") + ROWS.replace("\n", "\r").encode(),
         "its lines end in CR alone",
     ),
-    "lone carriage returns in a text": (b"sentence\tlabel\nada\rlives\t0\nben\t1\n", None),
-    "a carriage return more": (b"sentence\tlabel\nada\r\t0\r\nben\t1\r\n", None),
+    "lone carriage returns in a text": (HEADER + b"ada\rlives\t0\nben\t1\n", WORKS),
+    "a carriage return more": (HEADER + b"ada\r\t0\r\nben\t1\r\n", WORKS),
     "UTF-16": (("sentence\tlabel\n" + ROWS).encode("utf-16"), "is not UTF-8"),
-    "Latin-1": (b"sentence\tlabel\nsm\xf8rrebr\xf8d\t0\n", "train.tsv:2: is not UTF-8"),
-    "a byte order mark": (b"\xef\xbb\xbf" + ("sentence\tlabel\n" + ROWS).encode(), None),
-    "a label of a megabyte": (b"sentence\tlabel\na\t" + b"9" * 10**6 + b"\n", "is not one of"),
+    "Latin-1": (HEADER + b"sm\xf8rrebr\xf8d\t0\n", "train.tsv:2: is not UTF-8"),
+    "a byte order mark": (b"\xef\xbb\xbf" + HEADER + ROWS.encode(), WORKS),
+    "a label of a megabyte": (HEADER + b"a\t" + b"9" * 10**6 + b"\n", "is not one of"),
     "a million columns": (b"sentence\tlabel" + b"\tx" * 10**6 + b"\n", "holds no examples"),
     "separators of other alphabets": (
-        "sentence\tlabel\nada\u2028lives\x0bin\x1coslo\t0\nben\t1\n".encode(),
-        None,
+        HEADER + "ada\u2028lives\x0bin\x1coslo\t0\nben\t1\n".encode(),
+        WORKS,
     ),
-    "too few fields": (b"sentence\tlabel\nada\n", "train.tsv:2: has 1 fields"),
+    "too few fields": (HEADER + b"ada\n", "train.tsv:2: has 1 fields"),
     "nothing": (b"", "is empty"),
-    "half a character at the end": (
-        b"sentence\tlabel\nada\t0\nben\xe2\x82",
-        "train.tsv:3: is not UTF-8",
-    ),
+    "half a character at the end": (HEADER + b"ada\t0\nben\xe2\x82", "train.tsv:3: is not UTF-8"),
     "beyond the BMP, right to left, zero-width": (
-        "sentence\tlabel\n\U0001f600 \u202e\u05e9\u200b\t0\nben\t1\n".encode(),
-        None,
+        HEADER + "\U0001f600 \u202e\u05e9\u200b\t0\nben\t1\n".encode(),
+        WORKS,
     ),
 }
 
@@ -504,42 +421,23 @@ TSV = {  # name: (bytes of train.tsv, what the line says; None: it works)
 def test_hostile_tsv_files(refused, tmp_path, tiny_bert, case):
     content, said = TSV[case]
     (tmp_path / "train.tsv").write_bytes(content)
-    flags = [
-        "--model_type",
-        "masked_bert",
-        "--model_name_or_path",
-        str(tiny_bert),
-        "--data_dir",
-        str(tmp_path),
-        "--task_name",
-        "sst-2",
-        "--output_dir",
-        str(tmp_path / "out"),
-        "--cache_dir",
-        str(tmp_path / "cache"),
-        "--max_seq_length",
-        "48",
-        *TRAIN,
-    ]
-    if said is None:
-        masked_run_glue.main(flags)
-        assert (tmp_path / "out" / "model.safetensors").exists()
+    words = tiny.command(tmp_path, tiny_bert, tmp_path, "out", TRAIN, "--task_name sst-2")
+    for name in ("--max_query_length", "--doc_stride"):  # SQuAD's
+        del words[words.index(name) : words.index(name) + 2]
+    if said is WORKS:
+        masked_run_glue.main(words)
     else:
-        assert said in refused(masked_run_glue.main, flags)
-        assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.safetensors"))
+        assert said in refused(masked_run_glue.main, words)
+    assert (tmp_path / "out" / "model.safetensors").exists() == (said is WORKS)
 
 
 def test_a_model_of_numbers_that_are_none_is_not_evaluated(
-    run, refused, tmp_path, model, tiny_config, tiny_tokenizer
+    run, refused, tmp_path, model, tiny_tokenizer
 ):
-    tensors = load_file(model / "model.safetensors")
-    tensors["qa_outputs.weight"] *= torch.nan
-    save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    assert "are not finite" in refused(run, "--do_eval", model=model)
-    plain = BertForQuestionAnswering(BertConfig(**tiny_config))
+    rewrite(model, lambda x: x | {"qa_outputs.weight": x["qa_outputs.weight"] * torch.nan})
+    assert "are not finite" in refused(run, "out", "--do_eval", model=model)
+    plain = tiny.plain_bert()
     plain.bert.encoder.layer[0].output.dense.weight.data[0, 0] = torch.inf
-    plain.save_pretrained(tmp_path / "plain")
-    tiny_tokenizer.save_pretrained(tmp_path / "plain")
-    assert "cannot be packed" in refused(
-        saving_prunebert.main, ["pack", str(tmp_path / "plain"), str(tmp_path / "packed")]
-    )
+    folder = tiny.save(plain, tmp_path / "plain", tiny_tokenizer)
+    words = ["pack", str(folder), str(tmp_path / "packed")]
+    assert "cannot be packed" in refused(saving_prunebert.main, words)

@@ -363,6 +363,19 @@ TARGETS = {name: f"{flags} --target_remaining 0.3" for name, flags in TARGETS.it
 RUNS |= {f"global {name}": f"{RUNS[name]} {TOGETHER}" for name in ("topK", "magnitude")}
 
 
+def command(folder, model, data, name, *more):
+    """The words of a short run on SQuAD, in the folder `name` of a folder; later flags win."""
+    places = {"model_name_or_path": model, "data_dir": data, "output_dir": folder / name}
+    places["cache_dir"] = folder / "cache"
+    return [
+        *(word for flag, place in places.items() for word in (f"--{flag}", str(place))),
+        *"--model_type masked_bert --do_lower_case --no_cuda --learning_rate 1e-3".split(),
+        *"--max_seq_length 48 --max_query_length 16 --doc_stride 16".split(),
+        *"--max_steps 8 --warmup_steps 1 --per_gpu_train_batch_size 5".split(),
+        *(word for words in more for word in words.split()),
+    ]
+
+
 def read(path):
     """The values of a JSON file."""
     return json.loads(path.read_text())
