@@ -9,9 +9,11 @@ import pickle
 import shutil
 
 import pytest
+import tiny
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tiny import IDS, INPUTS, NO_DROPOUT, QA, SIZES, SUFFIXES, make, plain_bert
 from torch import nn
 from transformers.utils import output_capturing
 
@@ -20,36 +22,17 @@ from emmental import MaskedBertConfig, MaskedBertForQuestionAnswering, MaskedBer
 from emmental.errors import UserError
 from emmental.loading import load_masked, load_model
 from emmental.modules import find_masks, masked, masked_layers
+from emmental.modules.methods import METHODS
 from emmental.training.pair import load_teacher
 
-NO_DROPOUT = {
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-    "initializer_range": 0.2,
-}
-METHODS = ["topK", "threshold", "sigmoied_threshold", "magnitude", "l0"]
-SUFFIXES = [
-    "Model",
-    "ForQuestionAnswering",
-    "ForSequenceClassification",
-    "ForTokenClassification",
-    "ForMultipleChoice",
-]
-IDS = torch.randint(5, 120, (3, 12), generator=torch.Generator().manual_seed(0))
-INPUTS = {
-    "input_ids": IDS,
-    "attention_mask": torch.tensor([[1] * 12, [1] * 9 + [0] * 3, [1] * 5 + [0] * 7]),
-    "token_type_ids": (torch.arange(12) > 5).long().expand(3, 12),
-}
 LABELS = {
-    "ForQuestionAnswering": {
-        "start_positions": torch.tensor([1, 2, 3]),
-        "end_positions": torch.tensor([4, 4, 4]),
-    },
+    QA: {"start_positions": torch.tensor([1, 2, 3]), "end_positions": torch.tensor([4, 4, 4])},
     "ForSequenceClassification": {"labels": torch.tensor([0, 1, 1])},
     "ForTokenClassification": {"labels": IDS % 2},
     "ForMultipleChoice": {"labels": torch.tensor([2])},
 }
+every_method = pytest.mark.parametrize("method", METHODS)
+every_head = pytest.mark.parametrize("suffix", SUFFIXES)
 
 
 def make_inputs(suffix):
@@ -57,13 +40,9 @@ def make_inputs(suffix):
     return inputs | LABELS.get(suffix, {})
 
 
-def make_masked(tiny_config, cls=MaskedBertModel, **kwargs):
-    torch.manual_seed(1)
-    return cls(
-        MaskedBertConfig(
-            **tiny_config, **NO_DROPOUT, **{"mask_init": "uniform", "mask_scale": 1.0} | kwargs
-        )
-    )
+def class_of(suffix, masked=True):
+    name = f"Bert{suffix}"
+    return getattr(emmental, f"Masked{name}") if masked else getattr(transformers, name)
 
 
 def encoder_linears(model):
@@ -73,54 +52,41 @@ def encoder_linears(model):
 # --- the model is the stock one ---
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_six_linears_per_layer_are_masked_and_keys_are_stock(tiny_config, suffix):
-    stock = getattr(transformers, f"Bert{suffix}")(transformers.BertConfig(**tiny_config))
-    masked = getattr(emmental, f"MaskedBert{suffix}")(MaskedBertConfig(**tiny_config))
+@every_head
+def test_six_linears_per_layer_are_masked_and_keys_are_stock(suffix):
+    stock = class_of(suffix, masked=False)(transformers.BertConfig(**SIZES))
+    masked = class_of(suffix)(MaskedBertConfig(**SIZES))
     names = set(encoder_linears(stock))
     assert set(masked_layers(masked)) == names and len(names) == 12
-    assert set(masked.state_dict()) == set(stock.state_dict()) | {
-        f"{name}.mask_scores" for name in names
-    }
+    scores = {f"{name}.mask_scores" for name in names}
+    assert set(masked.state_dict()) == set(stock.state_dict()) | scores
     frozen = {n for n, p in masked.named_parameters() if not p.requires_grad}
     assert frozen == {n for n, _ in masked.named_parameters() if "embeddings." in n} and frozen
 
 
-@pytest.mark.parametrize(
-    "method, threshold", [("topK", 1.0), ("magnitude", 1.0), ("sigmoied_threshold", 0.0)]
-)
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_full_masks_are_the_stock_model(tiny_config, tmp_path, suffix, method, threshold):
+FULL = {"threshold": -9.0, "sigmoied_threshold": 0.0}  # else 1
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "l0"])
+@every_head
+def test_full_masks_are_the_stock_model(tmp_path, suffix, method):
     built = output_capturing._CAN_RECORD_REGISTRY  # classes that can return hidden states
     built.pop(str(MaskedBertModel), None)
     torch.manual_seed(0)
-    stock = getattr(transformers, f"Bert{suffix}")(
-        transformers.BertConfig(**tiny_config, **NO_DROPOUT)
-    ).train()
+    config = transformers.BertConfig(**SIZES, **NO_DROPOUT, initializer_range=0.2)
+    stock = class_of(suffix, masked=False)(config).train()
     stock.save_pretrained(tmp_path)
-    masked = (
-        getattr(emmental, f"MaskedBert{suffix}")
-        .from_pretrained(tmp_path, pruning_method=method)
-        .train()
-    )
-    outputs = [
-        stock(**make_inputs(suffix), output_hidden_states=True, output_attentions=False),
-        masked(
-            **make_inputs(suffix),
-            output_hidden_states=True,
-            output_attentions=False,
-            threshold=threshold,
-        ),
-    ]
+    masked = class_of(suffix).from_pretrained(tmp_path, pruning_method=method).train()
+    given = make_inputs(suffix) | {"output_hidden_states": True, "output_attentions": False}
+    outputs = [stock(**given), masked(**given, threshold=FULL.get(method, 1.0))]
     assert outputs[0].keys() == outputs[1].keys()
     for name, value in outputs[0].items():
         torch.testing.assert_close(outputs[1][name], value, msg=name)
     for out in outputs:
-        (
-            out["loss"]
-            if suffix != "Model"
-            else out.last_hidden_state.pow(2).sum() + out.pooler_output.sum()
-        ).backward()
+        if suffix == "Model":
+            (out.last_hidden_state.pow(2).sum() + out.pooler_output.sum()).backward()
+        else:
+            out.loss.backward()
     compared = dict(masked.named_parameters())
     for name, parameter in stock.named_parameters():
         if "embeddings." in name:
@@ -134,33 +100,32 @@ def test_full_masks_are_the_stock_model(tiny_config, tmp_path, suffix, method, t
         )
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_outputs_are_those_of_the_masked_weights(tiny_config, method):
-    masked = make_masked(tiny_config, MaskedBertForQuestionAnswering, pruning_method=method).eval()
-    stock = transformers.BertForQuestionAnswering(transformers.BertConfig(**tiny_config)).eval()
+@every_method
+def test_outputs_are_those_of_the_masked_weights(method):
+    masked = make(method, QA)
+    stock = plain_bert()
     out = masked(**INPUTS, threshold=0.4)
-    state = {k: v for k, v in masked.state_dict().items() if not k.endswith("mask_scores")}
+    state = {key: value for key, value in masked.state_dict().items() if ".mask_" not in key}
     for name, layer in masked_layers(masked).items():
-        n, s, w = layer.weight.numel(), layer.mask_scores, layer.weight
-        mask = {
-            "topK": lambda: s >= s.flatten().sort(descending=True).values[int(0.4 * n) - 1],
-            "magnitude": lambda: (
-                w.abs() >= w.abs().flatten().sort(descending=True).values[int(0.4 * n) - 1]
-            ),
+        s, w = layer.mask_scores, layer.weight
+        values = {"magnitude": lambda: w.abs(), "platon": lambda: s * layer.mask_uncertainty}
+        values = values.get(method, lambda: s)()
+        masks = {
             "threshold": lambda: s > 0.4,
             "sigmoied_threshold": lambda: torch.sigmoid(s) > 0.4,
             "l0": lambda: (torch.sigmoid(s) * 1.2 - 0.1).clamp(0, 1),
-        }[method]()
-        state[f"{name}.weight"] = w * mask
+        }
+        largest = lambda: values >= values.flatten().sort().values[-int(0.4 * w.numel())]  # noqa: B023, E731
+        state[f"{name}.weight"] = w * masks.get(method, largest)()
     stock.load_state_dict(state)
     torch.testing.assert_close(out.start_logits, stock(**INPUTS).start_logits)
     assert masked(**INPUTS, threshold=0.4, return_dict=False)[0].equal(out.start_logits)
 
 
-def test_the_threshold_has_one_home(tiny_config, tmp_path):
+def test_the_threshold_has_one_home(tmp_path):
     with pytest.raises(ValueError, match="threshold"):
-        make_masked(tiny_config).eval()(**INPUTS)
-    model = make_masked(tiny_config, threshold=0.3).eval()
+        make()(**INPUTS)
+    model = make(threshold=0.3)
     assert model(**INPUTS).last_hidden_state.equal(model(**INPUTS, threshold=0.3).last_hidden_state)
     model(**INPUTS, threshold=0.6)
     assert model(**INPUTS).last_hidden_state.equal(model(**INPUTS, threshold=0.6).last_hidden_state)
@@ -170,29 +135,18 @@ def test_the_threshold_has_one_home(tiny_config, tmp_path):
     model.save_pretrained(tmp_path)  # as it was last used
     again = MaskedBertModel.from_pretrained(tmp_path).eval()
     assert again.config.threshold == 0.2 and again(**INPUTS).last_hidden_state.equal(wanted)
-    assert (
-        make_masked(tiny_config, pruning_method="l0")
-        .eval()(**INPUTS)
-        .last_hidden_state.isfinite()
-        .all()
-    )
-
-
-@pytest.mark.parametrize("threshold", [-0.1, 70])
-def test_fractions_are_checked(tiny_config, threshold):
-    with pytest.raises(ValueError, match="fraction"):
-        make_masked(tiny_config)(**INPUTS, threshold=threshold)
+    assert make("l0")(**INPUTS).last_hidden_state.isfinite().all()
 
 
 @pytest.mark.parametrize("wrong", [{"pruning_method": "topk"}, {"mask_init": "normal"}])
-def test_unknown_names_are_refused(tiny_config, wrong):
+def test_unknown_names_are_refused(wrong):
     with pytest.raises(ValueError, match="choose one of"):
-        make_masked(tiny_config, **wrong)
+        make(**wrong)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES[:2])
 def test_eager_and_sdpa_agree(tiny_bert, suffix):
-    cls = getattr(emmental, f"MaskedBert{suffix}")
+    cls = class_of(suffix)
     eager, sdpa = (
         cls.from_pretrained(tiny_bert, attn_implementation=name).eval()
         for name in ("eager", "sdpa")
@@ -206,19 +160,15 @@ def gradients(model, loss):
     model.zero_grad()
     torch.manual_seed(5)
     loss(model).backward()
-    return {
-        name: p.grad.clone()
-        for name, p in model.named_parameters()
-        if p.requires_grad and p.grad is not None
-    }
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("method", ["topK", "l0"])
-def test_gradient_checkpointing_changes_no_gradient(tiny_config, method):
+def test_gradient_checkpointing_changes_no_gradient(method):
     def loss(model):
         return model(**make_inputs("ForQuestionAnswering"), threshold=0.5).loss
 
-    model = make_masked(tiny_config, MaskedBertForQuestionAnswering, pruning_method=method).train()
+    model = make(method, QA).train()
     plain = gradients(model, loss)
     model.gradient_checkpointing_enable()
     assert model.base_model.encoder.layer[0].gradient_checkpointing
@@ -226,38 +176,26 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_config, method):
         torch.testing.assert_close(grad, plain[name], msg=name)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@every_method
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_masks_survive_a_change_of_dtype(tiny_config, method, dtype):
-    model = make_masked(tiny_config, pruning_method=method).eval()
+def test_masks_survive_a_change_of_dtype(method, dtype):
+    model = make(method)
     wanted = model(**INPUTS, threshold=0.5).last_hidden_state
     got = model.to(dtype)(**INPUTS, threshold=0.5).last_hidden_state
     assert got.dtype == dtype
-    assert (got.float() - wanted).norm() < (
-        1e-5 if dtype == torch.float64 else 0.15
-    ) * wanted.norm()
+    close = 1e-5 if dtype == torch.float64 else 0.15
+    assert (got.float() - wanted).norm() < close * wanted.norm()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_masks_follow_the_device(tiny_config):
-    model = make_masked(tiny_config).eval()
-    wanted = model(**INPUTS, threshold=0.5).last_hidden_state
-    got = model.cuda()(**{k: v.cuda() for k, v in INPUTS.items()}, threshold=0.5).last_hidden_state
-    torch.testing.assert_close(got.cpu(), wanted, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_copies_stand_alone(tiny_config, method):
-    model = make_masked(tiny_config, pruning_method=method).eval()
+@every_method
+def test_copies_stand_alone(method):
+    model = make(method)
     wanted = model(**INPUTS, threshold=0.5).last_hidden_state
     stream = io.BytesIO()
     torch.save(model, stream)
     stream.seek(0)
-    copies = [
-        copy.deepcopy(model),
-        pickle.loads(pickle.dumps(model)),
-        torch.load(stream, weights_only=False),
-    ]
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    copies.append(torch.load(stream, weights_only=False))
     for name, p in model.named_parameters():
         p.data = p.data.neg()
     for other in copies:
@@ -267,7 +205,7 @@ def test_copies_stand_alone(tiny_config, method):
 # --- from_pretrained ---
 
 
-@pytest.mark.parametrize("method", METHODS)
+@every_method
 @pytest.mark.parametrize(
     "mask_init, scale", [("constant", 0.0), ("constant", 2.5), ("uniform", 0.3), ("kaiming", 0.0)]
 )
@@ -277,7 +215,9 @@ def test_a_plain_bert_loads_with_fresh_scores(tiny_bert, method, mask_init, scal
     plain = load_file(tiny_bert / "model.safetensors")
     state = model.state_dict()
     scores = {key for key in state if key.endswith("mask_scores")}
-    assert state.keys() - scores == plain.keys()
+    more = {key for key in state if key.endswith(METHODS[method].state)}  # begins at 0
+    assert state.keys() - scores - more == plain.keys()
+    assert not any(state[key].any() for key in more)
     assert all(state[key].equal(value) for key, value in plain.items())
     assert len(scores) == (0 if method == "magnitude" else 12)
     for key in scores:
@@ -298,9 +238,8 @@ def test_a_plain_bert_loads_with_fresh_scores(tiny_bert, method, mask_init, scal
 def test_random_scores_obey_the_seed_and_differ_between_matrices(tiny_bert):
     def load(seed):
         torch.manual_seed(seed)
-        model = MaskedBertForQuestionAnswering.from_pretrained(
-            tiny_bert, mask_init="uniform", mask_scale=1.0
-        )
+        options = {"mask_init": "uniform", "mask_scale": 1.0}
+        model = MaskedBertForQuestionAnswering.from_pretrained(tiny_bert, **options)
         layer = model.bert.encoder.layer[0].attention.self
         return layer.query.mask_scores, layer.key.mask_scores
 
@@ -308,41 +247,27 @@ def test_random_scores_obey_the_seed_and_differ_between_matrices(tiny_bert):
     assert a.equal(c) and not a.equal(b) and not a.equal(d)
 
 
-def write_2020_checkpoint(folder, tiny_config, method="topK", drop=(), **config):
+def write_2020_checkpoint(folder, method="topK", **config):
     """What the code of 2020 saved: pickled tensors, a pooler that no head uses, few fields."""
-    model = make_masked(tiny_config, MaskedBertForQuestionAnswering, pruning_method=method)
+    model = make(method, QA)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     state["bert.embeddings.position_ids"] = torch.arange(64)[None]
-    state["bert.pooler.dense.weight"], state["bert.pooler.dense.bias"] = (
-        torch.randn(32, 32),
-        torch.randn(32),
-    )
-    torch.save(
-        {k: v for k, v in state.items() if not k.endswith(tuple(drop) or "-")},
-        folder / "pytorch_model.bin",
-    )
-    values = {
-        "architectures": ["MaskedBertForQuestionAnswering"],
-        "attention_probs_dropout_prob": 0.1,
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.1,
-        "initializer_range": 0.02,
-        "layer_norm_eps": 1e-12,
-        "mask_init": "constant",
-        "mask_scale": 0.0,
-        "model_type": "masked_bert",
-        "pad_token_id": 0,
-        "pruning_method": method,
-        "type_vocab_size": 2,
-    }
-    (folder / "config.json").write_text(json.dumps(values | tiny_config | config))
+    state["bert.pooler.dense.weight"] = torch.randn(32, 32)
+    state["bert.pooler.dense.bias"] = torch.randn(32)
+    torch.save(state, folder / "pytorch_model.bin")
+    values = {"architectures": ["MaskedBertForQuestionAnswering"], "model_type": "masked_bert"}
+    values |= {"mask_init": "constant", "mask_scale": 0.0, "pruning_method": method}
+    values |= {"attention_probs_dropout_prob": 0.1, "hidden_dropout_prob": 0.1}
+    values |= {"hidden_act": "gelu", "initializer_range": 0.02, "layer_norm_eps": 1e-12}
+    values |= {"pad_token_id": 0, "type_vocab_size": 2} | SIZES | config
+    (folder / "config.json").write_text(json.dumps(values))
     return state
 
 
 @pytest.mark.parametrize("load", ["from_pretrained", "auto", "load_model", "load_masked"])
-@pytest.mark.parametrize("method", METHODS)
-def test_a_checkpoint_of_2020_keeps_its_scores(tiny_config, tmp_path, method, load):
-    saved = write_2020_checkpoint(tmp_path, tiny_config, method)
+@every_method
+def test_a_checkpoint_of_2020_keeps_its_scores(tmp_path, method, load):
+    saved = write_2020_checkpoint(tmp_path, method)
     model = {
         "from_pretrained": MaskedBertForQuestionAnswering.from_pretrained,
         "auto": transformers.AutoModelForQuestionAnswering.from_pretrained,
@@ -360,29 +285,21 @@ def test_a_checkpoint_of_2020_keeps_its_scores(tiny_config, tmp_path, method, lo
     assert not model.bert.embeddings.word_embeddings.weight.requires_grad
 
 
-def test_a_masked_head_loads_into_the_base_model(tiny_config, tmp_path):
-    saved = write_2020_checkpoint(tmp_path, tiny_config)
+def test_a_masked_head_loads_into_the_base_model(tmp_path):
+    saved = write_2020_checkpoint(tmp_path)
     state = MaskedBertModel.from_pretrained(tmp_path).state_dict()
     assert all(state[key].equal(saved[f"bert.{key}"]) for key in state)
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("method", METHODS)
-def test_round_trip(tiny_config, tmp_path, suffix, method):
-    model = make_masked(
-        tiny_config, getattr(emmental, f"MaskedBert{suffix}"), pruning_method=method, threshold=0.5
-    ).eval()
+@every_head
+@every_method
+def test_round_trip(tmp_path, suffix, method):
+    model = make(method, suffix, threshold=0.5)
     wanted = model(**make_inputs(suffix))
     model.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert (config["model_type"], config["pruning_method"], config["threshold"]) == (
-        "masked_bert",
-        method,
-        0.5,
-    )
-    auto = (
-        transformers.AutoModel if suffix == "Model" else getattr(transformers, f"AutoModel{suffix}")
-    )
+    wanted_config = {"model_type": "masked_bert", "pruning_method": method, "threshold": 0.5}
+    assert wanted_config.items() <= tiny.read(tmp_path / "config.json").items()
+    auto = getattr(transformers, f"AutoModel{suffix.removeprefix('Model')}")
     for cls in (type(model), auto):
         again = cls.from_pretrained(tmp_path)
         assert type(again) is type(model)
@@ -393,7 +310,7 @@ def test_round_trip(tiny_config, tmp_path, suffix, method):
             torch.testing.assert_close(got[name], wanted[name])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@every_method
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_scores_stay_float32_in_half_precision(tiny_bert, dtype, method):
     kwargs = {"pruning_method": method, "mask_init": "constant", "mask_scale": 1.2345678}
@@ -410,30 +327,24 @@ def test_scores_stay_float32_in_half_precision(tiny_bert, dtype, method):
 
 
 @pytest.mark.parametrize("source", ["safetensors", "2020"])
-def test_trained_scores_are_not_rounded_in_half_precision(tiny_config, tmp_path, source):
+def test_trained_scores_are_not_rounded_in_half_precision(tmp_path, source):
     if source == "2020":
-        saved = write_2020_checkpoint(tmp_path, tiny_config)
+        saved = write_2020_checkpoint(tmp_path)
     else:
-        model = make_masked(tiny_config, MaskedBertForQuestionAnswering)
+        model = make(suffix=QA)
         model.save_pretrained(tmp_path)
         saved = model.state_dict()
-    state = MaskedBertForQuestionAnswering.from_pretrained(
-        tmp_path, dtype=torch.bfloat16
-    ).state_dict()
-    for key, value in state.items():
-        assert value.equal(saved[key] if key.endswith("mask_scores") else saved[key].bfloat16()), (
-            key
-        )
+    model = MaskedBertForQuestionAnswering.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for key, value in model.state_dict().items():
+        assert value.equal(saved[key] if key.endswith("mask_scores") else saved[key].bfloat16())
 
 
-def test_auto_config_and_tokenizer(tiny_bert, tiny_config, tmp_path):
-    MaskedBertConfig(**tiny_config, threshold=0.1, global_topk=True).save_pretrained(tmp_path)
+def test_auto_config_and_tokenizer(tiny_bert, tmp_path):
+    MaskedBertConfig(**SIZES, threshold=0.1, global_topk=True).save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes((tiny_bert / "tokenizer.json").read_bytes())
     config = transformers.AutoConfig.from_pretrained(tmp_path)
-    assert type(config) is MaskedBertConfig and (config.threshold, config.global_topk) == (
-        0.1,
-        True,
-    )
+    assert type(config) is MaskedBertConfig
+    assert (config.threshold, config.global_topk) == (0.1, True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.is_fast and tokenizer("ada lives").input_ids
 
@@ -451,20 +362,14 @@ def rewrite(source, target, change):
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         if (source / file).exists():
             (target / file).write_bytes((source / file).read_bytes())
-    save_file(
-        change(load_file(source / "model.safetensors")),
-        target / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    tensors = change(load_file(source / "model.safetensors"))
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
     return target
 
 
 @pytest.fixture
-def pruned(tiny_config, tmp_path):
-    make_masked(tiny_config, MaskedBertForQuestionAnswering, threshold=0.3).save_pretrained(
-        tmp_path / "pruned"
-    )
-    return tmp_path / "pruned"
+def pruned(tmp_path):
+    return tiny.save(make(suffix=QA, threshold=0.3), tmp_path / "pruned")
 
 
 def test_load_model_of_a_plain_bert(tiny_bert):
@@ -496,20 +401,13 @@ MNLI = ["contradiction", "entailment", "neutral"]
     ],
 )
 def test_the_labels_of_a_teacher_take_the_order_of_the_student(
-    tiny_config, tmp_path, tiny_tokenizer, names, theirs, order
+    tmp_path, tiny_tokenizer, names, theirs, order
 ):
-    config = transformers.BertConfig(**tiny_config, id2label=dict(enumerate(names)))
-    student = transformers.BertForSequenceClassification(config)
-    config = transformers.BertConfig(**tiny_config, id2label=dict(enumerate(theirs)))
-    stored = transformers.BertForSequenceClassification(config).eval()
+    head = "SequenceClassification"
+    student, stored = (plain_bert(head, id2label=dict(enumerate(x))) for x in (names, theirs))
     stored.save_pretrained(tmp_path)
-    teacher = load_teacher(
-        str(tmp_path),
-        "SequenceClassification",
-        masked=False,
-        student=student,
-        tokenizer=tiny_tokenizer,
-    )
+    options = {"masked": False, "student": student, "tokenizer": tiny_tokenizer}
+    teacher = load_teacher(str(tmp_path), head, **options)
     assert list(teacher.config.id2label.values()) == names
     torch.testing.assert_close(teacher(**INPUTS).logits, stored(**INPUTS).logits[:, order])
 
@@ -526,20 +424,14 @@ BODY = "bert.encoder.layer.1.output.dense.weight"
 SCORES = "bert.encoder.layer.1.output.dense.mask_scores"
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (drop_key(BODY), BODY),
-        (halve_key(BODY), BODY),
-        (drop_key(SCORES), SCORES),
-        (halve_key(SCORES), SCORES),
-        (drop_key("bert.embeddings.LayerNorm.weight"), "bert.embeddings.LayerNorm.weight"),
-        (drop_key("qa_outputs.weight"), "qa_outputs.weight"),
-    ],
-)
-def test_gaps_in_a_checkpoint_are_refused(pruned, tmp_path, change, message):
-    with pytest.raises(UserError, match=message):
-        load_masked(str(rewrite(pruned, tmp_path / "broken", change)))
+@pytest.mark.parametrize("change, key", [
+    *((change, key) for change in (drop_key, halve_key) for key in (BODY, SCORES)),
+    (drop_key, "bert.embeddings.LayerNorm.weight"),
+    (drop_key, "qa_outputs.weight"),
+])  # fmt: skip
+def test_gaps_in_a_checkpoint_are_refused(pruned, tmp_path, change, key):
+    with pytest.raises(UserError, match=key):
+        load_masked(str(rewrite(pruned, tmp_path / "broken", change(key))))
 
 
 FOREIGN = {  # what a checkpoint may hold that the model does not compute
@@ -571,9 +463,8 @@ def holding(tmp_path):
     def write(source, *things):
         weights = {name: value for name, value in things if torch.is_tensor(value)}
         folder = rewrite(source, tmp_path / "holding", lambda state: state | weights)
-        config = json.loads((folder / "config.json").read_text())
-        config |= {name: value for name, value in things if not torch.is_tensor(value)}
-        (folder / "config.json").write_text(json.dumps(config))
+        settings = {name: value for name, value in things if not torch.is_tensor(value)}
+        tiny.edit(folder / "config.json", **settings)
         return folder
 
     return write
@@ -599,8 +490,8 @@ def test_what_a_model_does_not_compute_is_refused_or_said(
         load_masked(str(holding(pruned, (name, FOREIGN[name]))))
 
 
-def test_extra_weights_of_a_base_model_are_said(tiny_config, tmp_path, caplog):
-    transformers.BertModel(transformers.BertConfig(**tiny_config)).save_pretrained(tmp_path)
+def test_extra_weights_of_a_base_model_are_said(tmp_path, caplog):
+    plain_bert(head="").save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")  # without the prefix of a model with a head
     state["encoder.layer.0.adapter.weight"] = torch.zeros(4)
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
@@ -631,43 +522,31 @@ def test_harmless_extras_pass(tiny_bert, pruned, holding, tmp_path, caplog):
     load_qa(pruned, trained=True, pruning_method="magnitude")  # it leaves the scores
     (line,) = warned(caplog)
     assert "pruning_method magnitude contradicts topK" in line
-    config = json.loads((pruned / "config.json").read_text()) | {"model_type": "bert"}
-    (pruned / "config.json").write_text(json.dumps(config))
+    tiny.edit(pruned / "config.json", model_type="bert")
     with pytest.raises(UserError, match="mask_scores"):  # the dense weights are not the model
         load_qa(pruned, masked=False, trained=True)
 
 
 @pytest.mark.parametrize("change", [drop_key, halve_key])
-def test_a_head_that_uses_the_pooler_needs_it(tiny_config, tmp_path, change):
-    model = make_masked(tiny_config, emmental.MaskedBertForSequenceClassification, threshold=0.3)
-    model.save_pretrained(tmp_path / "whole")
-    with pytest.raises(UserError, match="bert.pooler.dense.weight"):
-        load_masked(
-            str(
-                rewrite(tmp_path / "whole", tmp_path / "broken", change("bert.pooler.dense.weight"))
-            )
-        )
+def test_a_head_that_uses_the_pooler_needs_it(tmp_path, change):
+    whole = make(suffix="ForSequenceClassification", threshold=0.3)
+    whole, key = tiny.save(whole, tmp_path / "whole"), "bert.pooler.dense.weight"
+    with pytest.raises(UserError, match=key):
+        load_masked(str(rewrite(whole, tmp_path / "broken", change(key))))
 
 
 def test_loading_refuses_the_wrong_kind(tiny_bert, pruned, tmp_path):
-    with pytest.raises(UserError, match="no usable checkpoint"):
-        load_qa(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="masked_bert"):
-        load_qa(pruned, masked=False)
-    with pytest.raises(UserError, match="without masks"):
-        load_qa(tiny_bert, trained=True)
-    with pytest.raises(UserError, match="without masks"):
-        load_masked(str(tiny_bert))
-    with pytest.raises(UserError, match="scores"):
-        load_masked(
-            str(
-                rewrite(
-                    pruned,
-                    tmp_path / "bare",
-                    lambda s: {k: v for k, v in s.items() if "mask" not in k},
-                )
-            )
-        )
+    without = lambda state: {k: v for k, v in state.items() if "mask" not in k}  # noqa: E731
+    bare = rewrite(pruned, tmp_path / "bare", without)
+    for load, said in (
+        (lambda: load_qa(tmp_path / "nowhere"), "no usable checkpoint"),
+        (lambda: load_qa(pruned, masked=False), "masked_bert"),
+        (lambda: load_qa(tiny_bert, trained=True), "without masks"),
+        (lambda: load_masked(str(tiny_bert)), "without masks"),
+        (lambda: load_masked(str(bare)), "scores"),
+    ):
+        with pytest.raises(UserError, match=said):
+            load()
 
 
 @pytest.mark.parametrize("content", [b"", b"\x08\x00\x00\x00\x00\x00\x00\x00{", b"not a model"])
@@ -683,14 +562,12 @@ class Exploit:
         return (exec, ("import builtins; builtins.was_run = True",))
 
 
-def test_no_code_in_a_checkpoint_is_run(tiny_config, tmp_path):
+def test_no_code_in_a_checkpoint_is_run(tmp_path):
     import builtins
 
-    write_2020_checkpoint(tmp_path, tiny_config)
-    torch.save(
-        {"qa_outputs.weight": Exploit(), "padding": torch.zeros(10**6)},
-        tmp_path / "pytorch_model.bin",
-    )
+    write_2020_checkpoint(tmp_path)
+    content = {"qa_outputs.weight": Exploit(), "padding": torch.zeros(10**6)}
+    torch.save(content, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="cannot load"):
         load_qa(tmp_path)
     assert not hasattr(builtins, "was_run")
@@ -707,9 +584,8 @@ def test_load_masked_reads_the_config(pruned, caplog):
 def test_load_masked_warns_of_a_contradiction(pruned, caplog):
     with caplog.at_level(logging.WARNING):
         model = load_masked(str(pruned), pruning_method="topK", threshold=0.6)
-    assert find_masks(model).by_layer["bert.encoder.layer.0.output.dense"].sum() == int(
-        0.6 * 32 * 64
-    )
+    mask = find_masks(model).by_layer["bert.encoder.layer.0.output.dense"]
+    assert mask.sum() == int(0.6 * 32 * 64)
     assert [r.getMessage() for r in caplog.records if "contradicts" in r.getMessage()]
     assert "threshold" in caplog.text and "pruning_method" not in caplog.text
 
@@ -735,16 +611,16 @@ def test_training_keeps_scores_or_starts_them_afresh(pruned, caplog, given):
     assert counted[SCORES].equal(saved[SCORES])
 
 
-def test_load_masked_needs_a_threshold(tiny_config, tmp_path):
-    write_2020_checkpoint(tmp_path, tiny_config)
+def test_load_masked_needs_a_threshold(tmp_path):
+    write_2020_checkpoint(tmp_path)
     with pytest.raises(UserError, match="does not record the threshold"):
         load_masked(str(tmp_path))
     with pytest.raises(UserError, match="fraction"):
         load_masked(str(tmp_path), threshold=15)
 
 
-def test_load_masked_refuses_unknown_values(tiny_config, tmp_path):
-    write_2020_checkpoint(tmp_path, tiny_config, pruning_method="topk", threshold=0.5)
+def test_load_masked_refuses_unknown_values(tmp_path):
+    write_2020_checkpoint(tmp_path, pruning_method="topk", threshold=0.5)
     with pytest.raises(UserError, match="topk"):
         load_masked(str(tmp_path))
     with pytest.raises(UserError, match="global_topk"):
@@ -754,42 +630,36 @@ def test_load_masked_refuses_unknown_values(tiny_config, tmp_path):
 # --- one encoder, and the stock signature ---
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_the_signature_is_the_stock_one_and_threshold(tiny_config, suffix):
-    stock = inspect.signature(getattr(transformers, f"Bert{suffix}").forward).parameters
-    ours = inspect.signature(getattr(emmental, f"MaskedBert{suffix}").forward).parameters
+@every_head
+def test_the_signature_is_the_stock_one_and_threshold(suffix):
+    stock = inspect.signature(class_of(suffix, masked=False).forward).parameters
+    ours = inspect.signature(class_of(suffix).forward).parameters
     assert [name for name in ours if name != "threshold"] == list(stock)
-    assert (
-        ours["threshold"].default is None
-        and ours["threshold"].kind is inspect.Parameter.KEYWORD_ONLY
-    )
-    model = make_masked(tiny_config, getattr(emmental, f"MaskedBert{suffix}"), threshold=0.4).eval()
+    assert ours["threshold"].default is None
+    assert ours["threshold"].kind is inspect.Parameter.KEYWORD_ONLY
+    model = make(suffix=suffix, threshold=0.4)
     inputs = {name: value for name, value in make_inputs(suffix).items() if name in INPUTS}
     wanted = model(**inputs)[0]
-    torch.testing.assert_close(
-        model(*inputs.values())[0], wanted
-    )  # in the order of the stock model
-    ids = inputs.pop("input_ids")
-    embeds = model.base_model.embeddings.word_embeddings(ids.reshape(-1, ids.shape[-1])).reshape(
-        *ids.shape, -1
-    )
+    found = model(*inputs.values())[0]  # in the order of the stock model
+    torch.testing.assert_close(found, wanted)
+    embeds = model.base_model.embeddings.word_embeddings(inputs.pop("input_ids"))
     torch.testing.assert_close(model(inputs_embeds=embeds, **inputs)[0], wanted)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES[1:])
-def test_a_head_builds_one_encoder(tiny_config, suffix, monkeypatch):
+def test_a_head_builds_one_encoder(suffix, monkeypatch):
     built = []
     encoder = transformers.models.bert.modeling_bert.BertEncoder
     init = encoder.__init__
     monkeypatch.setattr(encoder, "__init__", lambda *args: built.append(1) or init(*args))
-    model = make_masked(tiny_config, getattr(emmental, f"MaskedBert{suffix}"))
+    model = make(suffix=suffix)
     assert len(built) == 1 and type(model.bert) is MaskedBertModel
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@every_head
 def test_what_a_checkpoint_lacks_is_initialised_and_nothing_else(tiny_bert, tmp_path, suffix):
     """transformers uses the inner model's class; a stock class would not initialize the scores."""
-    cls = getattr(emmental, f"MaskedBert{suffix}")
+    cls = class_of(suffix)
     plain = load_file(tiny_bert / "model.safetensors")
     for seed in range(3):
         torch.manual_seed(seed)
