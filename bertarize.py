@@ -13,12 +13,11 @@ checkpoint's config.json says which method and threshold it was trained with; ch
 from argparse import Namespace
 from pathlib import Path
 
-import transformers
 from transformers import PreTrainedModel
 
 from emmental.card import CARD_FILE, derived_card, push_to_hub, read_card
 from emmental.errors import UserError, one_line_errors
-from emmental.export import bertarized_config, bertarized_state_dict, plain_percents
+from emmental.export import bertarize, plain_percents
 from emmental.families import is_masked
 from emmental.files import write_folder, write_text
 from emmental.inference import compacted
@@ -76,11 +75,7 @@ def load_plain(args: Namespace) -> PreTrainedModel:
             if given:
                 raise UserError(f"{source} has no masks: leave out {', '.join(given)}")
             return load_model(source, head_of(source, values), masked=False, trained=True)
-    masked = load_masked(source, **masks)
-    plain_class = getattr(transformers, type(masked).__name__.removeprefix("Masked"))
-    plain = plain_class(bertarized_config(masked.config)).eval()
-    plain.load_state_dict(bertarized_state_dict(masked))
-    return plain
+    return bertarize(load_masked(source, **masks))
 
 
 def drop(model: PreTrainedModel) -> PreTrainedModel:

@@ -22,7 +22,7 @@ from pathlib import Path
 from emmental import coding, storage
 from emmental.data.glue_tasks import CUSTOM, CUSTOM_ARGUMENTS
 from emmental.errors import UserError, one_line_errors
-from emmental.families import family_of, is_masked
+from emmental.families import is_masked, prefix_of
 from emmental.files import write_json
 from emmental.loading import advising, read_config
 from emmental.tokenizer import VOCABULARIES
@@ -103,7 +103,7 @@ def print_info(packed: storage.Packed, report: dict) -> None:
             for name in ("dense", "packed", "entropy")
         )
         print(f"{part:<18}{dense:>15}{size:>10}{entropy:>10}")
-    encoder = f"{packed.model_class.base_model_prefix}.{family_of(packed.config).encoder}."
+    encoder = prefix_of(packed.model_class, "encoder")
     if all(row["remaining"] == 1 for row in matrices if row["name"].startswith(encoder)):
         print("\nNo matrix of the encoder is sparse: packing saves nothing beyond its precision.")
 

@@ -5,23 +5,16 @@ import inspect
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedModel
 
 from .configs import read_config
 from .errors import UserError, first_line
-from .families import FAMILIES, stock_type
-
-
-def prefix_of(model_class: type[PreTrainedModel]) -> str:
-    """What the names of the embeddings' tensors start with, in a class with a head."""
-    family = FAMILIES[stock_type(model_class.config_class.model_type)]
-    return f"{model_class.base_model_prefix}.{family.embeddings}."
+from .families import FAMILIES, class_of, prefix_of, stock_type
 
 
 def base_embeddings(name_or_path: str) -> dict[str, Tensor]:
     """The embeddings of any model, by their names in one with a head. Raises UserError."""
     model_type = stock_type(read_config(name_or_path)["model_type"])
-    base = MODEL_MAPPING[CONFIG_MAPPING[model_type]]
+    base = class_of(model_type)
     has_pooler = "add_pooling_layer" in inspect.signature(base).parameters
     options = {"add_pooling_layer": False} if has_pooler else {}
     try:

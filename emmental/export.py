@@ -4,9 +4,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from .families import COMPACT, encoder_of, family_of, layers_of, stock_type
+from .families import COMPACT, encoder_of, family_of, layers_of, stock_class, stock_type
 from .modeling_masked import mask_fields
 from .modules.lists import apply_masks
 from .modules.masks import Masks, count, find_masks, masked_layers
@@ -177,6 +177,22 @@ def bertarized_state_dict(model: nn.Module, masks: Masks | None = None) -> dict[
         mask = layer.expand(masks.by_layer[name])
         state[f"{name}.weight"] = apply_masks([layer.weight], [mask])[0]
     return state
+
+
+def bertarize(model: PreTrainedModel, masks: Masks | None = None) -> PreTrainedModel:
+    """The plain model with the outputs of a masked one, with any head, on the same device.
+
+    masks: see `bertarized_state_dict`. A plain model is returned as it is.
+    """
+    if not masked_layers(model):
+        return model
+    config, state = bertarized_config(model.config), bertarized_state_dict(model, masks)
+    plain = stock_class(type(model)).from_pretrained(
+        None, config=config, state_dict=state, dtype=model.dtype
+    )
+    if getattr(model, "pooler", True) is None:
+        plain.pooler = None
+    return plain.to(model.device).train(model.training)
 
 
 def bertarized_config(config: PreTrainedConfig) -> PreTrainedConfig:

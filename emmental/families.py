@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from .modules.granularity import Block, Columns, Rows, Weight, find_granularity
 from .modules.masked_nn import MaskedLinear, drop_masked_weights, make_masked_weights
@@ -123,6 +123,28 @@ def stock_type(model_type: str) -> str:
     return model_type.removeprefix(prefix)
 
 
+def class_of(model_type: str, head: str = "") -> type[PreTrainedModel] | None:
+    """The class of a stock, masked or compact model with a head of `HEADS`, or the base model.
+
+    None if there is none.
+    """
+    if model_type not in CONFIG_MAPPING:
+        return None
+    auto = getattr(transformers, f"AutoModelFor{head}" if head else "AutoModel")
+    return auto._model_mapping.get(CONFIG_MAPPING[model_type], None)
+
+
+def stock_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class of transformers that a masked class, or one derived from it, is made from."""
+    return next(kind for kind in model_class.__mro__ if kind.__module__.startswith("transformers."))
+
+
+def prefix_of(model_class: type[PreTrainedModel], part: str = "embeddings") -> str:
+    """How the names of the tensors of a `Family`'s part start in a class with a head."""
+    family = FAMILIES[stock_type(model_class.config_class.model_type)]
+    return f"{model_class.base_model_prefix}.{getattr(family, part)}."
+
+
 def family_of(config: PreTrainedConfig) -> Family:
     """The family of a stock, masked or compact model, by its configuration."""
     return FAMILIES[stock_type(config.model_type)]
@@ -144,7 +166,7 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 def register(config_class: type[PreTrainedConfig], model_classes: Iterable[type]) -> None:
     """Have the Auto classes load the base model and the heads of a configuration."""
-    stock = transformers.CONFIG_MAPPING[stock_type(config_class.model_type)]
+    stock = CONFIG_MAPPING[stock_type(config_class.model_type)]
     transformers.AutoConfig.register(config_class.model_type, config_class)
     transformers.AutoTokenizer.register(config_class, transformers.TOKENIZER_MAPPING[stock])
     for model_class in model_classes:

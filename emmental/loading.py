@@ -11,12 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from .configs import head_of, read_config, refuse_or_warn, saved_head, without_foreign
 from .errors import UserError, first_line
-from .families import COMPACT, MASKED, is_masked, stock_type
+from .families import COMPACT, MASKED, class_of, is_masked, stock_type
 from .labels import align_labels, checkpoint_labels, head_linear, label_settings
 from .modules.masks import find_masks, masked_layers
 from .modules.methods import METHODS, score_suffixes
@@ -86,14 +85,15 @@ def load_model(
     values = {name: value for name, value in values.items() if name not in DECIDED}
     masks, other_scores = _mask_settings(recorded, overrides, trained)
     values |= masks | label_settings(labels)
+    model_class = class_of(model_type, head)
+    if not model_class:
+        raise UserError(f"{source}: there is no {head} head for {stock_type(model_type)}")
     try:
-        config = CONFIG_MAPPING[model_type].from_dict(values)
-        model, info = getattr(transformers, f"AutoModelFor{head}").from_pretrained(
+        model, info = model_class.from_pretrained(
             source,
-            config=config,
+            config=CONFIG_MAPPING[model_type].from_dict(values),
             cache_dir=cache_dir,
             dtype=torch.float32,
-            trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # `_check_weights` reports them
         )

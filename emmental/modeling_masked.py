@@ -29,9 +29,9 @@ and likewise for each further head.
 
 from dataclasses import dataclass, fields
 
-import transformers
+from transformers import CONFIG_MAPPING
 
-from .families import FAMILIES, HEADS, MASKED, MaskedHead, MaskedModel, register
+from .families import FAMILIES, HEADS, MASKED, MaskedHead, MaskedModel, class_of, register
 from .modules.methods import all_settings
 
 
@@ -69,14 +69,13 @@ def make_masked(model_type: str) -> dict[str, type]:
 
     They are attributes of this module, where pickles look for them.
     """
-    stock = transformers.CONFIG_MAPPING[model_type]
-    config = _derive(MaskSettings, stock, model_type=MASKED + model_type)
-    stock = transformers.MODEL_MAPPING[stock]
+    config = _derive(MaskSettings, CONFIG_MAPPING[model_type], model_type=MASKED + model_type)
+    stock = class_of(model_type)
     base = _derive(MaskedModel, stock, config_class=config)
     unused = rf"^{stock.base_model_prefix}\.pooler\."  # in checkpoints of the 2020 code
     models = [base]
     for head in HEADS:
-        stock_head = getattr(transformers, f"{stock.__name__.removesuffix('Model')}For{head}", None)
+        stock_head = class_of(model_type, head)
         if stock_head:
             ignored = [*(stock_head._keys_to_ignore_on_load_unexpected or ()), unused]
             own = {"masked_base": base, "_keys_to_ignore_on_load_unexpected": ignored}

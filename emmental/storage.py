@@ -35,23 +35,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from scipy.sparse import csr_array
 from torch import Tensor
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_MAPPING,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from . import coding, modeling_bert_compact
+from . import coding
 from .card import CARD_FILE, derived_card, read_card
 from .embeddings import base_embeddings, digest_of, prefix_of
 from .errors import UserError, first_line
-from .export import bertarized_config, bertarized_state_dict
-from .families import COMPACT, FAMILIES, HEADS, family_of, is_masked, stock_type
+from .export import bertarize
+from .families import FAMILIES, HEADS, class_of, family_of, is_masked, stock_type
 from .files import write_file, write_folder
 from .inference import sparse_model, sparsify
 from .loading import head_of, load_masked, load_model, read_config
@@ -82,10 +75,9 @@ class Packed:
         """Raises ValueError unless the family of the configuration has a class of that name."""
         name, kind = self.header["architecture"], self.header["config"]["model_type"]
         if stock_type(kind) in FAMILIES and not is_masked(kind):
-            stem = MODEL_MAPPING[CONFIG_MAPPING[kind]].__name__.removesuffix("Model")
-            if name in {f"{stem}For{head}" for head in HEADS}:
-                module = modeling_bert_compact if kind.startswith(COMPACT) else transformers
-                return getattr(module, name)
+            for model_class in (class_of(kind, head) for head in HEADS):
+                if model_class and model_class.__name__ == name:
+                    return model_class
         raise ValueError(f"unknown architecture {name!r} of type {kind!r}")
 
     @property
@@ -192,13 +184,10 @@ def load_plain(
     """
     values = read_config(checkpoint)
     if is_masked(values["model_type"]):
-        model = load_masked(checkpoint, pruning_method, threshold, global_topk)
-        model_class = getattr(transformers, type(model).__name__.removeprefix("Masked"))
-        config, state = bertarized_config(model.config), bertarized_state_dict(model)
+        model = bertarize(load_masked(checkpoint, pruning_method, threshold, global_topk))
     else:
         model = load_model(checkpoint, head_of(checkpoint, values), masked=False, trained=True)
-        model_class, config, state = type(model), model.config, model.state_dict()
-    return model_class, config, {name: tensor.detach() for name, tensor in state.items()}
+    return type(model), model.config, model.state_dict()
 
 
 def _encode_files(
@@ -320,7 +309,7 @@ def load_packed(file: str, base_model: str | None = None, sparse: bool = False) 
     family, model_class = family_of(packed.config), packed.model_class
     state = _fetch_embeddings(packed, base_model)
     if sparse and family.norms:
-        layers = f"{model_class.base_model_prefix}.{family.layers}."
+        layers = prefix_of(model_class, "layers")
         for entry, parts in packed.tensors(coding.decode_sparse):
             in_layers = entry["name"].startswith(layers)
             state[entry["name"]] = _tensor(entry, *parts, sparse=in_layers)

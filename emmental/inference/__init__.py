@@ -15,17 +15,15 @@ import copy
 import logging
 
 import torch
-import transformers
 from scipy.sparse import csr_array
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import UserError
-from ..export import bertarized_config, bertarized_state_dict
-from ..families import FAMILIES, encoder_of, family_of, layers_of, stock_type
+from ..export import bertarize
+from ..families import FAMILIES, encoder_of, family_of, layers_of, prefix_of, stock_type
 from ..modeling_bert_compact import Bias
 from ..modules.masked_nn import MaskedLinear
-from ..modules.masks import masked_layers
 from .compaction import (
     Affine,
     Fetch,
@@ -73,7 +71,7 @@ def sparsify(
         raise ValueError(f"kernel {kernel!r} cannot be used: {unfit}; choose auto or compact")
     if unfit:
         logger.warning("%s: %s", unfit, instead)
-    model = _plain(model)
+    model = bertarize(model)
     encoder = encoder_of(model)
     left = density(encoder)
     if left > PRUNED:
@@ -108,7 +106,7 @@ def sparse_model(
     """
     backend = _backend(kernel)
     family = family_of(config)
-    prefix = f"{model_class.base_model_prefix}.{family.layers}."
+    prefix = prefix_of(model_class, "layers")
     whole = [config.num_attention_heads] * config.num_hidden_layers
     layers = []
     for number, heads in enumerate(getattr(config, "layer_heads", whole)):
@@ -164,20 +162,6 @@ def _unfit(model: PreTrainedModel) -> tuple[str, str]:
     if model.training:
         return "the model is in training mode, for which there are no sparse kernels", instead
     return "", instead
-
-
-def _plain(model: PreTrainedModel) -> PreTrainedModel:
-    """The bertarized form of a masked model; a plain model is returned as it is."""
-    if not masked_layers(model):
-        return model
-    names = (kind.__name__.removeprefix("Masked") for kind in type(model).__mro__)
-    plain_class = next(getattr(transformers, name) for name in names if hasattr(transformers, name))
-    config = bertarized_config(model.config)
-    state = {name: tensor.detach() for name, tensor in bertarized_state_dict(model).items()}
-    plain = plain_class.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
-    if getattr(model, "pooler", True) is None:
-        plain.pooler = None
-    return plain.to(model.device).train(model.training)
 
 
 def _backend(kernel: str) -> type[Native] | type[Library]:

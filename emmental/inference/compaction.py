@@ -27,7 +27,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
 from .. import modeling_bert_compact as compact_bert
-from ..families import Family, family_of, layers_of, stock_type
+from ..families import COMPACT, HEADS, Family, class_of, family_of, layers_of, stock_type
 
 MULTIPLE = 8  # compacted dense matrices have multiples of this size, which fast products need
 
@@ -215,10 +215,12 @@ def compacted(model: PreTrainedModel) -> PreTrainedModel:
     Unlike the result of `compact_model` it can be saved. `model` is not changed. Raises ValueError
     for another architecture.
     """
-    name = f"Compact{type(model).__name__.removeprefix('Compact')}"
-    compact_class = getattr(compact_bert, name, None)
+    kind = stock_type(model.config.model_type)
+    compact_class = None
+    for head in ("", *HEADS):
+        if type(model) is class_of(model.config.model_type, head):
+            compact_class = class_of(COMPACT + kind, head)
     if compact_class is None or getattr(model.config, "is_decoder", False):
-        kind = stock_type(model.config.model_type)
         raise ValueError(
             f"{type(model).__name__} ({kind}) has no compact form: give a plain BERT with the head "
             "of a task"
