@@ -61,25 +61,18 @@ def test_magnitude_ranks_absolute_weights(kind, fraction):
 def test_topk_takes_a_transposed_matrix_as_its_contiguous_copy():
     scores = make_scores("transposed")
     assert not scores.is_contiguous()
-    assert torch.equal(
-        TopKBinarizer.apply(scores, 0.4), TopKBinarizer.apply(scores.contiguous(), 0.4)
-    )
+    wanted = TopKBinarizer.apply(scores.contiguous(), 0.4)
+    assert torch.equal(TopKBinarizer.apply(scores, 0.4), wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["distinct", "ties", "constant", "transposed", "strided"])
 def test_accelerators_select_as_the_cpu_does(kind, dtype, monkeypatch):
-    values = [
-        make_scores(kind, dtype),
-        make_scores(kind, dtype) - 1,
-        make_scores("distinct", dtype)[:5],
-    ]
-    counts = [60, 60, 7]
-    stacks = []
-    kth_largest = selection.kth_largest
-    monkeypatch.setattr(
-        selection, "kth_largest", lambda x, n: stacks.append(len(x)) or kth_largest(x, n)
-    )
+    values = [make_scores(kind, dtype), make_scores(kind, dtype) - 1]
+    values.append(make_scores("distinct", dtype)[:5])
+    counts, stacks, kth_largest = [60, 60, 7], [], selection.kth_largest
+    note = lambda x, n: stacks.append(len(x)) or kth_largest(x, n)  # noqa: E731
+    monkeypatch.setattr(selection, "kth_largest", note)
     with monkeypatch.context() as on_an_accelerator:
         on_an_accelerator.setattr(lists, "ONE_BY_ONE", set())
         for absolute in (False, True):
@@ -116,23 +109,12 @@ def large_scores(kind):
     return scores
 
 
+LARGE = """distinct,small integers,constant,two values,sorted,reversed,misleading,heavy tails,
+infinite,transposed,half""".replace("\n", "").split(",")
+
+
 @pytest.mark.parametrize("absolute", [False, True])
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "distinct",
-        "small integers",
-        "constant",
-        "two values",
-        "sorted",
-        "reversed",
-        "misleading",
-        "heavy tails",
-        "infinite",
-        "transposed",
-        "half",
-    ],
-)
+@pytest.mark.parametrize("kind", LARGE)
 def test_selection_from_a_sample_is_a_stable_sort(kind, absolute):
     scores = large_scores(kind)
     scores = scores.abs() if absolute else scores
@@ -144,9 +126,8 @@ def test_selection_from_a_sample_is_a_stable_sort(kind, absolute):
 
 
 def test_threads_change_no_mask():
-    scores = [
-        large_scores(kind) for kind in ("distinct", "small integers", "misleading", "transposed")
-    ]
+    kinds = ("distinct", "small integers", "misleading", "transposed")
+    scores = [large_scores(kind) for kind in kinds]
     counts = [12_000, 60_000, 600, 119_000]
     threads = torch.get_num_threads()
     try:
@@ -164,9 +145,8 @@ def test_threads_change_no_mask():
 @pytest.mark.parametrize("fraction", FRACTIONS)
 def test_gpu_masks_equal_cpu_masks(kind, fraction):
     scores = make_scores(kind)
-    assert torch.equal(
-        TopKBinarizer.apply(scores.cuda(), fraction).cpu(), TopKBinarizer.apply(scores, fraction)
-    )
+    found = TopKBinarizer.apply(scores.cuda(), fraction).cpu()
+    assert torch.equal(found, TopKBinarizer.apply(scores, fraction))
 
 
 @pytest.mark.parametrize("cutoff", [-0.5, 0.0, 0.3, 1.2])
@@ -196,23 +176,19 @@ def test_threshold_floor_of_tied_scores_is_exact():
 
 
 def test_threshold_zero_of_soft_movement_keeps_all():
-    assert ThresholdBinarizer.apply(torch.tensor([[-80.0, 0.0, 80.0]]), 0.0, True).tolist() == [
-        [1.0, 1.0, 1.0]
-    ]
+    scores = torch.tensor([[-80.0, 0.0, 80.0]])
+    assert ThresholdBinarizer.apply(scores, 0.0, True).tolist() == [[1.0, 1.0, 1.0]]
 
 
-@pytest.mark.parametrize(
-    "binarize",
-    [
-        lambda s: TopKBinarizer.apply(s, 0.3),
-        lambda s: ThresholdBinarizer.apply(s, 0.2, False),
-        lambda s: ThresholdBinarizer.apply(s, 0.6, True),
-    ],
-)
-def test_gradients_go_straight_through(binarize):
+@pytest.mark.parametrize("binarize, settings", [
+    (TopKBinarizer.apply, [0.3]),
+    (ThresholdBinarizer.apply, [0.2, False]),
+    (ThresholdBinarizer.apply, [0.6, True]),
+])  # fmt: skip
+def test_gradients_go_straight_through(binarize, settings):
     scores = make_scores("distinct").requires_grad_()
     seed = torch.randn(13, 17, generator=torch.Generator().manual_seed(5))
-    binarize(scores).backward(seed)
+    binarize(scores, *settings).backward(seed)
     assert torch.equal(scores.grad, seed)
 
 
@@ -225,23 +201,19 @@ def test_no_gradient_through_a_magnitude_mask():
 
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.0001, 15, float("nan")])
-@pytest.mark.parametrize(
-    "binarize",
-    [
-        TopKBinarizer.apply,
-        MagnitudeBinarizer.apply,
-        lambda s, v: ThresholdBinarizer.apply(s, v, True),
-    ],
-)
+@pytest.mark.parametrize("binarize", [
+    TopKBinarizer.apply,
+    MagnitudeBinarizer.apply,
+    lambda s, v: ThresholdBinarizer.apply(s, v, True),
+])  # fmt: skip
 def test_fractions_outside_0_1_are_refused(binarize, threshold):
     with pytest.raises(ValueError, match="fraction"):
         binarize(torch.zeros(4, 4), threshold)
 
 
 def test_a_large_matrix_against_numpy():
-    scores = torch.randn(300, 400, generator=torch.Generator().manual_seed(9)).round(
-        decimals=2
-    )  # many ties
+    scores = torch.randn(300, 400, generator=torch.Generator().manual_seed(9))
+    scores = scores.round(decimals=2)  # many ties
     expected = np.zeros(scores.numel(), bool)
     expected[np.argsort(-scores.numpy().reshape(-1), kind="stable")[:17_777]] = True
     mask = TopKBinarizer.apply(scores, 17_777 / scores.numel() + 1e-12)

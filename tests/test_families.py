@@ -5,9 +5,11 @@ import json
 import pickle
 
 import pytest
+import tiny
 import torch
 import transformers
-from tiny import tokenizer_of
+from tiny import CASES, edit, refusal, tokenizer_of
+from tiny import model_of as make
 from torch import nn
 
 import bertarize
@@ -15,31 +17,12 @@ import counts_parameters
 import emmental
 import masked_run_squad
 from emmental.configs import concrete_type, read_config
-from emmental.errors import UserError
 from emmental.export import bertarized_state_dict, count_layers
 from emmental.families import FAMILIES, HEADS, layers_of
 from emmental.loading import load_masked, load_model
 from emmental.modules.masks import masked_layers
 from emmental.tokenizer import load_tokenizer
 
-WIDTHS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-SIZE = WIDTHS | {"intermediate_size": 64, "max_position_embeddings": 66}
-V3 = {"relative_attention": True, "position_buckets": 8, "position_biased_input": False}
-V3 |= {"pos_att_type": "p2c|c2p", "norm_rel_ebd": "layer_norm", "type_vocab_size": 0}
-TINY = {  # case: model_type, and settings such as published checkpoints have
-    "bert": ("bert", SIZE),
-    "roberta": ("roberta", SIZE | {"type_vocab_size": 1}),
-    "xlm-roberta": ("xlm-roberta", SIZE | {"type_vocab_size": 1}),
-    "camembert": ("camembert", SIZE | {"type_vocab_size": 1}),
-    "electra": ("electra", SIZE | {"embedding_size": 16}),
-    "distilbert": ("distilbert", SIZE | {"hidden_dim": 64}),
-    "mpnet": ("mpnet", SIZE),
-    "albert": ("albert", SIZE | {"embedding_size": 16}),
-    "albert, groups": ("albert", SIZE | {"num_hidden_groups": 2, "inner_group_num": 2}),
-    "deberta-v2": ("deberta-v2", SIZE | V3 | {"conv_kernel_size": 3}),
-    "deberta-v3": ("deberta-v2", SIZE | V3 | {"share_att_key": True}),
-    "modernbert": ("modernbert", SIZE | {"local_attention": 16}),
-}
 LINEARS = {  # nn.Linear of the layers, if not six for each
     "albert": 6, "albert, groups": 24, "deberta-v2": 16, "modernbert": 8,
 }  # fmt: skip
@@ -52,25 +35,7 @@ LABELS = {
     "TokenClassification": {"labels": [[0, 1, 1, 0, 1, 0, -100, 1, 0]] * 3},
     "MultipleChoice": {"labels": [1]},
 }
-every = pytest.mark.parametrize("case", TINY)
-
-
-def config_of(case, prefix="", **settings):
-    """The configuration of a tiny model, without dropout in the stock class's own words."""
-    model_type, values = TINY[case]
-    kind = transformers.CONFIG_MAPPING[prefix + model_type]
-    config = kind(**{"vocab_size": 90, "pad_token_id": 1} | values | settings)
-    for name in vars(config):
-        if "dropout" in name:
-            setattr(config, name, 0.0)
-    config.initializer_range = 0.2
-    return config
-
-
-def make(case, head="QuestionAnswering", prefix="", **settings):
-    torch.manual_seed(0)
-    auto = getattr(transformers, f"AutoModelFor{head}")
-    return auto.from_config(config_of(case, prefix, **settings)).eval()
+every = pytest.mark.parametrize("case", CASES)
 
 
 def inputs_for(head, **labels):
@@ -108,9 +73,8 @@ def test_full_masks_are_the_stock_model(case, head):
     torch.testing.assert_close(found[1].to_tuple(), found[0].to_tuple())
     for each in found:
         each.loss.backward()
-    tables = {
-        id(p) for m in masked.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
-    }
+    embeddings = [module for module in masked.modules() if isinstance(module, nn.Embedding)]
+    tables = {id(parameter) for module in embeddings for parameter in module.parameters()}
     theirs = dict(stock.named_parameters())
     for name, parameter in masked.named_parameters():
         frozen = ".embeddings." in name or id(parameter) in tables
@@ -151,7 +115,7 @@ def test_auto_classes_load_what_was_saved(case, head, tmp_path):
 
 @every
 def test_heads_and_neurons(case):
-    family = FAMILIES[TINY[case][0]]
+    family = FAMILIES[CASES[case][0]]
     if not family.heads:
         with pytest.raises(ValueError, match="has no matrices of single heads; choose weight or"):
             make(case, prefix="masked_", granularity="structure")
@@ -175,11 +139,9 @@ def folder(tmp_path):
     """Write a tiny model of a case with its tokenizer, and return its folder."""
 
     def write(case, head="QuestionAnswering", **settings):
-        tokenizer, path = tokenizer_of(TINY[case][0]), tmp_path / f"model {case}"
+        tokenizer, path = tokenizer_of(CASES[case][0]), tmp_path / f"model {case}"
         settings = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id} | settings
-        make(case, head, **settings).save_pretrained(path)
-        tokenizer.save_pretrained(path)
-        return path
+        return tiny.save(make(case, head, **settings), path, tokenizer)
 
     return write
 
@@ -189,9 +151,8 @@ def squad(flags, tmp_path):
     """Run the SQuAD script in the folder `name`, and return its results."""
 
     def call(name, model, *more):
-        words = flags(
-            name, "--per_gpu_train_batch_size 12 --max_steps 3 --save_steps 2", model=model
-        )
+        short = "--per_gpu_train_batch_size 12 --max_steps 3 --save_steps 2"
+        words = flags(name, short, model=model)
         words.remove("--do_lower_case")
         return masked_run_squad.main([*words, *map(str, more)])
 
@@ -204,18 +165,17 @@ PRUNE += ["--final_warmup", 1]
 
 @every
 def test_from_training_to_a_plain_model(case, folder, squad, tmp_path, caplog, capsys):
-    family, source, out = TINY[case][0], folder(case), tmp_path / "out"
+    family, source, out = CASES[case][0], folder(case), tmp_path / "out"
     teach = ["--teacher_type", "dense", "--teacher_name_or_path", source, "--alpha_hidden", 1]
     results = squad("out", source, *PRUNE, *teach, "--do_eval")
     assert not [r for r in caplog.records if r.levelname == "WARNING"]
     assert results["remaining_percent_linear"] == pytest.approx(30, abs=0.1)
-    recorded = json.loads((out / "training_args.json").read_text())
+    recorded = tiny.read(out / "training_args.json")
     assert recorded["model_type"] == f"masked_{family}" and recorded["teacher_type"] == family
     same = ["--resume_from_checkpoint", out / "checkpoint-2", "--model_type", f"masked_{family}"]
     squad("again", source, *PRUNE, *teach, *same, "--teacher_type", family)
-    one, other = (load_masked(str(tmp_path / name)) for name in ("out", "again"))
-    for name, value in one.state_dict().items():
-        assert torch.equal(other.state_dict()[name], value), name
+    assert tiny.same(out, tmp_path / "again")
+    one = load_masked(str(out))
 
     counts = counts_parameters.main(["--serialization_dir", str(out)])
     assert {m.name for m in counts.matrices} == set(masked_layers(one))
@@ -224,9 +184,8 @@ def test_from_training_to_a_plain_model(case, folder, squad, tmp_path, caplog, c
     plain = bertarize.main(["--model_name_or_path", str(out)])
     stock = transformers.AutoModelForQuestionAnswering.from_pretrained(plain).eval()
     assert type(one).__name__ == f"Masked{type(stock).__name__}"
-    torch.testing.assert_close(
-        outputs(stock, "QuestionAnswering"), outputs(one, "QuestionAnswering")
-    )
+    found, expected = (outputs(model, "QuestionAnswering") for model in (stock, one))
+    torch.testing.assert_close(found, expected)
     evaluated = squad("plain", plain, "--model_type", "dense", "--do_eval")
     assert evaluated["f1"] == results["f1"]
     squad("sparse", out, "--model_type", "masked", "--do_eval", "--sparse_inference")
@@ -238,7 +197,7 @@ def test_from_training_to_a_plain_model(case, folder, squad, tmp_path, caplog, c
 
 def test_two_processes_reach_the_weights_of_one(folder, flags, tmp_path, on_two_ranks):
     short = " ".join(map(str, PRUNE)) + " --max_steps 3 --check_ranks --adam_epsilon 1e-4"
-    commands, names = [], {case: f"two {number}" for number, case in enumerate(TINY)}
+    commands, names = [], {case: f"two {number}" for number, case in enumerate(CASES)}
     for case, name in names.items():
         source = folder(case)
         for run, batch in (name, 5), (f"one {name}", 10):
@@ -267,36 +226,27 @@ def test_outputs_in_the_order_of_the_labels(case, folder, caplog):
 
 
 @pytest.mark.parametrize("student, teacher, problem", PAIRS)
-def test_a_teacher_of_another_family(student, teacher, problem, folder, squad, capsys):
+def test_a_teacher_of_another_family(student, teacher, problem, folder, squad, refused):
     teach = ["--teacher_type", "dense", "--teacher_name_or_path", folder(teacher)]
     if not problem:
         squad("out", folder(student), *PRUNE, *teach)
         return
-    with pytest.raises(SystemExit) as stop:
-        squad("out", folder(student), *PRUNE, *teach)
-    assert stop.value.code == 2 and problem in capsys.readouterr().err.splitlines()[-1]
+    assert problem in refused(squad, "out", folder(student), *PRUNE, *teach)
 
 
 @every
 def test_lower_case_is_for_word_pieces(case, folder, squad, caplog):
     source = folder(case)
     squad("out", source, "--model_type", "dense", "--do_eval", "--do_lower_case")
-    tokenizer = tokenizer_of(TINY[case][0], do_lower_case=True)
+    tokenizer = tokenizer_of(CASES[case][0], do_lower_case=True)
     can = tokenizer("ADA").input_ids == tokenizer("ada").input_ids
     assert f"tokenizer: {'uncased' if can else 'cased'}" in caplog.messages
     assert ("cased tokens: --do_lower_case has no effect" in caplog.text) != can
 
 
-def refusal(call, *args, **options):
-    with pytest.raises(UserError) as stop:
-        call(*args, **options)
-    assert "\n" not in str(stop.value)
-    return str(stop.value)
-
-
 @every
 def test_a_family_that_was_not_asked_for(case, folder):
-    family, source = TINY[case][0], str(folder(case))
+    family, source = CASES[case][0], str(folder(case))
     assert concrete_type("masked", source) == concrete_type(f"masked_{family}", source)
     assert concrete_type("dense", source) == family
     other = next(name for name in FAMILIES if name != family)
@@ -329,9 +279,7 @@ def test_only_a_bert_may_leave_out_its_type(folder):
     """As the first published ones do."""
     for case in ("bert", "roberta"):
         path = folder(case) / "config.json"
-        values = json.loads(path.read_text())
-        del values["model_type"]
-        path.write_text(json.dumps(values))
+        edit(path, "model_type")
     assert read_config(str(path.parent.parent / "model bert"))["model_type"] == "bert"
     assert "is of type 'None' in its config.json" in refusal(read_config, str(path.parent))
 
@@ -339,8 +287,7 @@ def test_only_a_bert_may_leave_out_its_type(folder):
 @pytest.mark.parametrize("name", ["is_decoder", "is_encoder_decoder", "add_cross_attention"])
 def test_a_decoder_is_refused(name, folder):
     path = folder("bert") / "config.json"
-    values = json.loads(path.read_text())
-    path.write_text(json.dumps(values | {name: True}))
+    edit(path, **{name: True})
     assert f"is a decoder ({name} in its config.json)" in refusal(read_config, str(path.parent))
-    path.write_text(json.dumps(values | {name: False}))
+    edit(path, **{name: False})
     read_config(str(path.parent))

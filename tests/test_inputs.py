@@ -1,8 +1,8 @@
 """A batch for every family: padded, with the inputs that its forward takes, as long as it takes."""
 
 import pytest
+import tiny
 import torch
-import transformers
 from tiny import TOKENIZERS, make_squad, tokenizer_of
 
 from emmental.data import squad
@@ -11,26 +11,15 @@ from emmental.inputs import input_names, longest_input
 from emmental.training.passes import forward
 from masked_run_squad import Squad
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-V3 = {
-    "relative_attention": True,
-    "position_biased_input": False,
-    "type_vocab_size": 0,
-    "pos_att_type": ["p2c", "c2p"],
-    "position_buckets": 8,
-    "share_att_key": True,
-}
 SHIFTED = ("roberta", "xlm-roberta", "camembert", "mpnet")  # positions count from behind padding's
 
 
 def model_of(kind, tokenizer, **changes):
     """A small stock model for 64 tokens, with a head for question answering."""
-    options = SIZES | {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    options |= {"max_position_embeddings": 64 + 2 * (kind in SHIFTED), "initializer_range": 0.5}
-    options |= V3 if kind == "deberta-v2" else {"type_vocab_size": 2 - (kind in SHIFTED)}
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **(options | changes))
-    return transformers.AutoModelForQuestionAnswering.from_config(config).eval()
+    own = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    own |= {"max_position_embeddings": 64 + 2 * (kind in SHIFTED), "initializer_range": 0.5}
+    case = "deberta-v3" if kind == "deberta-v2" else kind
+    return tiny.model_of(case, **(own | changes))
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)

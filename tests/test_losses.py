@@ -13,9 +13,8 @@ from emmental.modules import MaskedLinear
 def make_model(method="sigmoied_threshold"):
     torch.manual_seed(2)
     shapes = [(3, 5), (20, 4), (1, 1)]
-    return nn.Sequential(
-        *(MaskedLinear(i, o, True, "uniform", 3.0, method) for i, o in shapes), nn.Linear(4, 4)
-    )
+    layers = [MaskedLinear(i, o, True, "uniform", 3.0, method) for i, o in shapes]
+    return nn.Sequential(*layers, nn.Linear(4, 4))
 
 
 @pytest.mark.parametrize("mode", ["l0", "l1"])
@@ -74,12 +73,10 @@ def make_logits(count, shape=(3, 6)):
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_distillation_value(temperature, count):
     student, teacher = make_logits(count)
-    expected = (
-        sum(plain_kl(s, t, temperature) for s, t in zip(student, teacher, strict=True)) / count
-    )
-    assert distillation_loss(student, teacher, temperature).item() == pytest.approx(
-        expected, rel=1e-5
-    )
+    pairs = zip(student, teacher, strict=True)
+    expected = sum(plain_kl(s, t, temperature) for s, t in pairs) / count
+    found = distillation_loss(student, teacher, temperature).item()
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_distillation_gradient_is_the_difference_of_probabilities():
@@ -115,14 +112,10 @@ def test_masked_logits_stay_finite(dtype):
 
 def test_regression_distillation_is_the_mean_squared_error():
     student, teacher = make_logits(2, (5, 1))
-    squares = [
-        (s[i, 0].item() - t[i, 0].item()) ** 2
-        for s, t in zip(student, teacher, strict=True)
-        for i in range(5)
-    ]
-    assert regression_distillation_loss(student, teacher).item() == pytest.approx(
-        sum(squares) / 10, rel=1e-6
-    )
+    pairs = zip(student, teacher, strict=True)
+    squares = [(s[i, 0].item() - t[i, 0].item()) ** 2 for s, t in pairs for i in range(5)]
+    found = regression_distillation_loss(student, teacher).item()
+    assert found == pytest.approx(sum(squares) / 10, rel=1e-6)
 
 
 @pytest.mark.parametrize(

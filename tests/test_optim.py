@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from tiny import make
 
-from emmental import MaskedBertConfig, MaskedBertForSequenceClassification
+from emmental.modules.methods import METHODS
 from emmental.training.optim import build_optimizer, set_learning_rates
 
 EPS = 1e-8
@@ -54,9 +55,8 @@ def test_fifty_steps_are_the_papers(scale):
     for name, rate in [("mask_scores", 1e-2), ("weight", 1e-3), ("bias", 1e-3)]:
         moved = getattr(model, name).detach() - start[name]
         expected = paper_adamw(start[name].double(), grads, rate, EPS) - start[name]
-        torch.testing.assert_close(
-            moved, expected.float(), rtol=2e-4, atol=1e-6 if name != "mask_scores" else 1e-9
-        )
+        error = 1e-9 if name == "mask_scores" else 1e-6
+        torch.testing.assert_close(moved, expected.float(), rtol=2e-4, atol=error)
 
 
 def test_tiny_gradients_tell_it_from_plain_adamw():
@@ -71,20 +71,13 @@ def test_decay_is_decoupled_and_of_weights_only():
     model = Model()
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     run(build_optimizer(model, 1e-3, 1e-2, 0.1, EPS), model, [torch.zeros(6)])
-    assert torch.equal(model.bias, start["bias"]) and torch.equal(
-        model.mask_scores, start["mask_scores"]
-    )
+    assert torch.equal(model.bias, start["bias"])
+    assert torch.equal(model.mask_scores, start["mask_scores"])
     torch.testing.assert_close(model.weight.detach(), start["weight"] * (1 - 1e-3 * 0.1))
 
 
-def make_bert(tiny_config, method):
-    return MaskedBertForSequenceClassification(
-        MaskedBertConfig(**tiny_config, pruning_method=method)
-    )
-
-
-def test_groups_of_a_masked_bert(tiny_config):
-    model = make_bert(tiny_config, "topK")
+def test_groups_of_a_masked_bert():
+    model = make("topK", "ForSequenceClassification")
     optimizer = build_optimizer(model, 3e-5, 1e-2, 0.01, EPS)
     groups = {group["name"]: group for group in optimizer.param_groups}
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -94,11 +87,8 @@ def test_groups_of_a_masked_bert(tiny_config):
     scores = {name for name in trainable if name.endswith(".mask_scores")}
     no_decay = {name for name in trainable if name.endswith(".bias") or "LayerNorm" in name}
     assert len(scores) == 12
-    assert members == {
-        "scores": scores,
-        "no_decay": no_decay,
-        "weights": trainable - scores - no_decay,
-    }
+    others = trainable - scores - no_decay
+    assert members == {"scores": scores, "no_decay": no_decay, "weights": others}
     assert {kind: (g["lr"], g["weight_decay"]) for kind, g in groups.items()} == {
         "scores": (1e-2, 0.0),
         "weights": (3e-5, 0.01),
@@ -109,9 +99,11 @@ def test_groups_of_a_masked_bert(tiny_config):
     assert [g["lr"] for g in groups.values()] == [0.25 * 1e-2, 0.25 * 3e-5, 0.25 * 3e-5]
 
 
-def test_magnitude_has_no_group_of_scores(tiny_config):
-    optimizer = build_optimizer(make_bert(tiny_config, "magnitude"), 3e-5, 1e-2, 0.01, EPS)
-    assert [group["name"] for group in optimizer.param_groups] == ["weights", "no_decay"]
+@pytest.mark.parametrize("method", METHODS)
+def test_learned_scores_alone_have_a_group(method):
+    optimizer = build_optimizer(make(method), 3e-5, 1e-2, 0.01, EPS)
+    names = {group["name"] for group in optimizer.param_groups}
+    assert names == {"weights", "no_decay", *["scores"] * (METHODS[method].scores == "learned")}
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1.0])
@@ -122,9 +114,8 @@ def test_saved_and_loaded_it_continues_bit_identically(scale, tmp_path):
 
     optimizer = build_optimizer(resumed, 1e-3, 1e-2, 0.1, EPS)
     run(optimizer, resumed, grads[:7])
-    torch.save(
-        {"model": resumed.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt"
-    )
+    state = {"model": resumed.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(state, tmp_path / "state.pt")
     saved = torch.load(tmp_path / "state.pt", weights_only=True)
     again = Model()
     again.load_state_dict(saved["model"])
@@ -142,9 +133,8 @@ def test_a_step_that_the_gradient_scaler_skips_is_not_counted():
     for number in range(11):
         for parameter in model.parameters():
             grad = grads[number - (number > 3)] * scaler.get_scale()
-            parameter.grad = (torch.full_like(grad, torch.inf) if number == 3 else grad).view_as(
-                parameter
-            )
+            grad = torch.full_like(grad, torch.inf) if number == 3 else grad
+            parameter.grad = grad.view_as(parameter)
         scaler.scale(torch.zeros(()))
         scaler.unscale_(optimizer)
         scaler.step(optimizer)

@@ -89,7 +89,7 @@ def config_of(case, prefix="", **settings):
 
     model_type, own = CASES[case]
     kind = CONFIG_MAPPING[prefix + model_type]
-    known = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
+    known = {field.name for field in dataclasses.fields(kind)} | {*kind.attribute_map, *own}
     sizes = SIZES | {"hidden_dim": 64, "embedding_size": 16, "pad_token_id": 1}
     settings = sizes | {"max_position_embeddings": 66, "initializer_range": 0.2} | own | settings
     config = kind(**{name: value for name, value in settings.items() if name in known})
