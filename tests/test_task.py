@@ -55,14 +55,7 @@ class Tagging(Task):
         self.evaluation_sets = {"dev": Dataset.from_list(rows[:7])}
 
     def collate(self, features):
-        lengths = [row["length"] for row in features]
-        batch = pad_batch(
-            features, lengths, 0, 1, ("input_ids", "attention_mask", "token_type_ids")
-        )
-        tags = [torch.tensor(row["tags"]) for row in features]
-        return batch | {
-            "tags": torch.nn.utils.rnn.pad_sequence(tags, batch_first=True, padding_value=-100)
-        }
+        return pad_batch(features, columns={"tags": -100})
 
     def loss(self, logits, batch):
         return F.cross_entropy(logits[0].transpose(1, 2), batch["tags"])
@@ -174,3 +167,17 @@ def test_examples_alone_would_weigh_otherwise(tmp_path, tagger):
         load_file(tmp_path / name / "model.safetensors") for name in ("words", "sentences")
     )
     assert any(not torch.allclose(words[name], sentences[name], rtol=1e-3) for name in words)
+
+
+def test_columns_are_padded_like_tokens_or_like_words():
+    features = [
+        {"input_ids": [1, 2, 3], "tags": [4, 5, 6], "words": [7], "weights": [0.5]},
+        {"input_ids": [1], "tags": [8], "words": [9, 9], "weights": [1.0]},
+    ]
+    columns = {"tags": -100, "words": -1, "weights": 0.0}
+    batch = pad_batch(features, multiple_of=4, columns=columns)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 0], [1, 0, 0, 0]]
+    assert batch["tags"].tolist() == [[4, 5, 6, -100], [8, -100, -100, -100]]
+    assert batch["words"].tolist() == [[7, -1], [9, 9]]
+    assert batch["weights"].tolist() == [[0.5], [1.0]]
+    assert not batch["token_type_ids"].any()

@@ -240,25 +240,37 @@ def padding_of(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> di
 
 def pad_batch(
     features: list[dict],
-    second_starts: list[int],
-    pad_token_id: int,
+    second_starts: list[int] | None = None,
+    pad_token_id: int = 0,
     multiple_of: int = 8,
     input_names: tuple[str, ...] = MODEL_INPUTS,
+    columns: dict[str, float] | None = None,
 ) -> dict[str, Tensor]:
     """Pad `input_ids` to the longest of the batch, rounded up to a multiple of `multiple_of`.
 
-    second_starts: index of the first token of type 1 for each feature. Returns those of
-    `MODEL_INPUTS` that are in `input_names`: int64 (batch, tokens).
+    second_starts: index of the first token of type 1 for each feature; None if there is none.
+    columns: further lists of a feature, such as tags, and what they are padded with. Those with an
+    entry for each token get the length of the inputs, others, of words say, that of the longest.
+    Returns those of `MODEL_INPUTS` that are in `input_names`, int64 (batch, tokens), and columns.
     """
     ids = [torch.as_tensor(feature["input_ids"]) for feature in features]
     lengths = torch.tensor([[len(row)] for row in ids])
     positions = torch.arange(-(-int(lengths.max()) // multiple_of) * multiple_of)
     is_token = positions < lengths
-    is_second = is_token & (positions >= torch.tensor(second_starts)[:, None])
+    starts = lengths if second_starts is None else torch.tensor(second_starts)[:, None]
+    is_second = is_token & (positions >= starts)
     input_ids = torch.full(is_token.shape, pad_token_id)
     input_ids[is_token] = torch.cat(ids)
     batch = dict(zip(MODEL_INPUTS, (input_ids, is_token.long(), is_second.long())))
-    return {name: tensor for name, tensor in batch.items() if name in input_names}
+    batch = {name: tensor for name, tensor in batch.items() if name in input_names}
+    for name, value in (columns or {}).items():
+        rows = [torch.as_tensor(feature[name]) for feature in features]
+        per_token = all(len(row) == len(tokens) for row, tokens in zip(rows, ids, strict=True))
+        width = len(positions) if per_token else max(map(len, rows))
+        batch[name] = torch.full((len(rows), width), value, dtype=rows[0].dtype)
+        for place, row in enumerate(rows):
+            batch[name][place, : len(row)] = row
+    return batch
 
 
 def collate_features(
