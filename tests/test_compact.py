@@ -1,9 +1,8 @@
 """Compact models have the outputs of the masked models that they are made from."""
 
-import json
-
 import numpy as np
 import pytest
+import tiny
 import torch
 import transformers
 from tiny import SHORT
@@ -33,11 +32,11 @@ CASES = {  # heads and neurons that are left in the three layers; 4 and 64 are a
 }
 
 
-def structured(tiny_config, head, heads, neurons, density=0.7, seed=0):
+def structured(head, heads, neurons, density=0.7, seed=0):
     """A masked model with random masks in which so many heads and neurons are left."""
     torch.manual_seed(seed)
     config = MaskedBertConfig(
-        **tiny_config | {"num_hidden_layers": len(heads)},
+        **tiny.SIZES | {"num_hidden_layers": len(heads)},
         pruning_method="threshold",
         threshold=0.0,
         initializer_range=0.3,
@@ -100,9 +99,9 @@ def rounded(sizes):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("head", HEADS)
-def test_a_folder_has_the_outputs_of_the_masked_model(tiny_config, tmp_path, capsys, head, case):
+def test_a_folder_has_the_outputs_of_the_masked_model(tmp_path, capsys, head, case):
     heads, neurons = CASES[case]
-    masked = structured(tiny_config, head, heads, neurons)
+    masked = structured(head, heads, neurons)
     folder = convert(masked, tmp_path, "--compact")
     assert folder == tmp_path / "compact_run"
     auto_class = getattr(transformers, f"AutoModelFor{head}")
@@ -121,21 +120,14 @@ def test_a_folder_has_the_outputs_of_the_masked_model(tiny_config, tmp_path, cap
 
 
 def dense(model):
-    kind = type(model).__name__.removeprefix("Compact")
-    return getattr(transformers, kind)(transformers.BertConfig(**shapes(model.config)))
-
-
-def shapes(config):
-    names = """vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size
-        max_position_embeddings""".split()
-    return {name: getattr(config, name) for name in names}
+    return tiny.plain_bert(type(model).__name__.partition("For")[2], num_hidden_layers=3)
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_random_structures(tiny_config, tmp_path, seed):
+def test_random_structures(tmp_path, seed):
     rng = np.random.default_rng(seed)
     heads, neurons = rng.integers(0, 5, 3).tolist(), rng.integers(0, 65, 3).tolist()
-    masked = structured(tiny_config, QA, heads, neurons, density=rng.random(), seed=seed)
+    masked = structured(QA, heads, neurons, density=rng.random(), seed=seed)
     model = AutoModel.from_pretrained(convert(masked, tmp_path, "--compact"))
     assert type(model) is emmental.CompactBertModel
     assert all(left <= asked for left, asked in zip(model.config.layer_heads, heads))
@@ -146,9 +138,9 @@ def test_random_structures(tiny_config, tmp_path, seed):
 
 
 @pytest.fixture
-def folder(tiny_config, tmp_path):
+def folder(tmp_path):
     """A folder of a compact model, in which one layer has no heads and another no neurons."""
-    return convert(structured(tiny_config, QA, [2, 0, 4], [9, 64, 0]), tmp_path, "--compact")
+    return convert(structured(QA, [2, 0, 4], [9, 64, 0]), tmp_path, "--compact")
 
 
 @pytest.fixture
@@ -156,12 +148,12 @@ def small(folder):
     return transformers.AutoModelForQuestionAnswering.from_pretrained(folder)
 
 
-def test_round_trips(tiny_config, small, folder, tmp_path):
+def test_round_trips(small, folder, tmp_path):
     small.save_pretrained(tmp_path / "again")
     again = CompactBertForQuestionAnswering.from_pretrained(tmp_path / "again")
     assert (tmp_path / "again/config.json").read_bytes() == (folder / "config.json").read_bytes()
     assert_same(small, again, rtol=0, atol=0)
-    base = compacted(transformers.BertModel(transformers.BertConfig(**tiny_config)).eval())
+    base = compacted(transformers.BertModel(transformers.BertConfig(**tiny.SIZES)).eval())
     base.save_pretrained(tmp_path / "base")
     assert_same(base, AutoModel.from_pretrained(tmp_path / "base"), rtol=0, atol=0)
 
@@ -198,10 +190,10 @@ def test_attentions_and_hidden_states(small):
     assert len(outputs.hidden_states) == 4
 
 
-def test_a_new_compact_model_is_initialised(tiny_config):
+def test_a_new_compact_model_is_initialised():
     sizes = {"layer_heads": [0, 1], "layer_head_sizes": [0, 8], "layer_neurons": [0, 8]}
     torch.manual_seed(0)
-    model = CompactBertForQuestionAnswering(CompactBertConfig(**tiny_config, **sizes))
+    model = CompactBertForQuestionAnswering(CompactBertConfig(**tiny.SIZES, **sizes))
     first, second = model.bert.encoder.layer
     assert not first.attention.output.dense.bias.any() and not first.output.dense.bias.any()
     assert second.intermediate.dense.weight.shape == (8, 32)
@@ -296,41 +288,28 @@ def test_the_scripts_evaluate_fine_tune_and_learn_from_a_compact_model(
     assert "from emmental import Compact" in (tmp_path / "tuned" / "README.md").read_text()
 
 
-def refused(capsys, main, *flags):
-    with pytest.raises(SystemExit) as stop:
-        main([str(flag) for flag in flags])
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code in (1, 2) and "Traceback" not in "\n".join(lines)
-    return lines[-1]
+def test_what_cannot_be(with_tokenizer, refused, tmp_path, squad_dir):
+    words = tiny.command(tmp_path, with_tokenizer, squad_dir, "out", "--do_train")
+    said = refused(masked_run_squad.main, words)
+    assert "is a compact model, without masks: give the type bert" in said
+    words = ["--compact", "--model_name_or_path", str(with_tokenizer)]
+    said = refused(bertarize.main, [*words, "--threshold", "0.1"])
+    assert "has no masks: leave out --threshold" in said
+    wrong = "must give a number from 0 to"
+    for name, value, problem in (
+        ("layer_heads", [2, 0], f"layer_heads {wrong}"),
+        ("layer_neurons", [16, 65, 0], f"layer_neurons {wrong}"),
+        ("layer_heads", [1, 0, 4], "does not fit its configuration"),
+    ):
+        before = tiny.read(with_tokenizer / "config.json")
+        tiny.edit(with_tokenizer / "config.json", **{name: value})
+        assert problem in refused(bertarize.main, words)
+        tiny.edit(with_tokenizer / "config.json", **before)
 
 
-def test_what_cannot_be(with_tokenizer, squad_dir, tmp_path, capsys):
-    run = ["--data_dir", squad_dir, "--output_dir", tmp_path / "out", "--do_train", *SHORT]
-    message = refused(
-        capsys, masked_run_squad.main, *run, *("--model_type", "masked_bert"),
-        *("--model_name_or_path", with_tokenizer),
-    )  # fmt: skip
-    assert "is a compact model, without masks: give the type bert" in message
-    message = refused(
-        capsys, bertarize.main, "--compact", "--model_name_or_path", with_tokenizer,
-        *("--threshold", 0.1),
-    )  # fmt: skip
-    assert "has no masks: leave out --threshold" in message
-    config = json.loads((with_tokenizer / "config.json").read_text())
-    for name, value in {"layer_heads": [2, 0], "layer_neurons": [16, 65, 0]}.items():
-        (with_tokenizer / "config.json").write_text(json.dumps(config | {name: value}))
-        message = refused(
-            capsys, bertarize.main, "--compact", "--model_name_or_path", with_tokenizer
-        )
-        assert f"{name} must give a number from 0 to" in message
-    (with_tokenizer / "config.json").write_text(json.dumps(config | {"layer_heads": [1, 0, 4]}))
-    message = refused(capsys, bertarize.main, "--compact", "--model_name_or_path", with_tokenizer)
-    assert "does not fit its configuration" in message
-
-
-def test_other_models_have_no_compact_form(tiny_config):
+def test_other_models_have_no_compact_form():
     with pytest.raises(ValueError, match="BertForMaskedLM .bert. has no compact form"):
-        compacted(transformers.BertForMaskedLM(transformers.BertConfig(**tiny_config)))
+        compacted(transformers.BertForMaskedLM(transformers.BertConfig(**tiny.SIZES)))
 
 
 # ------------------------------------------------------------ ONNX
@@ -339,11 +318,11 @@ def test_other_models_have_no_compact_form(tiny_config):
 @pytest.mark.parametrize(
     "head, flags", [(QA, ["--compact"]), ("MultipleChoice", ["--compact"]), (QA, [])]
 )
-def test_onnx(tiny_config, tmp_path, capsys, head, flags):
+def test_onnx(tmp_path, capsys, head, flags):
     for name in ("onnx", "onnxscript"):
         pytest.importorskip(name)
     onnxruntime = pytest.importorskip("onnxruntime")
-    masked, file = structured(tiny_config, head, [2, 0, 4], [9, 64, 0]), tmp_path / "model.onnx"
+    masked, file = structured(head, [2, 0, 4], [9, 64, 0]), tmp_path / "model.onnx"
     convert(masked, tmp_path, *flags, "--onnx", file)
     assert str(file) in capsys.readouterr().out
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
@@ -357,13 +336,13 @@ def test_onnx(tiny_config, tmp_path, capsys, head, flags):
             np.testing.assert_allclose(found, logits.numpy(), rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-def test_onnx_messages(tiny_config, tmp_path, capsys, monkeypatch):
-    masked, file = structured(tiny_config, QA, [4], [64]), tmp_path / "model.onnx"
+def test_onnx_messages(tmp_path, refused, monkeypatch):
+    masked, file = structured(QA, [4], [64]), tmp_path / "model.onnx"
     masked.save_pretrained(tmp_path / "run")
-    flags = "--model_name_or_path", tmp_path / "run", "--onnx"
-    assert "is a folder" in refused(capsys, bertarize.main, *flags, tmp_path)
+    flags = ["--model_name_or_path", str(tmp_path / "run"), "--onnx"]
+    assert "is a folder" in refused(bertarize.main, [*flags, str(tmp_path)])
     monkeypatch.setattr(onnx_file.importlib.util, "find_spec", lambda name: None)
-    message = refused(capsys, bertarize.main, *flags, file)
+    message = refused(bertarize.main, [*flags, str(file)])
     assert "needs onnx, onnxruntime, onnxscript: run pip install onnx==" in message
     assert not (tmp_path / "bertarized_run").exists()  # asked for before any work
     monkeypatch.setattr(onnx_file.importlib.util, "find_spec", lambda name: True)
@@ -372,15 +351,15 @@ def test_onnx_messages(tiny_config, tmp_path, capsys, monkeypatch):
         raise RuntimeError("this operator is unknown\nand so on")
 
     monkeypatch.setattr(torch.onnx, "export", fail)
-    message = refused(capsys, bertarize.main, *flags, file)
+    message = refused(bertarize.main, [*flags, str(file)], status=1)
     assert f"cannot write {file}: this operator is unknown" in message and not file.exists()
     assert (tmp_path / "bertarized_run" / "model.safetensors").exists()
 
 
-def test_an_onnx_file_with_other_outputs_is_not_kept(tiny_config, tmp_path, monkeypatch):
+def test_an_onnx_file_with_other_outputs_is_not_kept(tmp_path, monkeypatch):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
-    model = BertForQuestionAnswering(transformers.BertConfig(**tiny_config)).eval()
+    model = BertForQuestionAnswering(transformers.BertConfig(**tiny.SIZES)).eval()
     export = onnx_file._export
 
     def export_other(model, path):

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
-from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import BertConfig, BertForQuestionAnswering
+from tiny import same, weights
+from transformers import BertForQuestionAnswering
 
 import masked_run_squad
 from emmental.training.hidden import PROJECTION, hidden_distillation_loss
@@ -19,15 +19,12 @@ WIDTHS = {"same": {}, "wider": {"hidden_size": 48}, "deeper": {"num_hidden_layer
 
 
 @pytest.fixture
-def teachers(tmp_path, tiny_config, tiny_tokenizer):
+def teachers(tmp_path, tiny_tokenizer):
     """Folders of teachers: one of the student's size, a wider and a deeper one."""
     folders = {}
     for seed, (name, sizes) in enumerate(WIDTHS.items(), 5):
-        torch.manual_seed(seed)
-        config = BertConfig(**tiny_config | sizes, initializer_range=0.2)
-        folders[name] = tmp_path / f"{name}_teacher"
-        BertForQuestionAnswering(config).save_pretrained(folders[name])
-        tiny_tokenizer.save_pretrained(folders[name])
+        model = tiny.plain_bert(seed=seed, **sizes)
+        folders[name] = tiny.save(model, tmp_path / f"{name}_teacher", tiny_tokenizer)
     return folders
 
 
@@ -47,9 +44,7 @@ def flags(flags, teachers):
 
 
 def curves(folder):
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    return {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {tag: list(values.values()) for tag, values in tiny.scalars(folder).items()}
 
 
 def plain_loss(student, teacher, mask, projection=None):
@@ -141,10 +136,7 @@ def test_the_loss_of_the_first_update(teacher, accumulation, run, teachers, tiny
 
 
 def close(folder, other):
-    first, second = (load_file(place / "model.safetensors") for place in (folder, other))
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-5, msg=name)
+    torch.testing.assert_close(weights(other), weights(folder), rtol=1e-3, atol=1e-5)
     assert curves(folder)["loss/hidden"] == pytest.approx(curves(other)["loss/hidden"], rel=1e-4)
 
 
@@ -171,12 +163,12 @@ def test_two_ranks_are_one_process(run, flags, tmp_path, on_two_ranks):
     ],
 )
 def test_resume_is_bit_for_bit_and_the_projection_stays_out_of_the_model(
-    teacher, words, run, capsys
+    teacher, words, run, refused
 ):
     whole = run("whole", words, "--save_steps 4", teacher=teacher)
     stopped = f"--resume_from_checkpoint {whole / 'checkpoint-4'}"
     again = run("again", words, "--save_steps 4", stopped, teacher=teacher)
-    assert (whole / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+    assert same(whole, again)
     assert curves(again)["loss/hidden"] == curves(whole)["loss/hidden"][4:]
     first, *states = (
         torch.load(folder / "training_state.pt", weights_only=True)["projection"]
@@ -189,14 +181,12 @@ def test_resume_is_bit_for_bit_and_the_projection_stays_out_of_the_model(
         assert [first, *states] == [None] * 3
     plain = run("plain", words, "--alpha_hidden 0", teacher=teacher)
     for folder in whole, whole / "checkpoint-4":
-        saved = load_file(folder / "model.safetensors")
-        assert saved.keys() == load_file(plain / "model.safetensors").keys()
+        assert weights(folder).keys() == weights(plain).keys()
         assert not any(PROJECTION in file.read_text() for file in folder.glob("*.json"))
     assert "loss/hidden" not in curves(plain)
-    with pytest.raises(SystemExit):
-        more = "--alpha_hidden 0.1 --overwrite_output_dir"
-        run("again", words, "--save_steps 4", stopped, more, teacher=teacher)
-    assert "--alpha_hidden was 0.5 and is 0.1" in capsys.readouterr().err
+    more = words, "--save_steps 4", stopped, "--alpha_hidden 0.1 --overwrite_output_dir"
+    said = refused(run, "again", *more, teacher=teacher)
+    assert "--alpha_hidden was 0.5 and is 0.1" in said
 
 
 def test_compiled_layers(run, monkeypatch):
@@ -211,19 +201,17 @@ def test_evaluation_with_sparse_kernels_does_not_mind_the_projection(run):
     assert "f1" in json.loads((out / "eval_results.json").read_text())
 
 
-def test_a_checkpoint_from_before_the_flag_is_resumed(run, capsys):
+def test_a_checkpoint_from_before_the_flag_is_resumed(run, refused):
     whole = run("whole", "--save_steps 4 --alpha_hidden 0")
     folder = whole / "checkpoint-4"
     (folder / "files.json").unlink()
-    values = json.loads((folder / "training_args.json").read_text())
-    assert values.pop("alpha_hidden") == 0
-    (folder / "training_args.json").write_text(json.dumps(values))
+    assert tiny.read(folder / "training_args.json")["alpha_hidden"] == 0
+    tiny.edit(folder / "training_args.json", "alpha_hidden")
     stopped = f"--resume_from_checkpoint {folder}"
     again = run("again", "--save_steps 4 --alpha_hidden 0", stopped)
-    assert (whole / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
-    with pytest.raises(SystemExit):
-        run("again", "--save_steps 4 --overwrite_output_dir", stopped)
-    assert "--alpha_hidden was None and is 0.5" in capsys.readouterr().err
+    assert same(whole, again)
+    said = refused(run, "again", "--save_steps 4 --overwrite_output_dir", stopped)
+    assert "--alpha_hidden was None and is 0.5" in said
 
 
 def test_the_student_comes_nearer_to_its_teacher(run):
@@ -235,7 +223,5 @@ def test_the_student_comes_nearer_to_its_teacher(run):
 
 
 @pytest.mark.parametrize("value", ["-1", "nan", "inf"])
-def test_values_that_are_refused(value, run, capsys):
-    with pytest.raises(SystemExit) as stop:
-        run("out", f"--alpha_hidden={value}")
-    assert stop.value.code == 2 and "--alpha_hidden: must be" in capsys.readouterr().err
+def test_values_that_are_refused(value, run, refused):
+    assert "--alpha_hidden: must be" in refused(run, "out", f"--alpha_hidden={value}")
