@@ -7,19 +7,12 @@ import threading
 
 import numpy as np
 import pytest
+import tiny
 import torch
+import transformers
 from scipy.sparse import csr_array
+from tiny import SIZES, plain_bert
 from torch.nn import functional as F
-from transformers import (
-    BertConfig,
-    BertForMultipleChoice,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    BertModel,
-    GPT2Config,
-    GPT2Model,
-)
 
 import emmental
 from emmental import MaskedBertConfig, storage
@@ -27,13 +20,9 @@ from emmental.errors import UserError
 from emmental.families import encoder_of
 from emmental.inference import compaction, encoder, kernels, sparsify
 from emmental.inference.compaction import Affine
+from emmental.modules.methods import METHODS
 
-HEADS = [
-    BertModel,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-]
+HEADS = ["", "QuestionAnswering", "SequenceClassification", "TokenClassification"]
 SHAPES = [(1, 1), (1, 5), (3, 16), (2, 33), (5, 40)]
 
 
@@ -57,10 +46,9 @@ def kernel(request):
     return request.param
 
 
-def build(tiny_config, model_class=BertForQuestionAnswering, density=0.15, seed=0, **settings):
+def build(head="QuestionAnswering", density=0.15, seed=0, **settings):
     """A model with random masks, biases and LayerNorms."""
-    torch.manual_seed(seed)
-    model = model_class(BertConfig(**tiny_config | settings, initializer_range=0.3)).eval()
+    model = plain_bert(head, seed, **(settings | {"initializer_range": 0.3}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
@@ -92,43 +80,35 @@ def assert_same(model, sparse, shapes=SHAPES, tolerance=1e-4):
 # ------------------------------------------------------------ same outputs
 
 
-@pytest.mark.parametrize("model_class", HEADS)
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("density", [0.0, 0.1, 0.6, 1.0])
-def test_outputs(tiny_config, model_class, kernel, density):
-    model = build(tiny_config, model_class, density)
+def test_outputs(head, kernel, density):
+    model = build(head, density)
     assert_same(model, sparsify(model, kernel))
 
 
-def test_multiple_choice(tiny_config, kernel):
-    model = build(tiny_config, BertForMultipleChoice)
+def test_multiple_choice(kernel):
+    model = build("MultipleChoice")
     given = {name: tensor.view(2, 3, 8) for name, tensor in inputs(6, 8).items()}
     with torch.inference_mode():
-        torch.testing.assert_close(
-            sparsify(model, kernel)(**given).logits, model(**given).logits, rtol=1e-4, atol=1e-5
-        )
+        found, expected = sparsify(model, kernel)(**given).logits, model(**given).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"hidden_act": "relu"},
-        {"hidden_act": "gelu_new"},
-        {"num_attention_heads": 1},
-        {"intermediate_size": 7},
-        {"hidden_size": 20, "num_attention_heads": 5},
-        {"layer_norm_eps": 0.1},
-        {"num_hidden_layers": 0},
-    ],
-    ids=str,
-)
-def test_other_shapes_and_activations(tiny_config, kernel, settings):
-    model = build(tiny_config, **settings)
+OTHERS = [{"hidden_act": "relu"}, {"hidden_act": "gelu_new"}, {"num_attention_heads": 1}]
+OTHERS += [{"hidden_size": 20, "num_attention_heads": 5}, {"intermediate_size": 7}]
+OTHERS += [{"layer_norm_eps": 0.1}, {"num_hidden_layers": 0}]
+
+
+@pytest.mark.parametrize("settings", OTHERS, ids=str)
+def test_other_shapes_and_activations(kernel, settings):
+    model = build(**settings)
     assert_same(model, sparsify(model, kernel))
 
 
 @pytest.mark.parametrize("csr_below", [0.0, 0.15, 1.0])
-def test_csr_and_dense_agree(tiny_config, csr_below):
-    model = build(tiny_config)
+def test_csr_and_dense_agree(csr_below):
+    model = build()
     for kernel in ("native", "library"):
         sparse = sparsify(model, kernel, csr_below)
         matrices = [matrix for layer in encoder_of(sparse).layers for matrix in layer.matrices()]
@@ -138,36 +118,28 @@ def test_csr_and_dense_agree(tiny_config, csr_below):
         assert_same(model, sparse)
 
 
-THRESHOLDS = {"topK": 0.1, "threshold": 0.3, "sigmoied_threshold": 0.6, "magnitude": 0.1, "l0": 1.0}
+THRESHOLDS = {"threshold": 0.3, "sigmoied_threshold": 0.6, "l0": 1.0}  # else 0.1
 
 
-@pytest.mark.parametrize("method", THRESHOLDS)
-def test_masked_models(tiny_config, method, kernel):
-    torch.manual_seed(1)
-    config = MaskedBertConfig(
-        **tiny_config,
-        pruning_method=method,
-        mask_init="uniform",
-        mask_scale=1.0,
-        threshold=THRESHOLDS[method],
-    )
-    model = emmental.MaskedBertForSequenceClassification(config).eval()
+@pytest.mark.parametrize("method", METHODS)
+def test_masked_models(method, kernel):
+    model = tiny.make(method, "ForSequenceClassification", threshold=THRESHOLDS.get(method, 0.1))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     sparse = sparsify(model, kernel)
-    assert type(sparse) is BertForSequenceClassification
+    assert type(sparse) is transformers.BertForSequenceClassification
     assert_same(model, sparse)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_long_batches_go_in_groups(tiny_config, kernel, monkeypatch):
-    model = build(tiny_config)
+def test_long_batches_go_in_groups(kernel, monkeypatch):
+    model = build()
     monkeypatch.setattr(encoder, "GROUP_TOKENS", 50)
     assert_same(model, sparsify(model, kernel), [(7, 16), (3, 60), (1, 64)])
 
 
-def test_a_sequence_without_tokens(tiny_config, kernel):
+def test_a_sequence_without_tokens(kernel):
     # No row is empty, so no bias is folded, which would need a softmax that sums to 1.
-    model = build(tiny_config, density=0.9)
+    model = build(density=0.9)
     given = inputs(2, 6)
     given["attention_mask"][1] = 0
     with torch.inference_mode():
@@ -175,8 +147,8 @@ def test_a_sequence_without_tokens(tiny_config, kernel):
     torch.testing.assert_close(ours.start_logits, theirs.start_logits, rtol=1e-4, atol=1e-5)
 
 
-def test_with_and_without_gradients(tiny_config, kernel):
-    model = build(tiny_config)
+def test_with_and_without_gradients(kernel):
+    model = build()
     sparse, given = sparsify(model, kernel), inputs(2, 12)
     expected = model(**given).start_logits
     for context in (torch.inference_mode, torch.enable_grad, torch.no_grad, torch.inference_mode):
@@ -186,16 +158,13 @@ def test_with_and_without_gradients(tiny_config, kernel):
     assert sparse.qa_outputs.weight.grad is not None
 
 
-def test_scores_far_apart(tiny_config):
+def test_scores_far_apart():
     """Softmax over scores of +-1000 and GELU of large values are those of torch."""
-    model = build(tiny_config, density=0.5)
+    model = build(density=0.5)
     with torch.no_grad():
         for block in model.bert.encoder.layer:
-            for linear in (
-                block.attention.self.query,
-                block.attention.self.key,
-                block.intermediate.dense,
-            ):
+            attention = block.attention.self
+            for linear in (attention.query, attention.key, block.intermediate.dense):
                 linear.weight.mul_(30)
     # In float32, such scores have an error of 1e-4.
     assert_same(model, sparsify(model, "native"), tolerance=1e-2)
@@ -214,9 +183,9 @@ def test_gelu_of_the_kernel():
     assert gelu(torch.full((1, 96, 11), torch.nan)).isnan().all()
 
 
-def test_threads(tiny_config):
+def test_threads():
     """Calls from several Python threads do not disturb each other."""
-    model = build(tiny_config)
+    model = build()
     sparse = sparsify(model, "native")
     with torch.no_grad():
         expected = [model(**inputs(3, 20, seed)).start_logits for seed in range(4)]
@@ -237,8 +206,8 @@ def test_threads(tiny_config):
     assert not failures
 
 
-def test_several_threads_of_torch_agree(tiny_config):
-    model = build(tiny_config)
+def test_several_threads_of_torch_agree():
+    model = build()
     sparse = sparsify(model, "native")
     try:
         torch.set_num_threads(3)
@@ -251,10 +220,8 @@ def test_several_threads_of_torch_agree(tiny_config):
 
 
 def affine(rows, columns, rng):
-    return Affine(
-        csr_array(rng.normal(size=(rows, columns)).astype(np.float32)),
-        rng.normal(size=rows).astype(np.float32),
-    )
+    weight, bias = (rng.normal(size=size).astype(np.float32) for size in ((rows, columns), rows))
+    return Affine(csr_array(weight), bias)
 
 
 def empty(layer, field, rows=(), columns=()):
@@ -294,8 +261,8 @@ def test_what_compaction_removes():
 @pytest.mark.parametrize(
     "dead", ["head", "heads", "scores", "values", "neurons", "inputs", "everything"]
 )
-def test_compacted_outputs(tiny_config, kernel, dead):
-    model = build(tiny_config, density=0.9)
+def test_compacted_outputs(kernel, dead):
+    model = build(density=0.9)
     attention, block = model.bert.encoder.layer[0].attention, model.bert.encoder.layer[0]
     with torch.no_grad():
         if dead == "head":
@@ -330,8 +297,8 @@ def test_compacted_outputs(tiny_config, kernel, dead):
         assert len(encoder_of(sparse).layers[0].sizes) == (3 if dead == "head" else 0)
 
 
-def test_a_compacted_model_becomes_sparse(tiny_config):
-    model = build(tiny_config)
+def test_a_compacted_model_becomes_sparse():
+    model = build()
     with torch.no_grad():
         model.bert.encoder.layer[0].attention.output.dense.weight[:, 8:24] = 0
     compacted = sparsify(model, "compact")
@@ -340,8 +307,8 @@ def test_a_compacted_model_becomes_sparse(tiny_config):
     assert_same(model, sparsify(compacted, "compact"))
 
 
-def test_compacted_models_train(tiny_config, caplog):
-    model = build(tiny_config).train()
+def test_compacted_models_train(caplog):
+    model = build().train()
     with torch.no_grad():
         model.bert.encoder.layer[1].output.dense.weight[:, :40] = 0
     compacted = sparsify(model)
@@ -354,8 +321,8 @@ def test_compacted_models_train(tiny_config, caplog):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_gets_compaction_only(tiny_config, caplog):
-    model = build(tiny_config, density=0.05).cuda()
+def test_a_gpu_gets_compaction_only(caplog):
+    model = build(density=0.05).cuda()
     compacted = sparsify(model)
     assert "CSR does not pay on cuda" in caplog.text
     given = {name: tensor.cuda() for name, tensor in inputs(2, 9).items()}
@@ -366,18 +333,18 @@ def test_a_gpu_gets_compaction_only(tiny_config, caplog):
 # ------------------------------------------------------------ results and errors
 
 
-def test_auto_chooses_by_density(tiny_config):
-    sparse, dense = (sparsify(build(tiny_config, density=density)) for density in (0.1, 0.6))
+def test_auto_chooses_by_density():
+    sparse, dense = (sparsify(build(density=density)) for density in (0.1, 0.6))
     assert isinstance(encoder_of(sparse), encoder.SparseEncoder)
     assert hasattr(encoder_of(dense), "layer")  # compacted: no sparse product pays
     matrices = [matrix for layer in encoder_of(sparse).layers for matrix in layer.matrices()]
     assert all(matrix.starts is not None for matrix in matrices)
-    forced = sparsify(build(tiny_config, density=0.1), csr_below=0.0)
+    forced = sparsify(build(density=0.1), csr_below=0.0)
     assert hasattr(encoder_of(forced), "layer")
 
 
-def test_a_copy_works_and_cannot_be_saved(tiny_config, tmp_path, kernel):
-    model = build(tiny_config)
+def test_a_copy_works_and_cannot_be_saved(tmp_path, kernel):
+    model = build()
     again = copy.deepcopy(sparsify(model, kernel))
     assert_same(model, again)
     with pytest.raises(ValueError, match="save the model that it was made from"):
@@ -386,8 +353,8 @@ def test_a_copy_works_and_cannot_be_saved(tiny_config, tmp_path, kernel):
     model.save_pretrained(tmp_path / "dense")
 
 
-def test_eager_attention_and_pickles(tiny_config, kernel):
-    model = build(tiny_config)
+def test_eager_attention_and_pickles(kernel):
+    model = build()
     model.set_attn_implementation("eager")
     sparse = sparsify(model, kernel)
     assert_same(model, sparse)
@@ -395,27 +362,26 @@ def test_eager_attention_and_pickles(tiny_config, kernel):
     assert_same(model, pickle.loads(pickle.dumps(sparse)))
 
 
-def test_masked_models_of_other_classes(tiny_config, kernel):
+def test_masked_models_of_other_classes(kernel):
     class Mine(emmental.MaskedBertForQuestionAnswering):
         pass
 
     torch.manual_seed(0)
-    config = MaskedBertConfig(**tiny_config, mask_init="uniform", mask_scale=1.0, threshold=0.1)
-    for model in (
-        Mine(config).eval(),
-        emmental.MaskedBertModel(config, add_pooling_layer=False).eval(),
-    ):
-        assert_same(model, sparsify(model, kernel))
+    config = MaskedBertConfig(**SIZES, mask_init="uniform", mask_scale=1.0, threshold=0.1)
+    for model in (Mine(config), emmental.MaskedBertModel(config, add_pooling_layer=False)):
+        assert_same(model.eval(), sparsify(model, kernel))
 
 
-def test_a_dense_model_gets_a_warning(tiny_config, caplog):
-    model = build(tiny_config, density=1.0)
+def test_a_dense_model_gets_a_warning(caplog):
+    model = build(density=1.0)
     assert_same(model, sparsify(model))
     assert "100% of the encoder's weights remain: sparse inference gains nothing" in caplog.text
 
 
 def gpt(model):
-    return GPT2Model(GPT2Config(n_embd=8, n_head=2, n_layer=1, vocab_size=9))
+    return transformers.GPT2Model(
+        transformers.GPT2Config(n_embd=8, n_head=2, n_layer=1, vocab_size=9)
+    )
 
 
 def decoder(model):
@@ -439,14 +405,14 @@ UNSUPPORTED = {
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
 @pytest.mark.filterwarnings("ignore")
-def test_unsupported_models(tiny_config, name):
+def test_unsupported_models(name):
     change, message = UNSUPPORTED[name]
     with pytest.raises(ValueError, match=message):
-        sparsify(change(build(tiny_config)))
+        sparsify(change(build()))
 
 
-def test_invalid_arguments(tiny_config):
-    model = build(tiny_config)
+def test_invalid_arguments():
+    model = build()
     choices = "choose one of auto, native, library, compact"
     with pytest.raises(ValueError, match=f"unknown kernel 'fast': {choices}"):
         sparsify(model, "fast")
@@ -456,8 +422,8 @@ def test_invalid_arguments(tiny_config):
         sparsify(model.train(), "native")
 
 
-def test_unsupported_calls(tiny_config):
-    sparse = sparsify(build(tiny_config), "library")
+def test_unsupported_calls():
+    sparse = sparsify(build(), "library")
     given = inputs(2, 6)
     causal = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
     with pytest.raises(ValueError, match="differs between queries"):
@@ -477,8 +443,8 @@ def test_unsupported_calls(tiny_config):
         sparse.eval().double()(**given)
 
 
-def test_traces_and_exports(tiny_config, kernel):
-    sparse = sparsify(build(tiny_config), kernel)
+def test_traces_and_exports(kernel):
+    sparse = sparsify(build(), kernel)
     given = inputs(2, 6)
     traces = [
         lambda: torch.jit.trace(sparse, example_kwarg_inputs=dict(given), strict=False),
@@ -514,54 +480,54 @@ def test_the_kernels_are_compiled_once(fresh_build, monkeypatch):
     assert [built] == list(fresh_build.iterdir())
 
 
-def test_damaged_kernels_are_compiled_again(fresh_build, tiny_config):
+def test_damaged_kernels_are_compiled_again(fresh_build):
     kernels.load_native()
     (built,) = fresh_build.iterdir()
     built.unlink()  # this process still has the old file open
     built.write_bytes(b"no library")
     kernels.load_native.cache_clear()
-    model = build(tiny_config)
+    model = build()
     assert_same(model, sparsify(model, "native"))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, tiny_config):
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o500)
     monkeypatch.setenv("XDG_CACHE_HOME", str(locked))
     kernels.load_native.cache_clear()
-    model = build(tiny_config)
+    model = build()
     assert_same(model, sparsify(model, "native"))
 
 
-def test_a_cache_folder_that_is_a_file(tmp_path, monkeypatch, tiny_config):
+def test_a_cache_folder_that_is_a_file(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     kernels.load_native.cache_clear()
-    model = build(tiny_config)
+    model = build()
     assert_same(model, sparsify(model))
     kernels.load_native.cache_clear()
 
 
-def test_no_home(monkeypatch, tiny_config):
+def test_no_home(monkeypatch):
     def nowhere():
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(kernels.Path, "home", nowhere)
     kernels.load_native.cache_clear()
-    model = build(tiny_config)
+    model = build()
     assert_same(model, sparsify(model))
     kernels.load_native.cache_clear()
 
 
 @pytest.mark.parametrize("compiler", ["missing", "failing"])
-def test_without_a_compiler(fresh_build, monkeypatch, tiny_config, caplog, compiler):
+def test_without_a_compiler(fresh_build, monkeypatch, caplog, compiler):
     if compiler == "missing":
         monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
     else:
         monkeypatch.setenv("CXX", "false")
-    model = build(tiny_config)
+    model = build()
     reason = "no C.. compiler|false failed"
     with pytest.raises(ValueError, match=f"kernel 'native' cannot be used: .*({reason})"):
         sparsify(model, "native")
@@ -575,10 +541,9 @@ def test_without_a_compiler(fresh_build, monkeypatch, tiny_config, caplog, compi
 
 
 @pytest.mark.parametrize("bits", [8, 32])
-def test_packed_files(tiny_config, tiny_tokenizer, tmp_path, monkeypatch, bits):
-    model = build(tiny_config, density=0.1)
-    model.save_pretrained(tmp_path / "model")
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
+def test_packed_files(tiny_tokenizer, tmp_path, monkeypatch, bits):
+    model = build(density=0.1)
+    tiny.save(model, tmp_path / "model", tiny_tokenizer)
     storage.pack(str(tmp_path / "model"), str(tmp_path / "packed"), bits)
     dense = storage.load_packed(str(tmp_path / "packed"))
     monkeypatch.setattr(csr_array, "toarray", lambda self: pytest.fail("a matrix was made dense"))
