@@ -1,7 +1,6 @@
 """Several processes under torchrun do what one process does, and stop together."""
 
 import importlib
-import json
 import signal
 import time
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import launch
-from safetensors.torch import load_file
+from tiny import read, same, weights
 
 import masked_run_squad
 from emmental.errors import UserError, one_line_errors
@@ -35,12 +34,8 @@ METHODS = {name: flags.split() for name, flags in METHODS.items()}
 
 def run(launcher, output, cache, model, data, *flags, script="masked_run_squad.py"):
     """launcher: the words of one; None for this process."""
-    places = {
-        "output_dir": output,
-        "cache_dir": cache,
-        "model_name_or_path": model,
-        "data_dir": data,
-    }
+    places = {"output_dir": output, "cache_dir": cache}
+    places |= {"model_name_or_path": model, "data_dir": data}
     places = [word for name, place in places.items() for word in (f"--{name}", str(place))]
     if launcher is None:
         words = [*FLAGS, *flags, *places]
@@ -66,83 +61,35 @@ def test_several_processes_reach_the_weights_of_one(
     # 24 questions in batches of 10 or 20: in the last of an epoch, some rank has no example.
     common = (tmp_path / "cache", tiny_bert, squad_dir, *SQUAD, *METHODS[method])
     run(None, tmp_path / "one", *common, "--per_gpu_train_batch_size", str(5 * processes))
-    done = run(
-        torchrun(processes),
-        tmp_path / "many",
-        *common,
-        "--per_gpu_train_batch_size",
-        "5",
-        "--check_ranks",
-    )
+    own = ("--per_gpu_train_batch_size", "5", "--check_ranks")
+    done = run(torchrun(processes), tmp_path / "many", *common, *own)
     assert done.stdout.count("results saved to") == 1  # rank 0 alone speaks
     assert "Warning" not in done.stderr
-    one, many = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "many"))
-    for key, value in one.items():
-        torch.testing.assert_close(
-            many[key], value, rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
-        )
-    results = [
-        json.loads((tmp_path / name / "eval_results.json").read_text()) for name in ("one", "many")
-    ]
-    assert results[0] == pytest.approx(results[1])
-    predictions = [
-        json.loads((tmp_path / name / "predictions_.json").read_text()) for name in ("one", "many")
-    ]
-    assert (
-        predictions[0] == predictions[1]
-    )  # of every question, though ten are no multiple of the processes
+    one, many = tmp_path / "one", tmp_path / "many"
+    torch.testing.assert_close(weights(many), weights(one), rtol=1e-3, atol=1e-5)
+    assert read(many / "eval_results.json") == pytest.approx(read(one / "eval_results.json"))
+    # Of every question, though ten are no multiple of the processes.
+    assert read(many / "predictions_.json") == read(one / "predictions_.json")
 
 
 def test_two_processes_on_a_glue_task(tmp_path, tiny_bert):
-    rows = [
-        f"ada lives in {place} .\t{number % 2}\n"
-        for number, place in enumerate(["oslo", "rome", "lima"] * 7)
-    ]
+    places = enumerate(["oslo", "rome", "lima"] * 7)
+    rows = "".join(f"ada lives in {place} .\t{number % 2}\n" for number, place in places)
     for split in "train", "dev":
-        (tmp_path / f"{split}.tsv").write_text("sentence\tlabel\n" + "".join(rows))
-    (tmp_path / "test.tsv").write_text(
-        "index\tsentence\n" + "".join(f"{n}\tben lives in rome .\n" for n in range(7))
-    )
-    common = (
-        tmp_path / "cache",
-        tiny_bert,
-        tmp_path,
-        "--task_name",
-        "sst-2",
-        "--do_predict",
-        *METHODS["topK"],
-    )
-    run(
-        None,
-        tmp_path / "one",
-        *common,
-        "--per_gpu_train_batch_size",
-        "10",
-        script="masked_run_glue.py",
-    )
-    run(
-        LAUNCH,  # it adds --local-rank=0
-        tmp_path / "two",
-        *common,
-        "--per_gpu_train_batch_size",
-        "5",
-        script="masked_run_glue.py",
-    )
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    for key, value in one.items():
-        torch.testing.assert_close(
-            two[key], value, rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
-        )
-    results = [
-        json.loads((tmp_path / name / "eval_results.json").read_text()) for name in ("one", "two")
-    ]
-    assert results[0].pop("entropy") == pytest.approx(results[1].pop("entropy"), rel=1e-4)
-    assert results[0] == results[1]
-    assert (tmp_path / "one" / "SST-2.tsv").read_text() == (
-        tmp_path / "two" / "SST-2.tsv"
-    ).read_text()
-    summary = json.loads((tmp_path / "two" / "training_summary.json").read_text())
-    assert summary["processes"] == 2
+        (tmp_path / f"{split}.tsv").write_text("sentence\tlabel\n" + rows)
+    rows = "".join(f"{n}\tben lives in rome .\n" for n in range(7))
+    (tmp_path / "test.tsv").write_text("index\tsentence\n" + rows)
+    task = "--task_name", "sst-2", "--do_predict", *METHODS["topK"], "--per_gpu_train_batch_size"
+    common, script = (tmp_path / "cache", tiny_bert, tmp_path, *task), "masked_run_glue.py"
+    run(None, tmp_path / "one", *common, "10", script=script)
+    run(LAUNCH, tmp_path / "two", *common, "5", script=script)  # it adds --local-rank=0
+    one, two = tmp_path / "one", tmp_path / "two"
+    torch.testing.assert_close(weights(two), weights(one), rtol=1e-3, atol=1e-5)
+    ours, theirs = (read(folder / "eval_results.json") for folder in (one, two))
+    assert ours.pop("entropy") == pytest.approx(theirs.pop("entropy"), rel=1e-4)
+    assert ours == theirs
+    assert (one / "SST-2.tsv").read_text() == (two / "SST-2.tsv").read_text()
+    assert read(two / "training_summary.json")["processes"] == 2
 
 
 WHOLE = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
@@ -222,38 +169,17 @@ def test_sigterm_ends_a_process_that_waits_for_others(monkeypatch):
 
 
 def test_errors_of_two_processes_are_said_once(tmp_path, tiny_bert, squad_dir):
-    with pytest.raises(AssertionError) as failed:
-        run(
-            TORCHRUN,
-            tmp_path / "out",
-            tmp_path / "cache",
-            tiny_bert,
-            squad_dir,
-            *SQUAD,
-            "--train_file",
-            "absent.json",
-        )
-    assert str(failed.value).count("error: --train_file") == 1
-    (tmp_path / "broken.json").write_text(
-        "{}"
-    )  # found by rank 0 alone, while the other waits for its features
-    with pytest.raises(AssertionError) as failed:
-        run(
-            TORCHRUN,
-            tmp_path / "out",
-            tmp_path / "cache",
-            tiny_bert,
-            squad_dir,
-            *SQUAD,
-            "--train_file",
-            tmp_path / "broken.json",
-        )
-    said = str(failed.value)
-    assert (
-        said.count('"data" is missing') == 1
-        and "gloo" not in said
-        and 'masked_run_squad.py", line' not in said
-    )
+    places = tmp_path / "out", tmp_path / "cache", tiny_bert, squad_dir
+    # What is broken is found by rank 0 alone, while the other waits for its features.
+    (tmp_path / "broken.json").write_text("{}")
+    for file, said in ("absent.json", "error: --train_file"), (
+        tmp_path / "broken.json", '"data" is missing'
+    ):  # fmt: skip
+        with pytest.raises(AssertionError) as failed:
+            run(TORCHRUN, *places, *SQUAD, "--train_file", file)
+        assert str(failed.value).count(said) == 1
+    assert "gloo" not in str(failed.value)
+    assert 'masked_run_squad.py", line' not in str(failed.value)
 
 
 SCRIPT = """
@@ -308,11 +234,8 @@ def spoiled(tmp_path, tiny_bert, squad_dir):
 
 
 def whole_checkpoints(folder):
-    return [
-        path.name
-        for path in checkpoint.find_checkpoints(folder)
-        if checkpoint.damage_of(path) is None
-    ]
+    found = checkpoint.find_checkpoints(folder)
+    return [path.name for path in found if checkpoint.damage_of(path) is None]
 
 
 @pytest.mark.parametrize(
@@ -333,9 +256,7 @@ def test_a_rank_that_is_killed_stops_the_others(
     common = (tmp_path / "cache", tiny_bert, squad_dir, *SQUAD, *rest)
     run(TORCHRUN, tmp_path / "out", *common, "--resume_from_checkpoint", "latest")
     run(TORCHRUN, tmp_path / "whole", *common)
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
-        tmp_path / "whole" / "model.safetensors"
-    ).read_bytes()
+    assert same(tmp_path / "out", tmp_path / "whole")
     # Another number of processes is refused in words.
     with pytest.raises(SystemExit):
         run(None, tmp_path / "out", *common, "--resume_from_checkpoint", "latest")
@@ -353,8 +274,5 @@ def test_a_signal_to_all_ranks(spoiled, tmp_path):
     done, seconds = spoiled("stop")
     assert done.returncode != 0 and seconds < 60
     assert done.stderr.count("stopped by SIGTERM after update") == 1
-    assert whole_checkpoints(tmp_path / "out")[-1] in (
-        "checkpoint-6",
-        "checkpoint-7",
-        "checkpoint-8",
-    )
+    last = whole_checkpoints(tmp_path / "out")[-1]
+    assert last in ("checkpoint-6", "checkpoint-7", "checkpoint-8")
