@@ -10,14 +10,8 @@ from emmental.training.batches import BatchPlan, evaluation_batches, training_ba
 from emmental.training.distributed import World
 from emmental.training.task import Task
 
-SIZES = [
-    (1, 4, 2),
-    (7, 4, 2),
-    (8, 4, 2),
-    (103, 4, 3),
-    (1000, 8, 4),
-    (1601, 8, 1),
-]  # examples, batch, accumulation
+# Examples, batch, accumulation.
+SIZES = [(1, 4, 2), (7, 4, 2), (8, 4, 2), (103, 4, 3), (1000, 8, 4), (1601, 8, 1)]
 
 
 def make_lengths(count, seed=0):
@@ -31,17 +25,15 @@ def test_each_example_once_per_epoch(count, batch_size, accumulation):
     assert plan.updates_per_epoch == -(-batches_per_epoch // accumulation)
     orders = []
     for epoch in range(3):
-        updates = [
-            plan.update(epoch * plan.updates_per_epoch + i) for i in range(plan.updates_per_epoch)
-        ]
+        start = epoch * plan.updates_per_epoch
+        updates = [plan.update(start + i) for i in range(plan.updates_per_epoch)]
         order = np.concatenate([batch for update in updates for batch in update]).tolist()
         assert sorted(order) == list(range(count))
         assert all(len(update) == accumulation for update in updates[:-1])
         assert len(updates[-1]) == (batches_per_epoch - 1) % accumulation + 1
         sizes = sorted(len(batch) for update in updates for batch in update)
-        assert sizes == sorted(
-            [batch_size] * (count // batch_size) + [count % batch_size] * (count % batch_size > 0)
-        )
+        whole, rest = divmod(count, batch_size)
+        assert sizes == [rest] * (rest > 0) + [batch_size] * whole
         orders.append(order)
     if count >= 100:
         assert orders[0] != orders[1] != orders[2]
@@ -103,18 +95,11 @@ def test_resuming_continues_the_order(num_workers):
     assert updates(3, 4) == [tuple(map(list, zip(*plan.local(3, 1, 2), strict=True)))]
 
 
-@pytest.mark.parametrize(
-    "updates, epochs, total",
-    [
-        (10, 3.0, 30),
-        (10, 0.5, 5),
-        (10, 0.25, 3),
-        (10, 2.01, 21),
-        (7, 1.0, 7),
-        (100, 1.1, 110),
-        (10, 0.3, 3),
-    ],
-)
+TOTALS = [(10, 3.0, 30), (10, 0.5, 5), (10, 0.25, 3), (10, 2.01, 21), (10, 0.3, 3)]
+TOTALS += [(7, 1.0, 7), (100, 1.1, 110)]
+
+
+@pytest.mark.parametrize("updates, epochs, total", TOTALS)
 def test_fractional_epochs(updates, epochs, total):
     plan = BatchPlan(make_lengths(4 * updates), 2, 2, seed=0)
     assert plan.updates_per_epoch == updates

@@ -37,16 +37,10 @@ def test_answers_are_aligned_and_cannot_be_memorised(made):
     for examples in (train, dev):
         kept, skipped = drop_misaligned(examples)
         assert not skipped and len(kept) == len(examples)
-    people = {
-        " ".join(words)
-        for text in train["context"]
-        for words in zip(text.split(), text.split()[1:])
-    }
-    asked = [
-        answers["text"][0]
-        for question, answers in zip(dev["question"], dev["answers"])
-        if question.startswith("Who")
-    ]
+    texts = [text.split() for text in train["context"]]
+    people = {" ".join(words) for text in texts for words in zip(text, text[1:])}
+    questions = zip(dev["question"], dev["answers"])
+    asked = [answers["text"][0] for question, answers in questions if question.startswith("Who")]
     assert asked and not people & set(asked)  # train.json has none of them
 
 

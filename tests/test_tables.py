@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny import SHORT, write_split
+from safetensors.torch import load_file
+from tiny import SHORT, edit, read, rewrite, write_split
 
 import masked_run_glue
 import masked_run_squad
@@ -209,7 +209,7 @@ def test_a_run_is_made_once(finished, settings, capsys, monkeypatch):
 def test_an_interrupted_run_goes_on(runs, settings, monkeypatch):
     monkeypatch.setattr(paper_tables, "run_process", run_here)
     own = runs / "squad" / "10D3"
-    teacher = json.loads((own / "training_args.json").read_text())["teacher_name_or_path"]
+    teacher = read(own / "training_args.json")["teacher_name_or_path"]
     again = ["run", "squad", "10D3", "--runs_dir", runs, "--teacher", teacher, *settings]
     whole = load_file(own / "model.safetensors")
     for killed in ("in training", "in evaluation"):
@@ -290,7 +290,7 @@ def test_report(runs, capsys, tmp_path):
     said = capsys.readouterr().out
     assert (tmp_path / "report.md").read_text() == said
     dense, movement = csv.DictReader((tmp_path / "runs.csv").open())
-    results = json.loads((runs / "squad" / "10D3" / "eval_results.json").read_text())
+    results = read(runs / "squad" / "10D3" / "eval_results.json")
     assert movement["metrics"] == f"exact {results['exact']:.2f}, f1 {results['f1']:.2f}"
     state = load_file(runs / "squad" / "10D3" / "model.safetensors")
     sizes = [t.numel() for name, t in state.items() if name.endswith("mask_scores")]
@@ -304,17 +304,17 @@ def test_report(runs, capsys, tmp_path):
 
 def test_the_batch_is_that_of_all_processes(runs):
     own = runs / "squad" / "10D3"
-    summary = json.loads((own / "training_summary.json").read_text())
+    summary = read(own / "training_summary.json")
     assert summary.pop("processes") == 1
 
-    def read(**processes):
+    def run(**processes):
         (own / "training_summary.json").write_text(json.dumps(summary | processes))
         return read_run(own)
 
-    older, two = read(), read(processes=2)  # older runs do not record them
+    older, two = run(), run(processes=2)  # older runs do not record them
     assert [row["batch"] for row in run_rows([older, two])] == [4, 8]
     edit(own / "training_args.json", per_gpu_train_batch_size=2)
-    assert read(processes=2).settings == older.settings != two.settings
+    assert run(processes=2).settings == older.settings != two.settings
 
 
 def test_a_reader_that_leaves_loses_no_table(runs, unread, tmp_path):
@@ -326,14 +326,8 @@ def test_a_reader_that_leaves_loses_no_table(runs, unread, tmp_path):
     assert len(list((tmp_path / "plots").glob("*.png"))) == 3
 
 
-def edit(path, **values):
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
 def spoil_weights(folder):
-    state = load_file(folder / "model.safetensors")
-    state["qa_outputs.bias"] += 1
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    rewrite(folder, lambda state: state | {"qa_outputs.bias": state["qa_outputs.bias"] + 1})
 
 
 def spoil_results(folder):
@@ -341,9 +335,7 @@ def spoil_results(folder):
 
 
 def lose_metrics(folder):
-    results = json.loads((folder / "eval_results.json").read_text())
-    results = {name: value for name, value in results.items() if name not in ("exact", "f1")}
-    (folder / "eval_results.json").write_text(json.dumps(results))
+    edit(folder / "eval_results.json", "exact", "f1")
 
 
 def interrupt(folder):
@@ -436,10 +428,8 @@ def measured(runs, monkeypatch):
     edit(runs / "squad" / "heads" / "training_args.json", granularity="structure")
     edit(runs / "squad" / "fewer" / "training_args.json", teacher_name_or_path="squad/teacher")
     gains = {"teacher": 1.0, "10D3": 1.5, "heads": 2.0, "fewer": 3.0}
-    rows = [
-        {"model": f"squad/{name}", "runtime": "eager", "batch": 32, "length": 128, "gain": gain}
-        for name, gain in gains.items()
-    ]
+    where = {"runtime": "eager", "batch": 32, "length": 128}
+    rows = [{"model": f"squad/{name}", **where, "gain": gain} for name, gain in gains.items()]
     file = runs / "speed.json"
     file.write_text(json.dumps({"dense": "squad/teacher", "rows": rows}))
     return file
@@ -532,12 +522,8 @@ def test_methods_and_starts_that_the_paper_does_not_have(beyond):
     assert floor == ["sst-2 (acc)", "bag of words", "100.0", "", *[""] * 7]
 
     rows = {Path(row["folder"]).parts[-3]: row for row in run_rows(found)}
-    assert [row["method"] for row in rows.values()] == [
-        "dense",
-        "sensitivity",
-        *["PLATON"] * 3,
-        ours[2],
-    ]
+    methods = [row["method"] for row in rows.values()]
+    assert methods == ["dense", "sensitivity", *["PLATON"] * 3, ours[2]]
     tuned = {name for name, row in rows.items() if row["start"] == "fine-tuned"}
     assert tuned == {"start", "alone"}
     weights = {name: row["loss weights"] for name, row in rows.items()}
@@ -573,10 +559,8 @@ def test_a_global_method_of_the_paper_is_beside_its_figures(runs):
 def test_figures_of_other_methods(beyond, tmp_path):
     """Runs of the same point in several folders have figures of their own."""
     tables("plot", beyond, "--to", tmp_path)
-    names = [
-        "alone-sst-2-10D1",
-        *(f"{x}-sst-2-10D3" for x in "platon sensitivity global start".split()),
-    ]
+    names = [f"{x}-sst-2-10D3" for x in "platon sensitivity global start".split()]
+    names.append("alone-sst-2-10D1")
     own = {f"{name}-{kind}.png" for name in names for kind in ("layers", "weights")}
     assert {path.name for path in tmp_path.iterdir()} == own | {"sst-2-metric.png"}
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 from conftest import launch
 from datasets import Dataset
-from safetensors.torch import load_file
-from tiny import NAMES, PLACES
+from tiny import NAMES, PLACES, read, same, weights
 from torch.nn import functional as F
 from transformers import AutoModelForTokenClassification
 
@@ -33,9 +32,7 @@ class Tagging(Task):
     result_files = ("eval_results.*", "tags_*.json")
 
     def add_arguments(self, parser):
-        parser.add_argument(
-            "--sentences", type=int, default=20, help="how many sentences there are"
-        )
+        parser.add_argument("--sentences", type=int, default=20, help="how many there are")
 
     def load_examples(self, args, source):
         words = [name for pair in zip(NAMES, PLACES, strict=True) for name in pair]
@@ -69,15 +66,10 @@ class Tagging(Task):
 
     def score(self, split, logits, step, output_dir):
         features = self.evaluation_sets[split]
-        found = [
-            row.argmax(-1)[: features[n]["length"]].tolist() for n, (row,) in enumerate(logits)
-        ]
-        pairs = [
-            (a, b)
-            for row, n in zip(found, features, strict=True)
-            for a, b in zip(row, n["tags"], strict=True)
-            if b >= 0
-        ]
+        rows = zip((row for (row,) in logits), features, strict=True)
+        found = [row.argmax(-1)[: own["length"]].tolist() for row, own in rows]
+        tags = [tag for row in features for tag in row["tags"]]
+        pairs = [(a, b) for a, b in zip(sum(found, []), tags, strict=True) if b >= 0]
         (output_dir / f"tags_{'' if step is None else step}.json").write_text(json.dumps(found))
         return {"accuracy": sum(a == b for a, b in pairs) / len(pairs)}
 
@@ -116,8 +108,7 @@ def test_it_trains_evaluates_and_resumes(tmp_path, tagger):
     assert labels == {"0": "other", "1": "name", "2": "place"}
     more = f"{more} --resume_from_checkpoint {whole / 'checkpoint-20'}"
     run.main(Tagging(), "Tags.", flags(tmp_path, tagger, "again", more))
-    ends = [tmp_path / name / "model.safetensors" for name in ("whole", "again")]
-    assert ends[0].read_bytes() == ends[1].read_bytes()
+    assert same(whole, tmp_path / "again")
     places = f"--model_name_or_path {whole} --output_dir {tmp_path / 'alone'}"
     alone = f"--model_type masked_bert --do_eval --no_cuda {places}".split()
     assert run.main(Tagging(), "Tags.", alone)["accuracy"] == results["accuracy"]
@@ -145,15 +136,11 @@ def test_words_weigh_alike_in_whatever_batch_they_are(tmp_path, tagger):
     ranks = flags(tmp_path, tagger, "ranks", f"{size} 3 {accumulation} {teach} --check_ranks")
     done = launch(*torchrun, tmp_path / "script.py", *ranks)
     assert done.returncode == 0, done.stderr
-    one, *others = (
-        load_file(tmp_path / name / "model.safetensors") for name in ("one", "parts", "ranks")
-    )
+    one, *others = (weights(tmp_path / name) for name in ("one", "parts", "ranks"))
     for other in others:
-        for name, value in one.items():
-            torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-5, msg=name)
-    assert (tmp_path / "one" / "tags_.json").read_text() == (
-        tmp_path / "ranks" / "tags_.json"
-    ).read_text()
+        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-5)
+    ours, theirs = (read(tmp_path / name / "tags_.json") for name in ("one", "ranks"))
+    assert ours == theirs
 
 
 def test_examples_alone_would_weigh_otherwise(tmp_path, tagger):
@@ -163,9 +150,7 @@ def test_examples_alone_would_weigh_otherwise(tmp_path, tagger):
     more = "--per_gpu_train_batch_size 3 --gradient_accumulation_steps 7"
     for name, task in ("words", Tagging), ("sentences", Unweighted):
         run.main(task(), "Tags.", flags(tmp_path, tagger, name, more))
-    words, sentences = (
-        load_file(tmp_path / name / "model.safetensors") for name in ("words", "sentences")
-    )
+    words, sentences = (weights(tmp_path / name) for name in ("words", "sentences"))
     assert any(not torch.allclose(words[name], sentences[name], rtol=1e-3) for name in words)
 
 
