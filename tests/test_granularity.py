@@ -580,7 +580,7 @@ def test_training_goes_on_with_the_granularity_of_the_checkpoint(run, refused, c
         ),
         ("--granularity hybrid --block_columns 64", "blocks of 32 x 64 do not divide a matrix"),
         ("--granularity structure --mask_init kaiming", "--mask_init kaiming needs a matrix of"),
-        ("--mask_init magnitude", "--mask_init magnitude needs a --mask_scale above 0: give 3, say"),
+        ("--mask_init magnitude --mask_scale 0", "--mask_init magnitude needs a --mask_scale"),
         (
             f"--granularity structure {FLAGS['soft']} --target_remaining 0.1",
             f"--target_remaining 0.1: {1088 / 8192:.4f} of the weights remain at least",

@@ -50,7 +50,8 @@ class Method:
     settings: its numbers. state: names of tensors in the shape of the scores that a layer has too.
         They begin at 0, and are saved and resumed like the scores.
     observe: None, or a method `observe(layers, grads)` that updates tensors of the layers in place,
-        once per update, from the straight-through dL/dS of each. It must do the same on every rank.
+        once per update, from the straight-through dL/dS of each, which it may overwrite. It must do
+        the same on every rank.
     """
 
     name: str
@@ -143,8 +144,9 @@ class Sensitivity(TopK):
     )
 
     def observe(self, layers, grads):
+        torch._foreach_abs_(grads)
         means = [layer.mask_scores for layer in layers]
-        torch._foreach_lerp_(means, torch._foreach_abs(grads), 1 - layers[0].importance_beta)
+        torch._foreach_lerp_(means, grads, 1 - layers[0].importance_beta)
 
 
 class Platon(Sensitivity):
@@ -161,11 +163,10 @@ class Platon(Sensitivity):
 
     def observe(self, layers, grads):
         super().observe(layers, grads)
-        deviations = torch._foreach_abs(grads)
-        torch._foreach_sub_(deviations, [layer.mask_scores for layer in layers])
-        torch._foreach_abs_(deviations)
+        torch._foreach_sub_(grads, [layer.mask_scores for layer in layers])
+        torch._foreach_abs_(grads)
         means = [layer.mask_uncertainty for layer in layers]
-        torch._foreach_lerp_(means, deviations, 1 - layers[0].uncertainty_beta)
+        torch._foreach_lerp_(means, grads, 1 - layers[0].uncertainty_beta)
 
     def sources(self, layers):
         means = [scores.detach() for scores in super().sources(layers)]

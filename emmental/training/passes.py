@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..inputs import input_names
 from ..losses import regularization
+from ..modules.lists import together
 from ..modules.masks import MaskedLayers, masked_layers
 from .distributed import World
 from .hidden import hidden_distillation_loss, hidden_states
@@ -119,12 +120,14 @@ def observe_scores(layers: MaskedLayers, scaler: torch.amp.GradScaler, skipped: 
     if not observed:
         return
     method = observed[0].method
-    if not skipped:
+    one_by_one = [[layer] for layer in observed]
+    parts = [observed] if together(observed[0].weight) else one_by_one
+    for layers in [] if skipped else parts:
         scale = scaler.get_scale() if method.scores == "observed" else 1.0  # others are unscaled
-        sizes = [sum(layer.weights_per_score for layer in x.group) for x in observed]
-        grads = [layer.mask_scores.grad for layer in observed]
+        sizes = [sum(member.weights_per_score for member in layer.group) for layer in layers]
+        grads = [layer.mask_scores.grad for layer in layers]
         grads = torch._foreach_div(grads, [scale * size**0.5 for size in sizes])
-        method.observe(observed, list(grads))
+        method.observe(layers, list(grads))
     if method.scores == "observed":
         for layer in observed:
             layer.mask_scores.grad = None
