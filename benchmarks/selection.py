@@ -1,6 +1,6 @@
 """Ways to find the k largest scores of many matrices: times, and whether the masks are equal.
 
-    python benchmarks/selection.py                  # BERT-base's 72 matrices: 4 minutes on 2 cores
+    python benchmarks/selection.py                  # BERT-base's 72 matrices: 10 minutes on a CPU
     python benchmarks/selection.py --layers 2 --repeats 2
 
 Each matrix is ranked for itself, and then all together, as one vector. On a GPU, matrices of one
