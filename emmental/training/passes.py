@@ -11,7 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 from ..inputs import input_names
 from ..losses import regularization
 from ..modules.lists import together
+from ..modules.masked_nn import MaskedLinear
 from ..modules.masks import MaskedLayers, masked_layers
+from ..modules.methods import Method
 from .distributed import World
 from .hidden import hidden_distillation_loss, hidden_states
 from .state import TrainingState
@@ -120,17 +122,21 @@ def observe_scores(layers: MaskedLayers, scaler: torch.amp.GradScaler, skipped: 
     if not observed:
         return
     method = observed[0].method
-    one_by_one = [[layer] for layer in observed]
-    parts = [observed] if together(observed[0].weight) else one_by_one
-    for layers in [] if skipped else parts:
-        scale = scaler.get_scale() if method.scores == "observed" else 1.0  # others are unscaled
-        sizes = [sum(member.weights_per_score for member in layer.group) for layer in layers]
-        grads = [layer.mask_scores.grad for layer in layers]
-        grads = torch._foreach_div(grads, [scale * size**0.5 for size in sizes])
-        method.observe(layers, list(grads))
+    if not skipped:
+        at_once = together(observed[0].weight)
+        for layers in [observed] if at_once else [[layer] for layer in observed]:
+            _observe(method, layers, scaler)
     if method.scores == "observed":
         for layer in observed:
             layer.mask_scores.grad = None
+
+
+def _observe(method: Method, layers: list[MaskedLinear], scaler: torch.amp.GradScaler) -> None:
+    scale = scaler.get_scale() if method.scores == "observed" else 1.0  # others are unscaled
+    sizes = [sum(member.weights_per_score for member in layer.group) for layer in layers]
+    grads = [layer.mask_scores.grad for layer in layers]
+    scaled = torch._foreach_div(grads, [scale * size**0.5 for size in sizes])
+    method.observe(layers, list(scaled))
 
 
 class Means:

@@ -33,6 +33,8 @@ def main() -> None:
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["run", "updates", *COLUMNS.values()])
     for name in sys.argv[1:]:
+        if not list(Path(name).glob("events.out.tfevents.*")):
+            sys.exit(f"{name} has no TensorBoard events: give the output folder of a run")
         writer.writerows(rows(Path(name)))
 
 
