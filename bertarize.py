@@ -15,15 +15,16 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from emmental.card import CARD_FILE, derived_card, push_to_hub, read_card
-from emmental.errors import UserError, one_line_errors
-from emmental.export import bertarize, plain_percents
-from emmental.families import is_masked
-from emmental.files import write_folder, write_text
+from emmental.checkpoints.card import CARD_FILE, derived_card, push_to_hub, read_card
+from emmental.checkpoints.counts import plain_percents
+from emmental.checkpoints.export import bertarize
+from emmental.checkpoints.loading import advising, head_of, load_masked, load_model, read_config
+from emmental.checkpoints.onnx_file import check_onnx, write_onnx
+from emmental.checkpoints.tokenizer import tokenizer_to_copy
 from emmental.inference import compacted
-from emmental.inference.onnx_file import check_onnx, write_onnx
-from emmental.loading import advising, head_of, load_masked, load_model, read_config
-from emmental.tokenizer import tokenizer_to_copy
+from emmental.models.families import is_masked
+from emmental.system.errors import UserError, one_line_errors
+from emmental.system.files import write_folder, write_text
 from emmental.training.flags import add_mask_flags, given_masks
 from emmental.training.parser import Parser
 from emmental.training.runlog import set_up_logging

@@ -10,12 +10,17 @@ The checkpoint's config.json says which method and threshold it was trained with
 from dataclasses import asdict
 from pathlib import Path
 
-from emmental.errors import one_line_errors
-from emmental.export import LayerCount, RemainingWeights, count_layers, remaining_weights
-from emmental.files import write_json
-from emmental.loading import advising, load_masked
+from emmental.checkpoints.counts import (
+    LayerCount,
+    RemainingWeights,
+    count_layers,
+    remaining_weights,
+)
+from emmental.checkpoints.loading import advising, load_masked
 from emmental.modules.masks import find_masks
 from emmental.modules.methods import METHODS
+from emmental.system.errors import one_line_errors
+from emmental.system.files import write_json
 from emmental.training.flags import add_mask_flags, given_masks
 from emmental.training.parser import Parser
 from emmental.training.runlog import set_up_logging

@@ -19,8 +19,8 @@ import functools
 import numpy as np
 from torch.nn import functional as F
 
+from emmental.checkpoints.labels import checkpoint_labels
 from emmental.data import glue
-from emmental.data.features import padding_of, take_first
 from emmental.data.glue_tasks import (
     CUSTOM,
     CUSTOM_ARGUMENTS,
@@ -30,11 +30,12 @@ from emmental.data.glue_tasks import (
     task_name,
 )
 from emmental.data.metrics import glue_metrics, mean_entropy
-from emmental.errors import UserError
-from emmental.files import write_text
+from emmental.data.padding import padding_of
+from emmental.data.reading import take_first
 from emmental.inference import sparsify
-from emmental.labels import checkpoint_labels
 from emmental.losses import distillation_loss, regression_distillation_loss
+from emmental.system.errors import UserError
+from emmental.system.files import write_text
 from emmental.training import run
 from emmental.training.flags import make_parser
 from emmental.training.parser import Parser, choice

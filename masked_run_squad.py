@@ -20,12 +20,13 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from emmental.data import squad
-from emmental.data.features import padding_of, take_first
+from emmental.data import squad_answers, squad_features, squad_read
 from emmental.data.metrics import squad_metrics
-from emmental.errors import UserError
-from emmental.files import write_json
+from emmental.data.padding import padding_of
+from emmental.data.reading import take_first
 from emmental.inference import sparsify
+from emmental.system.errors import UserError
+from emmental.system.files import write_json
 from emmental.training import run
 from emmental.training.flags import make_parser
 from emmental.training.parser import Parser, number
@@ -76,7 +77,7 @@ class Squad(Task):
 
     @property
     def dataset(self):
-        return squad.HUB_NAMES[self.v2]
+        return squad_read.HUB_NAMES[self.v2]
 
     def check(self, args):
         problems, one_is_given = [], args.train_file or args.predict_file
@@ -94,14 +95,14 @@ class Squad(Task):
         self.v2, self.examples = args.version_2_with_negative, {}
         for split, file in data_files(args).items():
             if file:
-                rows = squad.read_examples(file, self.v2, split == "predict", args.cache_dir)
+                rows = squad_read.read_examples(file, self.v2, split == "predict", args.cache_dir)
             else:
                 hub_split = "train" if split == "train" else "validation"
-                rows = squad.load_hub_examples(hub_split, self.v2, args.cache_dir)
+                rows = squad_read.load_hub_examples(hub_split, self.v2, args.cache_dir)
             limit = args.max_train_samples if split == "train" else args.max_eval_samples
             self.examples[split] = take_first(rows, limit)
         if args.do_train:
-            self.examples["train"], skipped = squad.drop_misaligned(self.examples["train"])
+            self.examples["train"], skipped = squad_features.drop_misaligned(self.examples["train"])
             for reason, ids in skipped.items():
                 shown = ", ".join(ids if args.verbose_logging else ids[:5])
                 logger.warning(
@@ -118,7 +119,9 @@ class Squad(Task):
         sizes = ("max_seq_length", "doc_stride", "max_query_length", "overwrite_cache")
         options = {name: getattr(args, name) for name in sizes} | {"num_proc": args.threads}
         self.evaluation_sets = {
-            split: squad.build_features(rows, tokenizer, training=split == "train", **options)
+            split: squad_features.build_features(
+                rows, tokenizer, training=split == "train", **options
+            )
             for split, rows in self.examples.items()
         }
         self.train_set = self.evaluation_sets.pop("train", None)
@@ -126,7 +129,7 @@ class Squad(Task):
             logger.info("first feature: %s", tokenizer.decode(self.train_set[0]["input_ids"]))
 
     def collate(self, features):
-        return squad.collate(features, **self.padding)
+        return squad_features.collate(features, **self.padding)
 
     def logits(self, outputs, batch):
         return span_logits(outputs, batch)
@@ -137,14 +140,14 @@ class Squad(Task):
     def score(self, split, logits, step, output_dir):
         examples, suffix = self.examples[split], "" if step is None else step
         options = {"version_2_with_negative": self.v2}
-        predictions, nbest, null_odds = squad.postprocess(
+        predictions, nbest, null_odds = squad_answers.postprocess(
             examples, self.evaluation_sets[split], *zip(*logits), **self.search, **options
         )
         write_json(output_dir / f"predictions_{suffix}.json", predictions)
         write_json(output_dir / f"nbest_predictions_{suffix}.json", nbest)
         if self.v2:
             write_json(output_dir / f"null_odds_{suffix}.json", null_odds)
-        if all(map(squad.is_unanswerable, examples["answers"])):
+        if all(map(squad_read.is_unanswerable, examples["answers"])):
             logger.warning("no question has an answer: nothing to score")
             return {}
         return squad_metrics(examples, predictions, null_odds, **options)

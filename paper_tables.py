@@ -22,14 +22,14 @@ from typing import TextIO
 
 import pandas
 
-from emmental.errors import Interrupted, TrainingError, handled_signals, one_line_errors
-from emmental.files import write_text
-from emmental.tables.points import GLOBAL, METHODS, TASKS, commands, find_point, load_points
-from emmental.tables.report import headline, run_rows, to_markdown
-from emmental.tables.runs import RESULTS, find_runs
+from emmental.system.errors import Interrupted, TrainingError, handled_signals, one_line_errors
+from emmental.system.files import write_text
 from emmental.training.checkpoint import SUMMARY_FILE
 from emmental.training.parser import Parser
 from emmental.training.runlog import set_up_logging
+from paper.points import GLOBAL, METHODS, TASKS, commands, find_point, load_points
+from paper.report import headline, run_rows, to_markdown
+from paper.runs import RESULTS, find_runs
 
 
 def get_parser() -> Parser:
@@ -186,7 +186,7 @@ def report(args: argparse.Namespace) -> None:
 
 
 def plot(args: argparse.Namespace) -> None:
-    from emmental.tables.plots import draw, read_speeds  # matplotlib is slow to import
+    from paper.plots import draw, read_speeds  # matplotlib is slow to import
 
     speeds = read_speeds(Path(args.speed)) if args.speed else None
     runs, left_out = find_runs(args.runs_dir)

@@ -5,7 +5,7 @@
     python saving_prunebert.py verify FILE CHECKPOINT   # masks and weights; --data_dir: metrics too
     python saving_prunebert.py unpack FILE FOLDER       # a normal from_pretrained folder
 
-From Python, `emmental.storage.load_packed(FILE)` returns the model. The file contains
+From Python, `emmental.packing.pack.load_packed(FILE)` returns the model. The file contains
 the embeddings, with one step per row; `pack --base_model NAME` leaves them out if they are still
 those of NAME.
 """
@@ -19,13 +19,14 @@ from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
 
-from emmental import coding, storage
+from emmental import storage
+from emmental.checkpoints.loading import advising, read_config
+from emmental.checkpoints.tokenizer import VOCABULARIES
 from emmental.data.glue_tasks import CUSTOM, CUSTOM_ARGUMENTS
-from emmental.errors import UserError, one_line_errors
-from emmental.families import is_masked, prefix_of
-from emmental.files import write_json
-from emmental.loading import advising, read_config
-from emmental.tokenizer import VOCABULARIES
+from emmental.models.families import is_masked, prefix_of
+from emmental.packing import coding
+from emmental.system.errors import UserError, one_line_errors
+from emmental.system.files import write_json
 from emmental.training.checkpoint import ARGS_FILE
 from emmental.training.flags import add_mask_flags, given_masks
 from emmental.training.parser import Parser

@@ -28,10 +28,10 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from emmental.errors import UserError, one_line_errors
-from emmental.families import layers_of
+from emmental.checkpoints.onnx_file import check_onnx, write_onnx
 from emmental.inference import compacted, sparsify
-from emmental.inference.onnx_file import check_onnx, write_onnx
+from emmental.models.families import layers_of
+from emmental.system.errors import UserError, one_line_errors
 
 KEPT = 0.9  # of the promised gain: lower ones are listed at the end
 CHECKED = 2  # sequences of a batch whose logits are compared

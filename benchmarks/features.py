@@ -31,13 +31,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
 import masked_run_squad
-from emmental.data import glue, glue_tasks, squad
+from emmental.checkpoints.loading import load_model
+from emmental.checkpoints.tokenizer import load_tokenizer
+from emmental.data import glue, glue_tasks, squad_answers, squad_features, squad_read
 from emmental.data.metrics import glue_metrics, squad_metrics
-from emmental.errors import UserError, one_line_errors
-from emmental.inputs import MODEL_INPUTS
-from emmental.loading import load_model
+from emmental.models.inputs import MODEL_INPUTS
 from emmental.schedule import learning_rate_factor
-from emmental.tokenizer import load_tokenizer
+from emmental.system.errors import UserError, one_line_errors
 from emmental.training.batches import BatchPlan
 from emmental.training.distributed import World, keep_freed_memory
 from emmental.training.evaluate import Predictor
@@ -52,12 +52,12 @@ class Squad:
 
     def __init__(self, args: argparse.Namespace):
         train, dev = find(args.data_dir, "train*.json"), find(args.data_dir, "dev*.json")
-        self.train = squad.read_examples(train, False, unique_ids=False)
-        self.dev = squad.read_examples(dev, False)
-        self.collate = squad.collate
+        self.train = squad_read.read_examples(train, False, unique_ids=False)
+        self.dev = squad_read.read_examples(dev, False)
+        self.collate = squad_features.collate
 
     def features(self, examples: Dataset, tokenizer, training: bool = True) -> Dataset:
-        return squad.build_features(
+        return squad_features.build_features(
             examples,
             tokenizer,
             max_seq_length=self.length,
@@ -94,7 +94,7 @@ class Squad:
 
     def metric(self, features: Dataset, logits: list) -> float:
         starts, ends = zip(*logits, strict=True)
-        predictions, _, _ = squad.postprocess(
+        predictions, _, _ = squad_answers.postprocess(
             self.dev,
             features,
             list(starts),

@@ -27,12 +27,12 @@ import transformers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
-from emmental.errors import UserError, one_line_errors
-from emmental.families import FAMILIES, encoder_of
+from emmental.compact.algebra import activation_of, density
 from emmental.inference import sparsify
-from emmental.inference.compaction import activation_of, density
 from emmental.inference.encoder import SparseEncoder
-from emmental.inputs import longest_input
+from emmental.models.families import FAMILIES, encoder_of
+from emmental.models.inputs import longest_input
+from emmental.system.errors import UserError, one_line_errors
 
 HELPS = 1.05  # lower gains are listed at the end
 DENSE_SIDES = ("dense", "compiled", "int8")

@@ -23,11 +23,11 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_step import Side, make_batch
 
-from emmental.errors import one_line_errors
-from emmental.families import FAMILIES
+from emmental.models.families import FAMILIES
 from emmental.modules import lists
 from emmental.modules.granularity import GRANULARITIES
 from emmental.modules.methods import METHODS
+from emmental.system.errors import one_line_errors
 
 FREE = {"empty", "empty_like", "new_empty", "empty_strided", "detach", "detach_", "lift_fresh"}
 WAITS = {"_local_scalar_dense", "nonzero"}

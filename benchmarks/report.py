@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForQuestionAnswering, PreTrainedModel
 
 from emmental import storage
-from emmental.families import encoder_of, family_of, layers_of
-from emmental.hardware import processor_name
+from emmental.models.families import encoder_of, family_of, layers_of
+from emmental.system.hardware import processor_name
 from emmental.training import checkpoint
 
 

@@ -35,10 +35,10 @@ import transformers
 from transformers import BertTokenizerFast
 
 from emmental import MaskedBertConfig, MaskedBertForQuestionAnswering, storage
-from emmental.data import squad
-from emmental.errors import UserError, one_line_errors
-from emmental.export import mask_report
+from emmental.checkpoints.counts import mask_report
+from emmental.data import squad_features, squad_read
 from emmental.modules import find_masks, masked_layers
+from emmental.system.errors import UserError, one_line_errors
 
 MIB = 2**20
 STATUS = Path("/proc/self/status")
@@ -125,9 +125,11 @@ def make_features(path: str, folder: str) -> dict:
     datasets.disable_progress_bars()
     resident, begun = status("VmRSS"), time.perf_counter()
     with peak_memory() as found:
-        examples, _ = squad.drop_misaligned(squad.read_examples(path, False, cache_dir=folder))
+        examples, _ = squad_features.drop_misaligned(
+            squad_read.read_examples(path, False, cache_dir=folder)
+        )
         sizes = {"max_seq_length": 384, "doc_stride": 128, "max_query_length": 64}
-        features = squad.build_features(examples, tokenizer, training=True, **sizes)
+        features = squad_features.build_features(examples, tokenizer, training=True, **sizes)
     found |= {"seconds": time.perf_counter() - begun, "resident": status("VmHWM") - resident}
     return found | {"features": len(features), "bytes": Path(path).stat().st_size}
 

@@ -16,10 +16,10 @@ import report
 import torch
 from torch import Tensor
 
-from emmental.errors import UserError, one_line_errors
 from emmental.modules.lists import by_stack
 from emmental.modules.selection import kth_largest, select_largest
 from emmental.modules.topk import keep_largest
+from emmental.system.errors import UserError, one_line_errors
 
 FRACTIONS = (0.9, 0.15, 0.03)
 Select = Callable[[list[Tensor], list[int]], list[Tensor]]

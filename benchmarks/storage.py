@@ -24,8 +24,8 @@ from transformers import BertTokenizerFast
 
 import saving_prunebert
 from emmental import storage
-from emmental.embeddings import prefix_of
-from emmental.errors import UserError, one_line_errors
+from emmental.checkpoints.embeddings import prefix_of
+from emmental.system.errors import UserError, one_line_errors
 
 MB = 1e6
 BITS = (32, 16, 8, 6, 5, 4)

@@ -33,14 +33,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CONFIG_MAPPING, AutoModelForQuestionAnswering
 
-from emmental.errors import UserError, one_line_errors
-from emmental.families import FAMILIES, MASKED, MaskedModel, layers_of
-from emmental.inputs import input_names
 from emmental.losses import regularization
-from emmental.modeling_masked import CLASSES
+from emmental.models.families import FAMILIES, MASKED, layers_of
+from emmental.models.inputs import input_names
+from emmental.models.masked import CLASSES, MaskedModel
 from emmental.modules import find_masks, masked, masked_layers
 from emmental.modules.granularity import GRANULARITIES
 from emmental.modules.methods import METHODS
+from emmental.system.errors import UserError, one_line_errors
 from emmental.training.distributed import World, keep_freed_memory
 from emmental.training.guards import GradientGuard
 from emmental.training.optim import build_optimizer, trained_parameters

@@ -4,15 +4,15 @@ The masked classes of all families are here under their names: `MaskedBertForQue
 `MaskedRobertaForSequenceClassification`, and so on.
 """
 
-from .configuration_bert_compact import CompactBertConfig
-from .modeling_bert_compact import (
+from .compact.configuration import CompactBertConfig
+from .compact.modeling import (
     CompactBertForMultipleChoice,
     CompactBertForQuestionAnswering,
     CompactBertForSequenceClassification,
     CompactBertForTokenClassification,
     CompactBertModel,
 )
-from .modeling_masked import CLASSES
+from .models.masked import CLASSES
 from .modules import MagnitudeBinarizer, MaskedLinear, ThresholdBinarizer, TopKBinarizer
 
 __all__ = [

@@ -1,5 +1,5 @@
-"""The published place of `MaskedBertConfig`, which `modeling_masked` makes."""
+"""The published place of `MaskedBertConfig`, which `models/masked.py` makes."""
 
-from .modeling_masked import MaskedBertConfig
+from .models.masked import MaskedBertConfig
 
 __all__ = ["MaskedBertConfig"]

@@ -1,6 +1,6 @@
-"""The published place of the masked BERT, which `modeling_masked` makes."""
+"""The published place of the masked BERT, which `models/masked.py` makes."""
 
-from .modeling_masked import (
+from .models.masked import (
     MaskedBertForMultipleChoice,
     MaskedBertForQuestionAnswering,
     MaskedBertForSequenceClassification,

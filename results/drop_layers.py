@@ -15,11 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from torch import nn
 from transformers import PreTrainedModel
 
-from emmental.errors import UserError, one_line_errors
-from emmental.families import COMPACT, encoder_of
-from emmental.files import write_folder
-from emmental.loading import head_of, load_model, read_config
-from emmental.tokenizer import tokenizer_to_copy
+from emmental.checkpoints.loading import head_of, load_model, read_config
+from emmental.checkpoints.tokenizer import tokenizer_to_copy
+from emmental.models.families import COMPACT, encoder_of
+from emmental.system.errors import UserError, one_line_errors
+from emmental.system.files import write_folder
 from emmental.training.runlog import set_up_logging
 
 

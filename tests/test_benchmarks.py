@@ -19,7 +19,8 @@ from emmental import (
     MaskedBertForQuestionAnswering,
     MaskedBertForSequenceClassification,
 )
-from emmental.inference import compacted, onnx_file
+from emmental.checkpoints import onnx_file
+from emmental.inference import compacted
 
 
 @pytest.fixture()

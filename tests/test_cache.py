@@ -15,8 +15,8 @@ from tiny import (
     write,
 )
 
-from emmental.data import glue, squad
-from emmental.data.features import content_hash
+from emmental.data import glue, squad_features, squad_read
+from emmental.data.cache import content_hash
 from emmental.data.glue_tasks import custom_task
 
 LONG = "ada lives in oslo and ben lives in rome . who lives in cairo , and where does dan live ?"
@@ -24,7 +24,7 @@ PAIRS = [("ada lives in oslo .", "where does ada live ?"), (LONG, "no"), ("who ?
 
 
 class Squad:
-    module = squad
+    module = squad_features
     sizes = WINDOWS | {"training": True}
 
     def tokenizer(self, *words):
@@ -121,8 +121,8 @@ def test_the_cache_goes_by_content_alone(build, data, tmp_path, cache):
     (tmp_path / "two").mkdir()
     assert [build(folder=folder)[1] for folder in (tmp_path, tmp_path / "two")] == [1, 0]
     assert len(files(cache)) == 1
-    if data.module is squad:
-        key = content_hash("squad", squad.VERSION, False, True, tmp_path / "squad.json")
+    if data.module is squad_features:
+        key = content_hash("squad", squad_read.VERSION, False, True, tmp_path / "squad.json")
         assert data.read(tmp_path)._fingerprint == key
 
 
@@ -188,7 +188,9 @@ def test_truncation_and_padding_of_the_tokenizer_do_not_matter(data, build):
 
 
 def test_processes_give_the_same_rows(data, build):
-    for training in [{"training": True}, {"training": False}] if data.module is squad else [{}]:
+    for training in (
+        [{"training": True}, {"training": False}] if data.module is squad_features else [{}]
+    ):
         options = training | {"content": data.many(), "overwrite_cache": True}
         one, two = (build(num_proc=number, **options)[0] for number in (1, 2))
         assert one[:] == two[:] and one.features == two.features

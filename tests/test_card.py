@@ -12,8 +12,8 @@ from tiny import SHORT
 import bertarize
 import masked_run_squad
 import saving_prunebert
-from emmental.export import remaining_weights
-from emmental.loading import load_masked
+from emmental.checkpoints.counts import remaining_weights
+from emmental.checkpoints.loading import load_masked
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from emmental import coding
-from emmental.errors import UserError
+from emmental.packing import coding
+from emmental.system.errors import UserError
 
 
 def sparse(shape, density, seed=0, structured=False):

@@ -14,11 +14,12 @@ import emmental
 import masked_run_squad
 import saving_prunebert
 from emmental import CompactBertConfig, CompactBertForQuestionAnswering, MaskedBertConfig
-from emmental.errors import TrainingError
-from emmental.families import HEADS, encoder_of
-from emmental.inference import compacted, onnx_file, sparsify
+from emmental.checkpoints import onnx_file
+from emmental.inference import compacted, sparsify
+from emmental.models.families import HEADS, encoder_of
 from emmental.modules.masks import masked_layers
-from emmental.storage import load_packed
+from emmental.packing.pack import load_packed
+from emmental.system.errors import TrainingError
 
 QA = "QuestionAnswering"
 CASES = {  # heads and neurons that are left in the three layers; 4 and 64 are all

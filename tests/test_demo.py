@@ -8,7 +8,8 @@ import pytest
 from transformers import AutoTokenizer, BertForQuestionAnswering
 
 import masked_run_squad
-from emmental.data.squad import drop_misaligned, read_examples
+from emmental.data.squad_features import drop_misaligned
+from emmental.data.squad_read import read_examples
 from emmental.training.checks import check_common_arguments
 
 DEMO = Path(__file__).parent.parent / "demo"

@@ -12,8 +12,8 @@ from conftest import launch
 from tiny import read, same, weights
 
 import masked_run_squad
-from emmental.errors import UserError, one_line_errors
-from emmental.launcher import Launch, read_launch
+from emmental.system.errors import UserError, one_line_errors
+from emmental.system.launcher import Launch, read_launch
 from emmental.training import checkpoint, distributed
 
 ROOT = Path(__file__).parent.parent

@@ -10,7 +10,8 @@ from tiny import QA, SIZES, SUFFIXES
 from torch import nn
 
 from emmental import MaskedBertConfig, MaskedBertForQuestionAnswering, MaskedBertModel
-from emmental.export import bertarized_config, bertarized_state_dict, remaining_weights
+from emmental.checkpoints.counts import remaining_weights
+from emmental.checkpoints.export import bertarized_config, bertarized_state_dict
 from emmental.modules import find_masks, masked_layers
 from emmental.modules.masks import Masks
 

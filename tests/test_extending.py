@@ -16,11 +16,11 @@ import bertarize
 import counts_parameters
 import masked_run_squad
 from emmental import storage
-from emmental.configs import read_config
-from emmental.errors import UserError
-from emmental.families import FAMILIES, Family
+from emmental.checkpoints.configs import read_config
 from emmental.inference import sparsify
-from emmental.modeling_masked import make_masked
+from emmental.models.families import FAMILIES, Family
+from emmental.models.masked import make_masked
+from emmental.system.errors import UserError
 
 ERNIE = Family(encoder="encoder", layers="encoder.layer")  # as short as a row can be
 

@@ -16,12 +16,13 @@ import bertarize
 import counts_parameters
 import emmental
 import masked_run_squad
-from emmental.configs import concrete_type, read_config
-from emmental.export import bertarized_state_dict, count_layers
-from emmental.families import FAMILIES, HEADS, layers_of
-from emmental.loading import load_masked, load_model
+from emmental.checkpoints.configs import concrete_type, read_config
+from emmental.checkpoints.counts import count_layers
+from emmental.checkpoints.export import bertarized_state_dict
+from emmental.checkpoints.loading import load_masked, load_model
+from emmental.checkpoints.tokenizer import load_tokenizer
+from emmental.models.families import FAMILIES, HEADS, layers_of
 from emmental.modules.masks import masked_layers
-from emmental.tokenizer import load_tokenizer
 
 LINEARS = {  # nn.Linear of the layers, if not six for each
     "albert": 6, "albert, groups": 24, "deberta-v2": 16, "modernbert": 8,

@@ -11,12 +11,14 @@ from transformers import AutoTokenizer
 
 import saving_prunebert
 from emmental import storage
-from emmental.embeddings import prefix_of
-from emmental.export import plain_percents
-from emmental.families import FAMILIES, HEADS, encoder_of, family_of, layers_of
+from emmental.checkpoints.counts import plain_percents
+from emmental.checkpoints.embeddings import prefix_of
+from emmental.checkpoints.onnx_file import write_onnx
 from emmental.inference import compacted, sparsify
 from emmental.inference.encoder import SparseEncoder
-from emmental.inference.onnx_file import write_onnx
+from emmental.models.families import FAMILIES, HEADS, encoder_of, family_of, layers_of
+from emmental.packing.format import write_packed
+from emmental.system.errors import UserError
 
 HIDDEN, NEURONS = 32, 48
 NATIVE = ["bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert"]
@@ -137,7 +139,7 @@ def test_embeddings_of_another_family_are_refused(tmp_path):
     save_masked("camembert", tmp_path / "same names")
     save_masked("distilbert", tmp_path / "base")
     for base in ("base", "same names"):
-        with pytest.raises(storage.UserError, match="embeddings of .* are not those of"):
+        with pytest.raises(UserError, match="embeddings of .* are not those of"):
             storage.pack(str(tmp_path / "in"), str(tmp_path / "f"), 8, str(tmp_path / base))
 
 
@@ -153,8 +155,8 @@ def test_embeddings_of_another_family_are_refused(tmp_path):
 def test_a_class_that_is_not_of_its_family_is_refused(tmp_path, architecture, model_type):
     config = {"model_type": model_type}
     header = {"architecture": architecture, "config": config, "files": [], "tensors": []}
-    storage._write(tmp_path / "file", header, [])
-    with pytest.raises(storage.UserError, match="invalid header"):
+    write_packed(tmp_path / "file", header, [])
+    with pytest.raises(UserError, match="invalid header"):
         storage.open_packed(str(tmp_path / "file"))
 
 

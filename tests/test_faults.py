@@ -20,7 +20,7 @@ import bertarize
 import counts_parameters
 import masked_run_squad
 import saving_prunebert
-from emmental.data import features, squad
+from emmental.data import cache, squad_features, squad_read
 from emmental.training import checkpoint, evaluate, guards, loop, passes
 from emmental.training import run as narrative
 from emmental.training.distributed import World
@@ -114,8 +114,8 @@ def test_a_second_signal_does_not_wait(run, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "module, name",
     [
-        (squad, "read_examples"),
-        (squad, "build_features"),
+        (squad_read, "read_examples"),
+        (squad_features, "build_features"),
         (narrative, "load_student"),
         (evaluate, "masked"),
         (checkpoint, "file_digest"),  # in the middle of writing the trained model
@@ -165,8 +165,8 @@ SLOW_FEATURES = """
 import sys, time
 sys.path.insert(0, {root!r})
 import masked_run_squad
-from emmental.data import squad
-squad._featurize = lambda *columns, **options: time.sleep(100)
+from emmental.data import squad_answers, squad_features, squad_read
+squad_features._featurize = lambda *columns, **options: time.sleep(100)
 masked_run_squad.main()
 """
 
@@ -195,7 +195,7 @@ def test_signals_end_workers_without_a_handler(tmp_path):
 
     datasets.Dataset.from_dict({"x": [1, 2, 3, 4]}).save_to_disk(tmp_path / "data")
     before = signal.getsignal(signal.SIGTERM)
-    made = features.cached_map(
+    made = cache.cached_map(
         datasets.load_from_disk(tmp_path / "data"), featurize, ["x"], key="k", num_proc=2
     )
     assert made["default"] == [[True, True]] * 4
@@ -226,7 +226,7 @@ def test_a_pipe_that_breaks_elsewhere_is_an_error(run, capsys, monkeypatch):
     def lose():
         raise BrokenPipeError(32, "Broken pipe")
 
-    break_after(monkeypatch, squad, "build_features", 1, lose)
+    break_after(monkeypatch, squad_features, "build_features", 1, lose)
     assert "Broken pipe" in stopped(capsys, run, status=1)
 
 

@@ -6,7 +6,7 @@ from datasets import Dataset, Features, Value
 from tiny import TOKENIZERS, tokenizer_of
 
 from emmental.data.glue import build_features, collate
-from emmental.errors import UserError
+from emmental.system.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("cache")
 LONG = "ada lives in oslo and ben lives in rome . who lives in cairo , and where does dan live ?"

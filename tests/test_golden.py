@@ -20,7 +20,7 @@ from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceCl
 
 import masked_run_glue
 import masked_run_squad
-from emmental.hardware import processor_name
+from emmental.system.hardware import processor_name
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).with_name("golden.json")

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import masked_run_squad
-from emmental.loading import load_masked
+from emmental.checkpoints.loading import load_masked
 from emmental.modules import find_masks
 from emmental.modules.granularity import GRANULARITIES
 from emmental.modules.methods import METHODS

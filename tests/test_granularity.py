@@ -17,15 +17,11 @@ import bertarize
 import counts_parameters
 import masked_run_squad
 from emmental import MaskedBertConfig, MaskedBertForQuestionAnswering, MaskedBertModel
-from emmental.export import (
-    bertarized_config,
-    bertarized_state_dict,
-    count_layers,
-    remaining_weights,
-)
-from emmental.families import FAMILIES, Family
+from emmental.checkpoints.counts import count_layers, remaining_weights
+from emmental.checkpoints.export import bertarized_config, bertarized_state_dict
 from emmental.inference import sparsify
 from emmental.losses import regularization
+from emmental.models.families import FAMILIES, Family
 from emmental.modules import MaskedLinear, count, find_masks, masked, masked_layers
 from emmental.modules.granularity import GRANULARITIES, Block, Columns, Rows
 from emmental.modules.masks import MaskInForce, Masks, in_force

@@ -17,7 +17,8 @@ import counts_parameters
 import masked_run_glue
 import masked_run_squad
 import saving_prunebert
-from emmental.storage import open_packed, pack
+from emmental.packing.format import open_packed
+from emmental.packing.pack import pack
 
 TRAIN = "--do_train --final_threshold 0.3 --max_steps 4 --warmup_steps 1 --save_steps 2"
 TRAIN += " --logging_steps 2"

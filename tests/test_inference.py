@@ -16,11 +16,12 @@ from torch.nn import functional as F
 
 import emmental
 from emmental import MaskedBertConfig, storage
-from emmental.errors import UserError
-from emmental.families import encoder_of
-from emmental.inference import compaction, encoder, kernels, sparsify
-from emmental.inference.compaction import Affine
+from emmental.compact import surgery as compaction
+from emmental.compact.algebra import Affine
+from emmental.inference import encoder, kernels, sparsify
+from emmental.models.families import encoder_of
 from emmental.modules.methods import METHODS
+from emmental.system.errors import UserError
 
 HEADS = ["", "QuestionAnswering", "SequenceClassification", "TokenClassification"]
 SHAPES = [(1, 1), (1, 5), (3, 16), (2, 33), (5, 40)]

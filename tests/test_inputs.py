@@ -5,9 +5,9 @@ import tiny
 import torch
 from tiny import TOKENIZERS, make_squad, tokenizer_of
 
-from emmental.data import squad
-from emmental.data.features import MODEL_INPUTS, padding_of
-from emmental.inputs import input_names, longest_input
+from emmental.data import squad_features, squad_read
+from emmental.data.padding import padding_of
+from emmental.models.inputs import MODEL_INPUTS, input_names, longest_input
 from emmental.training.passes import forward
 from masked_run_squad import Squad
 
@@ -26,9 +26,11 @@ def model_of(kind, tokenizer, **changes):
 def test_a_padded_batch_gives_what_each_pair_gives_alone(tmp_path, kind):
     tokenizer = tokenizer_of(kind)
     model = model_of(kind, tokenizer)
-    examples = squad.read_examples(make_squad(tmp_path / "squad.json"), False, cache_dir=tmp_path)
+    examples = squad_read.read_examples(
+        make_squad(tmp_path / "squad.json"), False, cache_dir=tmp_path
+    )
     sizes = {"max_seq_length": 64, "doc_stride": 16, "max_query_length": 24}
-    features = squad.build_features(examples, tokenizer, training=True, **sizes)
+    features = squad_features.build_features(examples, tokenizer, training=True, **sizes)
     chosen = [row for row in features if row["length"] < 64][:8]
     task = Squad()
     task.padding = padding_of(tokenizer, model)

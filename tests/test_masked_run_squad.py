@@ -15,7 +15,7 @@ import bertarize
 import counts_parameters
 import masked_run_squad
 from emmental import MaskedBertForQuestionAnswering
-from emmental.data import squad
+from emmental.data import squad_read
 from emmental.inference import sparsify
 from emmental.modules import masks
 from emmental.training import run as narrative
@@ -438,7 +438,7 @@ def test_the_first_samples_only(run, refused, caplog):
 def test_the_hub_is_asked_when_no_file_is_given(flags, squad_dir, hub):
     def load_dataset(name, split, **kwargs):
         file = squad_dir / ("train-v1.1.json" if split == "train" else "dev-v1.1.json")
-        return squad.read_examples(file, False).remove_columns("is_impossible")
+        return squad_read.read_examples(file, False).remove_columns("is_impossible")
 
     asked, words = hub(load_dataset), flags("out", TRAIN, "--do_eval")
     words[words.index("--data_dir") : words.index("--output_dir")] = []

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from emmental import MaskedBertForQuestionAnswering, MaskedBertModel
-from emmental.export import bertarized_config, bertarized_state_dict
+from emmental.checkpoints.export import bertarized_config, bertarized_state_dict
 from emmental.modules import MaskedLinear, count, find_masks, masked, masked_layers, masks
 from emmental.modules.granularity import GRANULARITIES, Weight
 from emmental.modules.methods import METHODS

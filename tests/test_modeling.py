@@ -19,10 +19,10 @@ from transformers.utils import output_capturing
 
 import emmental
 from emmental import MaskedBertConfig, MaskedBertForQuestionAnswering, MaskedBertModel
-from emmental.errors import UserError
-from emmental.loading import load_masked, load_model
+from emmental.checkpoints.loading import load_masked, load_model
 from emmental.modules import find_masks, masked, masked_layers
 from emmental.modules.methods import METHODS
+from emmental.system.errors import UserError
 from emmental.training.pair import load_teacher
 
 LABELS = {

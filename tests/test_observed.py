@@ -13,8 +13,8 @@ import bertarize
 import counts_parameters
 import masked_run_squad
 from emmental import MaskedBertForQuestionAnswering, storage
-from emmental.data import squad
-from emmental.loading import load_masked
+from emmental.checkpoints.loading import load_masked
+from emmental.data import squad_features, squad_read
 from emmental.modules import MaskedLinear, find_masks, masked_layers
 from emmental.training import passes
 
@@ -105,12 +105,12 @@ def test_scores_are_observed_from_the_whole_updates_gradient(
     run("parts", still, "--gradient_accumulation_steps 5", method=method)
 
     file, sizes = squad_dir / "train-v1.1.json", {"max_seq_length": 48, "doc_stride": 16}
-    examples = squad.read_examples(file, False, cache_dir=str(tmp_path / "other"))
-    features = squad.build_features(
+    examples = squad_read.read_examples(file, False, cache_dir=str(tmp_path / "other"))
+    features = squad_features.build_features(
         examples, tiny_tokenizer, max_query_length=16, training=True, **sizes
     )
     plain = transformers.BertForQuestionAnswering.from_pretrained(tiny_bert).eval()
-    batch = squad.collate(list(features), 0)
+    batch = squad_features.collate(list(features), 0)
     out = plain(**{name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")})
     masked_run_squad.span_loss(masked_run_squad.span_logits(out, batch), batch).backward()
     # J = (1 - .6^t) I; |I - J| = .6^t I; U = .2 (.8^2 * .6 + .8 * .6^2 + .6^3) I

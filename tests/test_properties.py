@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from tiny import tokenizer_of
 from tokenizers.normalizers import NFKC
 
-from emmental import coding
-from emmental.data import glue, glue_tasks, squad
-from emmental.errors import UserError
+from emmental.data import glue, glue_tasks, squad_answers, squad_features, squad_read
+from emmental.packing import coding
+from emmental.system.errors import UserError
 
 SPECIAL = """\U0001f600|\U0001d4d0|\U00020000|\u05e9|\u202e|\u200b|\u200d|\ufeff|\u0301|\u00e9|
 e\u0301|\uac00|\u4e2d|\ufb01|\u0130|\u00df|\0|\r|\x1c|\x85|\u00a0|\u2028|\ufffd|'|##|[SEP]"""
@@ -62,11 +62,11 @@ def answers(contexts, slices, tokenizer, folder, size):
             paragraphs.append({"context": text, "qas": [asked]})
         path = Path(place) / "squad.json"
         path.write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}), encoding="utf-8")
-        examples = squad.read_examples(path, False, cache_dir=place)
+        examples = squad_read.read_examples(path, False, cache_dir=place)
         assert list(examples["context"]) == list(contexts)
         sizes = {"max_seq_length": size, "doc_stride": max(1, size // 4), "max_query_length": 4}
-        training = squad.build_features(examples, tokenizer, training=True, **sizes)
-        features = squad.build_features(examples, tokenizer, training=False, **sizes)
+        training = squad_features.build_features(examples, tokenizer, training=True, **sizes)
+        features = squad_features.build_features(examples, tokenizer, training=False, **sizes)
         starts, ends, shown = [], [], set()
         for labels, feature in zip(training, features, strict=True):
             start, end = labels["start_position"], labels["end_position"]
@@ -76,7 +76,7 @@ def answers(contexts, slices, tokenizer, folder, size):
                 shown.add(feature["example_index"])
         limits = {"n_best_size": 5, "max_answer_length": 1000}
         limits |= {"version_2_with_negative": False, "null_score_diff_threshold": 0.0}
-        predictions, _, _ = squad.postprocess(examples, features, starts, ends, **limits)
+        predictions, _, _ = squad_answers.postprocess(examples, features, starts, ends, **limits)
         # BERT's rule drops an answer if no window shows it whole and most of its surroundings.
         return [predictions[f"{n}"] if n in shown else None for n in range(len(contexts))]
 
@@ -176,7 +176,7 @@ def test_whatever_a_squad_file_holds(content, folder):
     path = folder / "squad.json"
     path.write_bytes(content)
     try:
-        assert len(squad.read_examples(path, True, cache_dir=folder)) > 0
+        assert len(squad_read.read_examples(path, True, cache_dir=folder)) > 0
     except UserError as error:
         assert "\n" not in str(error) and str(path) in str(error)
 

@@ -128,14 +128,17 @@ def test_every_flag_of_the_readme_exists():
 
 def test_the_file_tree_is_true():
     tree = re.search(r"## Files\n+```\n(.*?)```", README, re.S)[1]
-    folder = ""
+    folders = {}  # indentation: folder that is open there
     for line in tree.splitlines():
-        entry = line.split("  ")[0] if not line.startswith("  ") else line.strip().split("   ")[0]
-        for name in entry.split(", "):
-            path = ROOT / (folder if line.startswith("  ") else "") / name.strip()
-            assert path.exists(), path
-        if not line.startswith("  ") and entry.endswith("/"):
-            folder = entry
+        indent = len(line) - len(line.lstrip())
+        folders = {depth: folder for depth, folder in folders.items() if depth < indent}
+        entry = re.split(r"\s{2,}", line.strip())[0]
+        names = [name for name in entry.split(", ") if re.search(r"\.\w+$|/$", name)]
+        assert names, line
+        for name in names:
+            assert Path(ROOT, *folders.values(), name).exists(), name
+        if len(names) == 1 and entry.endswith("/"):
+            folders[indent] = entry
 
 
 def test_help_says_what_a_flag_is_for(capsys):

@@ -9,7 +9,7 @@ import tiny
 from tiny import CONTEXT, UNICODE, document, examples_of, features_of, good_document, qa
 
 from emmental.data.metrics import squad_metrics
-from emmental.data.squad import NO_SPAN_ODDS, postprocess
+from emmental.data.squad_answers import NO_SPAN_ODDS, postprocess
 
 pytestmark = pytest.mark.usefixtures("cache")
 SPACED = " ada  lives\n\tin\u00a0oslo 😀 "

@@ -12,9 +12,9 @@ import torch
 from tiny import CONTEXT, UNICODE, document, examples_of, features_of, good_document, qa
 from tokenizers import processors
 
-from emmental.data import squad
-from emmental.data.squad import collate
-from emmental.errors import UserError
+from emmental.data import squad_features
+from emmental.data.squad_features import collate
+from emmental.system.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("cache")
 KINDS = ("roberta", "modernbert", "xlm-roberta", "albert", "deberta-v2")  # and BERT's
@@ -117,7 +117,11 @@ def test_offsets_give_the_original_text(tmp_path, tokenizer):
 
 def test_accents_that_are_tokens_are_not_taken_twice():
     """A cased vocabulary keeps them."""
-    assert squad._spans([(0, 1), (1, 2), (2, 3)], "e\u0301x").tolist() == [[0, 1], [1, 2], [2, 3]]
+    assert squad_features._spans([(0, 1), (1, 2), (2, 3)], "e\u0301x").tolist() == [
+        [0, 1],
+        [1, 2],
+        [2, 3],
+    ]
 
 
 @pytest.mark.parametrize("kind", ["", *KINDS])

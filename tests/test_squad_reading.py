@@ -6,8 +6,9 @@ import json
 import pytest
 from tiny import CONTEXT, document, examples_of, good_document, qa, write
 
-from emmental.data.squad import drop_misaligned, load_hub_examples, read_examples
-from emmental.errors import UserError
+from emmental.data.squad_features import drop_misaligned
+from emmental.data.squad_read import load_hub_examples, read_examples
+from emmental.system.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("cache")
 NOT_THERE = "the answer is not at its answer_start"

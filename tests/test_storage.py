@@ -15,9 +15,11 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer, BertConfi
 import bertarize
 import emmental
 import saving_prunebert
-from emmental import MaskedBertConfig, files, storage
-from emmental.errors import UserError
+from emmental import MaskedBertConfig, storage
 from emmental.modules import find_masks, masked_layers
+from emmental.packing.format import write_packed
+from emmental.system import files
+from emmental.system.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 METHODS = ["topK", "threshold", "sigmoied_threshold", "magnitude", "l0"]
@@ -254,7 +256,7 @@ def rewritten(packed, target, change):
     opened = storage.open_packed(str(packed))
     header = json.loads(json.dumps(opened.header))
     change(header)
-    storage._write(target, header, [packed.read_bytes()[opened.start :]])
+    write_packed(target, header, [packed.read_bytes()[opened.start :]])
     return target
 
 

@@ -18,14 +18,14 @@ from tiny import SHORT, edit, read, rewrite, write_split
 import masked_run_glue
 import masked_run_squad
 import paper_tables
-from emmental.errors import UserError
 from emmental.modules.methods import METHODS
-from emmental.tables import plots, points
-from emmental.tables.floor import bag_of_words
-from emmental.tables.points import find_point, load_points, paper_value
-from emmental.tables.report import headline, run_rows
-from emmental.tables.runs import find_runs, read_run
+from emmental.system.errors import UserError
 from emmental.training.checks import check_common_arguments
+from paper import plots, points
+from paper.floor import bag_of_words
+from paper.points import find_point, load_points, paper_value
+from paper.report import headline, run_rows
+from paper.runs import find_runs, read_run
 
 POINTS = [point for task in points.TASKS for point in load_points(task)]
 SCRIPTS = {f"{script.__name__}.py": script for script in (masked_run_squad, masked_run_glue)}

@@ -11,7 +11,7 @@ from tiny import NAMES, PLACES, read, same, weights
 from torch.nn import functional as F
 from transformers import AutoModelForTokenClassification
 
-from emmental.data.features import pad_batch
+from emmental.data.padding import pad_batch
 from emmental.losses import distillation_loss
 from emmental.training import run
 from emmental.training.task import Task

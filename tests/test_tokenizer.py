@@ -16,9 +16,9 @@ from transformers import (
 
 import bertarize
 import masked_run_squad
-from emmental.errors import UserError
-from emmental.storage import pack, unpack
-from emmental.tokenizer import load_tokenizer
+from emmental.checkpoints.tokenizer import load_tokenizer
+from emmental.packing.pack import pack, unpack
+from emmental.system.errors import UserError
 
 WORDS = [*VOCABULARY, "Ada", "cafe", "café"]
 
@@ -176,7 +176,7 @@ def test_a_vocabulary_of_bytes_without_a_tokenizer_json(tmp_path):
 
 @pytest.mark.parametrize("file", ["sentencepiece.bpe.model", "spiece.model", "spm.model"])
 def test_says_what_reads_a_sentencepiece_model(tmp_path, monkeypatch, file):
-    monkeypatch.setattr("emmental.tokenizer.is_sentencepiece_available", lambda: False)
+    monkeypatch.setattr("emmental.checkpoints.tokenizer.is_sentencepiece_available", lambda: False)
     RobertaConfig(model_type="xlm-roberta").save_pretrained(tmp_path)
     (tmp_path / file).write_bytes(b"")
     with pytest.raises(UserError, match=f"{file}, run `pip install sentencepiece protobuf`"):

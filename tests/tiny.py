@@ -212,7 +212,7 @@ def refusal(call, *args, **options):
     """The one line that a call refuses with."""
     import pytest
 
-    from emmental.errors import UserError
+    from emmental.system.errors import UserError
 
     with pytest.raises(UserError) as stop:
         call(*args, **options)
@@ -276,14 +276,14 @@ def write(path, content):
 
 def examples_of(folder, content, version_2_with_negative=False, **options):
     """The examples of a SQuAD file with this content."""
-    from emmental.data.squad import read_examples
+    from emmental.data.squad_read import read_examples
 
     return read_examples(write(folder / "squad.json", content), version_2_with_negative, **options)
 
 
 def features_of(examples, tokenizer, training=False, **changes):
     """The features of SQuAD's examples in WINDOWS of other sizes."""
-    from emmental.data.squad import build_features
+    from emmental.data.squad_features import build_features
 
     return build_features(examples, tokenizer, training=training, **(WINDOWS | changes))
 

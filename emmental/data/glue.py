@@ -23,21 +23,11 @@ import pyarrow as pa
 from datasets import Dataset, Features, Value
 from transformers import PreTrainedTokenizerBase
 
-from emmental.data.features import (
-    LABEL,
-    brief,
-    cached_map,
-    cached_rows,
-    collate_features,
-    content_hash,
-    fast_backend,
-    json_field,
-    load_hub,
-    ragged,
-    row_tuples,
-)
+from emmental.data.cache import cached_map, cached_rows, content_hash, ragged, row_tuples
 from emmental.data.glue_tasks import CUSTOM, Task
-from emmental.errors import UserError
+from emmental.data.padding import collate_features, fast_backend
+from emmental.data.reading import LABEL, brief, json_field, load_hub
+from emmental.system.errors import UserError
 
 logger = logging.getLogger(__name__)
 

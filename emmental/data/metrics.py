@@ -11,7 +11,7 @@ from scipy.special import entr, softmax
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from emmental.data.features import row_tuples
+from emmental.data.cache import row_tuples
 from emmental.data.glue_tasks import Task
 
 logger = logging.getLogger(__name__)

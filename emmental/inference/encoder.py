@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from ..compact.algebra import Affine, Layer, activation_of
 from ..modules.numeric import is_traced
-from .compaction import Affine, Layer, activation_of
-from .kernels import Library, Matrix, Native
+from .backends import Library, Matrix, Native
 
 NOT_IN_GRAPHS = "a sparse model cannot be traced or exported: take the bertarized model instead"
 GROUP_TOKENS = 512  # tokens that pass all layers together, so that activations stay in the cache

@@ -20,8 +20,8 @@ import pyarrow as pa
 import torch
 from datasets import Dataset
 
-from ..errors import UserError
-from ..files import file_digest, write_folder, write_into, write_json
+from ..system.errors import UserError
+from ..system.files import file_digest, write_folder, write_into, write_json
 
 logger = logging.getLogger(__name__)
 

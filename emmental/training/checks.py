@@ -10,12 +10,13 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from ..errors import UserError
-from ..families import granularity_of, is_masked
+from ..models.families import is_masked
+from ..models.masked import granularity_of
 from ..modules.granularity import Block, find_granularity
 from ..modules.methods import METHODS
 from ..modules.topk import MIN_REMAINING
 from ..schedule import plateaus_overlap
+from ..system.errors import UserError
 from .flags import (
     OBSOLETE,
     add_distillation_flags,

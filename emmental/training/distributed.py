@@ -11,9 +11,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from ..errors import UserError, first_line, handled_signals
-from ..hardware import processor_name
-from ..launcher import read_launch
+from ..system.errors import UserError, first_line, handled_signals
+from ..system.hardware import processor_name
+from ..system.launcher import read_launch
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from ..errors import UserError
 from ..modules.masks import masked
+from ..system.errors import UserError
 from .batches import evaluation_batches, load_batches
 from .distributed import World
 from .passes import forward

@@ -6,8 +6,8 @@ The help of a flag says when to change it. `checks` says which of them go togeth
 import argparse
 from collections.abc import Callable, Iterable
 
-from ..families import FAMILIES, MASKED
 from ..losses import penalties
+from ..models.families import FAMILIES, MASKED
 from ..modules.granularity import GRANULARITIES, Block
 from ..modules.masked_nn import MASK_INITS
 from ..modules.methods import METHODS, all_settings

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..errors import SAME_SIGNAL, Interrupted, TrainingError, handled_signals
 from ..modules.masks import Masks
+from ..system.errors import SAME_SIGNAL, Interrupted, TrainingError, handled_signals
 from .distributed import World
 from .state import TrainingState
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..families import layers_of
+from ..models.families import layers_of
 
 PROJECTION = "hidden_projection"
 

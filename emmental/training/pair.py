@@ -4,17 +4,17 @@ import logging
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from ..errors import UserError
-from ..inputs import longest_input
-from ..labels import are_anonymous
-from ..loading import advising, load_model
-from ..tokenizer import (
+from ..checkpoints.labels import are_anonymous
+from ..checkpoints.loading import advising, load_model
+from ..checkpoints.tokenizer import (
     declared_casing,
     has_tokenizer,
     load_tokenizer,
     lower_cases,
     make_the_same_ids,
 )
+from ..models.inputs import longest_input
+from ..system.errors import UserError
 
 logger = logging.getLogger(__name__)
 

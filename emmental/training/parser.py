@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 
-from ..errors import fail, one_line_errors
+from ..system.errors import fail, one_line_errors
 
 
 def choice(*options: str) -> Callable[[str], str]:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..inputs import input_names
 from ..losses import regularization
+from ..models.inputs import input_names
 from ..modules.lists import together
 from ..modules.masked_nn import MaskedLinear
 from ..modules.masks import MaskedLayers, masked_layers

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from ..card import write_run_card
-from ..configs import concrete_type
-from ..errors import fail, one_line_errors
-from ..export import LayerCount, count_layers, mask_report
-from ..families import is_masked
-from ..loading import load_model
+from ..checkpoints.card import write_run_card
+from ..checkpoints.configs import concrete_type
+from ..checkpoints.counts import LayerCount, count_layers, mask_report
+from ..checkpoints.loading import load_model
+from ..models.families import is_masked
 from ..modules.masks import find_masks, masked
+from ..system.errors import fail, one_line_errors
 from .batches import BatchPlan, training_batches
 from .checkpoint import clean_output, find_checkpoints, find_resume_folder, step_of
 from .checks import check_common_arguments, check_training

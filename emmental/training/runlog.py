@@ -11,10 +11,10 @@ from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from ..errors import first_line
-from ..files import write_json, write_text
-from ..launcher import read_launch
 from ..modules.masks import MaskedLayers, Masks, count, masked_layers
+from ..system.errors import first_line
+from ..system.files import write_json, write_text
+from ..system.launcher import read_launch
 from .distributed import World
 
 logger = logging.getLogger(__name__)

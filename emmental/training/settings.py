@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import UserError
-from ..families import is_masked
+from ..models.families import is_masked
 from ..modules.masks import count, find_masks, masked_layers
 from ..modules.methods import METHODS
 from ..schedule import Schedule
 from ..steering import LambdaSteering
+from ..system.errors import UserError
 
 
 @dataclass(frozen=True)

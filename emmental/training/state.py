@@ -9,10 +9,10 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from ..errors import TrainingError
-from ..families import layers_of
-from ..files import write_json
+from ..models.families import layers_of
 from ..modules.masks import count, find_masks, masked_layers
+from ..system.errors import TrainingError
+from ..system.files import write_json
 from .checkpoint import (
     ARGS_FILE,
     check_same_run,

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import conftest
 
 import emmental  # noqa: F401, registers the masked classes
-from emmental.families import FAMILIES, HEADS, MASKED
+from emmental.models.families import FAMILIES, HEADS, MASKED
 
 SOURCE, TYPES = "TRANSFORMERS_SOURCE", "MODEL_TYPES"  # environment variables for pytest
 KINDS = ("Stock", "Masked")

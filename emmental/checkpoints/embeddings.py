@@ -6,9 +6,9 @@ import inspect
 import torch
 from torch import Tensor
 
+from ..models.families import FAMILIES, class_of, prefix_of, stock_type
+from ..system.errors import UserError, first_line
 from .configs import read_config
-from .errors import UserError, first_line
-from .families import FAMILIES, class_of, prefix_of, stock_type
 
 
 def base_embeddings(name_or_path: str) -> dict[str, Tensor]:

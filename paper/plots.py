@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from ..errors import UserError
-from ..export import remaining_weights
-from ..families import COMPACT
-from ..loading import load_masked, load_model, read_config
-from ..modules.granularity import GRANULARITIES
-from ..modules.masks import find_masks, masked_layers
+from emmental.checkpoints.counts import remaining_weights
+from emmental.checkpoints.loading import load_masked, load_model, read_config
+from emmental.models.families import COMPACT
+from emmental.modules.granularity import GRANULARITIES
+from emmental.modules.masks import find_masks, masked_layers
+from emmental.system.errors import UserError
+
 from .points import GLOBAL, paper_line
 from .runs import TITLES, Run, methods_of
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
-from .configuration_bert_compact import CompactBertConfig
-from .errors import TrainingError, first_line
-from .export import plain_percents, remaining_weights
-from .files import write_text
-from .modules.masks import masked_layers
-from .modules.methods import METHODS
+from ..compact.configuration import CompactBertConfig
+from ..modules.masks import masked_layers
+from ..modules.methods import METHODS
+from ..system.errors import TrainingError, first_line
+from ..system.files import write_text
+from .counts import plain_percents, remaining_weights
 
 CARD_FILE = "README.md"
 MADE = "## How it was made"

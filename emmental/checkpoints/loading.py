@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
+from ..models.families import COMPACT, MASKED, class_of, is_masked, stock_type
+from ..modules.masks import find_masks, masked_layers
+from ..modules.methods import METHODS, score_suffixes
+from ..system.errors import UserError, first_line
 from .configs import head_of, read_config, refuse_or_warn, saved_head, without_foreign
-from .errors import UserError, first_line
-from .families import COMPACT, MASKED, class_of, is_masked, stock_type
 from .labels import align_labels, checkpoint_labels, head_linear, label_settings
-from .modules.masks import find_masks, masked_layers
-from .modules.methods import METHODS, score_suffixes
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from dataclasses import fields
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from .errors import UserError, first_line
-from .families import FAMILIES, HEADS, MASKED, is_masked, stock_type
+from ..models.families import FAMILIES, HEADS, MASKED, is_masked, stock_type
+from ..system.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import TrainingError, UserError
-from ..files import write_file
-from ..inputs import input_names, longest_input
+from ..models.inputs import input_names, longest_input
+from ..system.errors import TrainingError, UserError
+from ..system.files import write_file
 
 PACKAGES = ("onnx==1.23.2", "onnxruntime==1.32.0", "onnxscript==0.7.2")
 ROUNDING = 1e-4  # of float32: the most that an output may differ by, relative to the largest one

@@ -1,7 +1,30 @@
-"""Encoder families: where a stock model keeps its parts, and what makes it a masked model.
+"""Models with masked linear layers: transformers' classes with the encoder's `nn.Linear` replaced.
 
-A family is a row of `FAMILIES`, named by the `model_type` of its stock models. `modeling_masked`
-makes the masked classes of each row: a stock class with one of the two mixins of this file.
+The `nn.Linear` of each encoder layer are masked: in BERT the six of query, key, value, attention
+output, intermediate and output. Pooler and heads stay dense. The embeddings are frozen at their
+pre-trained values. The state dict has the keys of the stock class plus `<linear>.mask_scores`: a
+plain checkpoint loads with fresh scores, a checkpoint of the 2020 code with its own.
+
+    model = MaskedBertForQuestionAnswering.from_pretrained("bert-base-uncased")
+    model(input_ids=..., attention_mask=..., token_type_ids=..., threshold=0.15)
+
+`forward` takes the arguments of the stock model and `threshold` (default: the configuration's).
+Every forward finds its own masks; in a block of `emmental.modules.masked` they are found once.
+
+`make_masked` makes the classes of a family, and gives them the names of the stock classes after
+"Masked", and their `model_type` after "masked_". For BERT it does what these statements say:
+
+    class MaskedBertConfig(MaskSettings, BertConfig):
+        model_type = "masked_bert"
+
+    class MaskedBertModel(MaskedModel, BertModel):
+        config_class = MaskedBertConfig
+
+    class MaskedBertForQuestionAnswering(MaskedHead, BertForQuestionAnswering):
+        config_class, masked_base = MaskedBertConfig, MaskedBertModel
+        _keys_to_ignore_on_load_unexpected = [r"^bert\\.pooler\\."]
+
+and likewise for each further head.
 """
 
 import functools
@@ -9,7 +32,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import transformers
@@ -17,151 +40,21 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from .modules.granularity import Block, Columns, Rows, Weight, find_granularity
-from .modules.masked_nn import MaskedLinear, drop_masked_weights, make_masked_weights
-from .modules.masks import in_force, lock_of, masked, masked_layers
-from .modules.methods import find_method, score_suffixes
-from .modules.swap import swap_linears
-
-HEADS = ("QuestionAnswering", "SequenceClassification", "TokenClassification", "MultipleChoice")
-MASKED, COMPACT = "masked_", "compact_"
-
-
-@dataclass(frozen=True)
-class Family:
-    """Names of the parts of a base model.
-
-    encoder: the module whose `nn.Linear` are masked. layers: the list of its layers; a star stands
-    for every module of a list of such lists. embeddings: the module that is frozen.
-    heads: the `nn.Linear` of a layer that have rows for each head (query, key, last value), and the
-        one that has columns (output). neurons: likewise the two of the feed-forward part. Without
-        them a model has no granularity of heads and neurons.
-    norms: the LayerNorm after attention and the one at the end, if a layer computes what BERT's
-        does: then there are sparse kernels for it. activation: the setting of the feed-forward
-        part's activation.
-    """
-
-    encoder: str
-    layers: str
-    embeddings: str = "embeddings"
-    heads: tuple[str, ...] = ()
-    neurons: tuple[str, ...] = ()
-    norms: tuple[str, ...] = ()
-    activation: str = "hidden_act"
-
-
-BERT = Family(
-    encoder="encoder",
-    layers="encoder.layer",
-    heads=(
-        "attention.self.query",
-        "attention.self.key",
-        "attention.self.value",
-        "attention.output.dense",
-    ),
-    neurons=("intermediate.dense", "output.dense"),
-    norms=("attention.output.LayerNorm", "output.LayerNorm"),
+from ..modules.granularity import Block, Columns, Rows, Weight, find_granularity
+from ..modules.masked_nn import MaskedLinear, drop_masked_weights, make_masked_weights
+from ..modules.masks import in_force, lock_of, masked, masked_layers
+from ..modules.methods import all_settings, find_method, score_suffixes
+from ..modules.swap import swap_linears
+from .families import (
+    FAMILIES,
+    HEADS,
+    MASKED,
+    class_of,
+    encoder_of,
+    family_of,
+    layers_of,
+    stock_type,
 )
-FAMILIES = {
-    "bert": BERT,
-    "roberta": BERT,
-    "xlm-roberta": BERT,
-    "camembert": BERT,
-    # The projection of small embeddings to the width of the layers, outside `encoder`, stays dense.
-    "electra": BERT,
-    "distilbert": Family(
-        encoder="transformer",
-        layers="transformer.layer",
-        heads=("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"),
-        neurons=("ffn.lin1", "ffn.lin2"),
-        norms=("sa_layer_norm", "output_layer_norm"),
-        activation="activation",
-    ),
-    "mpnet": Family(
-        encoder="encoder.layer",  # beside it are the relative positions
-        layers="encoder.layer",
-        heads=("attention.attn.q", "attention.attn.k", "attention.attn.v", "attention.attn.o"),
-        neurons=("intermediate.dense", "output.dense"),
-    ),
-    # All layers of a group are one module: its matrices have one set of scores, and count once. The
-    # projection of the embeddings beside the groups belongs to no layer, and stays dense.
-    "albert": Family(
-        encoder="encoder.albert_layer_groups",
-        layers="encoder.albert_layer_groups.*.albert_layers",
-        heads=("attention.query", "attention.key", "attention.value", "attention.dense"),
-        neurons=("ffn", "ffn_output"),
-    ),
-    # A layer's projections of positions are matrices like the others, with rows for each head, and
-    # are masked. Published models of v2 and v3 share them with query and key (`share_att_key`).
-    "deberta-v2": Family(
-        encoder="encoder.layer",  # beside it are the relative positions
-        layers="encoder.layer",
-        heads=(
-            "attention.self.query_proj",
-            "attention.self.key_proj",
-            "attention.self.pos_query_proj",
-            "attention.self.pos_key_proj",
-            "attention.self.value_proj",
-            "attention.output.dense",
-        ),
-        neurons=("intermediate.dense", "output.dense"),
-    ),
-    # Query, key and value are one matrix, and so are inputs and gates: the rows of a head, or of a
-    # neuron, do not lie together. So there are weights and blocks, but no heads and neurons.
-    "modernbert": Family(encoder="layers", layers="layers"),
-}
-
-
-def is_masked(model_type: str) -> bool:
-    """Whether this is the `model_type` of a masked model, of a family or `masked` alone."""
-    return model_type.partition("_")[0] == "masked"
-
-
-def stock_type(model_type: str) -> str:
-    """The `model_type` of the stock model that a masked or compact one was made from."""
-    prefix = next((prefix for prefix in (MASKED, COMPACT) if model_type.startswith(prefix)), "")
-    return model_type.removeprefix(prefix)
-
-
-def class_of(model_type: str, head: str = "") -> type[PreTrainedModel] | None:
-    """The class of a stock, masked or compact model with a head of `HEADS`, or the base model.
-
-    None if there is none.
-    """
-    if model_type not in CONFIG_MAPPING:
-        return None
-    auto = getattr(transformers, f"AutoModelFor{head}" if head else "AutoModel")
-    return auto._model_mapping.get(CONFIG_MAPPING[model_type], None)
-
-
-def stock_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The class of transformers that a masked class, or one derived from it, is made from."""
-    return next(kind for kind in model_class.__mro__ if kind.__module__.startswith("transformers."))
-
-
-def prefix_of(model_class: type[PreTrainedModel], part: str = "embeddings") -> str:
-    """How the names of the tensors of a `Family`'s part start in a class with a head."""
-    family = FAMILIES[stock_type(model_class.config_class.model_type)]
-    return f"{model_class.base_model_prefix}.{getattr(family, part)}."
-
-
-def family_of(config: PreTrainedConfig) -> Family:
-    """The family of a stock, masked or compact model, by its configuration."""
-    return FAMILIES[stock_type(config.model_type)]
-
-
-def encoder_of(model: nn.Module) -> nn.Module:
-    """The encoder of a model of any kind, with any head."""
-    return model.base_model.get_submodule(family_of(model.config).encoder)
-
-
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The layers of its encoder."""
-    *parents, own = family_of(model.config).layers.split(".*.")
-    modules = [model.base_model]
-    for name in parents:
-        modules = [child for module in modules for child in module.get_submodule(name)]
-    return [layer for module in modules for layer in module.get_submodule(own)]
 
 
 def register(config_class: type[PreTrainedConfig], model_classes: Iterable[type]) -> None:
@@ -344,3 +237,67 @@ def _checkpoint_with_masks(model: nn.Module, checkpoint: Callable, function: Cal
             return function(*args)
 
     return checkpoint(rerun, *args)
+
+
+@dataclass
+class MaskSettings:
+    """What the configuration of a masked model says of its masks.
+
+    pruning_method: the name of one of `emmental.modules.methods.METHODS`.
+    mask_init, mask_scale: the initial scores, see `MaskedLinear`.
+    threshold: the last threshold that was used: a fraction in [0, 1], for the method `threshold` a
+        cut on the scores. None if unknown, as in checkpoints of the 2020 code.
+    global_topk: whether all matrices are ranked together.
+    granularity: what one score stands for, a name in `emmental.modules.granularity.GRANULARITIES`.
+    block_rows, block_columns: the size of a block, for granularities with blocks.
+    The settings of a method are fields, too, in the models of this method.
+    """
+
+    pruning_method: str = "topK"
+    mask_init: str = "constant"
+    mask_scale: float | int = 0.0
+    threshold: float | int | None = None
+    global_topk: bool = False
+    granularity: str = "weight"
+    block_rows: int = 32
+    block_columns: int = 32
+
+
+def mask_fields() -> tuple[str, ...]:
+    """The fields of a configuration that speak of masks, with the settings of all methods."""
+    return *(field.name for field in fields(MaskSettings)), *all_settings()
+
+
+def make_masked(model_type: str) -> dict[str, type]:
+    """Make and register the masked classes of a row of `FAMILIES`; returned by name.
+
+    They are attributes of this module, where pickles look for them.
+    """
+    config = _derive(MaskSettings, CONFIG_MAPPING[model_type], model_type=MASKED + model_type)
+    stock = class_of(model_type)
+    base = _derive(MaskedModel, stock, config_class=config)
+    unused = rf"^{stock.base_model_prefix}\.pooler\."  # in checkpoints of the 2020 code
+    models = [base]
+    for head in HEADS:
+        stock_head = class_of(model_type, head)
+        if stock_head:
+            ignored = [*(stock_head._keys_to_ignore_on_load_unexpected or ()), unused]
+            own = {"masked_base": base, "_keys_to_ignore_on_load_unexpected": ignored}
+            models.append(_derive(MaskedHead, stock_head, config_class=config, **own))
+    register(config, models)
+    made = {each.__name__: each for each in (config, *models)}
+    globals().update(made)
+    return made
+
+
+def _derive(mixin: type, stock: type, **attributes) -> type:
+    """The masked class of a stock class."""
+    doc = f"`{stock.__name__}` with `{mixin.__name__}`."
+    return type(
+        f"Masked{stock.__name__}",
+        (mixin, stock),
+        {"__doc__": doc, "__module__": __name__, **attributes},
+    )
+
+
+CLASSES = {name: each for row in FAMILIES for name, each in make_masked(row).items()}

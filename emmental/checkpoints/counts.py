@@ -1,17 +1,13 @@
-"""Count the remaining weights of a masked model, and turn it into a plain model."""
+"""Count the remaining weights of a model."""
 
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from .families import COMPACT, encoder_of, family_of, layers_of, stock_class, stock_type
-from .modeling_masked import mask_fields
-from .modules.lists import apply_masks
-from .modules.masks import Masks, count, find_masks, masked_layers
-from .modules.methods import score_suffixes
-from .modules.topk import floor_count
+from ..models.families import COMPACT, encoder_of, family_of, layers_of
+from ..modules.masks import Masks, count, find_masks, masked_layers
+from ..modules.topk import floor_count
 
 
 @dataclass
@@ -162,41 +158,3 @@ def plain_percents(model: nn.Module) -> tuple[float, float]:
     zeros = sum(weight.numel() for weight in own) - kept
     left, total = (sum(p.numel() for p in part.parameters()) for part in (encoder, whole))
     return 100 * kept / sum(weight.numel() for weight in every), 100 * (left - zeros) / total
-
-
-@torch.no_grad()
-def bertarized_state_dict(model: nn.Module, masks: Masks | None = None) -> dict[str, Tensor]:
-    """State dict of the plain model: W * M in place of W, and no scores.
-
-    masks: by default those of evaluation at `config.threshold` (for l0 they are fractional). Raises
-    ValueError for a model without masked layers or threshold.
-    """
-    masks = masks or find_masks(model)
-    state = {k: v for k, v in model.state_dict().items() if not k.endswith(score_suffixes())}
-    for name, layer in masked_layers(model).items():
-        mask = layer.expand(masks.by_layer[name])
-        state[f"{name}.weight"] = apply_masks([layer.weight], [mask])[0]
-    return state
-
-
-def bertarize(model: PreTrainedModel, masks: Masks | None = None) -> PreTrainedModel:
-    """The plain model with the outputs of a masked one, with any head, on the same device.
-
-    masks: see `bertarized_state_dict`. A plain model is returned as it is.
-    """
-    if not masked_layers(model):
-        return model
-    config, state = bertarized_config(model.config), bertarized_state_dict(model, masks)
-    plain = stock_class(type(model)).from_pretrained(
-        None, config=config, state_dict=state, dtype=model.dtype
-    )
-    if getattr(model, "pooler", True) is None:
-        plain.pooler = None
-    return plain.to(model.device).train(model.training)
-
-
-def bertarized_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Configuration of the plain model."""
-    masked_only = (*mask_fields(), "model_type", "architectures", "transformers_version")
-    values = {name: value for name, value in config.to_dict().items() if name not in masked_only}
-    return CONFIG_MAPPING[stock_type(config.model_type)].from_dict(values)

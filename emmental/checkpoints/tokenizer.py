@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, BertConfig, PreTrainedConfig, PreTrained
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import cached_file, is_protobuf_available, is_sentencepiece_available
 
-from .errors import UserError, first_line
+from ..system.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 

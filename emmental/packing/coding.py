@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import constriction
 import numpy as np
 
-from .errors import UserError, first_line
+from ..system.errors import UserError, first_line
 
 Categorical = constriction.stream.model.Categorical
 Uniform = constriction.stream.model.Uniform

@@ -9,10 +9,11 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from ..data.glue import find_labels, read_examples, split_file
-from ..data.glue_tasks import TASKS, Task, custom_task
-from ..data.metrics import glue_metrics
-from ..errors import UserError, first_line
+from emmental.data.glue import find_labels, read_examples, split_file
+from emmental.data.glue_tasks import TASKS, Task, custom_task
+from emmental.data.metrics import glue_metrics
+from emmental.system.errors import UserError, first_line
+
 from .points import METRICS
 
 logger = logging.getLogger(__name__)

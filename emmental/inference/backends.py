@@ -6,19 +6,11 @@ A backend keeps the activations of one forward feature-major, in its own layout:
 - `Library`: [features][tokens]. Nothing to compile. The same results, up to float32 rounding.
 """
 
-import ctypes
-import functools
-import hashlib
 import math
-import os
-import shutil
-import subprocess
-import tempfile
 import threading
 import warnings
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,12 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from ..errors import UserError
-from .compaction import Affine
+from ..compact.algebra import Affine
+from .build import CMatrix, load_native
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
-BUILD_SECONDS = 120
 MOST_COLUMNS = 2**16  # column indices have 16 bits
 LANES = 16
 
@@ -51,92 +40,6 @@ class Matrix:
     starts: Tensor | None = None
     indices: Tensor | None = None
     weight: Tensor | None = None
-
-
-class _Matrix(ctypes.Structure):
-    _fields_ = [("rows", ctypes.c_int64), ("columns", ctypes.c_int64)] + [
-        (name, ctypes.c_void_p) for name in ("starts", "indices", "values", "bias")
-    ]
-
-
-def cache_folder() -> Path:
-    """The folder of compiled kernels. Raises OSError when there is no home."""
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emmental"
-    except RuntimeError as error:
-        raise OSError(f"there is no home folder ({error})") from error
-
-
-# ------------------------------------------------------------------------------------ compilation
-
-
-@functools.cache
-def load_native() -> ctypes.CDLL:
-    """The native kernels, compiled unless this machine has done so before. Raises UserError."""
-    candidates = os.environ.get("CXX") or "c++", "g++", "clang++"
-    compiler = next(filter(None, map(shutil.which, candidates)), None)
-    if not compiler:
-        raise UserError("there is no C++ compiler (c++, g++, clang++ or $CXX)")
-    # The compiler's verbose output names its version and the processor.
-    target = _run([compiler, "-march=native", "-E", "-v", "-x", "c++", os.devnull])
-    parts = "\0".join([SOURCE.read_text(), *FLAGS, target])
-    name = f"kernels-{hashlib.blake2b(parts.encode(), digest_size=12).hexdigest()}.so"
-    try:
-        folder = cache_folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        library = folder / name
-        if not library.exists():
-            _build(compiler, library)
-        return _open(library)
-    except OSError as error:  # no home, or a cache folder that forbids writing or executing
-        try:
-            with tempfile.TemporaryDirectory() as aside:
-                _build(compiler, Path(aside) / name)
-                return _open(Path(aside) / name)
-        except OSError:
-            raise UserError(f"the kernels cannot be loaded: {error}") from error
-
-
-def _build(compiler: str, library: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=library.parent) as aside:
-        fresh = Path(aside) / library.name
-        _run([compiler, *FLAGS, str(SOURCE), "-o", str(fresh)])
-        os.replace(fresh, library)
-
-
-def _run(command: list[str]) -> str:
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=BUILD_SECONDS, errors="replace"
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise UserError(f"{command[0]} failed: {error}") from error
-    if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if "error" in line]
-        reason = errors[0] if errors else f"status {done.returncode}"
-        raise UserError(f"{command[0]} failed: {reason}")
-    return done.stderr
-
-
-def _open(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
-    matrix, pointer = ctypes.POINTER(_Matrix), ctypes.c_void_p
-    long, integer, double = ctypes.c_int64, ctypes.c_int, ctypes.c_double
-    # fmt: off
-    arguments = {  # in the order of kernels.cpp
-        "product": [matrix, pointer, pointer, pointer, long, long, integer, integer],
-        "layer_norm": [pointer, pointer, pointer, double, long, long, long, integer],
-        "attention": [pointer, pointer, long, pointer, pointer, long, long, pointer, double, long,
-                      integer],
-    }
-    # fmt: on
-    for name, types in arguments.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = types, None
-    return library
-
-
-# ------------------------------------------------------------------------------------ backends
 
 
 _memory = threading.local()
@@ -215,7 +118,7 @@ class Native:
         """activation(W x + b + residual), in the buffer `into`; x and residual are in others."""
         y = _buffer(into, self.tiles, matrix.rows, self.width)
         parts = (matrix.starts, matrix.indices, matrix.values, matrix.bias)
-        raw = _Matrix(matrix.rows, matrix.columns, *map(_pointer, parts))
+        raw = CMatrix(matrix.rows, matrix.columns, *map(_pointer, parts))
         fused = activation == "gelu"
         tensors = map(_pointer, (x, residual, y))
         self.library.product(raw, *tensors, self.tiles, self.width, fused, self.threads)

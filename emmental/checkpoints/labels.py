@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..system.errors import UserError
 from .configs import read_config
-from .errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import UserError
+from emmental.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPER = ROOT / "paper"

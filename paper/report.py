@@ -5,7 +5,8 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..errors import UserError
+from emmental.system.errors import UserError
+
 from .floor import bag_of_words
 from .points import METHODS, TASKS, load_points, paper_value
 from .runs import Run, methods_of

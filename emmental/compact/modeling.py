@@ -12,8 +12,9 @@ from torch.nn.utils import skip_init
 from transformers import initialization
 from transformers.models.bert.modeling_bert import BertSelfAttention
 
-from .configuration_bert_compact import CompactBertConfig
-from .families import BERT, Family, layers_of, register
+from ..models.families import BERT, Family, layers_of
+from ..models.masked import register
+from .configuration import CompactBertConfig
 
 
 class Headless(BertSelfAttention):

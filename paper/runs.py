@@ -5,13 +5,14 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import UserError
-from ..export import remaining_weights
-from ..families import is_masked
-from ..files import file_digest
-from ..loading import load_masked
-from ..modules.methods import METHODS
-from ..training.checkpoint import ARGS_FILE, FREE_ARGUMENTS, SUMMARY_FILE, WEIGHTS_FILE
+from emmental.checkpoints.counts import remaining_weights
+from emmental.checkpoints.loading import load_masked
+from emmental.models.families import is_masked
+from emmental.modules.methods import METHODS
+from emmental.system.errors import UserError
+from emmental.system.files import file_digest
+from emmental.training.checkpoint import ARGS_FILE, FREE_ARGUMENTS, SUMMARY_FILE, WEIGHTS_FILE
+
 from . import points
 from .points import GLOBAL, METRICS
 

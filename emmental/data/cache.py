@@ -1,0 +1,141 @@
+"""The cache of examples and features.
+
+Both are memory-mapped Arrow files in the cache of `datasets`, named by hashes of all that they
+depend on: a cache is never stale. Without a writable cache they stay in memory.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, Features
+from datasets.arrow_writer import ArrowWriter
+from datasets.table import MemoryMappedTable
+from multiprocess import active_children
+from multiprocess.util import register_after_fork
+
+from emmental.system.errors import TrainingError, handled_signals
+from emmental.system.files import file_digest, write_file
+
+from .reading import brief
+
+logger = logging.getLogger(__name__)
+BATCH = 1000  # rows per step
+DAY = 24 * 60 * 60  # seconds
+STOPS = signal.SIGTERM, signal.SIGINT
+
+
+def row_tuples(examples: Dataset, names: list[str]) -> Iterator[tuple]:
+    """Yield the values of these columns for each row, reading a batch at a time."""
+    for batch in examples.select_columns(names).iter(batch_size=BATCH):
+        yield from zip(*(batch[name] for name in names))
+
+
+def content_hash(*parts) -> str:
+    """Hash of values that JSON can hold, and of the content of files (`Path`)."""
+    values = [file_digest(part) if isinstance(part, Path) else part for part in parts]
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def cached_rows(
+    rows: Callable[[], Iterator[dict]], features: Features, key: str, cache_dir: str | None
+) -> Dataset:
+    """The rows that `rows()` yields, from the cache if it holds them under this key."""
+    path = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "emmental" / f"{key}.arrow"
+
+    def write(target: Path) -> None:
+        with ArrowWriter(path=str(target), features=features) as writer:
+            for row in rows():
+                writer.write(row)
+            writer.finalize()
+
+    def read() -> Dataset:
+        return Dataset(MemoryMappedTable.from_file(str(path)), fingerprint=key)
+
+    with contextlib.suppress(OSError, pa.ArrowInvalid):  # missing or damaged
+        return read()
+    try:
+        write_file(path, write)
+        return read()
+    except TrainingError as error:
+        logger.warning(f"{error}; continuing without the cache")
+        return Dataset.from_list(list(rows()), features=features)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left half-written in a cache, if it is unchanged for a day."""
+    for path in (*folder.glob(".writing-*"), *folder.glob("tmp" + "[a-z0-9_]" * 8)):
+        with contextlib.suppress(OSError):  # another process removes it, or may not
+            changes = [part.stat().st_mtime for part in (path, *path.rglob("*"))]
+            if max(changes) < time.time() - DAY:
+                shutil.rmtree(path) if path.name.startswith(".") else path.unlink()
+
+
+def cached_map(
+    examples: Dataset,
+    featurize: Callable,
+    columns: list[str],
+    *,
+    key: str,
+    with_indices: bool = False,
+    num_proc: int = 1,
+    overwrite_cache: bool = False,
+) -> Dataset:
+    """Map batches of these columns to Arrow tables of features, cached beside the examples.
+
+    key: hash of everything else that the features depend on. Rows do not depend on `num_proc`.
+    """
+    for folder in {Path(file["filename"]).parent for file in examples.cache_files}:
+        remove_leftovers(folder)
+    build = functools.partial(
+        examples.map,
+        featurize,
+        batched=True,
+        batch_size=BATCH,
+        with_indices=with_indices,
+        input_columns=columns,
+        num_proc=min(num_proc, len(examples)) if num_proc > 1 else None,
+        new_fingerprint=content_hash(examples._fingerprint, key),
+        desc="features",
+    )
+    stops = STOPS if num_proc > 1 else ()
+    register_after_fork(build, _end_at_once)  # in the workers of `multiprocess` alone
+    try:
+        with handled_signals(_stop_workers, *stops):
+            return build(load_from_cache_file=not overwrite_cache)
+    except (OSError, pa.ArrowInvalid) as error:  # a full disk, a damaged cache
+        logger.warning(f"cannot use the cache ({brief(error, 300)}); continuing without the cache")
+        return build(load_from_cache_file=False, keep_in_memory=True)
+
+
+def _stop_workers(number: int, frame) -> None:
+    """Handle a signal by ending at once: an exception would wait for the workers for ever."""
+    for worker in active_children():
+        worker.kill()
+    print(f"\nerror: stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
+    os._exit(128 + number)
+
+
+def _end_at_once(_) -> None:
+    """Let signals end a worker: a handler of Python's may never run while it waits for work."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def ragged(pieces: list[np.ndarray], lengths: list[int]) -> pa.ListArray:
+    """Arrow list column: the concatenated `pieces`, cut into rows of these lengths."""
+    ends = pa.array(np.cumsum([0, *lengths]), pa.int32())
+    return pa.ListArray.from_arrays(ends, pa.array(np.concatenate(pieces)))

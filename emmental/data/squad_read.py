@@ -1,0 +1,148 @@
+"""SQuAD v1.1 and v2.0: the examples of a file or of the hub."""
+
+import codecs
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from datasets import Dataset, Features, List, Value
+
+from emmental.data.cache import cached_rows, content_hash
+from emmental.data.reading import brief, json_field, load_hub
+from emmental.system.errors import UserError
+
+VERSION = 3  # raise it when the features of the same input change: old caches are then ignored
+HUB_NAMES = {False: "rajpurkar/squad", True: "rajpurkar/squad_v2"}
+EXAMPLE_FEATURES = Features(
+    id=Value("string"),
+    title=Value("string"),
+    context=Value("string"),
+    question=Value("string"),
+    answers={"text": List(Value("string")), "answer_start": List(Value("int32"))},
+    is_impossible=Value("bool"),
+)
+
+
+def read_examples(
+    path: Path | str,
+    version_2_with_negative: bool,
+    unique_ids: bool = True,
+    cache_dir: str | None = None,
+) -> Dataset:
+    """Read and check a SQuAD JSON file.
+
+    Returns the columns id, title, context, question, answers {text: list of str, answer_start:
+    list of int, in characters} and is_impossible. Predictions are keyed by id, so an evaluation
+    needs `unique_ids`; training does not. Raises UserError for errors in the file.
+    """
+    path = Path(path)
+    key = content_hash("squad", VERSION, version_2_with_negative, unique_ids, path)
+    rows = functools.partial(_questions, path, version_2_with_negative, unique_ids)
+    examples = cached_rows(rows, EXAMPLE_FEATURES, key, cache_dir)
+    if not len(examples):
+        raise UserError(f"{path}: is empty; it holds no questions")
+    return examples
+
+
+def _questions(path: Path, version_2_with_negative: bool, unique_ids: bool) -> Iterator[dict]:
+    """Check and yield the questions of a file, as rows of the data set."""
+    ids = set()
+    for article, in_article in _items(_read_json(path), "data", str(path)):
+        title = json_field(article, "title", str, in_article, default="")
+        for paragraph, in_paragraph in _items(article, "paragraphs", in_article):
+            context = json_field(paragraph, "context", str, in_paragraph)
+            for qa, where in _items(paragraph, "qas", in_paragraph):
+                id_ = str(json_field(qa, "id", (str, int), where))
+                if unique_ids and id_ in ids:
+                    raise UserError(
+                        f"{where}: the id {brief(id_)!r} already belongs to another question"
+                    )
+                ids.add(id_)
+                question = json_field(qa, "question", str, where)
+                answers = _answers(qa, where, len(context), version_2_with_negative)
+                yield {
+                    "id": id_,
+                    "title": title,
+                    "context": context,
+                    "question": question,
+                    "answers": answers,
+                    "is_impossible": version_2_with_negative and is_unanswerable(answers),
+                }
+
+
+def _answers(qa: dict, where: str, length: int, version_2_with_negative: bool) -> dict[str, list]:
+    """The answers of a question about a context of `length` characters.
+
+    An `answer_start` that is missing or cannot be is -1: evaluation does not need it.
+    """
+    marked = json_field(qa, "is_impossible", bool, where, default=False)
+    texts, starts = [], []
+    for answer, in_answer in _items(qa, "answers", where, default=[]):
+        texts.append(json_field(answer, "text", str, in_answer, default="" if marked else None))
+        start = json_field(answer, "answer_start", (int, float), in_answer, default=-1)
+        starts.append(start if isinstance(start, int) and 0 <= start < length else -1)
+    answers = {"text": texts, "answer_start": starts}
+    if marked and not (version_2_with_negative and is_unanswerable(answers)):
+        raise UserError(
+            f"{where}: is_impossible is true; add --version_2_with_negative and give the question "
+            "no answers"
+        )
+    if version_2_with_negative and is_unanswerable(answers):
+        return {"text": [], "answer_start": []}
+    return answers
+
+
+def is_unanswerable(answers: dict[str, list]) -> bool:
+    """Whether a question has no answer: in v2.0 that is right, v1.1 cannot train on it."""
+    return not any(text.strip() for text in answers["text"])
+
+
+def _read_json(path: Path) -> object:
+    content = path.read_bytes()
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not JSON in UTF-8: {_what_it_is(content, error)}") from error
+
+
+def _what_it_is(content: bytes, error: Exception) -> str:
+    """What a file is that is not JSON, and what to do."""
+    start = content[:200].removeprefix(codecs.BOM_UTF8).lstrip()
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a pointer of git-lfs; run `git lfs pull` in its repository"
+    if start.startswith(b"<"):
+        return "it is HTML or XML, such as a web page; download the file itself"
+    if start.startswith((b"\x1f\x8b", b"PK\x03\x04")):
+        return "it is compressed; unpack it"
+    if not json.detect_encoding(content).startswith("utf-8"):
+        return "it is UTF-16 or UTF-32; save it as UTF-8"
+    if isinstance(error, UnicodeDecodeError):
+        return f"{error}; save it as UTF-8"
+    if start and not start.startswith((b"{", b"[")):
+        return (
+            f"it is other text, such as CSV ({brief(start.decode(errors='replace'))!r}); convert it"
+        )
+    if not isinstance(error, json.JSONDecodeError):  # nested too deeply, an endless number
+        return f"{error}; correct it"
+    before, after = error.doc[: error.pos].rstrip(), error.doc[error.pos :].lstrip()
+    if not after or error.msg.startswith("Unterminated"):
+        return f"{error}: it ends early; download it again"
+    trailing = ": a trailing comma" if before.endswith(",") and after[0] in "]}" else ""
+    return f"{error}{trailing}; correct it"
+
+
+def _items(record: dict, name: str, where: str, **default) -> Iterator[tuple[object, str]]:
+    """Yield the items of the list `record[name]`, each with its place in the file."""
+    for n, item in enumerate(json_field(record, name, list, where, **default)):
+        yield item, f"{where}, {name}[{n}]"
+
+
+def load_hub_examples(
+    split: str, version_2_with_negative: bool, cache_dir: str | None = None
+) -> Dataset:
+    """Load `split` ("train" or "validation") from the hub, with the columns of `read_examples`."""
+    name = HUB_NAMES[version_2_with_negative]
+    hub = load_hub(name, split=split, cache_dir=cache_dir)
+    is_impossible = [version_2_with_negative and is_unanswerable(a) for a in hub["answers"]]
+    return hub.add_column("is_impossible", is_impossible).select_columns(list(EXAMPLE_FEATURES))
