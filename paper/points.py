@@ -13,7 +13,7 @@ from pathlib import Path
 
 from emmental.system.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 PAPER = ROOT / "paper"
 TASKS = ("squad", "mnli", "qqp")
 METHODS = ("magnitude", "l0", "movement", "soft movement")
