@@ -240,6 +240,8 @@ def test_unknown_names_are_refused(wrong):
     name = next(iter(wrong.values()))
     with pytest.raises(ValueError, match=name):
         MaskedLinear(3, 3, **wrong)
+    with pytest.raises(ValueError, match="choose one of"):
+        tiny.make(**wrong)
     if "pruning_method" in wrong:
         with pytest.raises(ValueError, match=name):
             compute_mask(torch.zeros(3, 3), torch.zeros(3, 3), name, 0.5)

@@ -27,6 +27,20 @@ INPUTS = {
     "attention_mask": torch.tensor([[1] * 12, [1] * 9 + [0] * 3, [1] * 5 + [0] * 7]),
     "token_type_ids": (torch.arange(12) > 5).long().expand(3, 12),
 }
+LABELS = {
+    QA: {"start_positions": torch.tensor([1, 2, 3]), "end_positions": torch.tensor([4, 4, 4])},
+    "ForSequenceClassification": {"labels": torch.tensor([0, 1, 1])},
+    "ForTokenClassification": {"labels": IDS % 2},
+    "ForMultipleChoice": {"labels": torch.tensor([2])},
+}
+
+
+def batch_for(suffix, labels=True):
+    """INPUTS for a head: of multiple choice, one example with three choices; and its labels."""
+    inputs = dict(INPUTS)
+    if suffix == "ForMultipleChoice":
+        inputs = {name: tensor[None] for name, tensor in INPUTS.items()}
+    return inputs | (LABELS.get(suffix, {}) if labels else {})
 
 
 # --- models ---
