@@ -6,7 +6,6 @@ for the last `final_warmup * warmup_steps` updates, in which the model recovers.
 of the penalty, is proportional to the threshold. The learning rate warms up and decays linearly.
 """
 
-import math
 from dataclasses import dataclass
 
 
@@ -64,19 +63,3 @@ class Schedule:
     def learning_rate(self, step: int) -> float:
         """The factor of the learning rates for that update."""
         return learning_rate_factor(step, self.total_step, self.warmup_steps)
-
-
-def plateaus_overlap(
-    total_step: int, warmup_steps: int, initial_warmup: float, final_warmup: float
-) -> str | None:
-    """Why the threshold cannot reach its final value, and what helps; None when it can."""
-    plateaus = initial_warmup + final_warmup
-    if total_step > plateaus * warmup_steps or plateaus * warmup_steps == 0:
-        return None
-    return (
-        f"the threshold schedule does not fit: with T = {total_step} updates, the plateaus of "
-        f"initial_warmup * warmup_steps = {initial_warmup:g} * {warmup_steps} and final_warmup * "
-        f"warmup_steps = {final_warmup:g} * {warmup_steps} updates overlap; use --warmup_steps "
-        f"{math.ceil(total_step / plateaus) - 1} or less, --warmup_ratio below 1/{plateaus:g}, or "
-        "more updates"
-    )

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from emmental.modules.methods import METHODS
-from emmental.schedule import learning_rate_factor, plateaus_overlap, schedule_threshold
+from emmental.schedule import learning_rate_factor, schedule_threshold
 from emmental.steering import LambdaSteering
+from emmental.training.checks import plateaus_overlap
 
 CASES = [
     (100, 10, 1, 2),  # T, w, i, f

@@ -10,8 +10,6 @@ from pathlib import Path
 
 from .launcher import read_launch
 
-SAME_SIGNAL = 3.0  # seconds: torchrun passes on a signal that the process group also got
-
 
 class UserError(Exception):
     """A request that cannot be met. The message says what is wrong, where, and how to fix it."""

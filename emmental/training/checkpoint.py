@@ -12,16 +12,19 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
 import torch
 from datasets import Dataset
+from transformers import PreTrainedConfig
 
+from ..modules.masks import masked_layers
 from ..system.errors import UserError
 from ..system.files import file_digest, write_folder, write_into, write_json
+from .distributed import describe_hardware
+from .state import TrainingState
 
 logger = logging.getLogger(__name__)
 
@@ -43,76 +46,93 @@ FREE_ARGUMENTS = {
 }  # fmt: skip
 
 
-def write_checkpoint(
-    output_dir: Path, values: dict, save_model: Callable[[Path], None], keep: int | None
-) -> None:
-    """Write the checkpoint of a training state, all but the `keep` newest of which then go.
-
-    values: what goes to `training_state.pt`, with the `step`. save_model: writes all the rest.
-    """
+def save_checkpoint(state: TrainingState, seconds: float) -> None:
+    """Write a checkpoint after `seconds` of training, and remove old ones. All ranks take part."""
+    state.check_weights()
+    values = state.state_dict() | {"seconds": seconds}
 
     def fill(folder: Path) -> None:
-        save_model(folder)
+        _save_model(state, folder)
         with (folder / STATE_FILE).open("wb") as file:  # given a path, torch hides OS errors
             torch.save(values, file)
         write_json(folder / MANIFEST_FILE, describe_files(folder))
 
-    write_folder(output_dir / f"checkpoint-{values['step']}", fill)
-    remove_old_checkpoints(output_dir, keep)
+    if state.world.is_main:
+        output_dir = state.settings.output_dir
+        write_folder(output_dir / f"checkpoint-{state.step}", fill)
+        remove_old_checkpoints(output_dir, state.settings.keep)
+    state.world.barrier()
 
 
-def write_trained(output_dir: Path, summary: dict, save_model: Callable[[Path], None]) -> None:
-    """Write the trained model to `output_dir`, with a summary and the hash of its weights."""
+def save_trained(state: TrainingState, seconds: float) -> dict[str, float]:
+    """Write the trained model, after `seconds` of training. Returns the figures of the run.
+
+    `training_summary.json` holds them, what they were measured on, and the hash of the weights.
+    """
+    state.check_weights()
+    state.model.eval()
+    if masked_layers(state.model):
+        state.model.config.threshold = state.settings.schedule.final_threshold
+    figures = {"updates": state.step, "seconds": seconds}
+    figures["seconds_per_update"] = seconds / state.step
 
     def fill(folder: Path) -> None:
-        save_model(folder)
-        digest = {"weights": file_digest(folder / WEIGHTS_FILE)}
-        write_json(folder / SUMMARY_FILE, summary | digest)
+        _save_model(state, folder)
+        made_by = {
+            "processes": state.world.size,
+            "hardware": describe_hardware(state.world),
+            "torch": torch.__version__,
+            "weights": file_digest(folder / WEIGHTS_FILE),
+        }
+        write_json(folder / SUMMARY_FILE, figures | made_by)
 
-    write_into(output_dir, fill)
+    if state.world.is_main:
+        write_into(state.settings.output_dir, fill)
+    return figures
 
 
-def read_checkpoint(folder: Path) -> tuple[dict, dict]:
-    """The arguments of the run that wrote a checkpoint, and the values of its state."""
-    arguments = json.loads((folder / ARGS_FILE).read_text(encoding="utf-8"))
-    values = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-    return arguments, values
+def _save_model(state: TrainingState, folder: Path) -> None:
+    state.model.save_pretrained(folder)
+    state.tokenizer.save_pretrained(folder)
+    write_json(folder / ARGS_FILE, state.settings.arguments)
 
 
-@contextmanager
-def refuse_damage(folder: Path) -> Iterator[None]:
-    """Raises UserError for whatever goes wrong inside the block, where a checkpoint is read."""
+def load_checkpoint(state: TrainingState, folder: Path) -> None:
+    """Continue from the checkpoint `folder`, from which the model's weights are loaded already.
+
+    Raises UserError if it is damaged, or has other arguments, data or number of processes.
+    """
     try:
-        yield
-    except UserError:
-        raise
+        arguments = json.loads((folder / ARGS_FILE).read_text(encoding="utf-8"))
+        values = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+        problems = _differences(arguments, values, state)
+        if not problems:
+            state.load_state_dict(values)
     except Exception as error:  # a broken file may raise anything
         raise UserError(
             f"{folder} is damaged, or not by these scripts: continue from another checkpoint"
         ) from error
-
-
-def check_same_run(
-    folder: Path, old_arguments: dict, values: dict, arguments: dict, data: dict, processes: int
-) -> None:
-    """Raises UserError if a checkpoint is of a run with other arguments, data or processes."""
-    problems = []
-    for name, value in sorted(arguments.items()):
-        old = old_arguments.get(name)  # older runs lack newer flags
-        if name not in FREE_ARGUMENTS and (old or None) != (value or None):
-            problems.append(f"--{name} was {old} and is {value}")
-    if {name: values[name] for name in data} != data:
-        problems.append("the training data has changed")
-    old_processes = len(values["random_states"])
-    if old_processes != processes:
-        problems.append(
-            f"it was written by {old_processes} processes, and this run has {processes}"
-        )
     if problems:
         raise UserError(f"cannot continue {folder} exactly: {'; '.join(problems)}")
 
 
-def describe_data(train_set: Dataset, labels: list[str]) -> dict:
+def _differences(arguments: dict, values: dict, state: TrainingState) -> list[str]:
+    """What differs in the run that wrote a checkpoint, and changes the weights of this one."""
+    problems = []
+    for name, value in sorted(state.settings.arguments.items()):
+        old = arguments.get(name)  # older runs lack newer flags
+        if name not in FREE_ARGUMENTS and (old or None) != (value or None):
+            problems.append(f"--{name} was {old} and is {value}")
+    if {name: values[name] for name in state.data} != state.data:
+        problems.append("the training data has changed")
+    if (processes := len(values["random_states"])) != state.world.size:
+        problems.append(
+            f"it was written by {processes} processes, and this run has {state.world.size}"
+        )
+    return problems
+
+
+def describe_data(train_set: Dataset, config: PreTrainedConfig) -> dict:
     """A hash of the inputs and labels of all training examples, and the names of the labels."""
     digest = hashlib.sha256()
     for batch in train_set.with_format("arrow").iter(batch_size=10_000):
@@ -123,7 +143,7 @@ def describe_data(train_set: Dataset, labels: list[str]) -> dict:
                 digest.update(values.value_lengths().to_numpy())
                 values = values.flatten()
             digest.update(values.to_numpy(zero_copy_only=False))
-    return {"data": digest.hexdigest(), "labels": labels}
+    return {"data": digest.hexdigest(), "labels": list(config.id2label.values())}
 
 
 def find_checkpoints(output_dir: Path) -> list[Path]:
@@ -144,13 +164,13 @@ def damage_of(folder: Path) -> str | None:
         return None
     try:
         listed = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-        found = describe_files(folder)
-        damaged = [name for name, entry in listed.items() if found.get(name) != entry]
+        files = describe_files(folder)
+        for name, entry in listed.items():
+            if files.get(name) != entry:
+                return f"{name} is {'damaged' if name in files else 'missing'}"
     except (OSError, ValueError, AttributeError):
         return f"{MANIFEST_FILE} or another file cannot be read"
-    if not damaged:
-        return None
-    return f"{damaged[0]} is {'damaged' if damaged[0] in found else 'missing'}"
+    return None
 
 
 def describe_files(folder: Path) -> dict[str, dict]:

@@ -4,27 +4,26 @@ All contradictions are reported together, before anything is loaded: one line ea
 """
 
 import logging
+import math
 import os
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 from transformers import PreTrainedConfig
 
 from ..models.families import is_masked
 from ..models.masked import granularity_of
-from ..modules.granularity import Block, find_granularity
+from ..modules.granularity import GRANULARITIES, Block
 from ..modules.methods import METHODS
 from ..modules.topk import MIN_REMAINING
-from ..schedule import plateaus_overlap
 from ..system.errors import UserError
 from .flags import (
     OBSOLETE,
     add_distillation_flags,
     add_method_flags,
     add_pruning_flags,
-    flag_names,
     methods_with,
-    names_with_blocks,
 )
 from .settings import resumes_in_place, warmup_updates
 
@@ -69,15 +68,15 @@ def check_training(args: Namespace, total_step: int, config: PreTrainedConfig) -
         return
     if problem := _plateau_problem(args, total_step):
         raise UserError(problem)
-    heads, final = config.num_attention_heads, args.final_threshold
-    of_heads = "heads" in granularity_of(config).shared and not args.global_topk
-    ranks = METHODS[args.pruning_method].threshold_is == "remains"
-    if of_heads and ranks and int(final * heads) == 0:
-        message = (
-            "--final_threshold %g keeps none of the %d heads of each layer: its attention becomes "
-            "a bias. --global_topk ranks the heads of all layers together"
+    heads = config.num_attention_heads
+    ranks_heads = "heads" in granularity_of(config).shared and not args.global_topk
+    ranks_heads &= METHODS[args.pruning_method].threshold_is == "remains"
+    if ranks_heads and int(args.final_threshold * heads) == 0:
+        logger.warning(
+            f"--final_threshold {args.final_threshold:g} keeps none of the {heads} heads of each "
+            "layer: its attention becomes a bias. --global_topk ranks the heads of all layers "
+            "together"
         )
-        logger.warning(message, final, heads)
 
 
 def _check_pruning(args: Namespace) -> list[str]:
@@ -95,9 +94,9 @@ def _check_pruning(args: Namespace) -> list[str]:
     if args.global_topk and not method.ranks_together:
         fitting = ", ".join(name for name, other in METHODS.items() if other.ranks_together)
         problems.append(f"--global_topk goes with {fitting}, not with {method.name}")
-    granularity = find_granularity(args.granularity or "weight")
+    granularity = GRANULARITIES[args.granularity or "weight"]
     if (args.block_rows or args.block_columns) and not isinstance(granularity, Block):
-        fitting = " or ".join(names_with_blocks())
+        fitting = " or ".join(name for name, x in GRANULARITIES.items() if isinstance(x, Block))
         problems.append(f"--block_rows and --block_columns need --granularity {fitting}: add it")
     if args.mask_init == "kaiming" and method.scores and granularity.shared:
         problems.append(
@@ -116,16 +115,15 @@ def _check_pruning(args: Namespace) -> list[str]:
 def _check_target(args: Namespace) -> list[str]:
     problems = []
     method = METHODS[args.pruning_method]
-    lowest = 1.2 * MIN_REMAINING
-    has_lambda = args.final_lambda or method.usual_lambda(0.5) is not None
-    if method.penalty and not has_lambda:
-        problems.append(
-            "--target_remaining: no usual lambda is known for this method: add --final_lambda"
-        )
     if not method.penalty or args.regularization != method.penalty:
         penalized = [other for other in METHODS.values() if other.penalty]
         options = " or ".join(f"{m.name} with --regularization {m.penalty}" for m in penalized)
         problems.append(f"--target_remaining steers a penalty: use {options}")
+    elif not args.final_lambda and method.usual_lambda(0.5) is None:
+        problems.append(
+            "--target_remaining: no usual lambda is known for this method: add --final_lambda"
+        )
+    lowest = 1.2 * MIN_REMAINING
     if not lowest < args.target_remaining < 1:
         problems.append(f"--target_remaining must lie between {lowest:g} and 1")
     if method.penalty and method.threshold_is and not 0 < args.final_threshold < 1:
@@ -140,16 +138,33 @@ def _plateau_problem(args: Namespace, total_step: int) -> str | None:
     """
     if args.initial_threshold == args.final_threshold and args.target_remaining is None:
         return None  # the threshold is constant
-    plateaus = args.initial_warmup, args.final_warmup
-    if sum(plateaus) * (args.warmup_ratio or 0) >= 1:
+    plateaus = args.initial_warmup + args.final_warmup
+    if plateaus * (args.warmup_ratio or 0) >= 1:
         return (
             f"--warmup_ratio {args.warmup_ratio:g}: the plateaus last initial_warmup + "
-            f"final_warmup = {sum(plateaus):g} times as long as the warm-up, and leave no update "
-            f"to move the threshold; use a ratio below 1/{sum(plateaus):g}"
+            f"final_warmup = {plateaus:g} times as long as the warm-up, and leave no update "
+            f"to move the threshold; use a ratio below 1/{plateaus:g}"
         )
     if total_step <= 0:
         return None
-    return plateaus_overlap(total_step, warmup_updates(args, total_step), *plateaus)
+    warmup_steps = warmup_updates(args, total_step)
+    return plateaus_overlap(total_step, warmup_steps, args.initial_warmup, args.final_warmup)
+
+
+def plateaus_overlap(
+    total_step: int, warmup_steps: int, initial_warmup: float, final_warmup: float
+) -> str | None:
+    """Why the threshold cannot reach its final value, and what helps; None when it can."""
+    plateaus = initial_warmup + final_warmup
+    if total_step > plateaus * warmup_steps or plateaus * warmup_steps == 0:
+        return None
+    return (
+        f"the threshold schedule does not fit: with T = {total_step} updates, the plateaus of "
+        f"initial_warmup * warmup_steps = {initial_warmup:g} * {warmup_steps} and final_warmup * "
+        f"warmup_steps = {final_warmup:g} * {warmup_steps} updates overlap; use --warmup_steps "
+        f"{math.ceil(total_step / plateaus) - 1} or less, --warmup_ratio below 1/{plateaus:g}, or "
+        "more updates"
+    )
 
 
 def _check_output_dir(args: Namespace) -> list[str]:
@@ -170,22 +185,29 @@ def _check_output_dir(args: Namespace) -> list[str]:
 
 def _warn_of_no_effect(args: Namespace) -> None:
     """Warn of flags that need another one."""
-    masked = is_masked(args.model_type)
-    of_masks = flag_names(add_pruning_flags)
-    of_methods = flag_names(add_method_flags)
-    needs = [
-        ("--teacher_name_or_path", flag_names(add_distillation_flags), args.teacher_name_or_path),
-        ("--model_type masked", of_masks + of_methods, masked),
-        ("--do_eval", ["sparse_inference"], _evaluates(args)),
-    ]
-    for name in of_methods:
-        methods = methods_with(name)
-        fits = not masked or args.pruning_method in methods
-        needs.append((f"--pruning_method {' or '.join(methods)}", [name], fits))
-    for needed, names, present in needs:
-        idle = [f"--{name}" for name in names if name in args.given]
-        if idle and not present:
+
+    def warn(names: list[str], needed: str) -> None:
+        if idle := [f"--{name}" for name in names if name in args.given]:
             logger.warning("%s: no effect without %s", ", ".join(idle), needed)
+
+    if not args.teacher_name_or_path:
+        warn(_names(add_distillation_flags), "--teacher_name_or_path")
+    if not _evaluates(args):
+        warn(["sparse_inference"], "--do_eval")
+    if not is_masked(args.model_type):
+        warn(_names(add_pruning_flags) + _names(add_method_flags), "--model_type masked")
+        return
+    for name in _names(add_method_flags):
+        methods = methods_with(name)
+        if args.pruning_method not in methods:
+            warn([name], f"--pruning_method {' or '.join(methods)}")
+
+
+def _names(add_flags: Callable[[ArgumentParser], None]) -> list[str]:
+    """The names of the flags of a group."""
+    parser = ArgumentParser(add_help=False)
+    add_flags(parser)
+    return list(vars(parser.parse_args([])))
 
 
 def _warn_of_no_pruning(args: Namespace) -> None:

@@ -4,11 +4,11 @@ The help of a flag says when to change it. `checks` says which of them go togeth
 """
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from ..losses import penalties
 from ..models.families import FAMILIES, MASKED
-from ..modules.granularity import GRANULARITIES, Block
+from ..modules.granularity import GRANULARITIES
 from ..modules.masked_nn import MASK_INITS
 from ..modules.methods import METHODS, all_settings
 from .parser import Parser, choice, number
@@ -29,14 +29,14 @@ OBSOLETE = ("fp16_opt_level", "server_ip", "server_port", "lang_id")
 def make_parser(task: Task, description: str) -> Parser:
     """The parser of a script: the flags of every task, and the task's own."""
     parser = Parser(description=description, usage="%(prog)s [options]")
-    add_run_flags(parser.add_argument_group("what to run").add_argument)
-    add_model_flags(parser.add_argument_group("model, tokenizer and features").add_argument, task)
-    add_pruning_flags(parser.add_argument_group("pruning").add_argument)
-    add_method_flags(parser.add_argument_group("settings of pruning methods").add_argument)
-    add_distillation_flags(parser.add_argument_group("distillation").add_argument)
-    add_optimisation_flags(parser.add_argument_group("optimisation").add_argument)
-    add_logging_flags(parser.add_argument_group("logging and checkpoints").add_argument, task)
-    add_hardware_flags(parser.add_argument_group("hardware").add_argument)
+    add_run_flags(parser)
+    add_model_flags(parser, task)
+    add_pruning_flags(parser)
+    add_method_flags(parser)
+    add_distillation_flags(parser)
+    add_optimisation_flags(parser)
+    add_logging_flags(parser, task)
+    add_hardware_flags(parser)
     task.add_arguments(parser)
     for name in OBSOLETE[:-1]:
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
@@ -44,27 +44,25 @@ def make_parser(task: Task, description: str) -> Parser:
 
 
 # fmt: off
-def add_run_flags(add: Callable) -> None:
+def add_run_flags(parser: Parser) -> None:
+    add = parser.add_argument_group("what to run").add_argument
     add("--model_type", type=read_model_type, required=True,
         help="masked to fine-prune; dense for a dense model; masked_bert, bert, ... for models of "
              "one family alone")
-    add("--model_name_or_path", required=True,
-        help="checkpoint folder, or name of a model on the hub")
+    add("--model_name_or_path", required=True, help="checkpoint folder, or name on the hub")
     add("--output_dir", required=True, help="where the model, its results and checkpoints go")
     add("--do_train", action="store_true", help="train")
     add("--do_eval", action="store_true", help="evaluate the trained model, or the one given")
-    add("--evaluate_during_training", action="store_true",
-        help="also evaluate every --logging_steps")
+    add("--evaluate_during_training", action="store_true", help="evaluate every --logging_steps")
     add("--eval_all_checkpoints", action="store_true",
         help="with --do_eval: evaluate all checkpoints, too")
-    add("--overwrite_output_dir", action="store_true",
-        help="train even if output_dir is not empty")
+    add("--overwrite_output_dir", action="store_true", help="train even if output_dir is not empty")
     add("--resume_from_checkpoint", help="checkpoint-<step> folder to continue, or 'latest'")
-    add("--seed", type=SEED, default=42,
-        help="seed of data order, dropout, fresh heads and scores")
+    add("--seed", type=SEED, default=42, help="seed of data order, dropout, fresh heads and scores")
 
 
-def add_model_flags(add: Callable, task: Task) -> None:
+def add_model_flags(parser: Parser, task: Task) -> None:
+    add = parser.add_argument_group("model, tokenizer and features").add_argument
     add("--config_name", help="configuration, if not the model's own")
     add("--tokenizer_name", help="tokenizer, if not the model's own")
     add("--cache_dir", help="where downloads and features are cached")
@@ -72,22 +70,22 @@ def add_model_flags(add: Callable, task: Task) -> None:
         help="lower-case even if the tokenizer's files do not say so")
     add("--max_seq_length", type=COUNT, default=task.max_seq_length,
         help="tokens at which longer inputs are cut")
-    add("--max_train_samples", type=COUNT, help="train on the first examples only, so many")
-    add("--max_eval_samples", type=COUNT,
-        help="evaluate the first examples only, so many of each set")
+    add("--max_train_samples", type=COUNT, help="train on the first so many examples only")
+    add("--max_eval_samples", type=COUNT, help="evaluate the first so many examples of each set")
     add("--threads", type=COUNT, default=1, help="processes that make features")
     add("--overwrite_cache", action="store_true", help="make the features again")
 
 
-def add_pruning_flags(add: Callable) -> None:
+def add_pruning_flags(parser: Parser) -> None:
+    add = parser.add_argument_group("pruning").add_argument
     add("--pruning_method", type=read_method, default="topK",
-        help=described((name, method.title) for name, method in METHODS.items()))
+        help=f"{', '.join(METHODS)}; topK is movement pruning, sigmoied_threshold soft movement")
     # what one score stands for
     add("--granularity", type=choice(*GRANULARITIES),
-        help=f"what one score stands for: {described(shared_parts())}; weight if not given")
-    blocks = ", ".join(names_with_blocks())
-    add("--block_rows", type=COUNT, help=f"rows of a block ({blocks}; 32 if not given)")
-    add("--block_columns", type=COUNT, help="columns of a block (likewise)")
+        help=f"what one score stands for: {', '.join(GRANULARITIES)} (structure: heads and "
+             "neurons; hybrid: neurons, else blocks); weight if not given")
+    add("--block_rows", type=COUNT, help="rows of a block; 32 if not given")
+    add("--block_columns", type=COUNT, help="columns of a block; 32 if not given")
     # the schedule of the threshold
     add("--initial_threshold", type=NUMBER, default=1.0,
         help="threshold at the start, a fraction: of remaining weights (1 for topK), or on "
@@ -105,32 +103,30 @@ def add_pruning_flags(add: Callable) -> None:
     add("--mask_scale", type=NUMBER, default=0.0,
         help="value (constant), range (uniform) or root mean square (magnitude) of initial scores")
     # the penalty
-    penalized = [method for method in METHODS.values() if method.penalty]
-    kinds = described((method.penalty, method.title) for method in penalized)
     add("--regularization", type=read_penalty,
-        help=f"penalty on the scores: {kinds}; null for none")
+        help=f"penalty on the scores: {', '.join(penalties())}, or null for none; l1 is that of "
+             "soft movement")
     add("--final_lambda", type=NOT_NEGATIVE, default=0.0,
         help="final weight of the penalty; raise it to prune more")
-    titles = ", ".join(method.title for method in penalized)
     add("--target_remaining", type=NUMBER,
-        help="fraction of the weights to keep: steers lambda, from --final_lambda or a usual value "
-             f"({titles})")
+        help="fraction of the weights to keep: steers lambda, from --final_lambda or a usual value")
     # one cut-off for all matrices
-    add("--global_topk", action="store_true",
-        help="rank all matrices together (not with a penalty)")
+    add("--global_topk", action="store_true", help="rank all matrices together, without a penalty")
     add("--global_topk_frequency_compute", type=COUNT, default=25,
         help="updates between two global cut-offs")
 
 
-def add_method_flags(add: Callable) -> None:
+def add_method_flags(parser: Parser) -> None:
     """The settings that single methods declare."""
+    add = parser.add_argument_group("settings of pruning methods").add_argument
     for name, setting in all_settings().items():
-        methods = ", ".join(methods_with(name))
         add(f"--{name}", type=number(float, above=setting.above, below=setting.below),
-            help=f"{methods}: {setting.help} ({setting.default:g} if not given)")
+            help=f"{', '.join(methods_with(name))}: {setting.help} ({setting.default:g} if not "
+                 "given)")
 
 
-def add_distillation_flags(add: Callable) -> None:
+def add_distillation_flags(parser: Parser) -> None:
+    add = parser.add_argument_group("distillation").add_argument
     add("--teacher_type", type=read_model_type, help="model type of the teacher")
     add("--teacher_name_or_path", help="fine-tuned teacher: folder or name on the hub")
     add("--alpha_ce", type=NOT_NEGATIVE, default=0.5, help="weight of the task's own loss")
@@ -141,14 +137,14 @@ def add_distillation_flags(add: Callable) -> None:
         help="softens the distributions of student and teacher")
 
 
-def add_optimisation_flags(add: Callable) -> None:
+def add_optimisation_flags(parser: Parser) -> None:
+    add = parser.add_argument_group("optimisation").add_argument
     add("--per_gpu_train_batch_size", type=COUNT, default=8, help="examples per device and batch")
-    add("--per_gpu_eval_batch_size", type=COUNT, default=8,
-        help="examples per device in evaluation")
+    add("--per_gpu_eval_batch_size", type=COUNT, default=8, help="the same in evaluation")
     add("--gradient_accumulation_steps", type=COUNT, default=1, help="batches per update")
     add("--learning_rate", type=POSITIVE, default=5e-5, help="peak learning rate of the weights")
     add("--mask_scores_learning_rate", type=POSITIVE, default=1e-2,
-        help="of the scores; raise it for short runs")
+        help="that of the scores; raise it for short runs")
     add("--num_train_epochs", type=POSITIVE, default=3.0, help="epochs, may be fractional")
     add("--max_steps", type=int, default=-1, help="updates in all; overrides --num_train_epochs")
     add("--warmup_steps", type=COUNT_OR_0, default=0,
@@ -163,16 +159,17 @@ def add_optimisation_flags(add: Callable) -> None:
         help="norm at which the gradient is clipped; 0: never")
 
 
-def add_logging_flags(add: Callable, task: Task) -> None:
+def add_logging_flags(parser: Parser, task: Task) -> None:
+    add = parser.add_argument_group("logging and checkpoints").add_argument
     add("--logging_steps", type=COUNT, default=task.logging_steps,
         help="updates between points in TensorBoard")
     add("--save_steps", type=COUNT_OR_0, default=task.save_steps,
         help="updates between checkpoints; 0 for none")
-    add("--save_total_limit", type=COUNT,
-        help="checkpoints to keep (2, or all if all are evaluated)")
+    add("--save_total_limit", type=COUNT, help="checkpoints to keep; 2, or all that are evaluated")
 
 
-def add_hardware_flags(add: Callable) -> None:
+def add_hardware_flags(parser: Parser) -> None:
+    add = parser.add_argument_group("hardware").add_argument
     add("--no_cuda", action="store_true", help="stay on the CPU")
     add("--sparse_inference", action="store_true",
         help="evaluate with sparse kernels, faster on a CPU")
@@ -183,16 +180,14 @@ def add_hardware_flags(add: Callable) -> None:
     add("--num_workers", type=COUNT_OR_0, default=0, help="processes that load batches")
     add("--check_ranks", action="store_true",
         help="for debugging: stop if masks or weights differ by rank")
-    add("--local_rank", type=int, default=-1,
-        help="for old launchers; torchrun does not need it")
+    add("--local_rank", type=int, default=-1, help="for old launchers; torchrun does not need it")
 
 
 def add_mask_flags(add: Callable) -> None:
     """The flags of the scripts that read a masked checkpoint; see `given_masks`."""
     default = "(default: from config.json)"
     add("--pruning_method", type=read_method, help=f"method {default}")
-    add("--threshold", type=float,
-        help=f"threshold {default}: a fraction in [0, 1], or a score")
+    add("--threshold", type=float, help=f"threshold {default}: a fraction in [0, 1], or a score")
     add("--global_topk", action="store_true", default=None,
         help=f"all matrices were ranked together {default}")
 # fmt: on
@@ -201,13 +196,6 @@ def add_mask_flags(add: Callable) -> None:
 def given_masks(args: argparse.Namespace) -> dict:
     """The values of `add_mask_flags`, as `load_masked` takes them."""
     return {name: getattr(args, name) for name in ("pruning_method", "threshold", "global_topk")}
-
-
-def flag_names(add_flags: Callable) -> list[str]:
-    """The names of the flags that one of the functions above adds."""
-    parser = argparse.ArgumentParser(add_help=False)
-    add_flags(parser.add_argument)
-    return list(vars(parser.parse_args([])))
 
 
 def read_model_type(text: str) -> str:
@@ -224,31 +212,6 @@ def read_method(text: str) -> str:
 def read_penalty(text: str) -> str | None:
     """An argparse type: the name of a penalty, or None for the "null" of published commands."""
     return None if text == "null" else choice(*penalties(), "null")(text)
-
-
-def described(names: Iterable[tuple[str, str]]) -> str:
-    """Names with what they mean, unless that says the same: `l1 (soft movement), l0`."""
-    texts = []
-    for name, meaning in names:
-        says_more = meaning and meaning.lower() != name.lower()
-        texts.append(f"{name} ({meaning})" if says_more else name)
-    return ", ".join(texts)
-
-
-def shared_parts() -> list[tuple[str, str]]:
-    """The granularities, and what has one score for all its matrices."""
-    pairs = []
-    for name, granularity in GRANULARITIES.items():
-        parts = list(granularity.shared)
-        if parts and isinstance(granularity, Block):
-            parts.append("else blocks")
-        pairs.append((name, ", ".join(parts)))
-    return pairs
-
-
-def names_with_blocks() -> list[str]:
-    """The granularities whose blocks have a size."""
-    return [name for name, x in GRANULARITIES.items() if isinstance(x, Block)]
 
 
 def methods_with(setting: str) -> list[str]:

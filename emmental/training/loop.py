@@ -5,6 +5,7 @@ import time
 from torch import nn
 
 from ..modules.masks import count, find_masks, masked, masked_layers
+from .checkpoint import save_checkpoint, save_trained
 from .evaluate import Predictor
 from .guards import GradientGuard, agreed_signal, check_ranks, interruption, stop_signals
 from .optim import set_learning_rates, trained_parameters
@@ -61,10 +62,10 @@ def train(
                 model.train()
             stopping = agreed_signal(signals, state.step, world)
             if stopping or (settings.save_steps and state.step % settings.save_steps == 0):
-                state.save(time.perf_counter() - begun)
+                save_checkpoint(state, time.perf_counter() - begun)
                 log.score_histograms(layers, state.step)
             if stopping:
                 raise interruption(stopping, state.step, total)
-    figures = state.finish(time.perf_counter() - begun)
+    figures = save_trained(state, time.perf_counter() - begun)
     log.score_histograms(layers, total)
     return figures

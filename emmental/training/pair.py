@@ -6,13 +6,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..checkpoints.labels import are_anonymous
 from ..checkpoints.loading import advising, load_model
-from ..checkpoints.tokenizer import (
-    declared_casing,
-    has_tokenizer,
-    load_tokenizer,
-    lower_cases,
-    make_the_same_ids,
-)
+from ..checkpoints.tokenizer import declared_casing, has_tokenizer, load_tokenizer, lower_cases
 from ..models.inputs import longest_input
 from ..system.errors import UserError
 
@@ -102,8 +96,6 @@ def load_teacher(
         teachers = load_tokenizer(source, casing, cache_dir)
         if teachers.get_vocab() != tokenizer.get_vocab():
             raise UserError(f"{misfit}their vocabularies differ")
-        if not make_the_same_ids(teachers, tokenizer):
-            raise UserError(f"{misfit}their tokenizers make other ids of the same text")
         if declared_casing(source, cache_dir) not in (None, casing):
             message = "the teacher %s is %s, unlike the tokenizer in use"
             logger.warning(message, source, "cased" if casing else "uncased")

@@ -28,12 +28,12 @@ def number(
 ) -> Callable[[str], float]:
     """An argparse type: an int or a finite float in a range."""
     limits = {"at least": at_least, "above": above, "below": below}
-    range_ = " and ".join(f"{word} {x}" for word, x in limits.items() if math.isfinite(x))
+    bounds = " and ".join(f"{word} {x}" for word, x in limits.items() if math.isfinite(x))
 
     def parse(text: str) -> float:
         value = kind(text)
         if not (at_least <= value and above < value < below):
-            raise argparse.ArgumentTypeError(f"must be {range_ or 'finite'}, got {text}")
+            raise argparse.ArgumentTypeError(f"must be {bounds or 'finite'}, got {text}")
         return value
 
     parse.__name__ = kind.__name__  # for argparse's message: invalid int value
@@ -53,11 +53,14 @@ class Parser(argparse.ArgumentParser):
         """The arguments, and `given`: the names of those on the command line."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            nearest = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
+            flag = unknown[0].split("=")[0]
+            nearest = difflib.get_close_matches(flag, self._option_string_actions, n=1)
             hint = f"; did you mean {nearest[0]}?" if nearest else ""
             self.error(f"unknown argument {unknown[0]}{hint}")
-        parsed.given = self._given(args)
+        words = sys.argv[1:] if args is None else args
+        flags = {self._with_underscores(word).partition("=")[0] for word in words}
+        actions = [action for flag, action in self._option_string_actions.items() if flag in flags]
+        parsed.given = {action.dest for action in actions}
         return parsed
 
     def parse_known_args(self, args=None, namespace=None):
@@ -75,12 +78,6 @@ class Parser(argparse.ArgumentParser):
     def print_help(self, file=None) -> None:
         with one_line_errors():
             super().print_help(file)
-
-    def _given(self, args: Sequence[str] | None) -> set[str]:
-        absent = object()
-        bare = argparse.Namespace(**{action.dest: absent for action in self._actions})
-        parsed, _ = self.parse_known_args(args, bare)
-        return {name for name, value in vars(parsed).items() if value is not absent}
 
     def error(self, message: str):
         fail([message])

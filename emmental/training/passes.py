@@ -15,7 +15,7 @@ from ..modules.masked_nn import MaskedLinear
 from ..modules.masks import MaskedLayers, masked_layers
 from ..modules.methods import Method
 from .distributed import World
-from .hidden import hidden_distillation_loss, hidden_states
+from .hidden import hidden_distillation_loss, hidden_states, projection_of
 from .state import TrainingState
 from .task import Batch, Logits, Task
 
@@ -25,7 +25,7 @@ class Passes:
 
     def __init__(self, task: Task, state: TrainingState, teacher: nn.Module | None):
         self.task, self.model, self.teacher = task, state.model, teacher
-        self.student, self.projection = state.model, state.projection
+        self.student, self.projection = state.model, projection_of(state.model)
         self.layers = masked_layers(state.model)
         self.settings, self.world, self.scaler = state.settings, state.world, state.scaler
         if teacher:

@@ -16,28 +16,42 @@ from ..checkpoints.card import write_run_card
 from ..checkpoints.configs import concrete_type
 from ..checkpoints.counts import LayerCount, count_layers, mask_report
 from ..checkpoints.loading import load_model
-from ..models.families import is_masked
+from ..models.families import is_masked, layers_of
 from ..modules.masks import find_masks, masked
 from ..system.errors import fail, one_line_errors
 from .batches import BatchPlan, training_batches
-from .checkpoint import clean_output, find_checkpoints, find_resume_folder, step_of
+from .checkpoint import (
+    clean_output,
+    describe_data,
+    find_checkpoints,
+    find_resume_folder,
+    load_checkpoint,
+    step_of,
+)
 from .checks import check_common_arguments, check_training
 from .distributed import World, join_world, leave_world
 from .evaluate import Predictor
 from .flags import make_parser
 from .hidden import add_projection
 from .loop import train
+from .optim import build_optimizer
 from .pair import load_student, load_teacher
 from .passes import Passes
 from .runlog import RunLog, print_summary, set_up_logging, write_results
-from .settings import precision_of, resumes_in_place, student_options, training_settings
+from .settings import (
+    make_steering,
+    precision_of,
+    resumes_in_place,
+    student_options,
+    training_settings,
+)
 from .state import TrainingState
 from .task import Task
 
 logger = logging.getLogger(__name__)
 
 Sparsify = Callable[[nn.Module], nn.Module]
-RESUME = "--resume_from_checkpoint latest"
+ADVICE = "; if there is a checkpoint, resume with --resume_from_checkpoint latest"
 
 
 def main(
@@ -52,7 +66,7 @@ def main(
         problems.append("--sparse_inference: this script has no sparse form of its models")
     if problems:
         fail(problems)
-    with one_line_errors(advice="; if there is a checkpoint, resume with " + RESUME):
+    with one_line_errors(ADVICE):
         try:
             return run(task, args, sparsify)
         finally:
@@ -64,16 +78,14 @@ def run(task: Task, args: argparse.Namespace, sparsify: Sparsify | None) -> dict
     started = time.perf_counter()
     world = join_world(args.no_cuda, args.local_rank, args.fp16)
     output_dir = Path(args.output_dir)
-    resume_folder = find_resume_folder(
-        args.resume_from_checkpoint, output_dir, args.overwrite_output_dir
-    )
-    source = str(resume_folder or args.model_name_or_path)
+    resumed = find_resume_folder(args.resume_from_checkpoint, output_dir, args.overwrite_output_dir)
+    checkpoint = str(resumed or args.model_name_or_path)
     with world.main_first():
-        args = with_families(args, source)
-        task.load_examples(args, source)
+        args = with_families(args, checkpoint)
+        task.load_examples(args, checkpoint)
     torch.manual_seed(args.seed)
-    options = student_options(args, resumed=resume_folder is not None)
-    model, tokenizer = load_student(source, task.head, labels=task.labels, **options)
+    options = student_options(args, resumed=resumed is not None)
+    model, tokenizer = load_student(checkpoint, task.head, labels=task.labels, **options)
     with world.main_first():
         task.make_features(args, tokenizer, model)
     if world.is_main:
@@ -82,21 +94,21 @@ def run(task: Task, args: argparse.Namespace, sparsify: Sparsify | None) -> dict
     predictor = Predictor(
         task,
         world,
-        precision_of(args),
-        args.per_gpu_eval_batch_size,
-        args.num_workers,
-        output_dir,
-        sparsify if args.sparse_inference else None,
+        precision=precision_of(args),
+        batch_size=args.per_gpu_eval_batch_size,
+        num_workers=args.num_workers,
+        output_dir=output_dir,
+        prepare=sparsify if args.sparse_inference else None,
     )
-    figures, results, final = {}, {}, {}
+    figures, results, metrics = {}, {}, {}
     if args.do_train:
-        figures = _train(task, args, model, tokenizer, resume_folder, world, log, predictor)
+        figures = _train(task, args, model, tokenizer, resumed, world, log, predictor)
     if args.do_eval:
         if args.eval_all_checkpoints:
             results = _evaluate_checkpoints(task, args, predictor)
-        final |= predictor.evaluate(model)
-        log.evaluation(final, figures.get("updates", 0))
-        results |= final
+        metrics = predictor.evaluate(model)
+        log.evaluation(metrics, figures.get("updates", 0))
+        results |= metrics
     log.close()
     predictor.submit(model)
     if world.is_main:
@@ -107,22 +119,19 @@ def run(task: Task, args: argparse.Namespace, sparsify: Sparsify | None) -> dict
         if args.do_eval:
             write_results(output_dir, results)
         if args.do_train:
-            _write_card(task, args, model, final)
-        total = {"total_seconds": time.perf_counter() - started}
-        print_summary(results | figures | total, output_dir)
+            _write_card(task, args, model, metrics)
+        seconds = {"total_seconds": time.perf_counter() - started}
+        print_summary(results | figures | seconds, output_dir)
     world.barrier()
     return results
 
 
-def with_families(args: argparse.Namespace, source: str) -> argparse.Namespace:
+def with_families(args: argparse.Namespace, checkpoint: str) -> argparse.Namespace:
     """The arguments with the families of the models, as records name them. Raises UserError."""
-    sources = {"model_type": source, "teacher_type": args.teacher_name_or_path}
-    found = {
-        name: concrete_type(getattr(args, name), folder, args.cache_dir)
-        for name, folder in sources.items()
-        if folder
-    }
-    return argparse.Namespace(**vars(args) | found)
+    types = {"model_type": concrete_type(args.model_type, checkpoint, args.cache_dir)}
+    if teacher := args.teacher_name_or_path:
+        types["teacher_type"] = concrete_type(args.teacher_type, teacher, args.cache_dir)
+    return argparse.Namespace(**vars(args) | types)
 
 
 def _train(
@@ -130,18 +139,20 @@ def _train(
     args: argparse.Namespace,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    resume_folder: Path | None,
+    resumed: Path | None,
     world: World,
     log: RunLog,
     predictor: Predictor,
 ) -> dict[str, float]:
-    """Train the model in place, save it to output_dir, and return the figures of the training."""
+    """Train the model in place, save it to output_dir, and return the figures of the training.
+
+    resumed: the checkpoint to continue from, whose weights the model has already.
+    """
+    lengths = task.train_set["length"]
     batch_size = args.per_gpu_train_batch_size * world.size
-    lengths, accumulation = task.train_set["length"], args.gradient_accumulation_steps
-    plan = BatchPlan(lengths, batch_size, accumulation, args.seed)
+    plan = BatchPlan(lengths, batch_size, args.gradient_accumulation_steps, args.seed)
     total = args.max_steps if args.max_steps > 0 else plan.total_updates(args.num_train_epochs)
     check_training(args, total, model.config)
-    settings = training_settings(args, total, model.config)
     teacher = None
     if args.teacher_name_or_path:
         teacher = load_teacher(
@@ -155,26 +166,49 @@ def _train(
         )
         if args.alpha_hidden:
             add_projection(model, teacher, args.seed)
-    state = TrainingState(model, tokenizer, task.train_set, settings, world)
-    if resume_folder:
-        state.load(resume_folder)
+    model.to(world.device).train()
+    settings = training_settings(args, total)
+    state = TrainingState(
+        settings=settings,
+        world=world,
+        data=describe_data(task.train_set, model.config),
+        tokenizer=tokenizer,
+        model=model,
+        optimizer=build_optimizer(
+            model,
+            learning_rate=args.learning_rate,
+            mask_scores_learning_rate=args.mask_scores_learning_rate,
+            weight_decay=args.weight_decay,
+            adam_epsilon=args.adam_epsilon,
+        ),
+        scaler=torch.amp.GradScaler(world.device.type, enabled=args.fp16),
+        mask_generator=torch.Generator(world.device).manual_seed(args.seed),
+        steering=make_steering(args, model, settings.schedule),
+    )
+    torch.manual_seed(args.seed + world.rank)  # other dropout on each rank
+    if resumed:
+        load_checkpoint(state, resumed)
+    if args.compile:
+        for layer in layers_of(model):
+            layer.compile()  # one by one, as equal layers share compiled code
     if world.is_main:
         clean_output(settings.output_dir, task.result_files, resumes_in_place(args))
     logger.info(
-        f"training: {len(lengths)} examples, {total} updates of {batch_size * accumulation} "
-        f"examples ({total / plan.updates_per_epoch:g} epochs), starting at update {state.step}"
+        f"training: {len(lengths)} examples, {total} updates of "
+        f"{batch_size * args.gradient_accumulation_steps} examples "
+        f"({total / plan.updates_per_epoch:g} epochs), starting at update {state.step}"
     )
-    passes, batches = Passes(task, state, teacher), training_batches(plan, task, state)
+    passes = Passes(task, state, teacher)
+    batches = training_batches(plan, task, state)
     with masked(teacher) if teacher else nullcontext():  # its masks never change
         return train(state, passes, batches, log, predictor)
 
 
 def _warn_of_empty_layers(layers: list[LayerCount]) -> None:
     for kind, part in (("heads", "attention"), ("neurons", "feed-forward part")):
-        gone = [str(n) for n, layer in enumerate(layers) if not getattr(layer, kind)]
-        if gone:
-            message = "no %s remain in layer %s: there, the %s only adds a bias"
-            logger.warning(message, kind, ", ".join(gone), part)
+        empty = ", ".join(str(n) for n, layer in enumerate(layers) if not getattr(layer, kind))
+        if empty:
+            logger.warning(f"no {kind} remain in layer {empty}: there, the {part} only adds a bias")
 
 
 def _write_card(
@@ -200,12 +234,12 @@ def _evaluate_checkpoints(
     task: Task, args: argparse.Namespace, predictor: Predictor
 ) -> dict[str, float]:
     """Metrics of every checkpoint, with its step at the end of their names."""
-    results, has_masks = {}, is_masked(args.model_type)
-    output_dir = Path(args.output_dir if args.do_train else args.model_name_or_path)
-    for folder in find_checkpoints(output_dir):
-        model = load_model(
-            str(folder), task.head, masked=has_masks, trained=True, labels=task.labels
-        )
+    results = {}
+    options = {"masked": is_masked(args.model_type), "trained": True, "labels": task.labels}
+    for folder in find_checkpoints(
+        Path(args.output_dir if args.do_train else args.model_name_or_path)
+    ):
+        model = load_model(str(folder), task.head, **options)
         metrics = predictor.evaluate(model, step_of(folder))
         results |= {f"{name}_{step_of(folder)}": value for name, value in metrics.items()}
     return results

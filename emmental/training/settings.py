@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..models.families import is_masked
 from ..modules.masks import count, find_masks, masked_layers
@@ -18,7 +18,7 @@ from ..system.errors import UserError
 
 @dataclass(frozen=True)
 class Settings:
-    """What a training needs to know; functions below `run` do not see the command line.
+    """What the training loop needs to know; functions below `run` do not see the command line.
 
     Fields without a comment are the flags of the same name.
     """
@@ -27,123 +27,108 @@ class Settings:
     output_dir: Path
     schedule: Schedule
     precision: torch.dtype | None  # of mixed precision; None for float32. Parameters stay float32
-    rates: dict[str, float]  # learning rates, decay and epsilon, for `build_optimizer`
-    first_cut: float  # the initial scores, for the steering
     keep: int | None  # checkpoints to keep, None for all
-    seed: int
     max_grad_norm: float  # infinite for no clipping
     alpha_ce: float
     alpha_distil: float
     alpha_hidden: float
     temperature: float
     regularization: str | None  # l0, l1 or None
-    target_remaining: float | None
-    final_lambda: float
     global_topk_frequency_compute: int
     logging_steps: int
     save_steps: int
     evaluate_during_training: bool
-    compile: bool
     num_workers: int
     check_ranks: bool
 
 
-def training_settings(args: Namespace, total_step: int, config: PreTrainedConfig) -> Settings:
+def training_settings(args: Namespace, total_step: int) -> Settings:
     """The settings of a training of `total_step` updates."""
-    starts_constant = is_masked(args.model_type) and config.mask_init == "constant"
     return Settings(
         arguments={name: value for name, value in vars(args).items() if name != "given"},
         output_dir=Path(args.output_dir),
-        schedule=schedule_of(args, total_step),
+        schedule=Schedule(
+            total_step=total_step,
+            warmup_steps=warmup_updates(args, total_step),
+            initial_threshold=args.initial_threshold,
+            final_threshold=args.final_threshold,
+            initial_warmup=args.initial_warmup,
+            final_warmup=args.final_warmup,
+            # with a target, the schedule scales the lambda of the steering
+            final_lambda=args.final_lambda if args.target_remaining is None else 1.0,
+        ),
         precision=precision_of(args),
-        rates={
-            "learning_rate": args.learning_rate,
-            "mask_scores_learning_rate": args.mask_scores_learning_rate,
-            "weight_decay": args.weight_decay,
-            "adam_epsilon": args.adam_epsilon,
-        },
-        first_cut=config.mask_scale if starts_constant else 0.0,
         keep=args.save_total_limit or (None if args.eval_all_checkpoints else 2),
-        seed=args.seed,
         max_grad_norm=args.max_grad_norm or math.inf,
         alpha_ce=args.alpha_ce,
         alpha_distil=args.alpha_distil,
         alpha_hidden=args.alpha_hidden,
         temperature=args.temperature,
         regularization=args.regularization,
-        target_remaining=args.target_remaining,
-        final_lambda=args.final_lambda,
         global_topk_frequency_compute=args.global_topk_frequency_compute,
         logging_steps=args.logging_steps,
         save_steps=args.save_steps,
         evaluate_during_training=args.evaluate_during_training,
-        compile=args.compile,
         num_workers=args.num_workers,
         check_ranks=args.check_ranks,
     )
 
 
-def schedule_of(args: Namespace, total_step: int) -> Schedule:
-    """The schedule of threshold, lambda and learning rate."""
-    steers = args.target_remaining is not None
-    return Schedule(
-        total_step=total_step,
-        warmup_steps=warmup_updates(args, total_step),
-        initial_threshold=args.initial_threshold,
-        final_threshold=args.final_threshold,
-        initial_warmup=args.initial_warmup,
-        final_warmup=args.final_warmup,
-        final_lambda=1.0 if steers else args.final_lambda,  # the steering's lambda is scaled
-    )
-
-
-def make_steering(model: PreTrainedModel, settings: Settings) -> LambdaSteering | None:
+def make_steering(
+    args: Namespace, model: PreTrainedModel, schedule: Schedule
+) -> LambdaSteering | None:
     """What steers lambda to --target_remaining, if it is given.
 
     Raises UserError for a target below what the floor leaves, as with few heads.
     """
-    target, schedule = settings.target_remaining, settings.schedule
+    target = args.target_remaining
     if target is None or not masked_layers(model):
         return None
-    method = METHODS[model.config.pruning_method]
     lowest = count(find_masks(model, above=math.inf)).overall
     if target <= lowest:
         raise UserError(
             f"--target_remaining {target:g}: {lowest:.4f} of the weights remain at least, as every "
             "matrix keeps 0.5% of its scores, at least one: give more"
         )
+    config, method = model.config, METHODS[model.config.pruning_method]
     return LambdaSteering(
         target=target,
-        first_cut=settings.first_cut,
+        first_cut=config.mask_scale if config.mask_init == "constant" else 0.0,
         last_cut=method.closing_score(schedule.final_threshold),
         start=schedule.initial_warmup * schedule.warmup_steps,
         end=schedule.total_step - schedule.final_warmup * schedule.warmup_steps,
         total_step=schedule.total_step,
-        first_lambda=settings.final_lambda or method.usual_lambda(target),
+        first_lambda=args.final_lambda or method.usual_lambda(target),
     )
 
 
 def student_options(args: Namespace, resumed: bool) -> dict:
-    """Options of `load_student`. Only given flags replace the settings of masks in evaluation,
-    and those of scores ever: their defaults are the configuration's."""
-    masked = is_masked(args.model_type)
-    names = ["cache_dir", "tokenizer_name", "do_lower_case", "max_seq_length"]
-    if masked:
-        for name in ("pruning_method", "global_topk"):
-            if args.do_train or name in args.given:
-                names.append(name)
-        of_scores = ("mask_init", "mask_scale", "granularity", "block_rows", "block_columns")
-        of_method = [setting.name for setting in METHODS[args.pruning_method].settings]
-        names += [name for name in (*of_scores, *of_method) if name in args.given]
-    options = {name: getattr(args, name) for name in names}
-    options["masked"] = masked
-    options["trained"] = not args.do_train
-    options["config_name"] = None if resumed else args.config_name
-    if masked and args.do_train:
+    """Options of `load_student`.
+
+    Only flags on the command line replace the settings of masks in evaluation, and those of scores
+    ever: their defaults are the configuration's.
+    """
+    options = {
+        "masked": is_masked(args.model_type),
+        "trained": not args.do_train,
+        "config_name": None if resumed else args.config_name,
+        "tokenizer_name": args.tokenizer_name,
+        "do_lower_case": args.do_lower_case,
+        "max_seq_length": args.max_seq_length,
+        "cache_dir": args.cache_dir,
+    }
+    if not options["masked"]:
+        return options
+    of_scores = {"mask_init", "mask_scale", "granularity", "block_rows", "block_columns"}
+    of_method = {setting.name for setting in METHODS[args.pruning_method].settings}
+    of_masks = {"pruning_method", "global_topk"}
+    replaced = args.given & (of_scores | of_method | of_masks)
+    if args.do_train:
+        replaced |= of_masks
         options["threshold"] = None  # known once the model is trained
-    elif masked and "final_threshold" in args.given:
+    elif "final_threshold" in args.given:
         options["threshold"] = args.final_threshold
-    return options
+    return options | {name: getattr(args, name) for name in replaced}
 
 
 def precision_of(args: Namespace) -> torch.dtype | None:
@@ -162,7 +147,7 @@ def warmup_updates(args: Namespace, total_step: int) -> int:
 
 def resumes_in_place(args: Namespace) -> bool:
     """Whether the run continues from a checkpoint in output_dir itself."""
-    folder = args.resume_from_checkpoint
-    if not folder or folder == "latest":
-        return bool(folder)
-    return Path(folder).resolve().parent == Path(args.output_dir).resolve()
+    checkpoint = args.resume_from_checkpoint
+    if not checkpoint or checkpoint == "latest":
+        return bool(checkpoint)
+    return Path(checkpoint).resolve().parent == Path(args.output_dir).resolve()
