@@ -165,17 +165,16 @@ def test_leftovers_of_killed_processes_are_removed_after_a_day(build, data, tmp_
         folder = place / f".writing-{name}"
         (folder / "new").mkdir(parents=True)
         (folder / "new" / "x.arrow").write_text("half")
-        (place / f"tmp{name}_0abc").write_text("half")
-        for path in (*folder.rglob("*"), folder, place / f"tmp{name}_0abc"):
+        for path in (*folder.rglob("*"), folder):
             os.utime(path, (now, now - hours * 3600))
     (place / ".writing-busy").mkdir()
     (place / ".writing-busy" / "x.arrow").write_text("growing")
     os.utime(place / ".writing-busy", (0, 0))
-    (place / "tmp.json").write_text("mine")
-    os.utime(place / "tmp.json", (0, 0))
+    (place / "tmpold_0abc").write_text("not ours")
+    os.utime(place / "tmpold_0abc", (0, 0))
     build()
     left = {path.name for path in place.iterdir() if path.suffix != ".arrow"}
-    assert left == {".writing-new", ".writing-busy", "tmpnew_0abc", "tmp.json"}
+    assert left == {".writing-new", ".writing-busy", "tmpold_0abc"}
 
 
 def test_truncation_and_padding_of_the_tokenizer_do_not_matter(data, build):

@@ -26,9 +26,8 @@ from datasets.table import MemoryMappedTable
 from multiprocess import active_children
 from multiprocess.util import register_after_fork
 
-from emmental.system.errors import TrainingError, handled_signals
-from emmental.system.files import file_digest, write_file
-
+from ..system.errors import TrainingError, handled_signals
+from ..system.files import file_digest, write_file, write_into
 from .reading import brief
 
 logger = logging.getLogger(__name__)
@@ -41,6 +40,12 @@ def row_tuples(examples: Dataset, names: list[str]) -> Iterator[tuple]:
     """Yield the values of these columns for each row, reading a batch at a time."""
     for batch in examples.select_columns(names).iter(batch_size=BATCH):
         yield from zip(*(batch[name] for name in names))
+
+
+def ragged(pieces: list[np.ndarray], lengths: list[int]) -> pa.ListArray:
+    """Arrow list column: the concatenated `pieces`, cut into rows of these lengths."""
+    ends = pa.array(np.cumsum([0, *lengths]), pa.int32())
+    return pa.ListArray.from_arrays(ends, pa.array(np.concatenate(pieces)))
 
 
 def content_hash(*parts) -> str:
@@ -75,15 +80,6 @@ def cached_rows(
         return Dataset.from_list(list(rows()), features=features)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes left half-written in a cache, if it is unchanged for a day."""
-    for path in (*folder.glob(".writing-*"), *folder.glob("tmp" + "[a-z0-9_]" * 8)):
-        with contextlib.suppress(OSError):  # another process removes it, or may not
-            changes = [part.stat().st_mtime for part in (path, *path.rglob("*"))]
-            if max(changes) < time.time() - DAY:
-                shutil.rmtree(path) if path.name.startswith(".") else path.unlink()
-
-
 def cached_map(
     examples: Dataset,
     featurize: Callable,
@@ -98,8 +94,7 @@ def cached_map(
 
     key: hash of everything else that the features depend on. Rows do not depend on `num_proc`.
     """
-    for folder in {Path(file["filename"]).parent for file in examples.cache_files}:
-        remove_leftovers(folder)
+    fingerprint = content_hash(examples._fingerprint, key)
     build = functools.partial(
         examples.map,
         featurize,
@@ -107,24 +102,40 @@ def cached_map(
         batch_size=BATCH,
         with_indices=with_indices,
         input_columns=columns,
-        num_proc=min(num_proc, len(examples)) if num_proc > 1 else None,
-        new_fingerprint=content_hash(examples._fingerprint, key),
+        new_fingerprint=fingerprint,
         desc="features",
     )
-    stops = STOPS if num_proc > 1 else ()
-    register_after_fork(build, _end_at_once)  # in the workers of `multiprocess` alone
+    in_memory = functools.partial(build, keep_in_memory=True, load_from_cache_file=False)
+    if not examples.cache_files:
+        return in_memory()
+    folder = Path(examples.cache_files[0]["filename"]).parent
+    name = f"cache-{fingerprint}"
+    _remove_leftovers(folder)
+
+    def write(aside: Path) -> None:
+        place = {"cache_file_name": f"{aside / name}.arrow"}
+        if num_proc == 1:
+            build(**place)
+            return
+        register_after_fork(build, _end_at_once)  # in the workers of `multiprocess` alone
+        with handled_signals(functools.partial(_stop_workers, aside.parent), *STOPS):
+            build(num_proc=min(num_proc, len(examples)), **place)
+
     try:
-        with handled_signals(_stop_workers, *stops):
-            return build(load_from_cache_file=not overwrite_cache)
-    except (OSError, pa.ArrowInvalid) as error:  # a full disk, a damaged cache
+        if overwrite_cache or not any(folder.glob(f"{name}*.arrow")):
+            write_into(folder, write)
+        return build(cache_file_name=f"{folder / name}.arrow")
+    except (TrainingError, OSError, pa.ArrowInvalid) as error:  # a full disk, a damaged cache
         logger.warning(f"cannot use the cache ({brief(error, 300)}); continuing without the cache")
-        return build(load_from_cache_file=False, keep_in_memory=True)
+        return in_memory()
 
 
-def _stop_workers(number: int, frame) -> None:
+def _stop_workers(aside: Path, number: int, frame) -> None:
     """Handle a signal by ending at once: an exception would wait for the workers for ever."""
     for worker in active_children():
         worker.kill()
+        worker.join()
+    shutil.rmtree(aside, ignore_errors=True)
     print(f"\nerror: stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
     os._exit(128 + number)
 
@@ -135,7 +146,9 @@ def _end_at_once(_) -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def ragged(pieces: list[np.ndarray], lengths: list[int]) -> pa.ListArray:
-    """Arrow list column: the concatenated `pieces`, cut into rows of these lengths."""
-    ends = pa.array(np.cumsum([0, *lengths]), pa.int32())
-    return pa.ListArray.from_arrays(ends, pa.array(np.concatenate(pieces)))
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left half-written in a cache, if it is unchanged for a day."""
+    for aside in folder.glob(".writing-*"):
+        with contextlib.suppress(OSError):  # another process removes it, or may not
+            if max(p.stat().st_mtime for p in (aside, *aside.rglob("*"))) < time.time() - DAY:
+                shutil.rmtree(aside)

@@ -23,11 +23,11 @@ import pyarrow as pa
 from datasets import Dataset, Features, Value
 from transformers import PreTrainedTokenizerBase
 
-from emmental.data.cache import cached_map, cached_rows, content_hash, ragged, row_tuples
-from emmental.data.glue_tasks import CUSTOM, Task
-from emmental.data.padding import collate_features, fast_backend
-from emmental.data.reading import LABEL, brief, json_field, load_hub
-from emmental.system.errors import UserError
+from ..system.errors import UserError
+from .cache import cached_map, cached_rows, content_hash, ragged, row_tuples
+from .glue_tasks import CUSTOM, Task
+from .padding import collate_features, fast_backend
+from .reading import LABEL, brief, json_field, load_hub
 
 logger = logging.getLogger(__name__)
 

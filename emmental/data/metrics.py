@@ -11,8 +11,8 @@ from scipy.special import entr, softmax
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from emmental.data.cache import row_tuples
-from emmental.data.glue_tasks import Task
+from .cache import row_tuples
+from .glue_tasks import Task
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from emmental.models.inputs import MODEL_INPUTS, longest_input
-from emmental.system.errors import UserError
+from ..models.inputs import MODEL_INPUTS, longest_input
+from ..system.errors import UserError
 
 
 def fast_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:

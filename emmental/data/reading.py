@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 from datasets import Dataset
 
-from emmental.system.errors import UserError
+from ..system.errors import UserError
 
 LABEL = (str, int, bool)
 JSON_TYPES = {

@@ -5,7 +5,7 @@ import collections
 import numpy as np
 from datasets import Dataset
 
-from emmental.data.cache import row_tuples
+from .cache import row_tuples
 
 NO_SPAN_ODDS = 1e6  # null odds of a question without a valid span: finite, above every real score
 

@@ -17,11 +17,10 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from emmental.data.cache import cached_map, content_hash, ragged, row_tuples
-from emmental.data.padding import collate_features, fast_backend
-from emmental.data.reading import brief
-from emmental.system.errors import UserError
-
+from ..system.errors import UserError
+from .cache import cached_map, content_hash, ragged, row_tuples
+from .padding import collate_features, fast_backend
+from .reading import brief
 from .squad_read import VERSION, is_unanswerable
 
 SPACES = [place for place in range(0x3001) if chr(place).isspace()]  # all that Unicode has

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from datasets import Dataset, Features, List, Value
 
-from emmental.data.cache import cached_rows, content_hash
-from emmental.data.reading import brief, json_field, load_hub
-from emmental.system.errors import UserError
+from ..system.errors import UserError
+from .cache import cached_rows, content_hash
+from .reading import brief, json_field, load_hub
 
 VERSION = 3  # raise it when the features of the same input change: old caches are then ignored
 HUB_NAMES = {False: "rajpurkar/squad", True: "rajpurkar/squad_v2"}
