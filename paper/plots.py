@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from emmental.checkpoints.counts import remaining_weights
@@ -24,29 +25,51 @@ MARKERS = "os^Dv"
 SMALLER = ("fewer layers", "compact, fine-tuned")  # dense models
 KIND_MARKERS = dict(zip([*SMALLER, *GRANULARITIES], itertools.cycle("x*" + MARKERS)))
 KINDS = "query key value attention.output intermediate output".split()  # in a layer's order
-SAMPLE = 4000  # kept weights in a scatter, and as many pruned ones
+SAMPLE = 4000  # remaining weights in a scatter, and as many pruned ones
+
+
+def draw(runs: list[Run], folder: Path, speeds: "Speeds | None" = None) -> list[str]:
+    """Save all figures as PNG files. Returns a line for each: its path, or why there is none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+
+    def save(figure: Figure, name: str) -> None:
+        figure.savefig(folder / name, dpi=120)
+        lines.append(str(folder / name))
+
+    for task in sorted({run.task for run in runs}):
+        save(metric_figure(task, runs), f"{task}-metric.png")
+        if not speeds:
+            continue
+        if figure := speed_figure(task, runs, speeds):
+            save(figure, f"{task}-speed.png")
+        else:
+            lines.append(f"not drawn: {task}-speed.png: no speed of its runs was measured")
+    depth = 2  # of the folders in a file's name: enough to tell the runs apart
+    while len({run.folder.parts[-depth:] for run in runs}) < len(runs):
+        depth += 1
+    for run in runs:
+        if run.method == "dense":
+            continue
+        name = "-".join(run.folder.parts[-depth:])
+        save(layer_figure(run), f"{name}-layers.png")
+        try:
+            save(scatter_figure(run), f"{name}-weights.png")
+        except UserError as error:
+            lines.append(f"not drawn: {name}-weights.png: {error}")
+    return lines
 
 
 def metric_figure(task: str, runs: list[Run]) -> Figure:
-    """Metric against remaining weights, by method: the paper as lines, ours as points.
-
-    A method that ranks all matrices together has the method's colour, but paler.
-    """
+    """Metric against remaining weights, by method: the paper as lines, ours as points."""
     runs = [run for run in runs if run.task == task]
     metric = _metric(task, runs)
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-
-    def draw(points: list[tuple[float, float]], label: str, **style) -> None:
-        if points:
-            style |= {"color": COLOURS[method.removesuffix(GLOBAL)], "label": label}
-            axes.plot(*zip(*points, strict=True), alpha=0.5 if GLOBAL in method else 1, **style)
-
+    figure, axes = _panel("remaining weights, % of the encoder", f"{metric}, %", task)
     extras = sorted({_extras(run) for run in runs} | {""})
     for method, distil in itertools.product(methods_of(runs), (False, True)):
         name = method + ", distilled" * distil
-        paper = paper_line(task, metric, method, distil)
-        draw(paper, f"{name} (paper)", linestyle="-" if distil else ":")
+        line = paper_line(task, metric, method, distil)
+        _plot(axes, method, line, label=f"{name} (paper)", linestyle="-" if distil else ":")
         for extra, marker in zip(extras, itertools.cycle(MARKERS)):
             ours = [
                 (run.remaining, run.metrics[metric])
@@ -54,21 +77,15 @@ def metric_figure(task: str, runs: list[Run]) -> Figure:
                 if (run.method, run.distil, _extras(run)) == (method, distil, extra)
             ]
             style = {"marker": marker, "fillstyle": "full" if distil else "none"}
-            draw(ours, f"{name}{extra} (ours)", linestyle="none", **style)
+            _plot(axes, method, ours, label=f"{name}{extra} (ours)", linestyle="none", **style)
     for run in runs:
         if run.method == "dense" and not run.distil:  # not a model with fewer layers
             axes.axhline(run.metrics[metric], color="black", ls="--", label="dense (ours)")
-    axes.set(xlabel="remaining weights, % of the encoder", ylabel=f"{metric}, %", title=task)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
     axes.legend(fontsize=7)
-    axes.grid(alpha=0.3)
     return figure
-
-
-def _metric(task: str, runs: list[Run]) -> str:
-    return "f1" if task.startswith("squad") else next(iter(runs[0].metrics))
 
 
 @dataclass
@@ -85,13 +102,14 @@ class Speeds:
 
 def read_speeds(file: Path) -> Speeds:
     """The results of benchmarks/compact.py for models in folders. Raises UserError."""
+    gains = {}
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        dense, gains = Path(found["dense"]).resolve(), {}
-        for row in found["rows"]:
-            own = gains.setdefault(row["runtime"], {})
-            own[Path(row["model"]).resolve()] = float(row["gain"])
-        setting, *others = {f"{row['batch']} x {row['length']}" for row in found["rows"]}
+        results = json.loads(file.read_text(encoding="utf-8"))
+        dense = Path(results["dense"]).resolve()
+        for row in results["rows"]:
+            model = Path(row["model"]).resolve()
+            gains.setdefault(row["runtime"], {})[model] = float(row["gain"])
+        setting, *others = {f"{row['batch']} x {row['length']}" for row in results["rows"]}
     except (KeyError, TypeError, ValueError) as error:
         problem = "does not hold speeds of models in folders, measured by benchmarks/compact.py"
         raise UserError(f"{file} {problem}") from error
@@ -103,79 +121,65 @@ def read_speeds(file: Path) -> Speeds:
 def speed_figure(task: str, runs: list[Run], speeds: Speeds) -> Figure | None:
     """Metric against speed-up, by method and granularity; None if no run's speed was measured."""
     runs = [run for run in runs if run.task == task]
-    metric, series, runtimes = _metric(task, runs), {}, list(speeds.gains)
-    for run, runtime in itertools.product(runs, runtimes):
-        gain = speeds.gains[runtime].get(run.folder.resolve())
-        if gain and run.folder.resolve() != speeds.dense:
+    metric = _metric(task, runs)
+    series = {}
+    for run, runtime in itertools.product(runs, speeds.gains):
+        folder = run.folder.resolve()
+        if folder != speeds.dense and folder in speeds.gains[runtime]:
             points = series.setdefault((run.method, _kind(run), runtime), [])
-            points.append((gain, run.metrics[metric]))
+            points.append((speeds.gains[runtime][folder], run.metrics[metric]))
     if not series:
         return None
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
+    xlabel = f"times as fast as the dense model (batch x length {speeds.setting})"
+    figure, axes = _panel(xlabel, f"{metric}, %", task)
+    runtimes = list(speeds.gains)
     for (method, kind, runtime), points in sorted(series.items()):
         label = kind if method == "dense" else f"{method}, {kind}"
-        axes.plot(
-            *zip(*sorted(points), strict=True),
-            color=COLOURS.get(method.removesuffix(GLOBAL), "black"),
-            alpha=0.5 if GLOBAL in method else 1,
-            marker=KIND_MARKERS[kind],
-            linestyle=("-", "--", ":", "-.")[runtimes.index(runtime)],
-            label=f"{label}, {runtime}" if len(runtimes) > 1 else label,
-        )
+        label += f", {runtime}" if len(runtimes) > 1 else ""
+        linestyle = ("-", "--", ":", "-.")[runtimes.index(runtime)]
+        style = {"marker": KIND_MARKERS[kind], "linestyle": linestyle}
+        _plot(axes, method, sorted(points), label=label, **style)
     for run in runs:
         if run.folder.resolve() == speeds.dense:
             axes.axhline(run.metrics[metric], color="black", ls="--", lw=0.8, label="dense")
-    xlabel = f"times as fast as the dense model (batch x length {speeds.setting})"
-    axes.set(xlabel=xlabel, ylabel=f"{metric}, %", title=task)
     axes.legend(fontsize=7)
-    axes.grid(alpha=0.3)
     return figure
-
-
-def _kind(run: Run) -> str:
-    """The granularity of a pruned model, or what makes a dense model smaller."""
-    if run.granularity:
-        return run.granularity
-    compact = read_config(str(run.folder))["model_type"].startswith(COMPACT)
-    return SMALLER[compact]
 
 
 def layer_figure(run: Run) -> Figure:
     """Remaining weights by layer and kind of matrix."""
     percents = [m.percent for m in remaining_weights(load_masked(str(run.folder))).matrices]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _panel("layer", "remaining weights, %", _title(run))
     for place, kind in enumerate(KINDS):
         axes.plot(percents[place :: len(KINDS)], marker="o", markersize=3, label=kind)
-    axes.set(xlabel="layer", ylabel="remaining weights, %", title=_title(run))
     axes.set_xticks(range(len(percents) // len(KINDS)))
     axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
     return figure
 
 
 @torch.no_grad()
 def scatter_figure(run: Run) -> Figure:
-    """Final against first weight, and the move from zero, of kept and of pruned weights.
+    """Final against first weight, and the move from zero, of remaining and of pruned weights.
 
     Raises UserError when the model that the run started from cannot be loaded.
     """
     model = load_masked(str(run.folder))
-    head, source = type(model).__name__.partition("For")[2], run.args["model_name_or_path"]
-    first = load_model(source, head, masked=False, cache_dir=run.args["cache_dir"])
-    layers, masks = masked_layers(model), find_masks(model).by_layer
+    head = type(model).__name__.partition("For")[2]
+    start = run.args["model_name_or_path"]
+    first = load_model(start, head, masked=False, cache_dir=run.args["cache_dir"])
+    layers = masked_layers(model)
+    masks = find_masks(model).by_layer
     generator = torch.Generator().manual_seed(0)
     figure = Figure(figsize=(9, 8), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True, sharey="row")
-    for kept, title, colour, (above, below) in (
+    for remain, title, colour, (above, below) in (
         (True, "kept", "tab:orange", panels[:, 0]),
         (False, "pruned (its weight before the mask)", "tab:gray", panels[:, 1]),
     ):
         sample = []
         for name, layer in layers.items():
             mask = layer.expand(masks[name])
-            places = ((mask != 0) == kept).expand(layer.weight.shape).nonzero()
+            places = ((mask != 0) == remain).expand(layer.weight.shape).nonzero()
             order = torch.randperm(len(places), generator=generator)
             rows, columns = places[order[: SAMPLE // len(layers)]].T
             before = first.get_parameter(f"{name}.weight")
@@ -193,6 +197,32 @@ def scatter_figure(run: Run) -> Figure:
     return figure
 
 
+def _panel(xlabel: str, ylabel: str, title: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _plot(axes: Axes, method: str, points: list[tuple[float, float]], **style) -> None:
+    """Plot in the method's colour, paler if it ranks all matrices together."""
+    if points:
+        colour = COLOURS.get(method.removesuffix(GLOBAL), "black")
+        alpha = 0.5 if GLOBAL in method else 1
+        axes.plot(*zip(*points, strict=True), color=colour, alpha=alpha, **style)
+
+
+def _metric(task: str, runs: list[Run]) -> str:
+    return "f1" if task.startswith("squad") else next(iter(runs[0].metrics))
+
+
+def _kind(run: Run) -> str:
+    """The granularity of a pruned model, or what makes a dense model smaller."""
+    compact = read_config(str(run.folder))["model_type"].startswith(COMPACT)
+    return run.granularity or SMALLER[compact]
+
+
 def _extras(run: Run) -> str:
     """What the paper's runs did not have: ", structure, fine-tuned start, alpha_hidden 1"."""
     hidden = run.args.get("alpha_hidden")
@@ -204,35 +234,3 @@ def _extras(run: Run) -> str:
 def _title(run: Run) -> str:
     method = run.method + ", distilled" * run.distil + _extras(run)
     return f"{run.task}: {method}, {run.remaining:.1f}% remaining, seed {run.args['seed']}"
-
-
-def draw(runs: list[Run], folder: Path, speeds: Speeds | None = None) -> list[str]:
-    """Save all figures as PNG files. Returns a line for each: its path, or why there is none."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for task in sorted({run.task for run in runs}):
-        lines.append(_save(metric_figure(task, runs), folder / f"{task}-metric.png"))
-        if not speeds:
-            continue
-        if figure := speed_figure(task, runs, speeds):
-            lines.append(_save(figure, folder / f"{task}-speed.png"))
-        else:
-            lines.append(f"not drawn: {task}-speed.png: no speed of its runs was measured")
-    depth = 2  # of the folders in a file's name: enough to tell the runs apart
-    while len({run.folder.parts[-depth:] for run in runs}) < len(runs):
-        depth += 1
-    for run in runs:
-        if run.method == "dense":
-            continue
-        name = "-".join(run.folder.parts[-depth:])
-        lines.append(_save(layer_figure(run), folder / f"{name}-layers.png"))
-        try:
-            lines.append(_save(scatter_figure(run), folder / f"{name}-weights.png"))
-        except UserError as error:
-            lines.append(f"not drawn: {name}-weights.png: {error}")
-    return lines
-
-
-def _save(figure: Figure, path: Path) -> str:
-    figure.savefig(path, dpi=120)
-    return str(path)
