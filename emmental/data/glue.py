@@ -35,18 +35,16 @@ VERSION = 1  # raise it when the features of the same input change: old caches a
 HUB_NAME = "nyu-mll/glue"
 
 
-# ---------------------------------------------------------------------------------------- examples
-
-
 def split_file(task: Task, data_dir: Path | str, split: str) -> Path:
     """The file of a split; raises UserError unless there is exactly one."""
+    stem = "diagnostic" if task.name == "ax" else split
     suffixes = (".tsv", ".csv", ".jsonl") if task.name == CUSTOM else (".tsv",)
-    names = [f"{'diagnostic' if task.name == 'ax' else split}{suffix}" for suffix in suffixes]
-    found = [Path(data_dir) / name for name in names if (Path(data_dir) / name).is_file()]
-    if len(found) != 1:
-        wanted = " or ".join(names)
-        raise UserError(f"--data_dir {data_dir} must hold exactly one file {wanted}")
-    return found[0]
+    files = [Path(data_dir, stem + suffix) for suffix in suffixes]
+    present = [file for file in files if file.is_file()]
+    if len(present) != 1:
+        names = " or ".join(file.name for file in files)
+        raise UserError(f"--data_dir {data_dir} must hold exactly one file {names}")
+    return present[0]
 
 
 def read_examples(
@@ -58,7 +56,8 @@ def read_examples(
     (None for single sentences) and, except for test splits, label (index into `task.labels`, or
     float). Raises UserError for errors in the file.
     """
-    path, labelled = split_file(task, data_dir, split), split not in task.submissions
+    path = split_file(task, data_dir, split)
+    labelled = split not in task.submissions
     records = functools.partial(_records, path, task, labelled)
     examples = _cached(records, task, labelled, path, cache_dir)
     if not len(examples):
@@ -69,14 +68,16 @@ def read_examples(
             order = ", ".join(f"{index} {name}" for index, name in enumerate(task.labels))
             logger.warning(f"{path}: labels are read as {order}; the hub has another order")
     if task.short_rows and labelled:
-        if skipped := sum(1 for _ in _rows(path)) - 1 - len(examples):
+        skipped = sum(1 for _ in _rows(path)) - 1 - len(examples)
+        if skipped:
             logger.warning(f"{path}: {skipped} rows with too few fields are skipped")
     return examples
 
 
 def load_hub_examples(task: Task, split: str, cache_dir: str | None = None) -> Dataset:
     """Load a split of GLUE from the hub, with the columns of `read_examples`."""
-    hub_split, labelled = split.replace("dev", "validation"), split not in task.submissions
+    hub_split = split.replace("dev", "validation")
+    labelled = split not in task.submissions
     hub = load_hub(HUB_NAME, task.hub_config, split=hub_split, cache_dir=cache_dir)
     names = hub.features["label"].names if labelled and not task.is_regression else ()
     columns = ["label" if labelled else "idx", *(task.hub_columns or task.text_columns)]
@@ -96,15 +97,15 @@ def load_hub_examples(task: Task, split: str, cache_dir: str | None = None) -> D
 def find_labels(path: Path, task: Task) -> tuple[str, ...]:
     """The labels in a file of your own task, in order; raises UserError if all are the same."""
     counts = _count_labels(path, task)
-    labels, rows = tuple(counts), counts.total()
-    if len(labels) < 2:
-        raise UserError(f"{path}: has {len(labels)} different labels; it must have two or more")
-    if len(labels) > max(20, rows / 10):
+    rows = counts.total()
+    if len(counts) < 2:
+        raise UserError(f"{path}: has {len(counts)} different labels; it must have two or more")
+    if len(counts) > max(20, rows / 10):
         logger.warning(
-            f"{path}: has {len(labels)} labels in {rows} rows; if they are numbers to predict, "
+            f"{path}: has {len(counts)} labels in {rows} rows; if they are numbers to predict, "
             "add --regression"
         )
-    return labels
+    return tuple(counts)
 
 
 def name_outputs(outputs: tuple[str, ...], path: Path, task: Task) -> tuple[str, ...]:
@@ -131,18 +132,20 @@ def _count_labels(path: Path, task: Task) -> collections.Counter:
     records = _records(path, task, True)
     counts = collections.Counter(_class_name(record, task, where) for where, record in records)
     numbers = {name: re.fullmatch(r"(?:LABEL_)?([+-]?\d{1,18})(?:\.0+)?", name) for name in counts}
-    key = (lambda name: (int(numbers[name][1]), name)) if all(numbers.values()) else str
-    return collections.Counter({name: counts[name] for name in sorted(counts, key=key)})
+    names = sorted(counts)
+    if all(numbers.values()):
+        names.sort(key=lambda name: int(numbers[name][1]))
+    return collections.Counter({name: counts[name] for name in names})
 
 
 def _cached(
-    records: Callable, task: Task, labelled: bool, source: Path | str, cache_dir: str | None
+    records: Callable, task: Task, labelled: bool, data: Path | str, cache_dir: str | None
 ) -> Dataset:
-    """The examples made of records, from the cache if it holds them."""
+    """The examples made of records, from the cache if it holds them. data: what they depend on."""
     kinds = {"index": Value("int64"), "text_a": Value("string"), "text_b": Value("string")}
     if labelled:
         kinds["label"] = Value("float64" if task.is_regression else "int64")
-    key = content_hash("glue", VERSION, source, dataclasses.asdict(task), labelled)
+    key = content_hash("glue", VERSION, data, dataclasses.asdict(task), labelled)
     rows = functools.partial(_examples, records, task, labelled)
     return cached_rows(rows, Features(kinds), key, cache_dir)
 
@@ -172,10 +175,11 @@ def _records(path: Path, task: Task, labelled: bool) -> Iterator[tuple[str, dict
     for name in (*task.text_columns, *([task.label_column] if labelled else [])):
         if header.count(name) != 1:
             number = "two columns" if name in header else "no column"
-            found = brief(", ".join(header), 300) or "nothing, the file is empty"
-            raise UserError(f"{path}: the header has {number} {name}; found: {found}")
+            columns = brief(", ".join(header), 300) or "nothing, the file is empty"
+            raise UserError(f"{path}: the header has {number} {name}; found: {columns}")
     for line, fields in rows:
-        where, extra = f"{path}:{line}", len(fields) - len(header)
+        where = f"{path}:{line}"
+        extra = len(fields) - len(header)
         is_blank = fields in ([], [""])
         if (is_blank and len(header) > 1) or (extra < 0 and task.short_rows and labelled):
             continue
@@ -195,7 +199,8 @@ def _rows(path: Path) -> Iterator[tuple[int, object]]:
     """
     number = 0
     with open(path, "rb") as file:
-        first, second = file.readline(), file.readline()
+        first = file.readline()
+        second = file.readline()
     is_csv = path.suffix == ".csv" and b"\0" not in first  # not UTF-16
     if b"\r" in first.rstrip(b"\r\n") and (is_csv or not second):
         raise UserError(f"{path}: its lines end in CR alone; save it with LF or CRLF line ends")
@@ -233,7 +238,8 @@ def _class_name(record: dict, task: Task, where: str) -> str:
 def _label(record: dict, task: Task, where: str) -> int | float:
     """The class index of a record, or its number in a regression."""
     if task.is_regression:
-        label, (low, high) = record.get(task.label_column), task.score_range
+        label = record.get(task.label_column)
+        low, high = task.score_range
         with contextlib.suppress(ValueError, TypeError):
             if math.isfinite(number := float(label)) and low <= number <= high:
                 return number
@@ -244,9 +250,6 @@ def _label(record: dict, task: Task, where: str) -> int | float:
             return task.indices[label]
         expected = f"one of {brief(', '.join(task.indices), 300)}"
     raise UserError(f"{where}: the label {brief(label)!r} is not {expected}; correct it")
-
-
-# ---------------------------------------------------------------------------------------- features
 
 
 def build_features(

@@ -1,6 +1,5 @@
 """SQuAD v1.1 and v2.0: the examples of a file or of the hub."""
 
-import codecs
 import functools
 import json
 from collections.abc import Iterator
@@ -43,6 +42,21 @@ def read_examples(
     if not len(examples):
         raise UserError(f"{path}: is empty; it holds no questions")
     return examples
+
+
+def load_hub_examples(
+    split: str, version_2_with_negative: bool, cache_dir: str | None = None
+) -> Dataset:
+    """Load `split` ("train" or "validation") from the hub, with the columns of `read_examples`."""
+    name = HUB_NAMES[version_2_with_negative]
+    hub = load_hub(name, split=split, cache_dir=cache_dir)
+    is_impossible = [version_2_with_negative and is_unanswerable(a) for a in hub["answers"]]
+    return hub.add_column("is_impossible", is_impossible).select_columns(list(EXAMPLE_FEATURES))
+
+
+def is_unanswerable(answers: dict[str, list]) -> bool:
+    """Whether a question has no answer: in v2.0 that is right, v1.1 cannot train on it."""
+    return not any(text.strip() for text in answers["text"])
 
 
 def _questions(path: Path, version_2_with_negative: bool, unique_ids: bool) -> Iterator[dict]:
@@ -93,56 +107,19 @@ def _answers(qa: dict, where: str, length: int, version_2_with_negative: bool) -
     return answers
 
 
-def is_unanswerable(answers: dict[str, list]) -> bool:
-    """Whether a question has no answer: in v2.0 that is right, v1.1 cannot train on it."""
-    return not any(text.strip() for text in answers["text"])
-
-
 def _read_json(path: Path) -> object:
     content = path.read_bytes()
     try:
         return json.loads(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not JSON in UTF-8: {_what_it_is(content, error)}") from error
-
-
-def _what_it_is(content: bytes, error: Exception) -> str:
-    """What a file is that is not JSON, and what to do."""
-    start = content[:200].removeprefix(codecs.BOM_UTF8).lstrip()
-    if start.startswith(b"version https://git-lfs"):
-        return "it is a pointer of git-lfs; run `git lfs pull` in its repository"
-    if start.startswith(b"<"):
-        return "it is HTML or XML, such as a web page; download the file itself"
-    if start.startswith((b"\x1f\x8b", b"PK\x03\x04")):
-        return "it is compressed; unpack it"
-    if not json.detect_encoding(content).startswith("utf-8"):
-        return "it is UTF-16 or UTF-32; save it as UTF-8"
-    if isinstance(error, UnicodeDecodeError):
-        return f"{error}; save it as UTF-8"
-    if start and not start.startswith((b"{", b"[")):
-        return (
-            f"it is other text, such as CSV ({brief(start.decode(errors='replace'))!r}); convert it"
-        )
-    if not isinstance(error, json.JSONDecodeError):  # nested too deeply, an endless number
-        return f"{error}; correct it"
-    before, after = error.doc[: error.pos].rstrip(), error.doc[error.pos :].lstrip()
-    if not after or error.msg.startswith("Unterminated"):
-        return f"{error}: it ends early; download it again"
-    trailing = ": a trailing comma" if before.endswith(",") and after[0] in "]}" else ""
-    return f"{error}{trailing}; correct it"
+    except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
+        start = brief(content[:200].decode(errors="replace"))
+        raise UserError(
+            f"{path}: is not JSON in UTF-8: {error}; it begins with {start!r}: correct it, or "
+            "download it again"
+        ) from error
 
 
 def _items(record: dict, name: str, where: str, **default) -> Iterator[tuple[object, str]]:
     """Yield the items of the list `record[name]`, each with its place in the file."""
     for n, item in enumerate(json_field(record, name, list, where, **default)):
         yield item, f"{where}, {name}[{n}]"
-
-
-def load_hub_examples(
-    split: str, version_2_with_negative: bool, cache_dir: str | None = None
-) -> Dataset:
-    """Load `split` ("train" or "validation") from the hub, with the columns of `read_examples`."""
-    name = HUB_NAMES[version_2_with_negative]
-    hub = load_hub(name, split=split, cache_dir=cache_dir)
-    is_impossible = [version_2_with_negative and is_unanswerable(a) for a in hub["answers"]]
-    return hub.add_column("is_impossible", is_impossible).select_columns(list(EXAMPLE_FEATURES))
