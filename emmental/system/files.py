@@ -81,13 +81,11 @@ def _write(target: Path, parent: Path, fill: Callable[[Path], None]) -> None:
 def _sync(path: Path) -> None:
     """Have a file's content, or a folder's list of files, on the disk."""
     handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    os.fsync(handle)
+    os.close(handle)
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: BaseException | None) -> str:
     """What the system said, below the errors that libraries raise over it; else the error."""
     link = error
     while link:

@@ -33,7 +33,8 @@ def read_launch(local_rank: int = -1) -> Launch:
     for name, value in values.items():
         if not value.isdecimal():
             return Launch(problem=f"{name} is {value!r}")
-    rank, size = int(values["RANK"]), int(values["WORLD_SIZE"])
+    rank = int(values["RANK"])
+    size = int(values["WORLD_SIZE"])
     local_rank = int(values.get("LOCAL_RANK", max(local_rank, 0)))
     local_size = int(values.get("LOCAL_WORLD_SIZE", local_rank + 1))
     if rank >= size:

@@ -29,8 +29,10 @@ class BatchPlan:
     """
 
     def __init__(self, lengths: np.ndarray, batch_size: int, accumulation: int, seed: int):
-        self.lengths, self.batch_size = np.asarray(lengths), batch_size
-        self.accumulation, self.seed = accumulation, seed
+        self.lengths = np.asarray(lengths)
+        self.batch_size = batch_size
+        self.accumulation = accumulation
+        self.seed = seed
         self.updates_per_epoch = math.ceil(math.ceil(len(self.lengths) / batch_size) / accumulation)
         self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
 
@@ -50,17 +52,18 @@ class BatchPlan:
         """
         batches = self.update(step)
         total = sum(map(len, batches))
-        own = [(batch[rank::world_size], batch[:1]) for batch in batches]
-        return [((part if len(part) else spare).tolist(), len(part) / total) for part, spare in own]
+        parts = []
+        for batch in batches:
+            examples = batch[rank::world_size].tolist()
+            parts.append((examples or batch[:1].tolist(), len(examples) / total))
+        return parts
 
     def _make_epoch(self, epoch: int) -> list[np.ndarray]:
         generator = np.random.default_rng([self.seed, epoch])
         order = generator.permutation(len(self.lengths))
-        pools = np.split(order, range(POOL * self.batch_size, len(order), POOL * self.batch_size))
-        by_length = [pool[np.argsort(self.lengths[pool], kind="stable")] for pool in pools]
-        batches = np.split(
-            np.concatenate(by_length), range(self.batch_size, len(order), self.batch_size)
-        )
+        pool = np.arange(len(order)) // (POOL * self.batch_size)
+        order = order[np.lexsort((self.lengths[order], pool))]
+        batches = np.split(order, range(self.batch_size, len(order), self.batch_size))
         return [batches[i] for i in generator.permutation(len(batches))]
 
 
@@ -68,11 +71,11 @@ def training_batches(
     plan: BatchPlan, task: Task, state: TrainingState
 ) -> Iterator[tuple[Iterator[Batch], list[float]]]:
     """For each update to come, this rank's batches and their shares of its examples."""
-    settings, world = state.settings, state.world
-    steps = range(state.step, settings.schedule.total_step)
+    world, workers = state.world, state.settings.num_workers
+    steps = range(state.step, state.settings.schedule.total_step)
     local = functools.partial(plan.local, rank=world.rank, world_size=world.size)
     examples = (part for step in steps for part, _ in local(step))
-    batches = load_batches(task, task.train_set, examples, settings.num_workers, world.device)
+    batches = load_batches(task, task.train_set, examples, workers, world.device)
     for step in steps:
         shares = [share for _, share in local(step)]
         yield itertools.islice(batches, len(shares)), shares

@@ -186,20 +186,23 @@ def find_resume_folder(asked: str | None, output_dir: Path, overwrite: bool) -> 
     """
     if not asked:
         return None
-    if asked != "latest" and not (Path(asked) / STATE_FILE).is_file():
+    if asked == "latest":
+        checkpoints = find_checkpoints(output_dir)
+    elif (Path(asked) / STATE_FILE).is_file():
+        checkpoints = [Path(asked)]
+    else:
         raise UserError(
             f"--resume_from_checkpoint {asked} is no checkpoint (it has no {STATE_FILE}): "
             "give a checkpoint-<step> folder, or 'latest'"
         )
-    problem = None
-    for folder in find_checkpoints(output_dir)[::-1] if asked == "latest" else [Path(asked)]:
-        problem = damage_of(folder)
-        if not problem:
-            return folder
-        logger.warning("%s is broken and skipped: %s", folder, problem)
-    if problem:
+    for checkpoint in reversed(checkpoints):
+        damage = damage_of(checkpoint)
+        if not damage:
+            return checkpoint
+        logger.warning("%s is broken and skipped: %s", checkpoint, damage)
+    if checkpoints:
         raise UserError(
-            f"--resume_from_checkpoint {asked}: no checkpoint is whole ({problem}); give another "
+            f"--resume_from_checkpoint {asked}: no checkpoint is whole ({damage}); give another "
             "one, or remove them to start from the beginning"
         )
     if (output_dir / "config.json").exists() and not overwrite:
@@ -215,8 +218,7 @@ def remove_old_checkpoints(output_dir: Path, limit: int | None) -> None:
     if limit is None:
         return
     for folder in find_checkpoints(output_dir)[:-limit]:
-        gone = folder.rename(folder.with_name(f".{folder.name}-old"))  # whole or a leftover
-        shutil.rmtree(gone)
+        shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}-old")))  # never half there
 
 
 def clean_output(output_dir: Path, result_files: Iterable[str], resumes_in_place: bool) -> None:

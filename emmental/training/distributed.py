@@ -76,27 +76,32 @@ def join_world(no_cuda: bool, local_rank: int, fp16: bool) -> World:
     """
     launch = read_launch(local_rank)
     if launch.problem:
-        message = "the launcher's variables are ignored, and this process runs alone: %s"
-        logger.warning(message, launch.problem)
-    on_gpu = torch.cuda.is_available() and not no_cuda
-    if fp16 and not on_gpu:
+        logger.warning(
+            f"the launcher's variables are ignored, and this process runs alone: {launch.problem}"
+        )
+    if torch.cuda.is_available() and not no_cuda:
+        gpus = torch.cuda.device_count()
+        if launch.local_size > gpus:
+            raise UserError(
+                f"{launch.local_size} processes on a node with {gpus} GPUs: start one per GPU"
+            )
+        device = torch.device("cuda", launch.local_rank)
+        torch.cuda.set_device(device)
+    elif fp16:
         raise UserError("--fp16 needs a GPU: use --bf16 on a CPU, or full precision")
-    if on_gpu:
-        if (processes := launch.local_size) > (gpus := torch.cuda.device_count()):
-            raise UserError(f"{processes} processes on a node with {gpus} GPUs: start one per GPU")
-        torch.cuda.set_device(launch.local_rank)
     else:
+        device = torch.device("cpu")
         keep_freed_memory()
     if launch.size > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
         try:
             with handled_signals(*KILLED):
-                dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))
+                dist.init_process_group(backend, timeout=timedelta(hours=2))
         except (ValueError, RuntimeError) as error:  # a wrong port, one in use, ...
-            place = "MASTER_ADDR and MASTER_PORT"
             raise UserError(
-                f"cannot join the other processes at {place}: {first_line(error)}"
+                "cannot join the other processes at MASTER_ADDR and MASTER_PORT: "
+                f"{first_line(error)}"
             ) from error
-    device = torch.device("cuda", launch.local_rank) if on_gpu else torch.device("cpu")
     return World(device, launch.rank, launch.size)
 
 
@@ -112,12 +117,11 @@ def keep_freed_memory() -> None:
     again: slow in training on a CPU, which allocates all gradients at each step. With one heap for
     all threads, they share what is kept. Other C libraries stay as they are.
     """
-    arena_max, mmap_max, trim_threshold = -8, -4, -1  # the constants of <malloc.h>
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt:
-        mallopt(arena_max, 1)
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, -1)
+    if mallopt:  # with the constants of <malloc.h>
+        mallopt(-8, 1)  # M_ARENA_MAX
+        mallopt(-4, 0)  # M_MMAP_MAX
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
 def describe_hardware(world: World) -> str:

@@ -47,15 +47,13 @@ def make_parser(task: Task, description: str) -> Parser:
 def add_run_flags(parser: Parser) -> None:
     add = parser.add_argument_group("what to run").add_argument
     add("--model_type", type=read_model_type, required=True,
-        help="masked to fine-prune; dense for a dense model; masked_bert, bert, ... for models of "
-             "one family alone")
+        help="masked to fine-prune; dense for a dense model; masked_bert, bert, ... for one family")
     add("--model_name_or_path", required=True, help="checkpoint folder, or name on the hub")
     add("--output_dir", required=True, help="where the model, its results and checkpoints go")
     add("--do_train", action="store_true", help="train")
     add("--do_eval", action="store_true", help="evaluate the trained model, or the one given")
     add("--evaluate_during_training", action="store_true", help="evaluate every --logging_steps")
-    add("--eval_all_checkpoints", action="store_true",
-        help="with --do_eval: evaluate all checkpoints, too")
+    add("--eval_all_checkpoints", action="store_true", help="evaluate all checkpoints, too")
     add("--overwrite_output_dir", action="store_true", help="train even if output_dir is not empty")
     add("--resume_from_checkpoint", help="checkpoint-<step> folder to continue, or 'latest'")
     add("--seed", type=SEED, default=42, help="seed of data order, dropout, fresh heads and scores")
@@ -66,10 +64,8 @@ def add_model_flags(parser: Parser, task: Task) -> None:
     add("--config_name", help="configuration, if not the model's own")
     add("--tokenizer_name", help="tokenizer, if not the model's own")
     add("--cache_dir", help="where downloads and features are cached")
-    add("--do_lower_case", action="store_true",
-        help="lower-case even if the tokenizer's files do not say so")
-    add("--max_seq_length", type=COUNT, default=task.max_seq_length,
-        help="tokens at which longer inputs are cut")
+    add("--do_lower_case", action="store_true", help="lower-case, whatever the tokenizer says")
+    add("--max_seq_length", type=COUNT, default=task.max_seq_length, help="longest input in tokens")
     add("--max_train_samples", type=COUNT, help="train on the first so many examples only")
     add("--max_eval_samples", type=COUNT, help="evaluate the first so many examples of each set")
     add("--threads", type=COUNT, default=1, help="processes that make features")
@@ -95,8 +91,7 @@ def add_pruning_flags(parser: Parser) -> None:
     add("--initial_warmup", type=NOT_NEGATIVE, default=1,
         help="updates at the first threshold, in warmup_steps")
     add("--final_warmup", type=NOT_NEGATIVE, default=2,
-        help="updates at the last threshold, in warmup_steps; raise it if the metric still climbs "
-             "at the end")
+        help="updates at the last one, likewise; raise it if the metric still climbs at the end")
     # scores at the start
     add("--mask_init", type=choice(*MASK_INITS), default="constant",
         help="constant, uniform or kaiming scores, or those of magnitude pruning")
@@ -104,8 +99,7 @@ def add_pruning_flags(parser: Parser) -> None:
         help="value (constant), range (uniform) or root mean square (magnitude) of initial scores")
     # the penalty
     add("--regularization", type=read_penalty,
-        help=f"penalty on the scores: {', '.join(penalties())}, or null for none; l1 is that of "
-             "soft movement")
+        help=f"penalty on the scores: {', '.join(penalties())}, or null; l1 is of soft movement")
     add("--final_lambda", type=NOT_NEGATIVE, default=0.0,
         help="final weight of the penalty; raise it to prune more")
     add("--target_remaining", type=NUMBER,
@@ -120,9 +114,9 @@ def add_method_flags(parser: Parser) -> None:
     """The settings that single methods declare."""
     add = parser.add_argument_group("settings of pruning methods").add_argument
     for name, setting in all_settings().items():
+        methods = ", ".join(methods_with(name))
         add(f"--{name}", type=number(float, above=setting.above, below=setting.below),
-            help=f"{', '.join(methods_with(name))}: {setting.help} ({setting.default:g} if not "
-                 "given)")
+            help=f"{methods}: {setting.help} ({setting.default:g} if not given)")
 
 
 def add_distillation_flags(parser: Parser) -> None:
@@ -133,8 +127,7 @@ def add_distillation_flags(parser: Parser) -> None:
     add("--alpha_distil", type=NOT_NEGATIVE, default=0.5, help="weight of the distillation loss")
     add("--alpha_hidden", type=NOT_NEGATIVE, default=0.0,
         help="weight of the distance between the hidden states of student and teacher")
-    add("--temperature", type=POSITIVE, default=2.0,
-        help="softens the distributions of student and teacher")
+    add("--temperature", type=POSITIVE, default=2.0, help="softens both distributions")
 
 
 def add_optimisation_flags(parser: Parser) -> None:
@@ -150,13 +143,11 @@ def add_optimisation_flags(parser: Parser) -> None:
     add("--warmup_steps", type=COUNT_OR_0, default=0,
         help="updates of learning-rate warm-up; unit of plateaus")
     add("--warmup_ratio", type=RATIO,
-        help="warm-up as a fraction of all updates, in place of --warmup_steps: fits data of any "
-             "size")
+        help="fraction of all updates, in place of --warmup_steps: fits data of any size")
     add("--weight_decay", type=NOT_NEGATIVE, default=0.0,
         help="decay of weights; none for scores, bias, LayerNorm")
     add("--adam_epsilon", type=POSITIVE, default=1e-8, help="epsilon of AdamW")
-    add("--max_grad_norm", type=NOT_NEGATIVE, default=1.0,
-        help="norm at which the gradient is clipped; 0: never")
+    add("--max_grad_norm", type=NOT_NEGATIVE, default=1.0, help="clip gradients there; 0: never")
 
 
 def add_logging_flags(parser: Parser, task: Task) -> None:
@@ -171,15 +162,12 @@ def add_logging_flags(parser: Parser, task: Task) -> None:
 def add_hardware_flags(parser: Parser) -> None:
     add = parser.add_argument_group("hardware").add_argument
     add("--no_cuda", action="store_true", help="stay on the CPU")
-    add("--sparse_inference", action="store_true",
-        help="evaluate with sparse kernels, faster on a CPU")
+    add("--sparse_inference", action="store_true", help="evaluate with sparse kernels, on a CPU")
     add("--fp16", action="store_true", help="mixed precision in float16 (GPU)")
     add("--bf16", action="store_true", help="mixed precision in bfloat16 (GPU, recent CPUs)")
-    add("--compile", action="store_true",
-        help="compile the encoder; pays off after some hundred updates")
+    add("--compile", action="store_true", help="compile the encoder; slow to start")
     add("--num_workers", type=COUNT_OR_0, default=0, help="processes that load batches")
-    add("--check_ranks", action="store_true",
-        help="for debugging: stop if masks or weights differ by rank")
+    add("--check_ranks", action="store_true", help="stop if masks or weights differ by rank")
     add("--local_rank", type=int, default=-1, help="for old launchers; torchrun does not need it")
 
 

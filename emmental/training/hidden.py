@@ -33,10 +33,10 @@ def hidden_distillation_loss(
     tokens = attention_mask.reshape(student[0].shape[:2]).float()
     weights = tokens / tokens.sum(dim=1, keepdim=True) / len(tokens)
     losses = []
-    for number, ours in enumerate(student, 1):
-        theirs = teacher[math.ceil(number * len(teacher) / len(student)) - 1].float()
-        ours = projection(ours.float()) if projection else ours.float()
-        losses.append(((ours - theirs).square().mean(dim=-1) * weights).sum())
+    for number, states in enumerate(student, 1):
+        targets = teacher[math.ceil(number * len(teacher) / len(student)) - 1].float()
+        states = projection(states.float()) if projection else states.float()
+        losses.append(((states - targets).square().mean(dim=-1) * weights).sum())
     return torch.stack(losses).mean()
 
 
@@ -55,14 +55,14 @@ def projection_of(model: nn.Module) -> nn.Linear | None:
 
 
 @contextmanager
-def hidden_states(model: nn.Module, kept: bool) -> Iterator[list[Tensor]]:
-    """The outputs of the layers in a forward inside the block, if they are `kept`."""
+def hidden_states(model: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
+    """The outputs of the layers in a forward inside the block, if they are `wanted`."""
     states = []
 
-    def keep(layer: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
+    def collect(layer: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
         states.append(output[0] if isinstance(output, tuple) else output)
 
-    hooks = [layer.register_forward_hook(keep) for layer in layers_of(model) if kept]
+    hooks = [layer.register_forward_hook(collect) for layer in layers_of(model) if wanted]
     try:
         yield states
     finally:

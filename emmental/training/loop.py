@@ -21,20 +21,20 @@ def train(
 
     Raises TrainingError for a gradient that is not finite, and Interrupted after a signal.
     """
-    settings, world, schedule = state.settings, state.world, state.settings.schedule
+    settings, schedule, world = state.settings, state.settings.schedule, state.world
     model, optimizer, scaler, steering = state.model, state.optimizer, state.scaler, state.steering
-    means, guard, start = Means(world), GradientGuard(scaler.is_enabled(), world), state.step
     layers, parameters = masked_layers(model), trained_parameters(model, optimizer)
+    means, guard = Means(world), GradientGuard(scaler.is_enabled(), world)
     begun, total = time.perf_counter() - state.seconds, schedule.total_step
-    log.start(start)
-    steps = {"iterable": range(start, total), "initial": start, "total": total}
+    log.start(state.step)
+    steps = {"iterable": range(state.step, total), "initial": state.step, "total": total}
     bar = progress_bar(world, **steps, desc="training", unit="update")
     with stop_signals() as signals, bar:
         for step in bar:
             threshold, penalty_weight = schedule.threshold(step)
             if steering:
-                left = count(find_masks(layers, above=steering.reference(step))).overall
-                penalty_weight *= steering.steer(step, left)
+                remaining = count(find_masks(layers, above=steering.reference(step))).overall
+                penalty_weight *= steering.steer(step, remaining)
             set_learning_rates(optimizer, schedule.learning_rate(step))
             cutoff = state.cutoff if step % settings.global_topk_frequency_compute else None
 

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_student(
-    source: str,
+    checkpoint: str,
     head: str,
     *,
     tokenizer_name: str | None,
@@ -28,19 +28,24 @@ def load_student(
     Raises UserError when the model, the tokenizer and `max_seq_length` (tokens) do not fit.
     """
     with advising("give --final_threshold"):
-        model = load_model(source, head, cache_dir=cache_dir, **options)
-    tokenizer_name = tokenizer_name or source
+        model = load_model(checkpoint, head, cache_dir=cache_dir, **options)
+    tokenizer_name = tokenizer_name or checkpoint
     try:
         tokenizer = load_tokenizer(tokenizer_name, do_lower_case, cache_dir)
     except UserError as error:
         raise UserError(f"{error}: give one with --tokenizer_name") from error
-    casing = "uncased" if lower_cases(tokenizer.backend_tokenizer) else "cased"
-    if do_lower_case and casing == "cased":
+    uncased = lower_cases(tokenizer.backend_tokenizer)
+    if do_lower_case and not uncased:
         logger.warning("%s has cased tokens: --do_lower_case has no effect", tokenizer_name)
     elif do_lower_case and declared_casing(tokenizer_name, cache_dir) is False:
         logger.warning("%s declares a cased tokenizer; --do_lower_case wins", tokenizer_name)
-    logger.info("tokenizer: %s", casing)
-    _check_tokenizer(tokenizer_name, tokenizer, model)
+    logger.info("tokenizer: %s", "uncased" if uncased else "cased")
+    highest, vocab_size = max(tokenizer.get_vocab().values()), model.config.vocab_size
+    if highest >= vocab_size:
+        raise UserError(
+            f"the tokenizer at {tokenizer_name} does not fit the model: it has ids up to {highest}"
+            f", the model's vocabulary has {vocab_size} entries"
+        )
     longest = longest_input(model)
     if longest and max_seq_length > longest:
         raise UserError(
@@ -50,26 +55,8 @@ def load_student(
     return model, tokenizer
 
 
-def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> None:
-    """Raises UserError for ids that the model lacks, or a tokenizer that is not an encoder's."""
-    highest = max(tokenizer.get_vocab().values())
-    vocab_size = model.config.vocab_size
-    if highest >= vocab_size:
-        raise UserError(
-            f"the tokenizer at {name} does not fit the model: it has ids up to {highest}, the "
-            f"model's vocabulary has {vocab_size} entries"
-        )
-    special = ("cls_token", "sep_token", "pad_token")
-    lacking = [token for token in special if getattr(tokenizer, f"{token}_id") is None]
-    if lacking:
-        raise UserError(
-            f"the tokenizer at {name} is not for an encoder such as BERT: it has no "
-            f"{', '.join(lacking)}"
-        )
-
-
 def load_teacher(
-    source: str,
+    checkpoint: str,
     head: str,
     *,
     masked: bool,
@@ -83,35 +70,38 @@ def load_teacher(
     max_seq_length: tokens of the longest input, by default as many as the student takes. Raises
     UserError when the teacher's vocabulary, labels or sizes do not fit.
     """
-    labels = [str(name) for name in student.config.id2label.values()]
     options = {"masked": masked, "trained": True, "cache_dir": cache_dir}
+    labels = [str(name) for name in student.config.id2label.values()]
     if not are_anonymous(labels):
         options["labels"] = labels
     with advising("bertarize it first"):
-        teacher = load_model(source, head, **options)
-    misfit = f"the teacher {source} does not fit the student: "
-    has_vocabulary = has_tokenizer(source, cache_dir)
-    if has_vocabulary:
-        casing = lower_cases(tokenizer.backend_tokenizer)
-        teachers = load_tokenizer(source, casing, cache_dir)
-        if teachers.get_vocab() != tokenizer.get_vocab():
-            raise UserError(f"{misfit}their vocabularies differ")
-        if declared_casing(source, cache_dir) not in (None, casing):
-            message = "the teacher %s is %s, unlike the tokenizer in use"
-            logger.warning(message, source, "cased" if casing else "uncased")
-        words = max(teachers.get_vocab().values()) + 1  # a model may have more, as padding
-    else:
-        message = "the teacher %s has no tokenizer: its vocabulary cannot be compared"
-        logger.warning(message, source)
-        words = student.config.vocab_size
+        teacher = load_model(checkpoint, head, **options)
+    misfit = f"the teacher {checkpoint} does not fit the student: "
     size = teacher.config.vocab_size
-    if size < words or (size > words and not has_vocabulary):
+    if has_tokenizer(checkpoint, cache_dir):
+        uncased = lower_cases(tokenizer.backend_tokenizer)
+        vocabulary = load_tokenizer(checkpoint, uncased, cache_dir).get_vocab()
+        if vocabulary != tokenizer.get_vocab():
+            raise UserError(f"{misfit}their vocabularies differ")
+        if declared_casing(checkpoint, cache_dir) not in (None, uncased):
+            casing = "cased" if uncased else "uncased"
+            logger.warning(f"the teacher {checkpoint} is {casing}, unlike the tokenizer in use")
+        words = max(vocabulary.values()) + 1
+        fits = size >= words  # a model may have more, as padding
+    else:
+        logger.warning(
+            f"the teacher {checkpoint} has no tokenizer: its vocabulary cannot be compared"
+        )
+        words = student.config.vocab_size
+        fits = size == words
+    if not fits:
         raise UserError(f"{misfit}vocab_size {size} against {words}")
-    outputs, needed = teacher.config.num_labels, student.config.num_labels
-    if outputs != needed:
-        raise UserError(f"{misfit}num_labels {outputs} against {needed}")
-    length = max_seq_length or longest_input(student)
+    if teacher.config.num_labels != student.config.num_labels:
+        raise UserError(
+            f"{misfit}num_labels {teacher.config.num_labels} against {student.config.num_labels}"
+        )
+    needed = max_seq_length or longest_input(student)
     longest = longest_input(teacher)
-    if longest and length and longest < length:
-        raise UserError(f"{misfit}it takes {longest} tokens, and {length} are needed")
+    if longest and needed and longest < needed:
+        raise UserError(f"{misfit}it takes {longest} tokens, and {needed} are needed")
     return teacher.requires_grad_(False)

@@ -24,14 +24,11 @@ class Passes:
     """Forward and backward of a model, which the ranks share, and forward of its teacher."""
 
     def __init__(self, task: Task, state: TrainingState, teacher: nn.Module | None):
-        self.task, self.model, self.teacher = task, state.model, teacher
-        self.student, self.projection = state.model, projection_of(state.model)
-        self.layers = masked_layers(state.model)
         self.settings, self.world, self.scaler = state.settings, state.world, state.scaler
-        if teacher:
-            teacher.to(self.world.device).eval()
+        self.task, self.layers = task, masked_layers(state.model)
+        self.student, self.teacher, self.model = state.model, teacher, state.model
         if self.world.size > 1:
-            self.model = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+            self.model = DistributedDataParallel(self.student, gradient_as_bucket_view=True)
             self.model.broadcast_buffers = False  # at each forward: all ranks have the same
 
     def backward(
@@ -39,35 +36,35 @@ class Passes:
     ) -> dict[str, Tensor]:
         """Add the gradients of one update to the parameters; returns its losses on this rank.
 
-        shares: the part of the update's examples in each batch. It is the weight of the batch,
-        unless `task.weight` gives another: an update is the mean over all its examples. Hidden
-        states are compared by example in any case.
+        shares: the part of the update's examples in each batch, which weighs its hidden states, and
+        its other losses unless `task.weight` does: an update is a mean over all its examples.
         """
-        weights, alpha, size = shares, self.settings.alpha_hidden, self.world.size
+        penalty, alpha = self.settings.regularization, self.settings.alpha_hidden
+        weights = shares
         if self.task.weight:
             batches = list(batches)
             weights = self._weigh(batches, shares)
-        penalty, sums = self.settings.regularization, defaultdict(float)
-        for number, (*parts, batch) in enumerate(zip(shares, weights, batches, strict=True), 1):
-            last = number == len(shares)
-            share, weight = (part * size for part in parts)  # DDP takes the mean
-            with nullcontext() if last or size == 1 else self.model.no_sync():
+        sums = defaultdict(float)
+        for number, (batch, share, weight) in enumerate(zip(batches, shares, weights, strict=True)):
+            last = number == len(shares) - 1
+            weight *= self.world.size  # DDP takes the mean
+            with nullcontext() if last or self.world.size == 1 else self.model.no_sync():
                 losses = self._losses(batch)
                 objective = weight * losses["loss"]
                 if "loss/hidden" in losses:
-                    hidden = share * losses.pop("loss/hidden")
+                    hidden = share * self.world.size * losses.pop("loss/hidden")
                     objective = objective + alpha * hidden
                     sums["loss/hidden"] += hidden.detach()
                 if last and penalty:  # depends on the scores alone: once per update
-                    sums["loss/penalty"] = regularization(self.layers, penalty)
-                    objective = objective + penalty_weight * sums["loss/penalty"]
+                    loss = regularization(self.layers, penalty)
+                    objective = objective + penalty_weight * loss
+                    sums["loss/penalty"] = loss.detach()
                 self.scaler.scale(objective).backward()
             for name, value in losses.items():
                 sums[name] += weight * value.detach()
         if "loss/hidden" in sums:
             sums["loss"] += alpha * sums["loss/hidden"]
         if penalty:
-            sums["loss/penalty"] = sums["loss/penalty"].detach()
             sums["loss"] += penalty_weight * sums["loss/penalty"]
         return sums
 
@@ -79,27 +76,29 @@ class Passes:
         return [weight / total for weight in weights]
 
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
-        settings, kept = self.settings, bool(self.teacher and self.settings.alpha_hidden)
-        with hidden_states(self.student, kept) as ours:
+        settings = self.settings
+        hidden = self.teacher is not None and settings.alpha_hidden > 0
+        with hidden_states(self.student, hidden) as states:
             logits = forward(self.task, self.model, batch, settings.precision)
         loss = self.task.loss(logits, batch)
         if self.teacher is None:
             return {"loss": loss, "loss/task": loss}
-        with torch.no_grad(), hidden_states(self.teacher, kept) as theirs:
-            targets = forward(self.task, self.teacher, batch, settings.precision)
-        distil = self.task.distillation_loss(logits, targets, batch, settings.temperature)
+        with torch.no_grad(), hidden_states(self.teacher, hidden) as targets:
+            teacher_logits = forward(self.task, self.teacher, batch, settings.precision)
+        distil = self.task.distillation_loss(logits, teacher_logits, batch, settings.temperature)
         total = settings.alpha_distil * distil + settings.alpha_ce * loss
         losses = {"loss": total, "loss/task": loss, "loss/distil": distil}
-        if kept:
+        if hidden:
             tokens = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-            losses["loss/hidden"] = hidden_distillation_loss(ours, theirs, tokens, self.projection)
+            projection = projection_of(self.student)
+            losses["loss/hidden"] = hidden_distillation_loss(states, targets, tokens, projection)
         return losses
 
 
 def forward(task: Task, model: nn.Module, batch: Batch, precision: torch.dtype | None) -> Logits:
     """The task's logits of a batch, which is on the model's device."""
-    device, names = batch["input_ids"].device.type, input_names(getattr(model, "module", model))
-    with torch.autocast(device, precision, enabled=precision is not None):
+    names = input_names(getattr(model, "module", model))
+    with torch.autocast(batch["input_ids"].device.type, precision, enabled=precision is not None):
         outputs = model(**{name: batch[name] for name in names if name in batch})
     return task.logits(outputs, batch)
 
@@ -123,8 +122,8 @@ def observe_scores(layers: MaskedLayers, scaler: torch.amp.GradScaler, skipped: 
         return
     method = observed[0].method
     if not skipped:
-        at_once = together(observed[0].weight)
-        for layers in [observed] if at_once else [[layer] for layer in observed]:
+        parts = [observed] if together(observed[0].weight) else [[layer] for layer in observed]
+        for layers in parts:
             _observe(method, layers, scaler)
     if method.scores == "observed":
         for layer in observed:
@@ -144,7 +143,8 @@ class Means:
 
     def __init__(self, world: World):
         self.world = world
-        self.sums, self.count, self.skipped = defaultdict(float), 0, 0
+        self.sums = defaultdict(float)
+        self.count = self.skipped = 0
 
     def add(self, losses: dict[str, Tensor], grad_norm: Tensor, skipped: bool) -> None:
         """Add an update. If it was skipped, its losses may be infinite, and are left out."""
@@ -160,5 +160,6 @@ class Means:
         if self.count:
             means = torch.stack(list(self.sums.values())) / (self.count * self.world.size)
             values |= dict(zip(self.sums, self.world.sum(means).tolist(), strict=True))
-        self.sums, self.count, self.skipped = defaultdict(float), 0, 0
+        self.sums = defaultdict(float)
+        self.count = self.skipped = 0
         return values

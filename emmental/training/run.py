@@ -164,6 +164,7 @@ def _train(
             max_seq_length=args.max_seq_length,
             cache_dir=args.cache_dir,
         )
+        teacher.to(world.device)
         if args.alpha_hidden:
             add_projection(model, teacher, args.seed)
     model.to(world.device).train()

@@ -5,7 +5,6 @@ import sys
 import threading
 from pathlib import Path
 
-import torch
 import transformers
 from torch import nn
 from torch.optim import Optimizer
@@ -44,20 +43,22 @@ class RunLog:
     """TensorBoard events of a training, from rank 0 only."""
 
     def __init__(self, output_dir: Path, world: World):
-        self.output_dir, self.world, self.writer = output_dir, world, None
+        self.output_dir = output_dir
+        self.world = world
+        self.writer = None
 
     def start(self, step: int) -> None:
         """Begin after `step` updates; later events of an interrupted run are dropped."""
-        if self.world.is_main:
-            try:
-                from torch.utils.tensorboard import SummaryWriter  # slow to import
-            except Exception as error:  # a broken installation may raise anything
-                reason = first_line(error)
-                logger.warning("no curves are written: TensorBoard cannot be imported: %s", reason)
-                return
-            threading.excepthook = _hide_write_errors
-            purge_step = step + 1 if step else None
-            self.writer = SummaryWriter(str(self.output_dir), purge_step=purge_step)
+        if not self.world.is_main:
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+        except Exception as error:  # a broken installation may raise anything
+            reason = first_line(error)
+            logger.warning("no curves are written: TensorBoard cannot be imported: %s", reason)
+            return
+        threading.excepthook = _hide_write_errors
+        self.writer = SummaryWriter(str(self.output_dir), purge_step=step + 1 if step else None)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Log values after `step` updates."""
@@ -69,7 +70,9 @@ class RunLog:
         self, step: int, values: dict[str, float], optimizer: Optimizer, masks: Masks | None
     ) -> None:
         """Log values, learning rates and remaining weights."""
-        values = values | {f"learning_rate/{g['name']}": g["lr"] for g in optimizer.param_groups}
+        values = dict(values)
+        for group in optimizer.param_groups:
+            values[f"learning_rate/{group['name']}"] = group["lr"]
         if masks:
             counts = count(masks)
             values["remaining/overall"] = counts.overall
@@ -86,12 +89,12 @@ class RunLog:
         layers = masked_layers(model)
         if not self.writer or not layers or not layers.layers[0].method.scores:
             return
-        names = {id(layer): name for name, layer in layers.items()}
-        scores = [layer.source.detach().reshape(-1) for layer in layers.holders]
-        samples = [x[:: -(-x.numel() // HISTOGRAM_SAMPLE)].float() for x in scores]
-        parts = torch.cat(samples).cpu().split([len(sample) for sample in samples])
-        for layer, part in zip(layers.holders, parts, strict=True):
-            self.writer.add_histogram(f"scores/{names[id(layer)]}", part, step)
+        holders = {id(layer) for layer in layers.holders}
+        for name, layer in layers.items():
+            if id(layer) in holders:
+                scores = layer.source.detach().flatten()
+                sample = scores[:: -(-len(scores) // HISTOGRAM_SAMPLE)].float().cpu()
+                self.writer.add_histogram(f"scores/{name}", sample, step)
 
     def close(self) -> None:
         if self.writer:
@@ -116,12 +119,13 @@ def show_progress(bar: tqdm, step: int, loss: float, threshold: float, masks: Ma
     """
     if bar.disable or step % 10:
         return
-    shown = {"loss": f"{loss:.3f}"}
+    figures = {"loss": f"{loss:.3f}"}
     if masks:
         if masks.ones or step % 100 == 0:
             bar.remaining = f"{count(masks).overall:.1%}"
-        shown |= {"threshold": f"{threshold:.3f}", "remaining": getattr(bar, "remaining", "?")}
-    bar.set_postfix(shown, refresh=False)
+        figures["threshold"] = f"{threshold:.3f}"
+        figures["remaining"] = getattr(bar, "remaining", "?")
+    bar.set_postfix(figures, refresh=False)
 
 
 def write_results(output_dir: Path, results: dict[str, float | str]) -> None:
