@@ -1,31 +1,19 @@
 """Movement pruning: fine-pruning of encoders with masks over their linear layers.
 
-The masked classes of all families are here under their names: `MaskedBertForQuestionAnswering`,
-`MaskedRobertaForSequenceClassification`, and so on.
+The masked and compact classes of all families are here under their names:
+`MaskedBertForQuestionAnswering`, `CompactRobertaForSequenceClassification`, and so on.
 """
 
-from .compact.configuration import CompactBertConfig
-from .compact.modeling import (
-    CompactBertForMultipleChoice,
-    CompactBertForQuestionAnswering,
-    CompactBertForSequenceClassification,
-    CompactBertForTokenClassification,
-    CompactBertModel,
-)
-from .models.masked import CLASSES
+from .compact.classes import CLASSES as COMPACT_CLASSES
+from .models.masked import CLASSES as MASKED_CLASSES
 from .modules import MagnitudeBinarizer, MaskedLinear, ThresholdBinarizer, TopKBinarizer
 
 __all__ = [
-    "CompactBertConfig",
-    "CompactBertForMultipleChoice",
-    "CompactBertForQuestionAnswering",
-    "CompactBertForSequenceClassification",
-    "CompactBertForTokenClassification",
-    "CompactBertModel",
     "MagnitudeBinarizer",
     "MaskedLinear",
     "ThresholdBinarizer",
     "TopKBinarizer",
-    *CLASSES,
+    *COMPACT_CLASSES,
+    *MASKED_CLASSES,
 ]
-globals().update(CLASSES)
+globals().update(COMPACT_CLASSES | MASKED_CLASSES)

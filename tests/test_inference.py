@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 import emmental
 from emmental import MaskedBertConfig, storage
-from emmental.compact import surgery as compaction
+from emmental.compact import algebra
 from emmental.compact.algebra import Affine
-from emmental.inference import encoder, kernels, sparsify
+from emmental.inference import backends, build, encoder, sparsify
 from emmental.models.families import encoder_of
 from emmental.modules.methods import METHODS
 from emmental.system.errors import UserError
@@ -32,16 +32,16 @@ def own_cache(tmp_path_factory):
     """Kernels are compiled into a temporary folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        kernels.load_native.cache_clear()
+        build.load_native.cache_clear()
         yield
-    kernels.load_native.cache_clear()
+    build.load_native.cache_clear()
 
 
 @pytest.fixture(params=["native", "library", "compact"])
 def kernel(request):
     if request.param == "native":
         try:
-            kernels.load_native()
+            build.load_native()
         except UserError as error:
             pytest.skip(str(error))
     return request.param
@@ -173,7 +173,7 @@ def test_scores_far_apart():
 
 def test_gelu_of_the_kernel():
     x = torch.linspace(-12, 12, 96 * 11).view(1, 96, 11)
-    run = kernels.Native(1, 96)
+    run = backends.Native(1, 96)
     identity = Affine(csr_array(np.eye(11, dtype=np.float32)), np.zeros(11, np.float32))
     identity = run.prepare(identity, sparse=True)
 
@@ -235,7 +235,7 @@ def empty(layer, field, rows=(), columns=()):
 def test_what_compaction_removes():
     rng = np.random.default_rng(0)
     whole = {name: affine(8, 8, rng) for name in ("query", "key", "value", "output")}
-    layer = compaction.Layer(
+    layer = algebra.Layer(
         **whole, first=affine(12, 8, rng), second=affine(8, 12, rng), sizes=[4, 4], sizes_v=[4, 4]
     )
     empty(layer, "value", rows=[0, 1])  # constant values
@@ -245,7 +245,7 @@ def test_what_compaction_removes():
     layer.query.bias[6] = 0  # adds nothing; row 7 keeps its bias
     empty(layer, "first", rows=[3])  # a constant neuron
     empty(layer, "second", columns=[0, 11])  # neurons that are not used
-    found = compaction.compact(layer, "gelu")
+    found = algebra.compact(layer, "gelu")
     assert (found.sizes, found.sizes_v) == ([4, 2], [1, 4])
     rows = layer.query.weight.toarray()[[0, 1, 2, 3, 4, 7]]
     assert np.array_equal(found.query.weight.toarray(), rows)
@@ -467,26 +467,26 @@ def test_traces_and_exports(kernel):
 @pytest.fixture()
 def fresh_build(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    kernels.load_native.cache_clear()
+    build.load_native.cache_clear()
     yield tmp_path / "cache" / "emmental"
-    kernels.load_native.cache_clear()
+    build.load_native.cache_clear()
 
 
 def test_the_kernels_are_compiled_once(fresh_build, monkeypatch):
-    kernels.load_native()
+    build.load_native()
     (built,) = fresh_build.iterdir()
-    kernels.load_native.cache_clear()
-    monkeypatch.setattr(kernels, "_build", lambda *args: pytest.fail("built again"))
-    kernels.load_native()
+    build.load_native.cache_clear()
+    monkeypatch.setattr(build, "_build", lambda *args: pytest.fail("built again"))
+    build.load_native()
     assert [built] == list(fresh_build.iterdir())
 
 
 def test_damaged_kernels_are_compiled_again(fresh_build):
-    kernels.load_native()
+    build.load_native()
     (built,) = fresh_build.iterdir()
     built.unlink()  # this process still has the old file open
     built.write_bytes(b"no library")
-    kernels.load_native.cache_clear()
+    build.load_native.cache_clear()
     model = build()
     assert_same(model, sparsify(model, "native"))
 
@@ -496,7 +496,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o500)
     monkeypatch.setenv("XDG_CACHE_HOME", str(locked))
-    kernels.load_native.cache_clear()
+    build.load_native.cache_clear()
     model = build()
     assert_same(model, sparsify(model, "native"))
 
@@ -504,10 +504,10 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
 def test_a_cache_folder_that_is_a_file(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    kernels.load_native.cache_clear()
+    build.load_native.cache_clear()
     model = build()
     assert_same(model, sparsify(model))
-    kernels.load_native.cache_clear()
+    build.load_native.cache_clear()
 
 
 def test_no_home(monkeypatch):
@@ -515,17 +515,17 @@ def test_no_home(monkeypatch):
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(kernels.Path, "home", nowhere)
-    kernels.load_native.cache_clear()
+    monkeypatch.setattr(build.Path, "home", nowhere)
+    build.load_native.cache_clear()
     model = build()
     assert_same(model, sparsify(model))
-    kernels.load_native.cache_clear()
+    build.load_native.cache_clear()
 
 
 @pytest.mark.parametrize("compiler", ["missing", "failing"])
 def test_without_a_compiler(fresh_build, monkeypatch, caplog, compiler):
     if compiler == "missing":
-        monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
+        monkeypatch.setattr(build.shutil, "which", lambda name: None)
     else:
         monkeypatch.setenv("CXX", "false")
     model = build()
@@ -534,7 +534,7 @@ def test_without_a_compiler(fresh_build, monkeypatch, caplog, compiler):
         sparsify(model, "native")
     sparse = sparsify(model)
     assert "using torch's CSR product" in caplog.text
-    assert encoder_of(sparse).backend is kernels.Library
+    assert encoder_of(sparse).backend is backends.Library
     assert_same(model, sparse)
 
 

@@ -5,10 +5,10 @@ Attention computes softmax(Q K^T / sqrt(d)) V, then W_O:
   its bias for every key, and softmax sums to 1, so W_O times this bias moves to the bias of W_O.
 - An empty row of W_K adds the same to the scores of all keys, which softmax ignores: it goes with
   its row of W_Q. So does a row whose row of W_Q is empty and has no bias.
-- A head without values goes as a whole.
+- A head without values goes as a whole. In families where the scale of the scores is the number of
+  a head's rows, or positions have rows too, only whole heads go.
 In the feed-forward part, a neuron goes if its row of W_1 or its column of W_2 is empty. If the row
-is empty, W_2 times the neuron's constant activation moves to the bias of W_2. This part is the same
-in most families; attention is compacted where it is BERT's.
+is empty, W_2 times the neuron's constant activation moves to the bias of W_2.
 
 This is exact wherever softmax sums to 1: not for a sequence of nothing but padding, and not under
 dropout of attention.
@@ -26,7 +26,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from ..models.families import Family, family_of
-from . import modeling as compact_bert
+from .modeling import attention_of
 
 
 @dataclass
@@ -80,7 +80,7 @@ def read_layer(fetch: Fetch, family: Family, heads: int) -> Layer:
 
 def head_count(block: nn.Module, family: Family) -> int:
     """The heads of a layer of a stock or compact model."""
-    size = compact_bert.attention_of(block, family).attention_head_size
+    size = attention_of(block, family.parts).attention_head_size
     return block.get_submodule(family.heads[-1]).in_features // max(1, size)
 
 
@@ -130,6 +130,14 @@ def compact(layer: Layer, activation: str) -> Layer:
         sizes=[size for size in _count(keep, layer.sizes) if size],
         sizes_v=[size for size in sizes_v if size],
     )
+
+
+def compact_heads(value: Affine, output: Affine, heads: int) -> tuple[np.ndarray, Affine]:
+    """Which heads remain, as a boolean mask, and the output projection, if only whole heads go."""
+    unused = _empty_rows(value) | ~_used_inputs(output)
+    remaining = ~unused.reshape(heads, -1).all(1)
+    gone = np.repeat(~remaining, len(unused) // max(1, heads))
+    return remaining, output.fold(gone, value.bias).keep(columns=~gone)
 
 
 def compact_neurons(first: Affine, second: Affine, activation: str) -> tuple[Affine, Affine]:

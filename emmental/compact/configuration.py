@@ -1,35 +1,54 @@
-"""Configuration of a BERT whose layers differ in their heads and neurons."""
+"""Configurations of models whose layers differ in their heads and neurons.
 
-from transformers import BertConfig
+The folder of a compact model has a copy of this file and of `modeling.py`, so that it loads without
+this package: `AutoModel.from_pretrained(folder, trust_remote_code=True)`. Therefore both import
+nothing but torch and transformers.
+"""
+
+from dataclasses import dataclass, field
+
+import transformers
+
+BERT_PARTS = {
+    "layers": "encoder.layer",
+    "heads": [
+        "attention.self.query",
+        "attention.self.key",
+        "attention.self.value",
+        "attention.output.dense",
+    ],
+    "neurons": ["intermediate.dense", "output.dense"],
+}
 
 
-class CompactBertConfig(BertConfig):
-    """A `BertConfig` with what is left of each layer. The other sizes are those of the whole BERT.
+@dataclass
+class CompactSettings:
+    """What remains of each layer. The other sizes are those of the whole model.
 
     layer_heads: heads. layer_head_sizes: rows of query, key and value per head. layer_neurons:
-    neurons of the feed-forward part. Each is a list with one number per layer; None means all.
-    Raises ValueError for other numbers.
+        neurons of the feed-forward part. Each is a list with one number per layer; None means all.
+    layer_head_indices: which heads remain, where attention adds a bias per head that all layers
+        share (MPNet); else None.
+    layer_parts: the names of layers, heads and neurons in the stock model, as in `Family`.
     """
-
-    model_type = "compact_bert"
 
     layer_heads: list[int] | None = None
     layer_head_sizes: list[int] | None = None
     layer_neurons: list[int] | None = None
+    layer_head_indices: list[list[int]] | None = None
+    layer_parts: dict = field(default_factory=BERT_PARTS.copy)
 
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        whole = {
-            "layer_heads": self.num_attention_heads,
-            "layer_head_sizes": self.hidden_size // max(1, self.num_attention_heads),
-            "layer_neurons": self.intermediate_size,
-        }
-        for name, most in whole.items():
-            if getattr(self, name) is None:
-                setattr(self, name, [most] * self.num_hidden_layers)
-            left = getattr(self, name)
-            if len(left) != self.num_hidden_layers or not all(0 <= size <= most for size in left):
-                raise ValueError(
-                    f"{name} must give a number from 0 to {most} for each of the "
-                    f"{self.num_hidden_layers} layers, not {left}"
-                )
+
+def __getattr__(name: str) -> type:
+    """`CompactBertConfig`, the compact configuration of `BertConfig`, and so on: made when used."""
+    stock = getattr(transformers, name.removeprefix("Compact"), None)
+    if not name.startswith("Compact") or stock is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    attributes = {
+        "__module__": __name__,
+        "__doc__": f"A `{stock.__name__}` with what remains of each layer: see `CompactSettings`.",
+        "model_type": f"compact_{stock.model_type}",
+        "_auto_class": "AutoConfig",
+    }
+    globals()[name] = type(name, (CompactSettings, stock), attributes)
+    return globals()[name]

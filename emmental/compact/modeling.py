@@ -1,88 +1,109 @@
-"""BERT without the heads and neurons that pruning emptied: transformers' classes, smaller Linears.
+"""Encoders without the heads and neurons that pruning emptied: stock classes, smaller Linears.
 
-The configuration says what is left of each layer. The state dict has the keys of the stock class;
-where a layer has no heads, or no neurons, of that part only the last bias remains. A folder of
-such a model loads with the Auto classes after `import emmental`, and trains as any BERT.
+The configuration says what remains of each layer. The state dict has the keys of the stock class;
+where a layer has no heads, or no neurons, of that part only the last bias remains. A compact model
+trains, and goes through any tool, as its stock class does. See `configuration.py` for its folder.
 """
+
+import re
 
 import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 from transformers import initialization
-from transformers.models.bert.modeling_bert import BertSelfAttention
 
-from ..models.families import BERT, Family, layers_of
-from ..models.masked import register
-from .configuration import CompactBertConfig
+from . import configuration
+from .configuration import CompactSettings
 
 
-class Headless(BertSelfAttention):
-    """The attention of a layer without heads. `Bias` comes next, and ignores what it returns."""
+class Headless:
+    """Attention without heads, mixed into the stock class of a layer's attention.
 
-    num_attention_heads = attention_head_size = all_head_size = 0
+    Its output projection is a `Bias`: `projection` names it where it is a part of this module.
+    """
 
-    def __init__(self):
-        nn.Module.__init__(self)
+    num_attention_heads = n_heads = attention_head_size = all_head_size = 0
+    projection: str | None = None
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         batch, length, _ = hidden_states.shape
-        return hidden_states, hidden_states.new_zeros(batch, 0, length, length)
+        output = hidden_states
+        if self.projection:
+            output = self.get_submodule(self.projection)(hidden_states)
+        if hasattr(self, "LayerNorm"):  # ALBERT's attention ends with the residual
+            output = self.LayerNorm(hidden_states + self.output_dropout(output))
+        return output, hidden_states.new_zeros(batch, 0, length, length)
 
 
 class Bias(nn.Module):
-    """An `nn.Linear` without inputs: its bias, for tokens of as many features."""
+    """An `nn.Linear` without inputs: its bias, for every token."""
 
     in_features = 0
 
-    def __init__(self, features: int, device: torch.device, dtype: torch.dtype):
+    def __init__(self, features: int, **options):
         super().__init__()
-        self.bias = nn.Parameter(torch.zeros(features, device=device, dtype=dtype))
+        self.out_features = features
+        self.bias = nn.Parameter(torch.zeros(features, **options))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.bias.expand(hidden_states.shape)
+        return self.bias.expand(*hidden_states.shape[:-1], -1)
 
 
-def attention_of(layer: nn.Module, family: Family) -> nn.Module:
+class NoOutputs(nn.Module):
+    """An `nn.Linear` without outputs."""
+
+    out_features = 0
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states[..., :0]
+
+
+def attention_of(layer: nn.Module, parts: dict) -> nn.Module:
     """The part of a layer that has the heads."""
-    return layer.get_submodule(family.heads[0].rpartition(".")[0])
+    return layer.get_submodule(parts["heads"][0].rpartition(".")[0])
 
 
-def resize_attention(layer: nn.Module, family: Family, heads: int, size: int) -> None:
+def resize_attention(
+    layer: nn.Module, parts: dict, heads: int, size: int, indices: list[int] | None = None
+) -> None:
     """Give a layer so many heads of `size` rows, with new weights that are not initialised.
 
-    No heads are for BERT alone.
+    indices: of the heads, in the stock layer, for a bias that all layers share.
     """
-    *inputs, output = family.heads
-    attention, context = attention_of(layer, family), layer.get_submodule(output)
-    hidden, total = context.out_features, heads * size
-    if total == context.in_features and size == attention.attention_head_size:
+    *inputs, output = parts["heads"]
+    attention, projection = attention_of(layer, parts), layer.get_submodule(output)
+    whole = getattr(attention, "num_attention_heads", None) or attention.n_heads
+    if heads == whole and size == attention.attention_head_size:
         return
-    layer.set_submodule(output, _resized(context, total, hidden))
+    hidden, total = projection.out_features, heads * size
+    layer.set_submodule(output, _resized(projection, total, hidden))
     if not total:
-        layer.attention.self = Headless().train(attention.training)
+        place = parts["heads"][0].rpartition(".")[0]
+        layer.set_submodule(place, _headless(attention, output.removeprefix(f"{place}.")))
         return
     for name in inputs:
-        layer.set_submodule(name, _resized(layer.get_submodule(name), hidden, total))
-    attention.num_attention_heads, attention.attention_head_size = heads, size
-    attention.all_head_size = total  # the scale of the scores stays that of the whole head
+        if name in dict(layer.named_modules()):
+            layer.set_submodule(name, _resized(layer.get_submodule(name), hidden, total))
+    sizes = {"num_attention_heads": heads, "n_heads": heads, "all_head_size": total}
+    for name, number in (sizes | {"attention_head_size": size}).items():
+        if hasattr(attention, name):  # the scale of the scores stays that of the whole head
+            setattr(attention, name, number)
+    if indices is not None:
+        if not hasattr(attention, "head_indices"):
+            attention.register_forward_pre_hook(_select_bias)
+        attention.head_indices = indices
 
 
-def resize_neurons(layer: nn.Module, family: Family, neurons: int) -> None:
-    """Give a layer so many neurons, with new weights that are not initialised.
-
-    No neurons are for BERT alone.
-    """
-    first, second = family.neurons
-    old = layer.get_submodule(second)
-    if neurons == old.in_features:
+def resize_neurons(layer: nn.Module, parts: dict, neurons: int) -> None:
+    """Give a layer so many neurons, with new weights that are not initialised."""
+    first, second = parts["neurons"]
+    old, projection = layer.get_submodule(first), layer.get_submodule(second)
+    if neurons == projection.in_features:
         return
-    layer.set_submodule(second, _resized(old, neurons, old.out_features))
-    if neurons:
-        old = layer.get_submodule(first)
-        layer.set_submodule(first, _resized(old, old.in_features, neurons))
-    else:
-        layer.intermediate = nn.Identity()
+    layer.set_submodule(second, _resized(projection, neurons, projection.out_features))
+    new = _resized(old, old.in_features, neurons) if neurons else NoOutputs().train(old.training)
+    layer.set_submodule(first, new)
 
 
 def _resized(old: nn.Linear, inputs: int, outputs: int) -> nn.Module:
@@ -91,17 +112,47 @@ def _resized(old: nn.Linear, inputs: int, outputs: int) -> nn.Module:
     return new.requires_grad_(old.weight.requires_grad).train(old.training)
 
 
+def _headless(attention: nn.Module, projection: str) -> nn.Module:
+    """Attention without heads, of the same class. projection: a name within `attention`, if any."""
+    stock = type(attention)
+    name = f"Headless{stock.__name__}"
+    if name not in globals():
+        globals()[name] = type(name, (Headless, stock), {"__module__": __name__})
+    new = object.__new__(globals()[name])
+    nn.Module.__init__(new)
+    kept = dict(attention.named_children())
+    for child in ("LayerNorm", "output_dropout", projection):
+        if child in kept:
+            new.add_module(child, kept[child])
+    new.projection = projection if projection in kept else None
+    return new.train(attention.training)
+
+
+def _select_bias(attention: nn.Module, args: tuple) -> tuple:
+    hidden_states, mask, bias, *others = args
+    bias = None if bias is None else bias[:, attention.head_indices]
+    return hidden_states, mask, bias, *others
+
+
 class Compact:
-    """What the compact base model and heads share."""
+    """What the compact base models and heads of all families share."""
 
-    config_class = CompactBertConfig
-
-    def __init__(self, config: CompactBertConfig, *args, **kwargs):
+    def __init__(self, config: CompactSettings, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        sizes = zip(config.layer_heads, config.layer_head_sizes, config.layer_neurons)
-        for layer, (heads, size, neurons) in zip(layers_of(self), sizes):
-            resize_attention(layer, BERT, heads, size)
-            resize_neurons(layer, BERT, neurons)
+        layers, parts = layers_of(self, config.layer_parts), config.layer_parts
+        whole = {name: [] for name in ("layer_heads", "layer_head_sizes", "layer_neurons")}
+        for layer in layers:
+            size = attention_of(layer, parts).attention_head_size
+            whole["layer_heads"].append(layer.get_submodule(parts["heads"][-1]).in_features // size)
+            whole["layer_head_sizes"].append(size)
+            whole["layer_neurons"].append(layer.get_submodule(parts["neurons"][-1]).in_features)
+        for name, most in whole.items():
+            _check_sizes(config, name, most)
+        sizes = zip(*(getattr(config, name) for name in whole), strict=True)
+        indices = config.layer_head_indices or [None] * len(layers)
+        for layer, (heads, size, neurons), places in zip(layers, sizes, indices, strict=True):
+            resize_attention(layer, parts, heads, size, places)
+            resize_neurons(layer, parts, neurons)
             layer.apply(self._init_weights)
 
     def _init_weights(self, module):
@@ -111,24 +162,35 @@ class Compact:
         super()._init_weights(module)
 
 
-class CompactBertModel(Compact, transformers.BertModel):
-    """`BertModel` with fewer heads and neurons."""
+def _check_sizes(config: CompactSettings, name: str, whole: list[int]) -> None:
+    """Set what the configuration leaves out. Raises ValueError for other numbers."""
+    sizes = getattr(config, name)
+    if sizes is None:
+        setattr(config, name, whole)
+    elif len(sizes) != len(whole) or not all(0 <= n <= most for n, most in zip(sizes, whole)):
+        raise ValueError(
+            f"{name} must give a number from 0 to {max(whole)} for each of the {len(whole)} "
+            f"layers, not {sizes}"
+        )
 
 
-class CompactBertForQuestionAnswering(Compact, transformers.BertForQuestionAnswering):
-    """`BertForQuestionAnswering` with fewer heads and neurons."""
+def layers_of(model: nn.Module, parts: dict) -> list[nn.Module]:
+    """The layers of a model; a star in `parts` stands for every module of a list."""
+    pattern = parts["layers"].replace(".", r"\.").replace("*", r"\d+") + r"\.\d+"
+    return [x for name, x in model.base_model.named_modules() if re.fullmatch(pattern, name)]
 
 
-class CompactBertForSequenceClassification(Compact, transformers.BertForSequenceClassification):
-    """`BertForSequenceClassification` with fewer heads and neurons."""
-
-
-class CompactBertForTokenClassification(Compact, transformers.BertForTokenClassification):
-    """`BertForTokenClassification` with fewer heads and neurons."""
-
-
-class CompactBertForMultipleChoice(Compact, transformers.BertForMultipleChoice):
-    """`BertForMultipleChoice` with fewer heads and neurons."""
-
-
-register(CompactBertConfig, Compact.__subclasses__())
+def __getattr__(name: str) -> type:
+    """`CompactBertModel`, the compact class of `BertModel`, and so on: made when it is used."""
+    stock = getattr(transformers, name.removeprefix("Compact"), None)
+    if not name.startswith("Compact") or stock is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    stem, _, head = name.partition("For")
+    attributes = {
+        "__module__": __name__,
+        "__doc__": f"`{stock.__name__}` with fewer heads and neurons.",
+        "config_class": getattr(configuration, f"{stem.removesuffix('Model')}Config"),
+        "_auto_class": f"AutoModelFor{head}" if head else "AutoModel",
+    }
+    globals()[name] = type(name, (Compact, stock), attributes)
+    return globals()[name]

@@ -8,50 +8,55 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..models.families import COMPACT, HEADS, Family, class_of, family_of, layers_of, stock_type
-from . import modeling as compact_bert
 from .algebra import (
     Affine,
     Layer,
     activation_of,
     compact,
+    compact_heads,
     compact_neurons,
     head_count,
     read_affine,
     read_layer,
 )
+from .classes import auto_map
+from .modeling import attention_of, resize_attention, resize_neurons
 
 MULTIPLE = 8  # compacted dense matrices have multiples of this size, which fast products need
 
 
 @torch.no_grad()
-def compact_model(model: PreTrainedModel) -> None:
+def compact_model(model: PreTrainedModel) -> list[np.ndarray]:
     """Compact the layers of a stock or compact model in place, on any device.
 
     The result has smaller Linears and can be trained. All heads of a layer get the size of its
-    largest remaining head, filled up with rows of zeros. In a BERT, attention without heads, or a
-    feed-forward part without neurons, becomes a bias; another model keeps a few zeros. A part that
-    gets no smaller is not changed.
+    largest remaining head, filled up with rows of zeros. Attention without heads, or a feed-forward
+    part without neurons, becomes a bias. A part that gets no smaller is not changed. Returns the
+    indices of the remaining heads of each layer, where only whole heads go.
     """
     family, activation = family_of(model.config), activation_of(model.config)
-    least = 0 if stock_type(model.config.model_type) == "bert" else 1
-    for block in layers_of(model) if activation else ():
+    given = getattr(model.config, "layer_head_indices", None)
+    remaining = []
+    for number, block in enumerate(layers_of(model) if activation else ()):
         fetch = dict(block.named_parameters()).get
-        if family.norms:
+        if family.head_rows:
             layer = compact(read_layer(fetch, family, head_count(block, family)), activation)
-            _shrink_attention(block, family, layer, least)
-            first, second = layer.first, layer.second
+            _shrink_rows(block, family, layer)
         else:
-            parts = (read_affine(fetch, family, name) for name in family.neurons)
-            first, second = compact_neurons(*parts, activation)
-        _shrink_neurons(block, family, first, second, least)
+            indices = given[number] if given else range(head_count(block, family))
+            remaining.append(_drop_heads(block, family, np.array(indices, int)))
+        parts = [read_affine(fetch, family, name) for name in family.neurons]
+        _shrink_neurons(block, family, *compact_neurons(*parts, activation))
+    return remaining
 
 
-def _shrink_attention(block: nn.Module, family: Family, layer: Layer, least: int) -> None:
+def _shrink_rows(block: nn.Module, family: Family, layer: Layer) -> None:
+    """Give the attention of a layer the rows and heads of `layer`."""
     *inputs, output = family.heads
-    heads, size = max(least, len(layer.sizes)), max([least, *layer.sizes, *layer.sizes_v])
-    size = _multiple(size, compact_bert.attention_of(block, family).attention_head_size)
+    heads, size = len(layer.sizes), max([0, *layer.sizes, *layer.sizes_v])
+    size = _multiple(size, attention_of(block, family.parts).attention_head_size)
     if heads * size < block.get_submodule(output).in_features:
-        compact_bert.resize_attention(block, family, heads, size)
+        resize_attention(block, family.parts, heads, size)
         rows, rows_v = _places(layer.sizes, size), _places(layer.sizes_v, size)
         if heads:
             parts = (layer.query, rows), (layer.key, rows), (layer.value, rows_v)
@@ -60,47 +65,76 @@ def _shrink_attention(block: nn.Module, family: Family, layer: Layer, least: int
         _fill(block.get_submodule(output), layer.output, columns=rows_v)
 
 
-def _shrink_neurons(
-    block: nn.Module, family: Family, first: Affine, second: Affine, least: int
-) -> None:
+def _drop_heads(block: nn.Module, family: Family, indices: np.ndarray) -> np.ndarray:
+    """Drop the heads that no output depends on; returns the others of `indices`."""
+    if not len(indices):
+        return indices
+    *inputs, value, output = family.heads
+    modules = dict(block.named_modules())
+    names = [name for name in (*inputs, value) if name in modules]
+    before = {name: read_affine(dict(block.named_parameters()).get, family, name) for name in names}
+    projection = read_affine(dict(block.named_parameters()).get, family, output)
+    remaining, projection = compact_heads(before[value], projection, len(indices))
+    if not remaining.all():
+        size = attention_of(block, family.parts).attention_head_size
+        shared = indices[remaining].tolist() if family.bias_per_head else None
+        resize_attention(block, family.parts, int(remaining.sum()), size, shared)
+        rows = np.repeat(remaining, size)
+        for name in names if remaining.any() else ():
+            _fill(block.get_submodule(name), before[name].keep(rows))
+        _fill(block.get_submodule(output), projection)
+    return indices[remaining]
+
+
+def _shrink_neurons(block: nn.Module, family: Family, first: Affine, second: Affine) -> None:
     neurons, most = len(first.bias), block.get_submodule(family.neurons[1]).in_features
-    total = _multiple(max(least, neurons), most)
+    total = _multiple(neurons, most)
     if total < most:
-        compact_bert.resize_neurons(block, family, total)
+        resize_neurons(block, family.parts, total)
         if total:
             _fill(block.get_submodule(family.neurons[0]), first, rows=slice(neurons))
         _fill(block.get_submodule(family.neurons[1]), second, columns=slice(neurons))
 
 
 def compacted(model: PreTrainedModel) -> PreTrainedModel:
-    """The `CompactBert*` model with the outputs of a plain BERT, or compact one, with a stock head.
+    """The compact model with the outputs of a plain encoder, or compact one, with a stock head.
 
     Unlike the result of `compact_model` it can be saved. `model` is not changed. Raises ValueError
     for another architecture.
     """
-    kind = stock_type(model.config.model_type)
+    family_name = stock_type(model.config.model_type)
     compact_class = None
     for head in ("", *HEADS):
         if type(model) is class_of(model.config.model_type, head):
-            compact_class = class_of(COMPACT + kind, head)
+            compact_class = class_of(COMPACT + family_name, head)
     if compact_class is None or getattr(model.config, "is_decoder", False):
         raise ValueError(
-            f"{type(model).__name__} ({kind}) has no compact form: give a plain BERT with the head "
-            "of a task"
+            f"{type(model).__name__} ({family_name}) has no compact form: give a plain encoder "
+            "with heads and neurons, and the head of a task"
         )
     small = copy.deepcopy(model)
-    compact_model(small)
-    layers = layers_of(small)
-    left = {
-        "layer_heads": [layer.attention.self.num_attention_heads for layer in layers],
-        "layer_head_sizes": [layer.attention.self.attention_head_size for layer in layers],
-        "layer_neurons": [layer.output.dense.in_features for layer in layers],
+    remaining = compact_model(small)
+    family, config = family_of(model.config), compact_class.config_class
+    sizes = {
+        "layer_heads": [head_count(layer, family) for layer in layers_of(small)],
+        "layer_head_sizes": [
+            attention_of(layer, family.parts).attention_head_size for layer in layers_of(small)
+        ],
+        "layer_neurons": [
+            layer.get_submodule(family.neurons[1]).in_features for layer in layers_of(small)
+        ],
+        "layer_parts": family.parts,
+        "auto_map": auto_map(config),
     }
+    if family.bias_per_head:
+        sizes["layer_head_indices"] = [indices.tolist() for indices in remaining]
     of_class = ("model_type", "architectures", "transformers_version")
     values = {name: value for name, value in model.config.to_dict().items() if name not in of_class}
-    config = compact_class.config_class.from_dict(values | left)
     result = compact_class.from_pretrained(
-        None, config=config, state_dict=small.state_dict(), dtype=model.dtype
+        None,
+        config=config.from_dict(values | sizes),
+        state_dict=small.state_dict(),
+        dtype=model.dtype,
     )
     return result.to(model.device).train(model.training)
 

@@ -42,26 +42,24 @@ def load_native() -> ctypes.CDLL:
     parts = "\0".join([SOURCE.read_text(), *FLAGS, target])
     name = f"kernels-{hashlib.blake2b(parts.encode(), digest_size=12).hexdigest()}.so"
     try:
-        folder = cache_folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        library = folder / name
-        if not library.exists():
-            _build(compiler, library)
-        return _open(library)
+        return _open(_build(compiler, cache_folder() / name))
     except OSError as error:  # no home, or a cache folder that forbids writing or executing
         try:
             with tempfile.TemporaryDirectory() as aside:
-                _build(compiler, Path(aside) / name)
-                return _open(Path(aside) / name)
+                return _open(_build(compiler, Path(aside) / name))
         except OSError:
             raise UserError(f"the kernels cannot be loaded: {error}") from error
 
 
-def _build(compiler: str, library: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=library.parent) as aside:
-        fresh = Path(aside) / library.name
-        _run([compiler, *FLAGS, str(SOURCE), "-o", str(fresh)])
-        os.replace(fresh, library)
+def _build(compiler: str, library: Path) -> Path:
+    """Compile the kernels to this file, unless it exists."""
+    library.parent.mkdir(parents=True, exist_ok=True)
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=library.parent) as aside:
+            fresh = Path(aside) / library.name
+            _run([compiler, *FLAGS, str(SOURCE), "-o", str(fresh)])
+            os.replace(fresh, library)
+    return library
 
 
 def _run(command: list[str]) -> str:

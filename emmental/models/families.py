@@ -4,6 +4,7 @@ A family is a row of `FAMILIES`, named by the `model_type` of its stock models. 
 the masked classes of each row.
 """
 
+import re
 from dataclasses import dataclass
 
 import transformers
@@ -23,6 +24,8 @@ class Family:
     heads: the `nn.Linear` of a layer that have rows for each head (query, key, last value), and the
         one that has columns (output). neurons: likewise the two of the feed-forward part. Without
         them a model has no granularity of heads and neurons.
+    head_rows: whether single rows of a head can go: the scale of its scores is not their number.
+    bias_per_head: whether attention adds a bias that has a part for each head.
     norms: the LayerNorm after attention and the one at the end, if a layer computes what BERT's
         does: then there are sparse kernels for it. activation: the setting of the feed-forward
         part's activation.
@@ -33,8 +36,15 @@ class Family:
     embeddings: str = "embeddings"
     heads: tuple[str, ...] = ()
     neurons: tuple[str, ...] = ()
+    head_rows: bool = False
+    bias_per_head: bool = False
     norms: tuple[str, ...] = ()
     activation: str = "hidden_act"
+
+    @property
+    def parts(self) -> dict:
+        """What the configuration of a compact model says of its layers."""
+        return {"layers": self.layers, "heads": list(self.heads), "neurons": list(self.neurons)}
 
 
 BERT = Family(
@@ -47,6 +57,7 @@ BERT = Family(
         "attention.output.dense",
     ),
     neurons=("intermediate.dense", "output.dense"),
+    head_rows=True,
     norms=("attention.output.LayerNorm", "output.LayerNorm"),
 )
 FAMILIES = {
@@ -61,6 +72,7 @@ FAMILIES = {
         layers="transformer.layer",
         heads=("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"),
         neurons=("ffn.lin1", "ffn.lin2"),
+        head_rows=True,
         norms=("sa_layer_norm", "output_layer_norm"),
         activation="activation",
     ),
@@ -69,6 +81,7 @@ FAMILIES = {
         layers="encoder.layer",
         heads=("attention.attn.q", "attention.attn.k", "attention.attn.v", "attention.attn.o"),
         neurons=("intermediate.dense", "output.dense"),
+        bias_per_head=True,
     ),
     # All layers of a group are one module: its matrices have one set of scores, and count once. The
     # projection of the embeddings beside the groups belongs to no layer, and stays dense.
@@ -77,6 +90,7 @@ FAMILIES = {
         layers="encoder.albert_layer_groups.*.albert_layers",
         heads=("attention.query", "attention.key", "attention.value", "attention.dense"),
         neurons=("ffn", "ffn_output"),
+        head_rows=True,
     ),
     # A layer's projections of positions are matrices like the others, with rows for each head, and
     # are masked. Published models of v2 and v3 share them with query and key (`share_att_key`).
@@ -144,8 +158,5 @@ def encoder_of(model: nn.Module) -> nn.Module:
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
     """The layers of its encoder."""
-    *parents, own = family_of(model.config).layers.split(".*.")
-    modules = [model.base_model]
-    for name in parents:
-        modules = [child for module in modules for child in module.get_submodule(name)]
-    return [layer for module in modules for layer in module.get_submodule(own)]
+    pattern = family_of(model.config).layers.replace(".", r"\.").replace("*", r"\d+") + r"\.\d+"
+    return [x for name, x in model.base_model.named_modules() if re.fullmatch(pattern, name)]

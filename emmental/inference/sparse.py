@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..checkpoints.export import bertarize
 from ..compact.algebra import Affine, Fetch, activation_of, compact, density, head_count, read_layer
-from ..compact.modeling import Bias
+from ..compact.modeling import Bias, NoOutputs
 from ..compact.surgery import compact_model, compacted
 from ..models.families import FAMILIES, encoder_of, family_of, layers_of, prefix_of, stock_type
 from ..modules.masked_nn import MaskedLinear
@@ -133,7 +133,7 @@ def _check_model(model: nn.Module) -> None:
     for block in layers_of(model):
         for name, module in block.named_modules():
             known, kind = name in family.heads + family.neurons, type(module)
-            if known and kind not in (nn.Linear, MaskedLinear, Bias):
+            if known and kind not in (nn.Linear, MaskedLinear, Bias, NoOutputs):
                 raise ValueError(
                     f"the encoder has {kind.__module__}.{kind.__name__} instead of nn.Linear: give "
                     "the model without quantisation or adapters"
