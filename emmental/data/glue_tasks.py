@@ -98,6 +98,11 @@ def custom_task(
     labels: tuple[str, ...], text_columns: tuple[str, ...] = (), label_column: str = "label"
 ) -> Task:
     """A task of your own; without labels, a regression."""
-    metrics, submissions = ("acc",) if labels else _CORRELATIONS, {"test": CUSTOM_SUBMISSION}
-    options = {"metrics": metrics, "submissions": submissions}
-    return Task(CUSTOM, tuple(labels), text_columns, label_column, **options)
+    return Task(
+        CUSTOM,
+        tuple(labels),
+        text_columns,
+        label_column,
+        metrics=("acc",) if labels else _CORRELATIONS,
+        submissions={"test": CUSTOM_SUBMISSION},
+    )

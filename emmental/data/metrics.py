@@ -46,9 +46,11 @@ def squad_metrics(
         f1[id_] = max((_f1(words, gold, version_2_with_negative) for gold in golds), default=0.0)
 
     def averages(prefix: str, ids: list[str]) -> dict[str, float]:
-        sums = [sum(scores[id_] for id_ in ids) for scores in (exact, f1)]
-        means = [100.0 * total / len(ids) for total in sums]
-        return dict(zip((f"{prefix}exact", f"{prefix}f1", f"{prefix}total"), (*means, len(ids))))
+        means = {
+            f"{prefix}{name}": 100.0 * sum(scores[id_] for id_ in ids) / len(ids)
+            for name, scores in (("exact", exact), ("f1", f1))
+        }
+        return means | {f"{prefix}total": len(ids)}
 
     if unscored := len(has_answer) - len(exact):
         logger.warning(f"{unscored} questions have no answer and are not scored")
@@ -74,7 +76,8 @@ def _f1(prediction, gold, version_2_with_negative):
         return float(prediction == gold)
     shared = (collections.Counter(prediction) & collections.Counter(gold)).total()
     # In the order of the official script, so that rounding is the same.
-    precision, recall = shared / max(len(prediction), 1), shared / max(len(gold), 1)
+    precision = shared / max(len(prediction), 1)
+    recall = shared / max(len(gold), 1)
     return 2 * precision * recall / (precision + recall) if shared else 0.0
 
 
@@ -92,12 +95,12 @@ def _best_threshold(scores, predictions, null_odds, has_answer):
     return 100.0 * best / len(scores), threshold
 
 
-GLUE_METRICS = {  # of predictions and labels
-    "acc": lambda predictions, labels: accuracy_score(labels, predictions),
-    "f1": lambda predictions, labels: f1_score(labels, predictions),
-    "mcc": lambda predictions, labels: matthews_corrcoef(labels, predictions),
-    "pearson": lambda predictions, labels: pearsonr(predictions, labels).statistic,
-    "spearmanr": lambda predictions, labels: spearmanr(predictions, labels).statistic,
+GLUE_METRICS = {  # of labels and predictions
+    "acc": accuracy_score,
+    "f1": f1_score,
+    "mcc": matthews_corrcoef,
+    "pearson": lambda labels, predictions: pearsonr(predictions, labels).statistic,
+    "spearmanr": lambda labels, predictions: spearmanr(predictions, labels).statistic,
 }
 MEANS = {"acc_and_f1": ("acc", "f1"), "corr": ("pearson", "spearmanr")}
 
@@ -109,17 +112,19 @@ def glue_metrics(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str
     labels: (examples,). F1 is that of the second label. Undefined metrics are left out, with a
     warning.
     """
-    logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
+    logits = np.asarray(logits, np.float64)
+    labels = np.asarray(labels)
     predictions = logits.reshape(len(labels)) if task.is_regression else logits.argmax(axis=1)
-    metrics, undefined = {}, []
+    metrics = {}
+    undefined = []
     for name in task.metrics:
         if name in MEANS:
-            if all(part in metrics for part in MEANS[name]):
+            if metrics.keys() >= set(MEANS[name]):
                 metrics[name] = sum(metrics[part] for part in MEANS[name]) / 2
         elif reason := _why_undefined(name, predictions, labels):
             undefined.append(f"{name} ({reason})")
         else:
-            metrics[name] = float(GLUE_METRICS[name](predictions, labels))
+            metrics[name] = float(GLUE_METRICS[name](labels, predictions))
     if undefined:
         logger.warning(f"undefined and left out: {', '.join(undefined)}")
     return metrics

@@ -27,8 +27,8 @@ def padding_of(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> di
     """The options of `pad_batch` for a model.
 
     There are token types if the tokenizer has them, for a teacher that takes them too: a forward
-    of `training` gives each model its own inputs. The id of padding is the model's, as RoBERTa
-    numbers its positions by it.
+    of `training` gives each model its own inputs. The id of padding is the model's: RoBERTa numbers
+    its positions by it.
     """
     padding = model.get_input_embeddings().padding_idx
     has_types = any(fast_backend(tokenizer).encode("a", "b").type_ids)
@@ -50,8 +50,8 @@ def pad_batch(
     """Pad `input_ids` to the longest of the batch, rounded up to a multiple of `multiple_of`.
 
     second_starts: index of the first token of type 1 for each feature; None if there is none.
-    columns: further lists of a feature, such as tags, and what they are padded with. Those with an
-    entry for each token get the length of the inputs, others, of words say, that of the longest.
+    columns: further lists of a feature, such as tags, and what they are padded with. A list with an
+    entry for each token gets the length of the inputs, any other the length of the longest.
     Returns those of `MODEL_INPUTS` that are in `input_names`, int64 (batch, tokens), and columns.
     """
     ids = [torch.as_tensor(feature["input_ids"]) for feature in features]

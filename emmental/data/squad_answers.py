@@ -33,7 +33,8 @@ def postprocess(
     "" if the null odds exceed `null_score_diff_threshold` (v2.0), or without a valid candidate;
     then the null odds are `NO_SPAN_ODDS`.
     """
-    candidates, nulls = collections.defaultdict(list), {}
+    candidates = collections.defaultdict(list)
+    nulls = {}
     names = ["example_index", "context_start", "offsets", "max_context"]
     windows = row_tuples(features.with_format("numpy"), names)
     for start, end, (row, *window) in zip(start_logits, end_logits, windows, strict=True):
@@ -71,12 +72,11 @@ def _candidates(start, end, context_start, offsets, max_context, n_best_size, ma
     last = np.sort(np.argsort(-end, kind="stable")[:n_best_size])[None, :]
     valid = (last >= first) & (last - first < max_answer_length) & max_context[first]
     valid &= offsets[first, 0] < offsets[last, 1]  # white space alone is no answer
-    i, j = np.nonzero(valid)
-    first, last = first[i, 0], last[0, j]
-    return np.stack(
-        [start[first] + end[last], start[first], end[last], offsets[first, 0], offsets[last, 1]],
-        axis=1,
-    )
+    starts, ends = np.nonzero(valid)
+    first = first[starts, 0]
+    last = last[0, ends]
+    scores = start[first] + end[last], start[first], end[last]
+    return np.stack([*scores, offsets[first, 0], offsets[last, 1]], axis=1)
 
 
 def _nbest_list(spans, n_best_size):

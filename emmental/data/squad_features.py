@@ -32,17 +32,20 @@ def drop_misaligned(examples: Dataset) -> tuple[Dataset, dict[str, list[str]]]:
     These are questions of v1.1 without an answer, and those whose first answer is blank or not at
     its `answer_start`.
     """
-    keep, dropped = [], collections.defaultdict(list)
+    usable = []
+    dropped = collections.defaultdict(list)
     names = ["id", "context", "answers", "is_impossible"]
     for row, (id_, context, answers, is_impossible) in enumerate(row_tuples(examples, names)):
         text, start = next(zip(answers["text"], answers["answer_start"]), ("", -1))
         if is_impossible or (text.strip() and start >= 0 and context.startswith(text, start)):
-            keep.append(row)
+            usable.append(row)
         elif is_unanswerable(answers):
             dropped["no answer"].append(id_)
         else:
             dropped["the answer is not at its answer_start"].append(id_)
-    return (examples.select(keep, keep_in_memory=True) if dropped else examples), dropped
+    if dropped:
+        examples = examples.select(usable, keep_in_memory=True)
+    return examples, dropped
 
 
 def build_features(
@@ -96,7 +99,7 @@ def _featurize(ids, questions, contexts, answers, rows, *, backend, frame, sizes
         for text, e in zip(distinct, encodings)
     }
     before, between, after = (np.array(ids, np.int32) for ids in frame)
-    tokens, spans, best = [], [], []
+    tokens, spans, max_context = [], [], []
     columns = collections.defaultdict(list)
 
     encodings = backend.encode_batch(questions, add_special_tokens=False)
@@ -114,7 +117,7 @@ def _featurize(ids, questions, contexts, answers, rows, *, backend, frame, sizes
         if training:
             first, last = _answer_tokens(answer, context_spans)
         else:
-            owner = _max_context(len(context_ids), windows)
+            best_window = _best_windows(len(context_ids), windows)
         for n, (begin, end) in enumerate(windows):
             tokens += (head, context_ids[begin:end], after)
             columns["length"].append(len(head) + end - begin + len(after))
@@ -126,13 +129,13 @@ def _featurize(ids, questions, contexts, answers, rows, *, backend, frame, sizes
                 columns["end_position"].append(len(head) + last - begin if inside else 0)
             else:
                 spans.append(context_spans[begin:end].ravel())
-                best.append(owner[begin:end] == n)
+                max_context.append(best_window[begin:end] == n)
 
     table = {"input_ids": ragged(tokens, columns["length"])}
     table |= {name: pa.array(values, pa.int32()) for name, values in columns.items()}
     if not training:
         table["offsets"] = ragged(spans, [len(span) for span in spans])
-        table["max_context"] = ragged(best, [len(mask) for mask in best])
+        table["max_context"] = ragged(max_context, [len(mask) for mask in max_context])
     return pa.table(table)
 
 
@@ -160,8 +163,8 @@ def _spans(offsets, text):
     places = np.arange(len(text), dtype=np.int32)
     begins = np.append(np.where(is_space, len(text), places), len(text))
     ends = np.append(0, np.where(is_space, 0, places + 1))
-    begins = np.minimum.accumulate(begins[::-1])[::-1]  # of the first character that is none
-    ends = np.maximum.accumulate(ends)  # behind the last
+    begins = np.minimum.accumulate(begins[::-1])[::-1]  # of the next character that is no space
+    ends = np.maximum.accumulate(ends)  # of the last one before
     return np.stack([begins[spans[:, 0]], ends[spans[:, 1]]], axis=1).astype(np.int32)
 
 
@@ -175,16 +178,17 @@ def _answer_tokens(answers, spans):
     return (int(first), int(last)) if first <= last else (-1, -1)
 
 
-def _max_context(n_tokens, windows):
+def _best_windows(n_tokens, windows):
     """For each context token the window in which the smaller of its two contexts is largest."""
-    owner, best = np.zeros(n_tokens, np.int32), np.full(n_tokens, -1.0)
+    best_window = np.zeros(n_tokens, np.int32)
+    best_score = np.full(n_tokens, -1.0)
     for n, (begin, end) in enumerate(windows):
         position = np.arange(end - begin)
         score = np.minimum(position, position[::-1]) + 0.01 * (end - begin)
-        better = score > best[begin:end]
-        best[begin:end][better] = score[better]
-        owner[begin:end][better] = n
-    return owner
+        better = score > best_score[begin:end]
+        best_score[begin:end][better] = score[better]
+        best_window[begin:end][better] = n
+    return best_window
 
 
 collate = functools.partial(collate_features, second_start="context_start")
