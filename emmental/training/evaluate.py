@@ -40,8 +40,7 @@ class Predictor:
 
         The ranks share the examples. Raises UserError for logits that are not finite.
         """
-        device = self.world.device
-        model.to(device).eval()
+        model.to(self.world.device).eval()
         if self.prepare:
             try:
                 model = self.prepare(model)
@@ -49,20 +48,19 @@ class Predictor:
                 raise UserError(f"--sparse_inference: {error}") from error
         lengths = np.asarray(dataset["length"])
         batches = evaluation_batches(lengths, self.batch_size, self.world.rank, self.world.size)
-        loader = load_batches(self.task, dataset, batches, self.num_workers, device)
-        bar = progress_bar(
-            self.world, iterable=loader, total=len(batches), desc="evaluating", unit="batch"
-        )
+        loader = load_batches(self.task, dataset, batches, self.num_workers, self.world.device)
+        steps = {"iterable": loader, "total": len(batches)}
+        bar = progress_bar(self.world, **steps, desc="evaluating", unit="batch")
         results = {}
         with bar, masked(model):
             for examples, batch in zip(batches, bar, strict=True):
                 logits = forward(self.task, model, batch, self.precision)
                 rows = zip(*(tensor.float().cpu().numpy() for tensor in logits), strict=True)
                 results |= dict(zip(examples, rows, strict=True))
-        gathered = self.world.gather(results)
+        parts = self.world.gather(results)
         if not self.world.is_main:
             return None
-        results = {index: logits for part in gathered for index, logits in part.items()}
+        results = {index: logits for part in parts for index, logits in part.items()}
         if not all(np.isfinite(part).all() for logits in results.values() for part in logits):
             raise UserError("the outputs of the model are not finite: its training had diverged")
         return [results[index] for index in range(len(dataset))]

@@ -42,20 +42,20 @@ def build_optimizer(
     """
     layers = masked_layers(model).layers
     observed = {id(layer.scores) for layer in layers if layer.method.scores == "observed"}
-    groups = {"scores": [], "weights": [], "no_decay": []}
+    groups = {
+        "scores": {"lr": mask_scores_learning_rate, "weight_decay": 0.0, "params": []},
+        "weights": {"lr": learning_rate, "weight_decay": weight_decay, "params": []},
+        "no_decay": {"lr": learning_rate, "weight_decay": 0.0, "params": []},
+    }
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or id(parameter) in observed:
             continue
-        is_score, is_weight = name.endswith("mask_scores"), parameter.dim() >= 2
-        kind = "scores" if is_score else "weights" if is_weight else "no_decay"
-        groups[kind].append(parameter)
-    named = []
-    for name, parameters in groups.items():
-        rate = mask_scores_learning_rate if name == "scores" else learning_rate
-        group = {"name": name, "params": parameters, "lr": rate, "peak_lr": rate}
-        group["weight_decay"] = weight_decay if name == "weights" else 0.0
-        named += [group] if parameters else []
-    return AdamW(named, lr=learning_rate, eps=adam_epsilon, weight_decay=weight_decay)
+        kind = "weights" if parameter.dim() >= 2 else "no_decay"
+        kind = "scores" if name.endswith("mask_scores") else kind
+        groups[kind]["params"].append(parameter)
+    groups = [group | {"name": name, "peak_lr": group["lr"]} for name, group in groups.items()]
+    groups = [group for group in groups if group["params"]]
+    return AdamW(groups, lr=learning_rate, eps=adam_epsilon, weight_decay=weight_decay)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
