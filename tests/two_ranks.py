@@ -23,9 +23,9 @@ def run(rank: int, store: Path, commands: list[list[str]]) -> None:
 
     store: a new file where the processes meet, as a port may be taken meanwhile.
     """
-    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    own |= {"MASTER_ADDR": "unused", "MASTER_PORT": "1"}
-    os.environ |= {name: str(value) for name, value in own.items()}
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    variables |= {"MASTER_ADDR": "unused", "MASTER_PORT": "1"}
+    os.environ |= {name: str(value) for name, value in variables.items()}
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     dist.init_process_group = dist.destroy_process_group = lambda *_, **__: None
     for words in commands:
@@ -43,19 +43,22 @@ def main() -> int:
             try:
                 run(rank, file.with_name("store"), commands)
                 status = 0
+            except SystemExit as stop:  # it has said why
+                status = stop.code
             except BaseException:
                 traceback.print_exc()
             sys.stdout.flush()
             os._exit(status)
         children.add(child)
+    signal.signal(signal.SIGALRM, lambda *_: [os.kill(child, signal.SIGKILL) for child in children])
+    failed = False
     while children:
         child, status = os.wait()
         children.remove(child)
         if status:
-            for other in children:
-                os.kill(other, signal.SIGKILL)
-            return 1
-    return 0
+            failed = True
+            signal.alarm(10)  # the other may say what it sees of it
+    return int(failed)
 
 
 if __name__ == "__main__":
