@@ -11,7 +11,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
-from ..compact.configuration import CompactBertConfig
+from ..models.families import COMPACT
 from ..modules.masks import masked_layers
 from ..modules.methods import METHODS
 from ..system.errors import TrainingError, first_line
@@ -74,19 +74,16 @@ def write_run_card(
     write_text(folder / CARD_FILE, _card(metadata, folder.resolve().name, model, made))
 
 
-def derived_card(source: str | None, name: str, model: PreTrainedModel, origin: str) -> str:
+def derived_card(card: str | None, name: str, model: PreTrainedModel, origin: str) -> str:
     """The card of a plain model made from a fine-pruned one.
 
-    source: the card of that model, if it has one. name: of the plain model. origin: a sentence
+    card: that of the fine-pruned model, if it has one. name: of the plain model. origin: a sentence
     that says what it was made from.
     """
-    metadata, made = ModelCardData(library_name="transformers"), ""
-    if source:
-        metadata = ModelCard(source).data
-        made = source[source.index(MADE) :] if MADE in source else ""
+    metadata = ModelCard(card).data if card else ModelCardData(library_name="transformers")
     if metadata.eval_results:
         metadata.model_name = name
-    made = made.removeprefix(MADE).lstrip("\n")
+    made = (card or "").partition(MADE)[2].lstrip("\n")
     return _card(metadata, name, model, f"{MADE}\n\n{origin}\n\n{made}")
 
 
@@ -110,34 +107,38 @@ def push_to_hub(folder: Path, repo_id: str) -> str:
 
 
 def _card(metadata: ModelCardData, name: str, model: PreTrainedModel, made: str) -> str:
-    kind, config = type(model).__name__, model.config
+    kind = type(model).__name__
+    config = model.config
+    package = "emmental"
     if masked_layers(model):
-        method, counts = METHODS[config.pruning_method], remaining_weights(model)
+        counts = remaining_weights(model)
         linear, published = counts.linear_percent, counts.published_percent
+        method = METHODS[config.pruning_method]
         at = f" at threshold {config.threshold:g}" if method.threshold_is else ""
-        grain = counts.settings["granularity"]
-        at += f", granularity {grain}" if grain != "weight" else ""
+        if config.granularity != "weight":
+            at += f", granularity {config.granularity}"
         intro = (
             f"A `{kind}` after {method.title} pruning (`{config.pruning_method}`{at}, {PAPER}). "
             "It holds all weights, and the scores from which the masks follow."
         )
-        load = f"from emmental import {kind}\n\nmodel = {kind}"
     else:
         linear, published = plain_percents(model)
-        package = "transformers"
-        intro = f"A plain `{kind}`, whose pruned weights are zero ({PAPER})."
-        if linear == 100:
-            intro = f"A `{kind}` without pruned weights."
-        if isinstance(config, CompactBertConfig):
-            package = "emmental"
-            intro = f"A BERT without the heads and neurons that pruning emptied ({PAPER})."
-            heads, neurons = sum(config.layer_heads), sum(config.layer_neurons)
-            intro += f" Its layers have {heads:,} heads and {neurons:,} neurons in all."
-        load = f"from {package} import {kind}\n\nmodel = {kind}"
+        if config.model_type.startswith(COMPACT):
+            intro = (
+                f"A `{kind}`, without the heads and neurons that pruning emptied ({PAPER}). Its "
+                f"layers have {sum(config.layer_heads):,} heads and {sum(config.layer_neurons):,} "
+                "neurons in all."
+            )
+        else:
+            package = "transformers"
+            intro = f"A plain `{kind}`, whose pruned weights are zero ({PAPER})."
+            if linear == 100:
+                intro = f"A `{kind}` without pruned weights."
     remain = (
         f"{linear:.1f}% of the weights of its encoder's linear layers remain "
         f"({published:.1f}% of the encoder, bias and LayerNorm included)."
     )
+    load = f"from {package} import {kind}\n\nmodel = {kind}"
     return (
         f"---\n{metadata.to_yaml()}\n---\n\n# {name}\n\n{intro} {remain}\n\n"
         f'## Load\n\n```python\n{load}.from_pretrained("{name}")\n```\n\n{made}'

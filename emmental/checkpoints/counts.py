@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from ..models.families import COMPACT, encoder_of, family_of, layers_of
+from ..models.families import COMPACT, encoder_of, family_of, layers_of, stock_class
 from ..modules.masks import Masks, count, find_masks, masked_layers
 from ..modules.topk import floor_count
 
@@ -19,21 +19,6 @@ class MatrixCount:
     total: int
     floored: bool
     percent: float
-
-
-@dataclass
-class LayerCount:
-    """Remaining weights, heads and neurons of a layer.
-
-    A head or neuron remains if an input reaches the output of its layer through it.
-    """
-
-    remaining: int
-    total: int
-    heads: int
-    all_heads: int
-    neurons: int
-    all_neurons: int
 
 
 @dataclass
@@ -51,11 +36,11 @@ class RemainingWeights:
 
     @property
     def remaining(self) -> int:
-        return sum(m.remaining for m in self.matrices)
+        return sum(matrix.remaining for matrix in self.matrices)
 
     @property
     def total(self) -> int:
-        return sum(m.total for m in self.matrices)
+        return sum(matrix.total for matrix in self.matrices)
 
     @property
     def linear_percent(self) -> float:
@@ -74,7 +59,7 @@ class RemainingWeights:
             "remaining": self.remaining,
             "total": self.total,
             "encoder_bias_and_layernorm": self.encoder_others,
-            "matrices": [asdict(m) for m in self.matrices],
+            "matrices": [asdict(matrix) for matrix in self.matrices],
         }
 
 
@@ -85,46 +70,19 @@ def remaining_weights(model: nn.Module, masks: Masks | None = None) -> Remaining
     without masked layers or threshold.
     """
     masks = masks or find_masks(model)
-    counts, matrices = count(masks), []
+    counts = count(masks)
+    matrices = []
     for name, layer in masked_layers(model).items():
-        kept, total = counts.remaining[name], counts.total[name]
+        remaining = counts.remaining[name]
+        total = counts.total[name]
         floor = floor_count(masks.by_layer[name].numel()) * masks.sizes[name]
-        floored = kept == floor and (model.config.global_topk or layer.method.has_floor)
-        matrices.append(MatrixCount(name, kept, total, floored, 100 * kept / total))
+        floored = remaining == floor and (model.config.global_topk or layer.method.has_floor)
+        matrices.append(MatrixCount(name, remaining, total, floored, 100 * remaining / total))
     parameters = encoder_of(model).named_parameters()
     encoder = sum(p.numel() for name, p in parameters if not name.endswith(".mask_scores"))
-    names = "pruning_method", "threshold", "global_topk", "granularity"
+    names = ("pruning_method", "threshold", "global_topk", "granularity")
     settings = {name: getattr(model.config, name) for name in names}
     return RemainingWeights(settings, matrices, encoder - sum(m.total for m in matrices))
-
-
-@torch.no_grad()
-def count_layers(model: nn.Module, masks: Masks | None = None) -> list[LayerCount]:
-    """Count what remains of each layer; see `remaining_weights`.
-
-    Empty if the model's family does not say where its heads and neurons are.
-    """
-    masks, family = masks or find_masks(model), family_of(model.config)
-    counts, layers = count(masks), []
-    names = {id(layer): name for name, layer in masked_layers(model).items()}
-
-    def used(linear: nn.Module, dim: int) -> Tensor:
-        """Which rows (dim 1) or columns (dim 0) have weights."""
-        shape = linear.weight.shape
-        mask = linear.expand(masks.by_layer[names[id(linear)]])
-        return (mask != 0).expand(shape).any(dim)
-
-    for layer in layers_of(model) if family.heads and family.neurons else ():
-        own = [names[id(each)] for each in masked_layers(layer).values()]
-        remaining, total = (sum(x[name] for name in own) for x in (counts.remaining, counts.total))
-        value, output, first, second = map(
-            layer.get_submodule, (*family.heads[-2:], *family.neurons)
-        )
-        values, neurons = used(value, 1) & used(output, 0), used(first, 1) & used(second, 0)
-        heads = values.reshape(model.config.num_attention_heads, -1).any(1)
-        kept = (each for x in (heads, neurons) for each in (int(x.sum()), x.numel()))
-        layers.append(LayerCount(remaining, total, *kept))
-    return layers
 
 
 def mask_report(model: nn.Module, masks: Masks | None = None) -> dict[str, float | str | bool]:
@@ -140,6 +98,54 @@ def mask_report(model: nn.Module, masks: Masks | None = None) -> dict[str, float
     return percents | settings
 
 
+@dataclass
+class LayerCount:
+    """Remaining weights, heads and neurons of a layer.
+
+    A head or neuron remains if an input reaches the output of its layer through it.
+    """
+
+    remaining: int
+    total: int
+    heads: int
+    all_heads: int
+    neurons: int
+    all_neurons: int
+
+
+@torch.no_grad()
+def count_layers(model: nn.Module, masks: Masks | None = None) -> list[LayerCount]:
+    """Count what remains of each layer; see `remaining_weights`.
+
+    Empty if the model's family does not say where its heads and neurons are.
+    """
+    family = family_of(model.config)
+    if not (family.heads and family.neurons):
+        return []
+    masks = masks or find_masks(model)
+    counts = count(masks)
+    names = {id(linear): name for name, linear in masked_layers(model).items()}
+
+    def used(linear: nn.Module, dim: int) -> Tensor:
+        """Which rows (dim 1) or columns (dim 0) have weights."""
+        mask = linear.expand(masks.by_layer[names[id(linear)]])
+        return (mask != 0).expand(linear.weight.shape).any(dim)
+
+    layers = []
+    for layer in layers_of(model):
+        matrices = [names[id(linear)] for linear in masked_layers(layer).values()]
+        *_, value, output = (layer.get_submodule(name) for name in family.heads)
+        first, second = (layer.get_submodule(name) for name in family.neurons)
+        values = used(value, 1) & used(output, 0)
+        heads = values.reshape(model.config.num_attention_heads, -1).any(1)
+        neurons = used(first, 1) & used(second, 0)
+        remaining = sum(counts.remaining[name] for name in matrices)
+        total = sum(counts.total[name] for name in matrices)
+        sizes = int(heads.sum()), len(heads), int(neurons.sum()), len(neurons)
+        layers.append(LayerCount(remaining, total, *sizes))
+    return layers
+
+
 @torch.no_grad()
 def plain_percents(model: nn.Module) -> tuple[float, float]:
     """Percentages of the weights of a plain or compact model that are left, i.e. not zero.
@@ -149,12 +155,14 @@ def plain_percents(model: nn.Module) -> tuple[float, float]:
     encoder = whole = encoder_of(model)
     if model.config.model_type.startswith(COMPACT):
         with torch.device("meta"):
-            whole = type(encoder)(model.config)
-    own, every = (
-        [module.weight for module in part.modules() if isinstance(module, nn.Linear)]
-        for part in (encoder, whole)
-    )
-    kept = sum(int(weight.count_nonzero()) for weight in own)
-    zeros = sum(weight.numel() for weight in own) - kept
-    left, total = (sum(p.numel() for p in part.parameters()) for part in (encoder, whole))
-    return 100 * kept / sum(weight.numel() for weight in every), 100 * (left - zeros) / total
+            whole = encoder_of(stock_class(type(model))(model.config))
+    linear_total = sum(weight.numel() for weight in _linear_weights(whole))
+    total = sum(parameter.numel() for parameter in whole.parameters())
+    linear_left = sum(int(weight.count_nonzero()) for weight in _linear_weights(encoder))
+    zeros = sum(weight.numel() for weight in _linear_weights(encoder)) - linear_left
+    left = sum(parameter.numel() for parameter in encoder.parameters()) - zeros
+    return 100 * linear_left / linear_total, 100 * left / total
+
+
+def _linear_weights(encoder: nn.Module) -> list[Tensor]:
+    return [module.weight for module in encoder.modules() if isinstance(module, nn.Linear)]
