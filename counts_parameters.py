@@ -40,15 +40,17 @@ def print_report(counts: RemainingWeights, layers: list[LayerCount], depth: int)
     ranked = ", all matrices ranked together" if global_topk else ""
     at = f" at threshold {threshold:g}{ranked}" if METHODS[method].threshold_is else ""
     print(f"{method}{at}, granularity {granularity}")
-    width = max(len(m.name) for m in counts.matrices)
+    width = max(len(matrix.name) for matrix in counts.matrices)
     print(f"{'matrix':<{width}}  {'remaining %':>11}  {'remaining':>12}")
-    for m in counts.matrices:
-        floor = "  (floor)" if m.floored else ""
-        print(f"{m.name:<{width}}  {m.percent:>11.3f}  {m.remaining:>12,}{floor}")
+    for matrix in counts.matrices:
+        floor = "  (floor)" if matrix.floored else ""
+        print(f"{matrix.name:<{width}}  {matrix.percent:>11.3f}  {matrix.remaining:>12,}{floor}")
     print(f"\n{'layer':>5}  {'remaining %':>11}  {'heads':>13}  {'neurons':>13}" if layers else "")
-    for n, x in enumerate(layers):
-        heads, neurons = f"{x.heads} of {x.all_heads}", f"{x.neurons} of {x.all_neurons}"
-        print(f"{n:>5}  {100 * x.remaining / x.total:>11.3f}  {heads:>13}  {neurons:>13}")
+    for number, layer in enumerate(layers):
+        percent = 100 * layer.remaining / layer.total
+        heads = f"{layer.heads} of {layer.all_heads}"
+        neurons = f"{layer.neurons} of {layer.all_neurons}"
+        print(f"{number:>5}  {percent:>11.3f}  {heads:>13}  {neurons:>13}")
     if len(layers) < depth and layers:
         print(f"{'':>5}  these matrices serve {depth} layers")
     convention = "published convention (encoder, bias and LayerNorm counted):"
@@ -62,9 +64,10 @@ def main(argv: list[str] | None = None) -> RemainingWeights:
     with one_line_errors(), advising("give --threshold"):
         model = load_masked(args.serialization_dir, **given_masks(args))
         masks = find_masks(model)
-        counts, layers = remaining_weights(model, masks), count_layers(model, masks)
+        counts = remaining_weights(model, masks)
+        layers = count_layers(model, masks)
         if args.json:
-            write_json(Path(args.json), counts.as_dict() | {"layers": [asdict(x) for x in layers]})
+            write_json(Path(args.json), counts.as_dict() | {"layers": list(map(asdict, layers))})
         print_report(counts, layers, model.config.num_hidden_layers)
     return counts
 

@@ -65,20 +65,26 @@ class Glue(Task):
     # fmt: on
 
     def check(self, args):
-        task, own = TASKS.get(args.task_name), args.given & set(CUSTOM_ARGUMENTS)
-        if not task:
-            problems = [f"--{name} is empty" for name in own if getattr(args, name) == ""]
-            return problems + (["--task_name custom needs --data_dir"] if not args.data_dir else [])
-        problems = [f"--{name} is for --task_name {CUSTOM} only" for name in sorted(own)]
+        custom_flags = sorted(args.given & set(CUSTOM_ARGUMENTS))
+        if args.task_name == CUSTOM:
+            problems = [f"--{name} is empty" for name in custom_flags if getattr(args, name) == ""]
+            if not args.data_dir:
+                problems.append("--task_name custom needs --data_dir")
+            return problems
+        problems = [f"--{name} is for --task_name {CUSTOM} only" for name in custom_flags]
+        task = TASKS[args.task_name]
         if not task.evaluation_splits and (args.do_train or args.do_eval):
             problems.append(f"{task.name} has no labels: give --do_predict and a model of mnli")
         return problems
 
-    def load_examples(self, args, source):
-        self.task = TASKS.get(args.task_name) or own_task(args, source)
+    def load_examples(self, args, checkpoint):
+        if args.task_name == CUSTOM:
+            self.task = read_custom_task(args, checkpoint)
+        else:
+            self.task = TASKS[args.task_name]
+            self.data = f"GLUE {args.task_name}"
+            self.dataset = glue.HUB_NAME
         self.labels = self.task.labels
-        if args.task_name in TASKS:
-            self.data, self.dataset = f"GLUE {args.task_name}", glue.HUB_NAME
         splits = ["train"] if args.do_train else []
         if args.do_eval or args.evaluate_during_training:
             splits += self.task.evaluation_splits
@@ -99,8 +105,8 @@ class Glue(Task):
         self.padding = padding_of(tokenizer, model)
         options = {name: getattr(args, name) for name in ("max_seq_length", "overwrite_cache")}
         features = {
-            split: glue.build_features(rows, tokenizer, num_proc=args.threads, **options)
-            for split, rows in self.examples.items()
+            split: glue.build_features(examples, tokenizer, num_proc=args.threads, **options)
+            for split, examples in self.examples.items()
         }
         self.train_set = features.pop("train", None)
         self.test_sets = {s: features.pop(s) for s in self.task.submissions if s in features}
@@ -133,18 +139,18 @@ class Glue(Task):
         write_text(output_dir / self.task.submissions[split], text)
 
 
-def own_task(args: argparse.Namespace, source: str) -> glue.Task:
-    """Your own task, with the labels of the training file, or else of the model `source`.
+def read_custom_task(args: argparse.Namespace, checkpoint: str) -> glue.Task:
+    """Your own task, with the labels of the training file, or else of the checkpoint's model.
 
     A model without names of labels takes those of the evaluation file.
     """
     text_columns = tuple(filter(None, (args.text_column, args.text_pair_column)))
     task = custom_task((), text_columns, args.label_column)
     if not args.do_train:
-        labels = checkpoint_labels(source, args.cache_dir)
+        labels = checkpoint_labels(checkpoint, args.cache_dir)
         if (len(labels) == 1) != args.regression:
             change = "drop" if args.regression else "add"
-            raise UserError(f"{source} has {len(labels)} outputs: {change} --regression")
+            raise UserError(f"{checkpoint} has {len(labels)} outputs: {change} --regression")
         if args.do_eval and not args.regression:
             labels = glue.name_outputs(labels, glue.split_file(task, args.data_dir, "dev"), task)
     elif not args.regression:

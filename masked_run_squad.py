@@ -51,7 +51,8 @@ class Squad(Task):
 
     # fmt: off
     def add_arguments(self, parser):
-        add, count = parser.add_argument_group("SQuAD").add_argument, number(int, at_least=1)
+        add = parser.add_argument_group("SQuAD").add_argument
+        count = number(int, at_least=1)
         add("--data_dir", help="folder of the SQuAD JSON files")
         add("--train_file", help="training file (default: train-v1.1.json or train-v2.0.json)")
         add("--predict_file", help="evaluation file (default: dev-v1.1.json or dev-v2.0.json)")
@@ -80,26 +81,28 @@ class Squad(Task):
         return squad_read.HUB_NAMES[self.v2]
 
     def check(self, args):
-        problems, one_is_given = [], args.train_file or args.predict_file
+        problems = []
         for split, file in data_files(args).items():
             if file and not file.is_file():
                 problems.append(f"--{split}_file: there is no file {file}")
-            elif one_is_given and not file:
+            elif not file and (args.train_file or args.predict_file):
                 problems.append(
                     f"--{split}_file is missing: give it, or --data_dir (SQuAD comes from the hub "
                     "if no file is given)"
                 )
         return problems
 
-    def load_examples(self, args, source):
-        self.v2, self.examples = args.version_2_with_negative, {}
+    def load_examples(self, args, checkpoint):
+        self.v2 = args.version_2_with_negative
+        self.examples = {}
         for split, file in data_files(args).items():
+            training = split == "train"
             if file:
-                rows = squad_read.read_examples(file, self.v2, split == "predict", args.cache_dir)
+                rows = squad_read.read_examples(file, self.v2, not training, args.cache_dir)
             else:
-                hub_split = "train" if split == "train" else "validation"
+                hub_split = "train" if training else "validation"
                 rows = squad_read.load_hub_examples(hub_split, self.v2, args.cache_dir)
-            limit = args.max_train_samples if split == "train" else args.max_eval_samples
+            limit = args.max_train_samples if training else args.max_eval_samples
             self.examples[split] = take_first(rows, limit)
         if args.do_train:
             self.examples["train"], skipped = squad_features.drop_misaligned(self.examples["train"])
@@ -118,13 +121,14 @@ class Squad(Task):
         self.search = {name: getattr(args, name) for name in search}
         sizes = ("max_seq_length", "doc_stride", "max_query_length", "overwrite_cache")
         options = {name: getattr(args, name) for name in sizes} | {"num_proc": args.threads}
-        self.evaluation_sets = {
+        features = {
             split: squad_features.build_features(
-                rows, tokenizer, training=split == "train", **options
+                examples, tokenizer, training=split == "train", **options
             )
-            for split, rows in self.examples.items()
+            for split, examples in self.examples.items()
         }
-        self.train_set = self.evaluation_sets.pop("train", None)
+        self.train_set = features.pop("train", None)
+        self.evaluation_sets = features
         if args.verbose_logging and self.train_set:
             logger.info("first feature: %s", tokenizer.decode(self.train_set[0]["input_ids"]))
 
@@ -138,7 +142,8 @@ class Squad(Task):
         return span_loss(logits, batch)
 
     def score(self, split, logits, step, output_dir):
-        examples, suffix = self.examples[split], "" if step is None else step
+        examples = self.examples[split]
+        suffix = "" if step is None else step
         options = {"version_2_with_negative": self.v2}
         predictions, nbest, null_odds = squad_answers.postprocess(
             examples, self.evaluation_sets[split], *zip(*logits), **self.search, **options
@@ -169,8 +174,8 @@ def data_files(args: argparse.Namespace) -> dict[str, Path | None]:
 def span_logits(outputs, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """Start and end logits in float32, with padding masked: the loss does not depend on it."""
     padding = batch["attention_mask"] == 0
-    both = outputs.start_logits.float(), outputs.end_logits.float()
-    return tuple(logits.masked_fill(padding, PADDING_LOGIT) for logits in both)
+    start = outputs.start_logits.float().masked_fill(padding, PADDING_LOGIT)
+    return start, outputs.end_logits.float().masked_fill(padding, PADDING_LOGIT)
 
 
 def span_loss(logits: tuple[torch.Tensor, torch.Tensor], batch: dict) -> torch.Tensor:

@@ -93,8 +93,8 @@ def list_points(args: argparse.Namespace) -> None:
                 continue  # the paper's 10% are 10.1
             method = point.method + ", distilled" * point.distil
             metrics = ", ".join(f"{name} {value:.1f}" for name, value in point.metrics.items())
-            remaining, updates = f"{point.remaining:.1f}", f"{point.updates:,}"
-            rows.append([task, point.name, method, remaining, metrics, updates])
+            remaining = f"{point.remaining:.1f}"
+            rows.append([task, point.name, method, remaining, metrics, f"{point.updates:,}"])
     print(to_markdown(rows), end="")
 
 
@@ -115,7 +115,8 @@ def run(args: argparse.Namespace) -> None:
     """Raises TrainingError when a run fails, Interrupted when a signal ends it."""
     planned = plan(args)
     for number, (folder, words) in enumerate(planned.items(), 1):
-        label, log = f"[{number}/{len(planned)}] {folder}", folder.with_name(f"{folder.name}.log")
+        label = f"[{number}/{len(planned)}] {folder}"
+        log = folder.with_name(f"{folder.name}.log")
         words = [*words, "--resume_from_checkpoint", "latest"]
         command = shlex.join(["python", *words])
         if (folder / RESULTS).exists():
@@ -190,9 +191,9 @@ def plot(args: argparse.Namespace) -> None:
 
     speeds = read_speeds(Path(args.speed)) if args.speed else None
     runs, left_out = find_runs(args.runs_dir)
-    done = draw(runs, Path(args.to or args.runs_dir), speeds)
+    figures = draw(runs, Path(args.to or args.runs_dir), speeds)
     lines = [f"left out: {folder}: {reason}" for folder, reason in left_out.items()]
-    print(*lines, *done, sep="\n")
+    print(*lines, *figures, sep="\n")
 
 
 def main(argv: list[str] | None = None) -> None:

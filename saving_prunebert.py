@@ -86,17 +86,17 @@ def print_info(packed: storage.Packed, report: dict) -> None:
     without = f", without the embeddings of {base['name']}" if base else ""
     print(f"{packed.path}: {header['architecture']}, {header['bits']} bits{without}\n")
     matrices = [row for row in report["rows"] if len(row["shape"]) == 2]
-    vectors = [row for row in report["rows"] if len(row["shape"]) != 2]
-    lines = [("matrix", "shape", "remaining", "bits/weight", "bytes")]
+    vectors = [row["bytes"] for row in report["rows"] if len(row["shape"]) != 2]
+    width = max(len(row["name"]) for row in matrices)
+    print(
+        f"{'matrix':<{width}}  {'shape':>11}  {'remaining':>11}  {'bits/weight':>11}  {'bytes':>11}"
+    )
     for row in matrices:
         shape = " x ".join(map(str, row["shape"]))
-        remaining, bits = f"{row['remaining']:.2%}", f"{row['bits_per_weight']:.2f}"
-        lines.append((row["name"], shape, remaining, bits, f"{row['bytes']:,}"))
-    size = sum(row["bytes"] for row in vectors)
-    lines.append((f"{len(vectors)} vectors (bias, LayerNorm)", "", "", "", f"{size:,}"))
-    width = max(len(row["name"]) for row in matrices)
-    for name, *cells in lines:
-        print("  ".join([f"{name:<{width}}", *(f"{cell:>11}" for cell in cells)]))
+        figures = f"{row['remaining']:>11.2%}  {row['bits_per_weight']:>11.2f}  {row['bytes']:>11,}"
+        print(f"{row['name']:<{width}}  {shape:>11}  {figures}")
+    name = f"{len(vectors)} vectors (bias, LayerNorm)"
+    print(f"{name:<{width}}  {'':>11}  {'':>11}  {'':>11}  {sum(vectors):>11,}")
     print(f"\n{'MB':<18}{'dense float32':>15}{'packed':>10}{'entropy':>10}")
     for part, total in report["totals"].items():
         dense, size, entropy = (
@@ -130,10 +130,11 @@ def evaluate(model: str, flags: dict[str, object], masks: dict[str, object]) -> 
     flags: see `evaluation_flags`. masks: flags of a masked model alone.
     """
     script = "masked_run_glue" if flags["task_name"] else "masked_run_squad"
-    masked = is_masked(read_config(model)["model_type"])
-    flags = flags | {"model_name_or_path": model, "model_type": "masked" if masked else "dense"}
+    flags = flags | {"model_name_or_path": model, "model_type": "dense"}
+    if is_masked(read_config(model)["model_type"]):
+        flags |= masks | {"model_type": "masked"}
     words = ["--do_eval"]
-    for name, value in (flags | masks if masked else flags).items():
+    for name, value in flags.items():
         if value is True:
             words.append(f"--{name}")
         elif value is not None and value is not False:

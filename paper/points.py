@@ -59,10 +59,10 @@ class Point:
 def load_points(task: str) -> list[Point]:
     """All points of a task, the dense teacher first."""
     points = []
+    scale = 1 if task == "squad" else 100
     with (PAPER / f"{task}.csv").open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             row["exact"] = row.get("exact_match")
-            scale = 1 if task == "squad" else 100
             point = Point(
                 task=task,
                 name=row["point"],
@@ -113,17 +113,21 @@ def commands(point: Point, args: argparse.Namespace) -> dict[Path, list[str]]:
 
     args: of `paper_tables.py command`. Raises UserError for options that do not fit the point.
     """
-    squad, dense, batch = point.task == "squad", point.name == TEACHER, point.batch
+    squad = point.task == "squad"
+    dense = point.name == TEACHER
     if args.task_name and squad:
         raise UserError("--task_name works with points of mnli and qqp only")
     if not args.scale > 0:
         raise UserError(f"--scale must be positive, got {args.scale:g}")
-    if args.nproc < 1 or batch % args.nproc:
-        raise UserError(f"--nproc {args.nproc} does not divide the batch size {batch}")
+    if args.nproc < 1 or point.batch % args.nproc:
+        raise UserError(f"--nproc {args.nproc} does not divide the batch size {point.batch}")
 
-    task, name, seed = args.task_name or point.task, point.name, SEEDS[point.task]
+    task = args.task_name or point.task
+    name = point.name
+    seed = SEEDS[point.task]
     if args.seed not in (None, seed) and not dense:  # one teacher serves all seeds
-        name, seed = f"{name}-seed{args.seed}", args.seed
+        name = f"{name}-seed{args.seed}"
+        seed = args.seed
     folder = Path(args.runs_dir) / task.lower()
     flags = {
         "model_type": "bert" if dense else "masked_bert",
@@ -131,7 +135,7 @@ def commands(point: Point, args: argparse.Namespace) -> dict[Path, list[str]]:
         "task_name": None if squad else task,
         "data_dir": args.data_dir,
         **point.settings,
-        "per_gpu_train_batch_size": batch // args.nproc,
+        "per_gpu_train_batch_size": point.batch // args.nproc,
         "seed": seed,
         "output_dir": folder / name,
     }
@@ -139,17 +143,20 @@ def commands(point: Point, args: argparse.Namespace) -> dict[Path, list[str]]:
         flags["num_train_epochs"] = None
         flags["max_steps"] = max(1, round(args.scale * point.updates))
         flags["warmup_steps"] = round(args.scale * int(point.settings["warmup_steps"]))
-    before = {}
+    planned = {}
     if point.distil:
         flags["teacher_type"] = "bert"
         flags["teacher_name_or_path"] = args.teacher or folder / TEACHER
-        before = {} if args.teacher else commands(find_point(point.task, TEACHER), args)
+        if not args.teacher:
+            planned = commands(find_point(point.task, TEACHER), args)
 
     words = [os.path.relpath(ROOT / f"masked_run_{'squad' if squad else 'glue'}.py")]
     if args.nproc > 1:
         words = ["-m", "torch.distributed.run", "--nproc_per_node", str(args.nproc), *words]
     words += ["--do_train", "--do_eval", "--do_lower_case"]
-    words += ["--global_topk"] if point.method.endswith(GLOBAL) else []
+    if point.method.endswith(GLOBAL):
+        words.append("--global_topk")
     for flag, value in flags.items():
-        words += [f"--{flag}", str(value)] if value is not None else []
-    return before | {folder / name: [*words, *args.extra]}
+        if value is not None:
+            words += [f"--{flag}", str(value)]
+    return planned | {folder / name: [*words, *args.extra]}

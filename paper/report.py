@@ -32,12 +32,16 @@ def headline(runs: list[Run]) -> list[list[str]]:
     titles = [method.replace("l0", "L0") for method in methods]
     rows = [["task (metrics)", "whose", "dense", "remaining", *titles]]
     for task in sorted({run.task for run in runs}):
-        own = [run for run in runs if run.task == task]
-        metrics = max((run.metrics for run in own), key=len)
+        of_task = [run for run in runs if run.task == task]
+        metrics = max((run.metrics for run in of_task), key=len)
         name = f"{task} ({'/'.join(metrics)})"
-        dense = _cell(run for run in own if run.method == "dense" and not run.distil)
+        dense = _cell(run for run in of_task if run.method == "dense" and not run.distil)
         for distil, level in itertools.product((True, False), LEVELS):
-            near = [r for r in own if r.distil == distil and abs(r.remaining / level - 1) <= NEAR]
+            near = [
+                run
+                for run in of_task
+                if run.distil == distil and abs(run.remaining / level - 1) <= NEAR
+            ]
             cells = [_cell(run for run in near if run.method == method) for method in methods]
             if not any(cells):
                 continue
@@ -47,7 +51,7 @@ def headline(runs: list[Run]) -> list[list[str]]:
                 paper = [_paper_cell(task, distil, level, method) for method in methods]
                 rows.append([title, "paper", paper_dense, f"{level}%", *paper])
             rows.append([title, "ours", dense, f"about {level}%", *cells])
-        if floor := _floor(own):
+        if floor := _floor(of_task):
             rows.append([name, "bag of words", floor, "", *[""] * len(methods)])
     return rows
 
@@ -76,7 +80,7 @@ def _cell(runs: Iterable[Run]) -> str:
     shared = set.intersection(*map(set, groups)) if groups else set()
     parts = []
     for settings, seeds in groups.items():
-        names = [n for n in seeds[0].metrics if all(n in run.metrics for run in seeds)]
+        names = [name for name in seeds[0].metrics if all(name in run.metrics for run in seeds)]
         part = _joined(statistics.mean(run.metrics[name] for run in seeds) for name in names)
         if len(seeds) > 1:
             first = [next(iter(run.metrics.values())) for run in seeds]
@@ -106,9 +110,13 @@ def _joined(metrics: Iterable[float | None]) -> str:
 
 def run_rows(runs: list[Run]) -> list[dict]:
     """A row per run. "paper there" interpolates between the paper's two nearest points."""
-    rows, order = [], ["dense", *methods_of(runs)].index
-    for run in sorted(runs, key=lambda r: (r.task, order(r.method), r.distil, -r.remaining)):
-        args, summary, kind = run.args, run.summary, (run.method, run.distil)
+    rows = []
+    methods = ["dense", *methods_of(runs)]
+    runs = sorted(
+        runs, key=lambda run: (run.task, methods.index(run.method), run.distil, -run.remaining)
+    )
+    for run in runs:
+        kind = run.method, run.distil
         compared = run.metrics if run.granularity in ("", "weight") else ()
         paper = {name: paper_value(run.task, name, *kind, run.remaining) for name in compared}
         row = {
@@ -118,16 +126,16 @@ def run_rows(runs: list[Run]) -> list[dict]:
             "start": run.start,
             "teacher": "yes" if run.distil else "",
             "loss weights": _loss_weights(run),
-            "seed": args["seed"],
+            "seed": run.args["seed"],
             "remaining %": round(run.remaining, 2),
             "of the Linears %": round(run.remaining_linear, 2),
             "metrics": _listed(run.metrics),
             "paper there": _listed(paper),
-            "updates": summary["updates"],
+            "updates": run.summary["updates"],
             "batch": run.batch,
-            "hours": round(summary["seconds"] / 3600, 2),
-            "hardware": summary["hardware"],
-            "model": args["model_name_or_path"],
+            "hours": round(run.summary["seconds"] / 3600, 2),
+            "hardware": run.summary["hardware"],
+            "model": run.args["model_name_or_path"],
             "folder": str(run.folder),
         }
         rows.append(row)
@@ -136,8 +144,9 @@ def run_rows(runs: list[Run]) -> list[dict]:
 
 def _loss_weights(run: Run) -> str:
     """Of a run with a teacher: "ce 0.1, distil 0.9"."""
-    weights = {k.removeprefix("alpha_"): v for k, v in run.args.items() if k.startswith("alpha_")}
-    return ", ".join(f"{name} {value:g}" for name, value in weights.items() if value and run.distil)
+    weights = {flag: value for flag, value in run.args.items() if flag.startswith("alpha_")}
+    parts = [f"{flag.removeprefix('alpha_')} {value:g}" for flag, value in weights.items() if value]
+    return ", ".join(parts) if run.distil else ""
 
 
 def _listed(metrics: dict[str, float | None]) -> str:

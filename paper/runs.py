@@ -56,9 +56,10 @@ class Run:
     @property
     def start(self) -> str:
         """What the training started from: a run's model or its teacher is fine-tuned."""
-        model, teacher = (self.args[f"{name}_name_or_path"] for name in ("model", "teacher"))
-        tuned = teacher and Path(model).resolve() == Path(teacher).resolve()
-        return "fine-tuned" if tuned or (Path(model) / ARGS_FILE).exists() else "pre-trained"
+        model = Path(self.args["model_name_or_path"])
+        teacher = self.args["teacher_name_or_path"]
+        is_teacher = teacher and model.resolve() == Path(teacher).resolve()
+        return "fine-tuned" if is_teacher or (model / ARGS_FILE).exists() else "pre-trained"
 
     @property
     def settings(self) -> dict[str, str]:
@@ -70,9 +71,9 @@ class Run:
 
 def methods_of(runs: list[Run]) -> list[str]:
     """The paper's methods, then the others that have a run."""
-    found = {run.method for run in runs}
+    others = {run.method for run in runs} - {*points.METHODS}
     names = [title + ranked for title in TITLES for ranked in ("", GLOBAL)]
-    return [*points.METHODS, *(n for n in names if n in found and n not in points.METHODS)]
+    return [*points.METHODS, *(name for name in names if name in others)]
 
 
 def find_runs(runs_dir: str) -> tuple[list[Run], dict[Path, str]]:
@@ -80,10 +81,11 @@ def find_runs(runs_dir: str) -> tuple[list[Run], dict[Path, str]]:
 
     Raises UserError when there is no finished run.
     """
-    root, runs, left_out = Path(runs_dir), [], {}
-    saved = [path.parent for path in root.rglob(ARGS_FILE)]  # runs, and checkpoints in them
-    folders = {f.parent if f.name.startswith("checkpoint-") else f for f in saved}
-    for folder in sorted(folders):
+    runs = []
+    left_out = {}
+    folders = {path.parent for path in Path(runs_dir).rglob(ARGS_FILE)}
+    checkpoints = {folder for folder in folders if folder.name.startswith("checkpoint-")}
+    for folder in sorted(folders - checkpoints | {folder.parent for folder in checkpoints}):
         try:
             runs.append(read_run(folder))
         except UserError as error:
@@ -92,7 +94,7 @@ def find_runs(runs_dir: str) -> tuple[list[Run], dict[Path, str]]:
             left_out[folder] = f"its files are damaged or from another version ({error!r})"
     if not runs:
         reasons = "".join(f"; {folder}: {reason}" for folder, reason in left_out.items())
-        raise UserError(f"{root} holds no finished run{reasons}")
+        raise UserError(f"{runs_dir} holds no finished run{reasons}")
     return runs, left_out
 
 
@@ -106,9 +108,12 @@ def read_run(folder: Path) -> Run:
     )
     if file_digest(folder / WEIGHTS_FILE) != summary["weights"]:
         raise UserError(f"its {WEIGHTS_FILE} has changed since the end of the training")
-    task, scale = args.get("task_name"), 100
     if "doc_stride" in args:
-        task, scale = "squad_v2" if args["version_2_with_negative"] else "squad", 1
+        task = "squad_v2" if args["version_2_with_negative"] else "squad"
+        scale = 1
+    else:
+        task = args.get("task_name")
+        scale = 100
     run = Run(
         folder=folder,
         task=task,
@@ -123,7 +128,8 @@ def read_run(folder: Path) -> Run:
     if is_masked(args["model_type"]):
         run.method = METHODS[args["pruning_method"]].title + (GLOBAL if args["global_topk"] else "")
         counts = remaining_weights(load_masked(str(folder)))
-        run.remaining, run.remaining_linear = counts.published_percent, counts.linear_percent
+        run.remaining = counts.published_percent
+        run.remaining_linear = counts.linear_percent
         recorded = results["remaining_percent_linear"]
         if abs(recorded - counts.linear_percent) > TOLERANCE:
             raise UserError(
