@@ -122,7 +122,10 @@ def cached_map(
             build(num_proc=min(num_proc, len(examples)), **place)
 
     try:
-        if overwrite_cache or not any(folder.glob(f"{name}*.arrow")):
+        stored = list(folder.glob(f"{name}*.arrow"))  # several if several processes made them
+        if overwrite_cache or not stored:
+            for file in stored:
+                file.unlink()
             write_into(folder, write)
         return build(cache_file_name=f"{folder / name}.arrow")
     except (TrainingError, OSError, pa.ArrowInvalid) as error:  # a full disk, a damaged cache
