@@ -5,9 +5,9 @@
     python saving_prunebert.py verify FILE CHECKPOINT   # masks and weights; --data_dir: metrics too
     python saving_prunebert.py unpack FILE FOLDER       # a normal from_pretrained folder
 
-From Python, `emmental.packing.pack.load_packed(FILE)` returns the model. The file contains
-the embeddings, with one step per row; `pack --base_model NAME` leaves them out if they are still
-those of NAME.
+From Python, `emmental.storage.load_packed(FILE)` returns the model. The file contains the
+embeddings, with one step per row; `pack --base_model NAME` leaves them out if they are still those
+of NAME.
 """
 
 import io
@@ -152,9 +152,8 @@ def evaluate(model: str, flags: dict[str, object], masks: dict[str, object]) -> 
 def verify(args: Namespace) -> int:
     """Compare a packed file with its checkpoint, print the result, and return the exit status."""
     header = storage.open_packed(args.file).header
-    names = {entry["name"] for entry in header["files"]}
     with_data = args.data_dir or args.predict_file
-    if with_data and names.isdisjoint(VOCABULARIES):
+    if with_data and {entry["name"] for entry in header["files"]}.isdisjoint(VOCABULARIES):
         raise UserError(
             f"{args.file} has no tokenizer, and cannot be evaluated: leave out the data"
         )
