@@ -46,8 +46,8 @@ def first_line(error: BaseException) -> str:
 def fail(problems: list[str], status: int = 2):
     """Print each problem on its own line and exit.
 
-    All processes find wrong input (status 2) and interruptions (above 128), so the first process of
-    each node prints them. Every process prints its other failures.
+    All processes find wrong input (status 2) and interruptions (above 128), so only the first
+    process of each node prints them. Other failures are printed by the process that has them.
     """
     launch = read_launch()
     if launch.local_rank == 0 or (status != 2 and status <= 128):
@@ -62,8 +62,8 @@ def fail(problems: list[str], status: int = 2):
 def one_line_errors(advice: str = "") -> Iterator[None]:
     """End the script with one line, not a traceback, when an expected error leaves the block.
 
-    So does SIGTERM. A reader of the output that has left (`| head -1`) ends it without a word.
-    advice: how to go on after an interruption.
+    SIGTERM ends it in the same way. If nobody reads the output any more (`| head -1`), the script
+    ends silently. advice: how to go on after an interruption.
     """
     try:
         with handled_signals(_stop, signal.SIGTERM):
@@ -97,16 +97,16 @@ def _stop(number: int, frame) -> None:
 def handled_signals(handler, *numbers: int) -> Iterator[None]:
     """Have `handler` handle signals inside the block, in the main thread: others may not."""
     in_main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, handler) for number in numbers if in_main}
+    previous = {number: signal.signal(number, handler) for number in numbers if in_main}
     try:
         yield
     finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _is_unread() -> bool:
-    """Whether nobody reads the output any more. Then the rest of it goes nowhere."""
+    """Whether nobody reads the output any more. If so, the rest of it is discarded."""
     try:
         print(flush=True)
     except BrokenPipeError:
@@ -117,5 +117,5 @@ def _is_unread() -> bool:
 
 def _lost_connection(error: RuntimeError) -> bool:
     """Whether another process no longer answers. Gloo has no exception type of its own for this."""
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    return "DistError" in kinds or (read_launch().size > 1 and "gloo" in str(error).lower())
+    types = {base.__name__ for base in type(error).__mro__}
+    return "DistError" in types or (read_launch().size > 1 and "gloo" in str(error).lower())
