@@ -17,7 +17,7 @@ from ..checkpoints.configs import concrete_type
 from ..checkpoints.counts import LayerCount, count_layers, mask_report
 from ..checkpoints.loading import load_model
 from ..models.families import is_masked, layers_of
-from ..modules.masks import find_masks, masked
+from ..modules.masks import count, find_masks, masked
 from ..system.errors import fail, one_line_errors
 from .batches import BatchPlan, training_batches
 from .checkpoint import (
@@ -116,6 +116,9 @@ def run(task: Task, args: argparse.Namespace, sparsify: Sparsify | None) -> dict
             masks = find_masks(model)
             results |= mask_report(model, masks)
             _warn_of_empty_layers(count_layers(model, masks))
+            if args.do_train and args.target_remaining:
+                remaining = f"{count(masks).overall:.2%} of the weights remain"
+                logger.info(f"--target_remaining {args.target_remaining:g}: {remaining}")
         if args.do_eval:
             write_results(output_dir, results)
         if args.do_train:
