@@ -24,16 +24,16 @@ from pathlib import Path
 
 import report
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from emmental.checkpoints.loading import load_plain
 from emmental.checkpoints.onnx_file import check_onnx, write_onnx
 from emmental.inference import compacted, sparsify
 from emmental.models.families import layers_of
-from emmental.system.errors import UserError, one_line_errors
+from emmental.system.errors import UserError
 
-KEPT = 0.9  # of the promised gain: lower ones are listed at the end
+REACHED = 0.9  # of the promised gain: lower ones are listed at the end
 CHECKED = 2  # sequences of a batch whose logits are compared
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 Side = Callable[[Tensor], Sequence[Tensor]]  # from ids, batch x length, to outputs
@@ -64,9 +64,9 @@ def onnx(model: PreTrainedModel) -> Side:
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
     def run(ids: Tensor) -> list[Tensor]:
-        whole = {"input_ids": ids, "attention_mask": ids * 0 + 1, "token_type_ids": ids * 0}
-        found = session.run(None, {name: tensor.numpy() for name, tensor in whole.items()})
-        return [torch.from_numpy(output) for output in found]
+        batch = {"input_ids": ids, "attention_mask": ids * 0 + 1, "token_type_ids": ids * 0}
+        outputs = session.run(None, {name: tensor.numpy() for name, tensor in batch.items()})
+        return [torch.from_numpy(output) for output in outputs]
 
     return run
 
@@ -105,7 +105,8 @@ def measure(
         name: build(plain if build is sparse else small) for name, (plain, small) in pairs.items()
     }
     words = min(model.config.vocab_size for model in (dense, *itertools.chain(*pairs.values())))
-    generator, rows = torch.Generator().manual_seed(1), []
+    generator = torch.Generator().manual_seed(1)
+    rows = []
     for length, batch in itertools.product(args.lengths, args.batches):
         torch._dynamo.reset()
         ids = torch.randint(words, (batch, length), generator=generator).to(args.device)
@@ -113,8 +114,8 @@ def measure(
         with torch.inference_mode():
             times = report.take_turns(calls, args.warmup, args.repeats, args.device)
             for name, (plain, small) in pairs.items():
-                gains = [whole / own for whole, own in zip(times[None], times[name], strict=True)]
-                found = [output[:CHECKED] for output in sides[name](ids)]
+                gains = [a / b for a, b in zip(times[None], times[name], strict=True)]
+                outputs = [output[:CHECKED] for output in sides[name](ids)]
                 row = {
                     "model": name,
                     "runtime": runtime,
@@ -124,7 +125,7 @@ def measure(
                     "compact": statistics.median(times[name]),
                     "gain": statistics.median(gains),
                     "promised": multiply_adds(dense, length) / multiply_adds(small, length),
-                    "difference": report.difference(found, eager(plain)(ids[:CHECKED])),
+                    "difference": report.difference(outputs, eager(plain)(ids[:CHECKED])),
                 }
                 rows.append(row)
         print(f"  {runtime}: {batch} x {length} done", flush=True)
@@ -160,16 +161,14 @@ def share(text: str) -> tuple[int, int]:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = report.make_parser(__doc__)
     add = parser.add_argument
     # fmt: off
     add("--left", type=share, nargs="+", default=[(75, 60), (50, 30), (25, 15)],
         help="percentages of heads/neurons left in random BERTs (default: 75/60 50/30 25/15)")
     add("--layers", type=report.positive, default=12,
         help="layers of the random BERTs (default: 12)")
-    add("--hidden", type=report.positive, default=768,
+    add("--hidden", type=report.hidden_size, default=768,
         help="their hidden size, a multiple of 64 (default: 768)")
     add("--models", nargs="+", default=[],
         help="in their place: folders of models, masked, bertarized, compact, or with fewer layers")
@@ -179,11 +178,10 @@ def get_parser() -> argparse.ArgumentParser:
     add("--batches", type=report.positive, nargs="+", default=[1, 8, 32], help="default: 1 8 32")
     add("--lengths", type=report.positive, nargs="+", default=[128, 384],
         help="in tokens (default: 128 384)")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    add("--device", type=report.device, default="cpu", help="cpu or cuda (default: cpu)")
     add("--dtype", choices=DTYPES, default="float32", help="default: float32")
     add("--repeats", type=report.positive, default=5, help="measured turns (default: 5)")
     add("--warmup", type=report.positive, default=1, help="turns before those (default: 1)")
-    add("--json", help="file for the results")
     # fmt: on
     return parser
 
@@ -205,8 +203,8 @@ def usable_runtimes(args: argparse.Namespace) -> list[str]:
 def make_models(args: argparse.Namespace) -> tuple[PreTrainedModel, dict[str, tuple]]:
     """The dense model, and by name each plain model with its compact form. Raises UserError."""
     if args.models:
-        dense = report.load(args.dense)
-        plain = {folder: report.load(folder) for folder in args.models}
+        dense = load_plain(args.dense)
+        plain = {folder: load_plain(folder) for folder in args.models}
     else:
         size = report.size_of("bert", args.layers, args.hidden)
         dense = report.random_model("bert", 1.0, **size)
@@ -224,43 +222,34 @@ def make_models(args: argparse.Namespace) -> tuple[PreTrainedModel, dict[str, tu
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = get_parser().parse_args(argv)
-    with one_line_errors():
-        if args.hidden % 64:
-            raise UserError("--hidden must be a multiple of 64")
-        if bool(args.models) != bool(args.dense):
-            raise UserError("--models and --dense go together: give both")
-        if args.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: torch finds no GPU here")
-        transformers.utils.logging.disable_progress_bar()
-        runtimes = usable_runtimes(args)
-        if not runtimes:
-            raise UserError("--runtimes: none of them can be measured here")
-        run(args, runtimes, *make_models(args))
+    report.main(get_parser().parse_args(argv), run)
 
 
-def run(
-    args: argparse.Namespace, runtimes: list[str], dense: PreTrainedModel, pairs: dict[str, tuple]
-) -> None:
+def run(args: argparse.Namespace) -> dict:
+    if bool(args.models) != bool(args.dense):
+        raise UserError("--models and --dense go together: give both")
+    runtimes = usable_runtimes(args)
+    if not runtimes:
+        raise UserError("--runtimes: none of them can be measured here")
+    dense, pairs = make_models(args)
     torch._dynamo.config.recompile_limit = 8 + len(pairs)  # all models share the code of a forward
-    results = {"machine": report.machine(args.device), "device": args.device, "dtype": args.dtype}
-    results |= {"dense": args.dense, "rows": []}
+    results = {"device": args.device, "dtype": args.dtype, "dense": args.dense, "rows": []}
     if "onnx" in runtimes:
-        results["machine"] += f", onnxruntime {version('onnxruntime')}"
-    print(results["machine"])
+        results["onnxruntime"] = version("onnxruntime")
+        print(f"onnxruntime {results['onnxruntime']}")
     title = args.dense or f"BERT of {args.layers} layers, hidden {args.hidden}"
     title += f", {args.device}, {args.dtype}"
     for runtime in runtimes:
         rows = measure(runtime, dense, pairs, args)
         report.print_table(title, COLUMNS, [_cells(row) for row in rows])
         results["rows"] += rows
-    report.write_json(args.json, results)
     low = [
-        f"{row['model']} {row['runtime']} {row['batch']} x {row['length']} ({kept:.3f})"
+        f"{row['model']} {row['runtime']} {row['batch']} x {row['length']} ({share:.3f})"
         for row in results["rows"]
-        if (kept := row["gain"] / row["promised"]) < KEPT
+        if (share := row["gain"] / row["promised"]) < REACHED
     ]
-    print(f"\nbelow {KEPT} of the promised gain: {'; '.join(low) or 'nowhere'}")
+    print(f"\nbelow {REACHED} of the promised gain: {'; '.join(low) or 'nowhere'}")
+    return results
 
 
 if __name__ == "__main__":

@@ -17,27 +17,26 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import report
 import torch
-import transformers
 from datasets import Dataset
-from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
+import masked_run_glue
 import masked_run_squad
 from emmental.checkpoints.loading import load_model
 from emmental.checkpoints.tokenizer import load_tokenizer
 from emmental.data import glue, glue_tasks, squad_answers, squad_features, squad_read
 from emmental.data.metrics import glue_metrics, squad_metrics
+from emmental.data.padding import padding_of
 from emmental.models.inputs import MODEL_INPUTS
 from emmental.schedule import learning_rate_factor
-from emmental.system.errors import UserError, one_line_errors
+from emmental.system.errors import UserError
 from emmental.training.batches import BatchPlan
 from emmental.training.distributed import World, keep_freed_memory
 from emmental.training.evaluate import Predictor
@@ -45,7 +44,7 @@ from emmental.training.optim import build_optimizer, set_learning_rates
 from emmental.training.passes import forward
 
 
-class Squad:
+class Squad(masked_run_squad.Squad):
     """SQuAD v1.1: questions about contexts, in windows of 384 tokens that advance by 128."""
 
     length, stride, query, key_metric = 384, 128, 64, "f1"
@@ -54,7 +53,6 @@ class Squad:
         train, dev = find(args.data_dir, "train*.json"), find(args.data_dir, "dev*.json")
         self.train = squad_read.read_examples(train, False, unique_ids=False)
         self.dev = squad_read.read_examples(dev, False)
-        self.collate = squad_features.collate
 
     def features(self, examples: Dataset, tokenizer, training: bool = True) -> Dataset:
         return squad_features.build_features(
@@ -70,27 +68,17 @@ class Squad:
     def python_features(self, examples: Dataset, tokenizer) -> list[list[int]]:
         """The ids of every window. A context is tokenized again for each of its questions."""
         cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
-        ids, found = tokenizer.convert_tokens_to_ids, []
+        ids = tokenizer.convert_tokens_to_ids
+        windows = []
         for example in examples:
             question = ids(tokenizer.tokenize(example["question"]))[: self.query]
             words = example["context"].split()
             context = ids([token for word in words for token in tokenizer.tokenize(word)])
-            room, begin = self.length - len(question) - 3, 0
-            while True:
-                found.append([cls, *question, sep, *context[begin : begin + room], sep])
-                if begin + room >= len(context):
-                    break
-                begin += self.stride
-        return found
-
-    def model(self, name: str) -> PreTrainedModel:
-        return load_model(name, masked_run_squad.Squad.head, masked=False)
-
-    def logits(self, outputs, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        return masked_run_squad.span_logits(outputs, batch)
-
-    def loss(self, logits: tuple[Tensor, ...], batch: dict[str, Tensor]) -> Tensor:
-        return masked_run_squad.span_loss(logits, batch)
+            room = self.length - len(question) - 3
+            last = max(0, len(context) - room)
+            for begin in range(0, last + self.stride, self.stride):
+                windows.append([cls, *question, sep, *context[begin : begin + room], sep])
+        return windows
 
     def metric(self, features: Dataset, logits: list) -> float:
         starts, ends = zip(*logits, strict=True)
@@ -107,7 +95,7 @@ class Squad:
         return squad_metrics(self.dev, predictions, version_2_with_negative=False)["f1"]
 
 
-class Glue:
+class Glue(masked_run_glue.Glue):
     """A classification task of GLUE, with at most 128 tokens."""
 
     length = 128
@@ -121,7 +109,7 @@ class Glue:
         self.key_metric = self.task.key_metric
         self.train = glue.read_examples(self.task, args.data_dir, "train")
         self.dev = glue.read_examples(self.task, args.data_dir, self.task.evaluation_splits[0])
-        self.collate = glue.collate
+        self.labels = self.task.labels
 
     def features(self, examples: Dataset, tokenizer, training: bool = True) -> Dataset:
         return glue.build_features(
@@ -129,21 +117,12 @@ class Glue:
         )
 
     def python_features(self, examples: Dataset, tokenizer) -> list[list[int]]:
-        found = []
+        ids = []
         for example in examples:
             texts = [text for text in (example["text_a"], example["text_b"]) if text is not None]
             encoded = tokenizer(*texts, truncation=True, max_length=self.length)
-            found.append(encoded["input_ids"])
-        return found
-
-    def model(self, name: str) -> PreTrainedModel:
-        return load_model(name, "SequenceClassification", masked=False, labels=self.task.labels)
-
-    def logits(self, outputs, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        return (outputs.logits.float(),)
-
-    def loss(self, logits: tuple[Tensor, ...], batch: dict[str, Tensor]) -> Tensor:
-        return F.cross_entropy(logits[0], batch["labels"])
+            ids.append(encoded["input_ids"])
+        return ids
 
     def metric(self, features: Dataset, logits: list) -> float:
         stacked = np.stack([part for (part,) in logits])
@@ -164,13 +143,14 @@ def compare_features(
     task: Squad | Glue, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace
 ) -> dict:
     """Features per second with both tokenizers: medians over slices of the examples."""
-    # Both tokenizers have the same vocabulary and case.
     with tempfile.TemporaryDirectory() as folder:
         vocabulary = tokenizer.get_vocab()
         file = Path(folder) / "vocab.txt"
         file.write_text("\n".join(sorted(vocabulary, key=vocabulary.get)), encoding="utf-8")
+        # with the vocabulary and the case of the other
         slow = BertTokenizerLegacy(str(file), do_lower_case=tokenizer.do_lower_case)
-    rates, same, total = {"ours": [], "python": []}, 0, 0
+    rates = {"ours": [], "python": []}
+    same = total = 0
     for start in range(0, min(args.slices * args.slice, len(task.train)), args.slice):
         examples = task.train.select(range(start, min(start + args.slice, len(task.train))))
         begun = time.perf_counter()
@@ -194,44 +174,43 @@ class Learner:
     """A model in training with its own batches. fixed: pad all to this length (None: do not)."""
 
     def __init__(self, task: Squad | Glue, features: Dataset, tokenizer, fixed: int | None, args):
-        self.task, self.features, self.fixed, self.args = task, features, fixed, args
-        self.pad = tokenizer.pad_token_id or 0
+        self.task, self.features, self.fixed = task, features, fixed
         self.precision = torch.bfloat16 if args.bf16 else None
         lengths = np.asarray(features["length"])
         if fixed is not None:
             lengths = np.zeros_like(lengths)  # all alike: random batches
         self.plan = BatchPlan(lengths, args.batch, 1, args.seed)
         torch.manual_seed(args.seed)
-        self.model = task.model(args.model).train()
+        self.model = load_model(args.model, task.head, masked=False, labels=task.labels).train()
+        task.padding = padding_of(tokenizer, self.model)
         self.model.base_model.embeddings.requires_grad_(False)
         self.optimizer = build_optimizer(self.model, args.learning_rate, 0.0, 0.0, 1e-8)
-        self.updates, self.seconds, self.tokens = self.plan.updates_per_epoch, [], 0
+        self.updates = self.plan.updates_per_epoch
+        self.seconds = 0.0
+        self.tokens = 0
 
     def update(self, step: int) -> None:
         begun = time.perf_counter()
         factor = learning_rate_factor(step, self.updates, self.updates // 10)
         set_learning_rates(self.optimizer, factor)
         (indices,) = self.plan.update(step)
-        batch = self.task.collate([self.features[int(i)] for i in indices], self.pad)
+        batch = self.task.collate([self.features[int(i)] for i in indices])
         if self.fixed is not None:
             room = self.fixed - batch["input_ids"].shape[1]
             for name in MODEL_INPUTS:
-                value = self.pad if name == "input_ids" else 0
+                value = self.task.padding["pad_token_id"] if name == "input_ids" else 0
                 batch[name] = F.pad(batch[name], (0, room), value=value)
         logits = forward(self.task, self.model, batch, self.precision)
         self.task.loss(logits, batch).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.seconds.append(time.perf_counter() - begun)
+        self.seconds += time.perf_counter() - begun
         self.tokens += batch["input_ids"].numel()
 
     def score(self, dev_features: Dataset) -> float:
-        task = SimpleNamespace(
-            collate=lambda rows: self.task.collate(rows, self.pad), logits=self.task.logits
-        )
         predictor = Predictor(
-            task, WORLD, self.precision, batch_size=32, num_workers=0, output_dir=None
+            self.task, WORLD, self.precision, batch_size=32, num_workers=0, output_dir=None
         )
         return self.task.metric(dev_features, predictor.predict(self.model, dev_features))
 
@@ -261,7 +240,7 @@ def compare_epochs(
         name: {
             "updates": learner.updates,
             "tokens": learner.tokens,
-            "seconds": sum(learner.seconds),
+            "seconds": learner.seconds,
             task.key_metric: learner.score(dev_features),
         }
         for name, learner in learners.items()
@@ -269,9 +248,7 @@ def compare_epochs(
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = report.make_parser(__doc__)
     add = parser.add_argument
     # fmt: off
     add("task", help="squad, or a classification task of GLUE")
@@ -286,34 +263,28 @@ def get_parser() -> argparse.ArgumentParser:
     add("--learning_rate", type=float, default=5e-5, help="default: 5e-5")
     add("--bf16", action="store_true", help="train in bfloat16, like --bf16 of the scripts")
     add("--seed", type=int, default=42, help="default: 42")
-    add("--json", help="file for the results")
     # fmt: on
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = get_parser().parse_args(argv)
-    with one_line_errors():
-        run(args)
+    report.main(get_parser().parse_args(argv), run)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict:
     keep_freed_memory()
     datasets.disable_progress_bars()
-    transformers.utils.logging.set_verbosity_error()  # no warnings about fresh heads
-    transformers.utils.logging.disable_progress_bar()
     task = Squad(args) if args.task == "squad" else Glue(args)
     tokenizer = load_tokenizer(args.model)
-    results = {"machine": report.machine(), "task": args.task}
-    print(results["machine"])
-    results["features"] = found = compare_features(task, tokenizer, args)
-    ratios = {"ours": found["ratio"]}
+    results = {"task": args.task}
+    results["features"] = features = compare_features(task, tokenizer, args)
+    ratios = {"ours": features["ratio"]}
     report.print_table(
         f"{args.task}: features per second, one process",
         ["tokenizer", "features/s", "ours/python"],
-        [[name, rate, ratios.get(name)] for name, rate in found["per_second"].items()],
+        [[name, rate, ratios.get(name)] for name, rate in features["per_second"].items()],
     )
-    print(f"{found['same_ids']} of {found['features']} features have the same ids")
+    print(f"{features['same_ids']} of {features['features']} features have the same ids")
     if args.epoch_examples:
         results["epoch"] = epoch = compare_epochs(task, tokenizer, args)
         fixed = epoch["fixed length"]["seconds"]
@@ -322,7 +293,7 @@ def run(args: argparse.Namespace) -> None:
             ["batches", *epoch["ours"], "ours/fixed"],
             [[name, *row.values(), row["seconds"] / fixed] for name, row in epoch.items()],
         )
-    report.write_json(args.json, results)
+    return results
 
 
 if __name__ == "__main__":

@@ -23,16 +23,16 @@ from collections.abc import Callable
 
 import report
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
+from emmental.checkpoints.loading import load_plain
 from emmental.compact.algebra import activation_of, density
 from emmental.inference import sparsify
 from emmental.inference.encoder import SparseEncoder
 from emmental.models.families import FAMILIES, encoder_of
 from emmental.models.inputs import longest_input
-from emmental.system.errors import UserError, one_line_errors
+from emmental.system.errors import UserError
 
 HELPS = 1.05  # lower gains are listed at the end
 DENSE_SIDES = ("dense", "compiled", "int8")
@@ -47,7 +47,9 @@ def quantised(model: PreTrainedModel) -> Callable:
 
 def dense_rate(hidden: int) -> float:
     """Multiply-adds per second of torch's dense product: the best of ten measurements."""
-    rows, weight, seconds = torch.randn(1024, hidden), torch.randn(4 * hidden, hidden), []
+    rows = torch.randn(1024, hidden)
+    weight = torch.randn(4 * hidden, hidden)
+    seconds = []
     for _ in range(11):
         start = time.perf_counter()
         rows @ weight.t()
@@ -62,7 +64,8 @@ def difference(model: Callable, expected: PreTrainedModel, ids: Tensor) -> float
 def summarise(times: dict[str, list[float]], ours: str) -> dict:
     """Medians of the sides in seconds, and the gain of the side `ours`."""
     opponents = [times[name] for name in ("dense", "compiled") if name in times]
-    gains = [min(pair) / own for *pair, own in zip(*opponents, times[ours], strict=True)]
+    turns = zip(*opponents, times[ours], strict=True)
+    gains = [min(theirs) / seconds for *theirs, seconds in turns]
     medians = {
         name: statistics.median(times[name]) for name in (*DENSE_SIDES, ours) if name in times
     }
@@ -83,7 +86,7 @@ def run_group(
         raise UserError(f"{title}: {error}") from error
     dense = next(iter(models.values()))
     generator = torch.Generator().manual_seed(1)
-    found = []
+    rows = []
     for length, batch in itertools.product(args.lengths, args.batches):
         torch._dynamo.reset()
         sides = {
@@ -102,7 +105,7 @@ def run_group(
                 encoder = encoder_of(ours[name])
                 sparse = isinstance(encoder, SparseEncoder)
                 without = "compact" if activation_of(model.config) else "dense"
-                found.append(
+                rows.append(
                     {
                         "model": name,
                         "batch": batch,
@@ -118,8 +121,8 @@ def run_group(
                     }
                 )
         print(f"  {title}: {batch} x {length} done", flush=True)
-    report.print_table(title, COLUMNS, [_row(result) for result in found])
-    return found
+    report.print_table(title, COLUMNS, [_row(result) for result in rows])
+    return rows
 
 
 # fmt: off
@@ -145,20 +148,11 @@ def _row(result: dict) -> list:
     ]
 
 
-def fraction(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a fraction above 0 and up to 1")
-    return value
-
-
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = report.make_parser(__doc__)
     add = parser.add_argument
     # fmt: off
-    add("--densities", type=fraction, nargs="*", default=[0.15, 0.1, 0.06, 0.03],
+    add("--densities", type=report.fraction, nargs="*", default=[0.15, 0.1, 0.06, 0.03],
         help="densities of the random models (default: 0.15 0.1 0.06 0.03)")
     add("--family", choices=FAMILIES, default="bert", help="of the random models (default: bert)")
     add("--models", nargs="*", default=[],
@@ -168,54 +162,53 @@ def get_parser() -> argparse.ArgumentParser:
         help="in tokens (default: 32 128 384)")
     add("--layers", type=report.positive,
         help="layers of the random models (default: the family's, 12 for bert)")
-    add("--hidden", type=report.positive,
+    add("--hidden", type=report.hidden_size,
         help="their hidden size, a multiple of 64 (default: the family's, 768 for bert)")
     add("--csr_below", type=float,
         help="density below which a matrix becomes CSR, to check the limit (default: sparsify's)")
     add("--repeats", type=report.positive, default=5, help="measured turns (default: 5)")
     add("--warmup", type=report.positive, default=1, help="turns before those (default: 1)")
     add("--without", nargs="*", choices=("compiled", "int8"), default=[], help="sides to leave out")
-    add("--json", help="file for the results")
     # fmt: on
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = get_parser().parse_args(argv)
-    with one_line_errors():
-        if args.hidden and args.hidden % 64:
-            raise UserError("--hidden must be a multiple of 64")
-        if not (args.densities or args.models):
-            raise UserError("nothing to measure: give --densities or --models")
-        models = {folder: report.load(folder) for folder in args.models}
-        checked = dict(models)
-        if args.densities:
-            with torch.device("meta"):  # without its weights
-                checked[args.family] = report.random_model(args.family, 1.0)
-        for name, model in checked.items():
-            limit = longest_input(model)
-            if limit and max(args.lengths) > limit:
-                raise UserError(f"--lengths: {name} takes {limit} tokens at most")
-        run(args, models)
+    report.main(get_parser().parse_args(argv), run)
 
 
-def run(args: argparse.Namespace, models: dict[str, PreTrainedModel]) -> None:
-    transformers.utils.logging.disable_progress_bar()
+def load_models(args: argparse.Namespace) -> dict[str, PreTrainedModel]:
+    """The models of --models, by folder. Raises UserError if one does not take the --lengths."""
+    models = {folder: load_plain(folder) for folder in args.models}
+    checked = dict(models)
+    if args.densities:
+        with torch.device("meta"):  # without its weights
+            checked[args.family] = report.random_model(args.family, 1.0)
+    if not checked:
+        raise UserError("nothing to measure: give --densities or --models")
+    for name, model in checked.items():
+        limit = longest_input(model)
+        if limit and max(args.lengths) > limit:
+            raise UserError(f"--lengths: {name} takes {limit} tokens at most")
+    return models
+
+
+def run(args: argparse.Namespace) -> dict:
+    models = load_models(args)
     size = report.size_of(args.family, args.layers, args.hidden)
     shape = CONFIG_MAPPING[args.family](**size)
     rate = dense_rate(shape.hidden_size)
-    results = {"machine": report.machine(), "dense multiply-adds per second": rate, "rows": []}
-    print(results["machine"])
+    rows = []
     print(f"dense product: {rate / 1e9:.0f} G multiply-adds/s")
     if args.densities:
         title = f"{args.family} of {shape.num_hidden_layers} layers, hidden {shape.hidden_size}"
         title += ", random masks"
         make = functools.partial(report.random_model, args.family, **size)
         group = {f"random {left:.0%}": make(left) for left in args.densities}
-        results["rows"] += run_group(title, group, args, rate)
+        rows += run_group(title, group, args, rate)
     for folder, model in models.items():
-        results["rows"] += run_group(folder, {folder: model}, args, rate)
-    slow = [row for row in results["rows"] if row["gain"] < HELPS]
+        rows += run_group(folder, {folder: model}, args, rate)
+    slow = [row for row in rows if row["gain"] < HELPS]
     for row in slow:
         print(
             f"no gain: {row['model']} at {row['batch']} x {row['length']}, "
@@ -223,7 +216,7 @@ def run(args: argparse.Namespace, models: dict[str, PreTrainedModel]) -> None:
         )
     if not slow:
         print(f"\nours is at least {HELPS} times as fast as dense and compiled everywhere")
-    report.write_json(args.json, results)
+    return {"dense multiply-adds per second": rate, "rows": rows}
 
 
 if __name__ == "__main__":

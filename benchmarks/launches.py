@@ -19,7 +19,6 @@ from unittest import mock
 
 import report
 import torch
-import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_step import Side, make_batch
 
@@ -27,7 +26,6 @@ from emmental.models.families import FAMILIES
 from emmental.modules import lists
 from emmental.modules.granularity import GRANULARITIES
 from emmental.modules.methods import METHODS
-from emmental.system.errors import one_line_errors
 
 FREE = {"empty", "empty_like", "new_empty", "empty_strided", "detach", "detach_", "lift_fresh"}
 WAITS = {"_local_scalar_dense", "nonzero"}
@@ -39,7 +37,8 @@ class Launches(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.operations, self.waits = Counter(), 0
+        self.operations = Counter()
+        self.waits = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._overloadpacket.__name__
@@ -65,7 +64,8 @@ def _kernels(name: str, args: tuple) -> int:
 
 def count(method: str, args: argparse.Namespace) -> Launches:
     """Those of the second update of a side: "dense", or a pruning method."""
-    side, batch = Side(method, args), make_batch(args.shape, args.device)
+    side = Side(method, args)
+    batch = make_batch(args.shape, args.device)
     side.step(batch, lambda phase: None)
     with Launches() as launches, mock.patch.object(torch.Tensor, "tolist", _waiting(launches)):
         side.step(batch, lambda phase: None)
@@ -84,53 +84,49 @@ def _waiting(launches: Launches) -> Callable[[torch.Tensor], list]:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = report.make_parser(__doc__)
     add = parser.add_argument
     # fmt: off
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
     add("--granularity", choices=GRANULARITIES, default="weight", help="default: weight")
     add("--family", choices=FAMILIES, default="bert", help="default: bert")
     add("--layers", type=report.positive, default=12, help="layers of the model (default: 12)")
-    add("--hidden", type=report.positive, default=64,
+    add("--hidden", type=report.hidden_size, default=64,
         help="its hidden size, a multiple of 64 (default: 64: the number is the same for all)")
     add("--float32", action="store_true", help="without autocast to bfloat16")
     add("--by_name", action="store_true", help="print each operation, too")
-    add("--json", help="file for the results")
     # fmt: on
     return parser
 
 
 def main(argv: list[str] | None = None) -> dict[str, Counter]:
     args = get_parser().parse_args(argv)
-    args.bf16, args.compile, args.device, args.shape = not args.float32, False, "cpu", (1, 8)
-    transformers.utils.logging.set_verbosity_error()  # no warnings about fresh scores
-    transformers.utils.logging.disable_progress_bar()
-    with one_line_errors():
-        lists.ONE_BY_ONE.clear()
-        try:
-            return run(args)
-        finally:
-            lists.ONE_BY_ONE.add("cpu")
+    args.bf16 = not args.float32
+    args.compile = False
+    args.device = "cpu"
+    args.shape = (1, 8)
+    lists.ONE_BY_ONE.clear()
+    try:
+        return report.main(args, run)["operations"]
+    finally:
+        lists.ONE_BY_ONE.add("cpu")
 
 
-def run(args: argparse.Namespace) -> dict[str, Counter]:
-    found = {method: count(method, args) for method in ("dense", *args.methods)}
-    stock = found["dense"].operations.total()
+def run(args: argparse.Namespace) -> dict:
+    counts = {method: count(method, args) for method in ("dense", *args.methods)}
+    stock = counts["dense"].operations.total()
     rows = []
-    for method, launches in found.items():
+    for method, launches in counts.items():
         total = launches.operations.total()
         rows.append([method, total, f"{total - stock:+}", launches.waits])
     title = f"{args.family} of {args.layers} layers, granularity {args.granularity}, "
     report.print_table(title + ("bfloat16" if args.bf16 else "float32"), COLUMNS, rows)
     if args.by_name:
-        for method, launches in found.items():
+        for method, launches in counts.items():
             print(f"\n{method}: {dict(launches.operations.most_common())}")
-    operations = {method: launches.operations for method, launches in found.items()}
-    waits = {method: launches.waits for method, launches in found.items()}
-    report.write_json(args.json, {"operations": operations, "waits": waits})
-    return operations
+    operations = {method: launches.operations for method, launches in counts.items()}
+    waits = {method: launches.waits for method, launches in counts.items()}
+    return {"operations": operations, "waits": waits}
 
 
 if __name__ == "__main__":

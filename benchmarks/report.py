@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: models, turns, the description of the machine, tables, and JSON."""
+"""Shared by the benchmarks: their flags and frame, models, turns, and tables."""
 
 import argparse
 import os
@@ -16,10 +16,68 @@ import transformers
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForQuestionAnswering, PreTrainedModel
 
-from emmental import storage
 from emmental.models.families import encoder_of, family_of, layers_of
+from emmental.system.errors import one_line_errors
+from emmental.system.files import write_json
 from emmental.system.hardware import processor_name
-from emmental.training import checkpoint
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser with this help, and --json."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", help="file for the results")
+    return parser
+
+
+def at_least(least: int, step: int = 1) -> Callable[[str], int]:
+    """An argparse type: an integer of at least `least`, and a multiple of `step`."""
+
+    def number(text: str) -> int:
+        if not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {least}")
+        if int(text) % step:
+            raise argparse.ArgumentTypeError(f"{text} is not a multiple of {step}")
+        return int(text)
+
+    return number
+
+
+positive = at_least(1)
+hidden_size = at_least(64, step=64)
+
+
+def fraction(text: str) -> float:
+    """An argparse type: a fraction above 0 and up to 1."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a fraction above 0 and up to 1")
+    return value
+
+
+def device(text: str) -> str:
+    """An argparse type: cpu, or cuda where there is one."""
+    if text not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither cpu nor cuda")
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("torch finds no GPU here")
+    return text
+
+
+def main(args: argparse.Namespace, run: Callable[[argparse.Namespace], dict]) -> dict:
+    """Print the machine, run a benchmark, and write what it returns to --json."""
+    transformers.utils.logging.set_verbosity_error()  # no warnings about fresh scores
+    transformers.utils.logging.disable_progress_bar()
+    results = {"machine": machine(getattr(args, "device", "cpu"))}
+    print(results["machine"])
+    with one_line_errors():
+        results |= run(args)
+        if args.json:
+            write_json(Path(args.json), results)
+    return results
 
 
 def machine(device: str = "cpu") -> str:
@@ -69,34 +127,28 @@ def structured_bert(heads: int, neurons: int, **size: int) -> PreTrainedModel:
 
     heads, neurons: percentages that are left, rounded up. size: settings of its configuration.
     """
-    model, generator = random_model("bert", 1.0, **size), torch.Generator().manual_seed(0)
-    config, family = model.config, family_of(model.config)
+    model = random_model("bert", 1.0, **size)
+    generator = torch.Generator().manual_seed(0)
+    config = model.config
+    family = family_of(config)
     for layer in layers_of(model):
         for names, count, percent in (
             (family.heads, config.num_attention_heads, heads),
             (family.neurons, config.intermediate_size, neurons),
         ):
             *rows, columns = (layer.get_submodule(name).weight for name in names)
-            kept = torch.zeros(count)
-            kept[torch.randperm(count, generator=generator)[: -(-count * percent // 100)]] = 1
-            kept = kept.repeat_interleave(columns.shape[1] // count)
-            columns.mul_(kept)
+            mask = torch.zeros(count)
+            mask[torch.randperm(count, generator=generator)[: -(-count * percent // 100)]] = 1
+            mask = mask.repeat_interleave(columns.shape[1] // count)
+            columns.mul_(mask)
             for weight in rows:
-                weight.mul_(kept[:, None])
+                weight.mul_(mask[:, None])
     return model
 
 
-def load(checkpoint: str) -> PreTrainedModel:
-    """The plain or compact model of a checkpoint, masked or not. Raises UserError."""
-    model_class, config, state = storage.load_plain(checkpoint)
-    model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
-    return model.eval()
-
-
-def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+def difference(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The largest difference between the outputs of two models."""
-    pairs = zip(found, expected, strict=True)
-    return max((ours - theirs).abs().max().item() for ours, theirs in pairs)
+    return max((a - b).abs().max().item() for a, b in zip(outputs, expected, strict=True))
 
 
 def take_turns(
@@ -113,13 +165,6 @@ def take_turns(
             if turn >= 0:
                 times[name].append(time.perf_counter() - start)
     return times
-
-
-def positive(text: str) -> int:
-    """An argparse type: an integer of at least 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
-    return int(text)
 
 
 def print_table(title: str, columns: list[str], rows: list[list]) -> None:
@@ -145,10 +190,3 @@ def _shown(value: object) -> str:
         digits = 3 if abs(value) < 10 else 1 if abs(value) < 1000 else 0
         return f"{value:,.{digits}f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def write_json(path: str | None, results: dict) -> None:
-    """Write the results to the file of --json, if it was given."""
-    if path:
-        checkpoint.write_json(Path(path), results)
-        print(f"\nresults written to {path}")

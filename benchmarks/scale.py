@@ -38,7 +38,7 @@ from emmental import MaskedBertConfig, MaskedBertForQuestionAnswering, storage
 from emmental.checkpoints.counts import mask_report
 from emmental.data import squad_features, squad_read
 from emmental.modules import find_masks, masked_layers
-from emmental.system.errors import UserError, one_line_errors
+from emmental.system.errors import UserError
 
 MIB = 2**20
 STATUS = Path("/proc/self/status")
@@ -67,8 +67,9 @@ def peak_memory() -> Iterator[dict[str, float]]:
     gc.collect()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)  # the block could reuse freed memory, which would then not be counted
-    found, before, stop = {}, status("RssAnon"), threading.Event()
-    peak = before
+    memory = {}
+    before = peak = status("RssAnon")
+    stop = threading.Event()
 
     def watch():
         nonlocal peak
@@ -78,11 +79,11 @@ def peak_memory() -> Iterator[dict[str, float]]:
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
-        yield found
+        yield memory
     finally:
         stop.set()
         thread.join()
-        found["held"] = max(peak, status("RssAnon")) - before
+        memory["held"] = max(peak, status("RssAnon")) - before
 
 
 # ------------------------------------------------------------------------------------ data
@@ -103,7 +104,8 @@ def write_squad(path: Path, questions: int) -> None:
 
 def make_paragraph(rng: random.Random, place: int, questions: int) -> dict:
     """A paragraph with the questions from number `place` on: five, or up to the last."""
-    words, qas = rng.choices(WORDS, k=120), []
+    words = rng.choices(WORDS, k=120)
+    qas = []
     for number in range(place, min(place + 5, questions)):
         answer = rng.randrange(120)
         begin = len(" ".join(words[:answer])) + (answer > 0)
@@ -123,15 +125,20 @@ def make_features(path: str, folder: str) -> dict:
     tokenizer = make_tokenizer()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    resident, begun = status("VmRSS"), time.perf_counter()
-    with peak_memory() as found:
+    resident = status("VmRSS")
+    begun = time.perf_counter()
+    with peak_memory() as memory:
         examples, _ = squad_features.drop_misaligned(
             squad_read.read_examples(path, False, cache_dir=folder)
         )
         sizes = {"max_seq_length": 384, "doc_stride": 128, "max_query_length": 64}
         features = squad_features.build_features(examples, tokenizer, training=True, **sizes)
-    found |= {"seconds": time.perf_counter() - begun, "resident": status("VmHWM") - resident}
-    return found | {"features": len(features), "bytes": Path(path).stat().st_size}
+    return memory | {
+        "seconds": time.perf_counter() - begun,
+        "resident": status("VmHWM") - resident,
+        "features": len(features),
+        "bytes": Path(path).stat().st_size,
+    }
 
 
 def measure_data(counts: list[int]) -> list[dict]:
@@ -166,15 +173,16 @@ def large(layers: int, method: str) -> MaskedBertForQuestionAnswering:
 
 def sorted_masks(model: MaskedBertForQuestionAnswering, method: str) -> list[torch.Tensor]:
     """The masks by sorting each matrix, or all scores together, like the 2020 scripts."""
-    threshold, rankings = THRESHOLDS[method], []
+    threshold = THRESHOLDS[method]
+    rankings = []
     for layer in masked_layers(model).values():
         rankings.append(layer.source.abs() if layer.method.absolute else layer.source)
     if method == "sigmoied_threshold":
         return [torch.sigmoid(ranking) > threshold for ranking in rankings]
 
     def cut_off(scores: torch.Tensor) -> torch.Tensor:
-        kept = int(threshold * scores.numel())
-        return scores.flatten().sort(descending=True).values[kept - 1]
+        count = int(threshold * scores.numel())
+        return scores.flatten().sort(descending=True).values[count - 1]
 
     if "global" in method:
         cut = cut_off(torch.cat([ranking.flatten() for ranking in rankings]))
@@ -191,7 +199,7 @@ def measure_masks(layers: int, repeats: int) -> list[dict]:
             begun = time.perf_counter()
             find_masks(model, THRESHOLDS[method])
             times.append(time.perf_counter() - begun)
-        with peak_memory() as found:
+        with peak_memory() as memory:
             masks = find_masks(model, THRESHOLDS[method])
         begun = time.perf_counter()
         wanted = sorted_masks(model, method)
@@ -199,7 +207,7 @@ def measure_masks(layers: int, repeats: int) -> list[dict]:
         for ours, mask in zip(masks.by_layer.values(), wanted, strict=True):
             if (ours != mask).sum() > mask.sum() * 1e-4:  # ties at the cut-off
                 raise UserError(f"{method}: our masks differ from those by sorting")
-        row = {"method": method, "ours": statistics.median(times), "sorting": sorting, **found}
+        row = {"method": method, "ours": statistics.median(times), "sorting": sorting, **memory}
         row["weights"] = sum(layer.weight.numel() for layer in masked_layers(model).values())
         rows.append(row)
         del model, wanted
@@ -236,18 +244,15 @@ def measure_packing(layers: int) -> dict:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = report.make_parser(__doc__)
     add = parser.add_argument
     # fmt: off
-    add("--questions", type=int, nargs="*", default=[10_000, 100_000],
+    add("--questions", type=report.positive, nargs="*", default=[10_000, 100_000],
         help="questions of the files (default: 10000 100000)")
-    add("--layers", type=int, default=24,
+    add("--layers", type=report.at_least(0), default=24,
         help="layers of the model; 0 skips it (default: 24, like BERT-large)")
-    add("--repeats", type=int, default=5,
+    add("--repeats", type=report.positive, default=5,
         help="measurements of our masks; sorting is measured once (default: 5)")
-    add("--json", help="file for the results")
     add("--make_features", nargs=2, help=argparse.SUPPRESS)  # for the processes of the data
     # fmt: on
     return parser
@@ -258,18 +263,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.make_features:
         print(json.dumps(make_features(*args.make_features)))
         return
-    with one_line_errors():
-        if not STATUS.exists():
-            raise UserError("this benchmark needs Linux: it reads the memory from /proc")
-        if min([*args.questions, args.repeats]) < 1 or args.layers < 0:
-            raise UserError("--questions and --repeats must be at least 1, --layers at least 0")
-        run(args)
+    report.main(args, run)
 
 
-def run(args: argparse.Namespace) -> None:
-    transformers.utils.logging.disable_progress_bar()
-    results = {"machine": report.machine()}
-    print(results["machine"])
+def run(args: argparse.Namespace) -> dict:
+    if not STATUS.exists():
+        raise UserError("this benchmark needs Linux: it reads the memory from /proc")
+    results = {}
     results["data"] = rows = measure_data(args.questions)
     report.print_table(
         "Reading a SQuAD file and making its features: memory in MiB",
@@ -313,7 +313,7 @@ def run(args: argparse.Namespace) -> None:
             list(columns.values()),
             [[row[name] for name in columns]],
         )
-    report.write_json(args.json, results)
+    return results
 
 
 if __name__ == "__main__":

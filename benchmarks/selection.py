@@ -19,7 +19,7 @@ from torch import Tensor
 from emmental.modules.lists import by_stack
 from emmental.modules.selection import kth_largest, select_largest
 from emmental.modules.topk import keep_largest
-from emmental.system.errors import UserError, one_line_errors
+from emmental.system.errors import UserError
 
 FRACTIONS = (0.9, 0.15, 0.03)
 Select = Callable[[list[Tensor], list[int]], list[Tensor]]
@@ -76,34 +76,22 @@ def measure(values: list[Tensor], fraction: float, args: argparse.Namespace) -> 
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = report.make_parser(__doc__)
     add = parser.add_argument
     add("--layers", type=report.positive, default=12, help="layers of the BERT (default: 12)")
     add("--hidden", type=report.positive, default=768, help="its hidden size (default: 768)")
     add("--repeats", type=report.positive, default=3, help="turns of each way (default: 3)")
-    add(
-        "--device",
-        choices=("cpu", "cuda"),
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="default: a GPU if there is one",
-    )
-    add("--json", help="file for the results")
+    device = "cpu or cuda (default: a GPU if there is one)"
+    add("--device", type=report.device, default=report.DEVICE, help=device)
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = get_parser().parse_args(argv)
-    with one_line_errors():
-        if args.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: torch finds no GPU here")
-        run(args)
+    report.main(get_parser().parse_args(argv), run)
 
 
-def run(args: argparse.Namespace) -> None:
-    results = {"machine": report.machine(args.device)}
-    print(results["machine"])
+def run(args: argparse.Namespace) -> dict:
+    results = {}
     shapes = [(args.hidden, args.hidden)] * 4 * args.layers
     shapes += [(args.hidden, 4 * args.hidden)] * 2 * args.layers
     torch.manual_seed(0)
@@ -113,13 +101,12 @@ def run(args: argparse.Namespace) -> None:
         "all together": [torch.cat([value.reshape(-1) for value in values])],
     }
     for title, tensors in sides.items():
-        found = {fraction: measure(tensors, fraction, args) for fraction in FRACTIONS}
-        results[title] = found
+        results[title] = {fraction: measure(tensors, fraction, args) for fraction in FRACTIONS}
         columns = ["way", *(f"{fraction:.0%} kept" for fraction in FRACTIONS)]
-        rows = [[name, *(times[name] for times in found.values())] for name in CANDIDATES]
+        rows = [[name, *(times[name] for times in results[title].values())] for name in CANDIDATES]
         total = sum(value.numel() for value in tensors)
         report.print_table(f"{title}, {total:,} scores: seconds", columns, rows)
-    report.write_json(args.json, results)
+    return results
 
 
 if __name__ == "__main__":

@@ -19,13 +19,11 @@ import h5py
 import numpy as np
 import report
 import torch
-import transformers
 from transformers import BertTokenizerFast
 
 import saving_prunebert
 from emmental import storage
-from emmental.checkpoints.embeddings import prefix_of
-from emmental.system.errors import UserError, one_line_errors
+from emmental.models.families import prefix_of
 
 MB = 1e6
 BITS = (32, 16, 8, 6, 5, 4)
@@ -45,25 +43,23 @@ def save_random_bert(folder: Path, remaining: float) -> None:
 
 def torch_save_bytes(state: dict[str, torch.Tensor], embeddings: str) -> int:
     """Size of encoder and head by torch.save: float32, matrices as CSR with 32-bit indices."""
-    kept = {}
+    state = {name: x for name, x in state.items() if not name.startswith(embeddings)}
     for name, tensor in state.items():
-        if name.startswith(embeddings):
-            continue
-        kept[name] = tensor
         if tensor.dim() == 2:
             csr = tensor.to_sparse_csr()
             parts = csr.crow_indices().int(), csr.col_indices().int(), csr.values()
-            kept[name] = torch.sparse_csr_tensor(*parts, size=tensor.shape)
+            state[name] = torch.sparse_csr_tensor(*parts, size=tensor.shape)
     memory = io.BytesIO()
-    torch.save(kept, memory)
+    torch.save(state, memory)
     return len(memory.getvalue())
 
 
 def measure(checkpoint: Path, flags: dict | None) -> dict:
     """A row for each format: MB of encoder and head and their entropy, seconds, task results."""
-    model_class, _, state = storage.load_plain(str(checkpoint))
-    embeddings = prefix_of(model_class)
-    rows = {"torch.save, CSR": {"MB": torch_save_bytes(state, embeddings) / MB}}
+    model = storage.load_plain(str(checkpoint))
+    embeddings = prefix_of(type(model))
+    size = torch_save_bytes(model.state_dict(), embeddings)
+    rows = {"torch.save, CSR": {"MB": size / MB}}
     if flags:
         rows["dense float32"] = {"results": saving_prunebert.evaluate(str(checkpoint), flags, {})}
     with tempfile.TemporaryDirectory() as folder:
@@ -102,10 +98,11 @@ def measure(checkpoint: Path, flags: dict | None) -> dict:
 def notebook_bytes(packed: storage.Packed) -> int:
     """Size of encoder and head by the notebook's method (see the top), with vectors as float32."""
     memory = io.BytesIO()
+    embeddings = prefix_of(packed.model_class)
     with h5py.File(memory, "w") as file:
         for entry, array in packed.tensors():
             name = entry["name"]
-            if name.startswith(packed.embeddings):
+            if name.startswith(embeddings):
                 continue
             if array.ndim != 2:
                 file.create_dataset(name, data=array.astype(np.float32), compression="gzip")
@@ -150,36 +147,27 @@ def show(title: str, rows: dict) -> None:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = report.make_parser(__doc__)
     add = parser.add_argument
     # fmt: off
-    add("--remaining", type=float, nargs="*", default=[0.1, 0.0616, 0.03],
+    add("--remaining", type=report.fraction, nargs="*", default=[0.1, 0.0616, 0.03],
         help="densities of the random BERTs (default: 0.1 0.0616 0.03)")
     add("--model", help="folder of a fine-pruned checkpoint")
     add("--data_dir", help="folder of the data for evaluating it")
     add("--predict_file", help="SQuAD file for evaluating it")
     add("--task_name", help="GLUE task (default: that of the checkpoint's run, else SQuAD)")
     add("--max_seq_length", type=int, help="default: that of the checkpoint's run")
-    add("--json", help="file for the results")
     # fmt: on
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = get_parser().parse_args(argv)
-    with one_line_errors():
-        if not all(0 < remaining <= 1 for remaining in args.remaining):
-            raise UserError("--remaining takes fractions above 0 and up to 1")
-        run(args)
+    report.main(get_parser().parse_args(argv), run)
 
 
-def run(args: argparse.Namespace) -> None:
-    transformers.utils.logging.disable_progress_bar()
+def run(args: argparse.Namespace) -> dict:
     torch.sparse.check_sparse_tensor_invariants.disable()  # torch warns without this line
-    results = {"machine": report.machine()}
-    print(results["machine"])
+    results = {}
     for remaining in args.remaining:
         with tempfile.TemporaryDirectory() as folder:
             save_random_bert(Path(folder), remaining)
@@ -190,7 +178,7 @@ def run(args: argparse.Namespace) -> None:
         flags = saving_prunebert.evaluation_flags(args.model, args) if has_data else None
         rows = results[args.model] = measure(Path(args.model), flags)
         show(args.model, rows)
-    report.write_json(args.json, results)
+    return results
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ With another --granularity, scores and masks are as many as its scores.
 
 import argparse
 import contextlib
+import functools
 import json
 import re
 import resource
@@ -28,7 +29,6 @@ from pathlib import Path
 
 import report
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CONFIG_MAPPING, AutoModelForQuestionAnswering
@@ -40,7 +40,6 @@ from emmental.models.masked import CLASSES, MaskedModel
 from emmental.modules import find_masks, masked, masked_layers
 from emmental.modules.granularity import GRANULARITIES
 from emmental.modules.methods import METHODS
-from emmental.system.errors import UserError, one_line_errors
 from emmental.training.distributed import World, keep_freed_memory
 from emmental.training.guards import GradientGuard
 from emmental.training.optim import build_optimizer, trained_parameters
@@ -130,7 +129,8 @@ class Clock:
     """Seconds by phase. `phases=False` lets them overlap on a GPU: then only the total counts."""
 
     def __init__(self, device: str, phases: bool = True):
-        self.device, self.phases, self.seconds = device, phases, {}
+        self.device, self.phases = device, phases
+        self.seconds = {}
         self._synchronize()
         self.start = self.last = time.perf_counter()
 
@@ -160,8 +160,9 @@ def make_batch(shape: tuple[int, int], device: str) -> dict[str, Tensor]:
 
 def compare(dense: Side, masked: Side, batch: dict[str, Tensor], args: argparse.Namespace) -> dict:
     """Times of both sides, in turn, and the median ratios of neighbouring steps."""
-    totals, phases, evaluations = ({"dense": [], "masked": []} for _ in range(3))
     sides = {"dense": dense, "masked": masked}
+    totals = {name: [] for name in sides}
+    phases = {name: [] for name in sides}
     for repetition in range(-args.warmup, args.repeats):
         for name in ("dense", "masked") if repetition % 2 else ("masked", "dense"):
             clock = Clock(args.device)
@@ -175,12 +176,8 @@ def compare(dense: Side, masked: Side, batch: dict[str, Tensor], args: argparse.
                 totals[name].append(total)
                 phases[name].append(clock.seconds)
     with dense.evaluating(), masked.evaluating():
-        for repetition in range(-1, args.repeats):
-            for name in ("dense", "masked") if repetition % 2 else ("masked", "dense"):
-                clock = Clock(args.device)
-                sides[name].evaluate(batch)
-                if repetition >= 0:
-                    evaluations[name].append(clock.total())
+        calls = {name: functools.partial(side.evaluate, batch) for name, side in sides.items()}
+        evaluations = report.take_turns(calls, 1, args.repeats, args.device)
     result = {"step_ratio": _paired(totals), "evaluation_ratio": _paired(evaluations)}
     for name in sides:
         result[name] = {
@@ -209,7 +206,8 @@ def peak_memory(method: str, shape: tuple[int, int], args: argparse.Namespace) -
 
 
 def _measure_peak(args: argparse.Namespace) -> float:
-    side, batch = Side(args.peak_memory_of, args), make_batch(args.shapes[0], args.device)
+    side = Side(args.peak_memory_of, args)
+    batch = make_batch(args.shapes[0], args.device)
     for _ in range(3):
         side.step(batch, lambda phase: None)
     if args.device == "cuda":
@@ -244,9 +242,7 @@ def shape(text: str) -> tuple[int, int]:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = report.make_parser(__doc__)
     add = parser.add_argument
     # fmt: off
     add("--shapes", type=shape, nargs="+", default=[(8, 384), (2, 128)],
@@ -254,19 +250,19 @@ def get_parser() -> argparse.ArgumentParser:
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
     add("--granularity", choices=GRANULARITIES, default="weight", help="default: weight")
     add("--family", choices=FAMILIES, default="bert", help="default: bert")
-    add("--layers", type=int, help="layers of the model (default: the family's, 12 for bert)")
-    add("--hidden", type=int,
+    add("--layers", type=report.positive,
+        help="layers of the model (default: the family's, 12 for bert)")
+    add("--hidden", type=report.hidden_size,
         help="its hidden size, a multiple of 64 (default: the family's, 768 for bert)")
-    add("--repeats", type=int, default=7, help="measured steps of each side (default: 7)")
-    add("--warmup", type=int, default=2, help="steps before those (default: 2)")
-    add("--device", choices=("cpu", "cuda"),
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="default: a GPU if there is one")
+    add("--repeats", type=report.positive, default=7,
+        help="measured steps of each side (default: 7)")
+    add("--warmup", type=report.at_least(0), default=2, help="steps before those (default: 2)")
+    add("--device", type=report.device, default=report.DEVICE,
+        help="cpu or cuda (default: a GPU if there is one)")
     add("--bf16", action="store_true", help="autocast to bfloat16, like --bf16 of the scripts")
     add("--compile", action="store_true",
         help="compile the encoder layers, like --compile of the scripts")
     add("--no_memory", action="store_true", help="do not measure the peak memory")
-    add("--json", help="file for the results")
     add("--peak_memory_of", help=argparse.SUPPRESS)
     # fmt: on
     return parser
@@ -274,53 +270,43 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
-    with one_line_errors():
-        if args.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: torch finds no GPU here")
-        if args.hidden is not None and (args.hidden < 64 or args.hidden % 64):
-            raise UserError("--hidden must be a multiple of 64")
-        least = args.repeats if args.layers is None else min(args.layers, args.repeats)
-        if least < 1 or args.warmup < 0:
-            raise UserError("--layers and --repeats must be at least 1, --warmup at least 0")
-        run(args)
-
-
-def run(args: argparse.Namespace) -> None:
-    transformers.utils.logging.set_verbosity_error()  # no warnings about fresh scores
-    transformers.utils.logging.disable_progress_bar()
     if args.device == "cpu":
         keep_freed_memory()
     if args.peak_memory_of:
         print(_measure_peak(args))
-        return
-    shapes = {}
-    results = {"machine": report.machine(args.device), "family": args.family}
-    results |= {"granularity": args.granularity}
-    results |= {"bf16": args.bf16, "compile": args.compile, "shapes": shapes}
-    print(results["machine"])
+    else:
+        report.main(args, run)
+
+
+def run(args: argparse.Namespace) -> dict:
+    names = ("family", "granularity", "bf16", "compile")
+    results = {name: getattr(args, name) for name in names}
+    results["shapes"] = shapes = {}
     options = f", granularity {args.granularity}"
     options += ", bf16" * args.bf16 + ", compiled" * args.compile
     dense = Side("dense", args)
     layers, hidden = dense.model.config.num_hidden_layers, dense.model.config.hidden_size
     print(f"{args.family} of {layers} layers, hidden size {hidden}; {args.device}{options}")
     for size in args.shapes:
-        batch, name = make_batch(size, args.device), "{} x {}".format(*size)
-        shapes[name], rows = {}, []
+        batch = make_batch(size, args.device)
+        name = "{} x {}".format(*size)
+        shapes[name] = {}
+        rows = []
         dense_memory = None if args.no_memory else peak_memory("dense", size, args)
         for method in args.methods:
             masked = Side(method, args)
-            found = shapes[name][method] = compare(dense, masked, batch, args)
+            result = shapes[name][method] = compare(dense, masked, batch, args)
             if not args.no_memory:
-                found["memory"] = {
+                result["memory"] = {
                     "dense": dense_memory,
                     "masked": peak_memory(method, size, args),
                     "allowed": allowed_memory(masked),
                 }
-            rows += _rows(method, found)
+            rows += _rows(method, result)
             del masked
-            print(f"  {name} {method}: step ratio {found['step_ratio']:.3f}", flush=True)
+            print(f"  {name} {method}: step ratio {result['step_ratio']:.3f}", flush=True)
         report.print_table(f"batch {name}: seconds", COLUMNS, rows)
-    report.write_json(args.json, results)
+    return results
 
 
 def _rows(method: str, result: dict) -> list[list]:

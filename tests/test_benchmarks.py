@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import transformers
 from transformers import BertConfig, BertForSequenceClassification
@@ -234,7 +235,7 @@ def test_scale(benchmark, monkeypatch):
 @pytest.mark.parametrize(
     "flags, said",
     [
-        ("inference --hidden 100", "--hidden must be a multiple of 64"),
+        ("inference --hidden 100", "--hidden: 100 is not a multiple of 64"),
         ("inference --lengths 600", "512 tokens at most"),
         ("inference --models nowhere", "nowhere"),
         ("inference --densities 6", "not a fraction"),
@@ -243,7 +244,7 @@ def test_scale(benchmark, monkeypatch):
             "inference --family mpnet --hidden 64 --layers 1 --lengths 8 --csr_below 0.2",
             "no sparse kernels for mpnet",
         ),
-        ("compact --hidden 100", "--hidden must be a multiple of 64"),
+        ("compact --hidden 100", "--hidden: 100 is not a multiple of 64"),
         ("compact --lengths 600 --hidden 64 --layers 1", "512 tokens at most"),
         ("compact --models nowhere --dense nowhere", "nowhere"),
         ("compact --models a", "go together"),
@@ -260,12 +261,13 @@ def test_speed_benchmarks_refuse(capsys, flags, said):
     assert said in capsys.readouterr().err
 
 
-def test_compact_models_of_another_family_are_refused(tiny_config, tmp_path, capsys):
-    config = transformers.RobertaConfig(**tiny_config)
-    transformers.RobertaForQuestionAnswering(config).save_pretrained(tmp_path)
+def test_compact_models_of_another_family_are_refused(tmp_path, capsys):
+    config = tiny.config_of("modernbert")
+    transformers.ModernBertForQuestionAnswering(config).save_pretrained(tmp_path)
     with pytest.raises(SystemExit) as stop:
         importlib.import_module("compact").main(
             ["--models", str(tmp_path), "--dense", str(tmp_path), "--lengths", "16"]
         )
     assert stop.value.code == 2
-    assert "RobertaForQuestionAnswering (roberta) has no compact form" in capsys.readouterr().err
+    message = "ModernBertForQuestionAnswering (modernbert) has no compact form"
+    assert message in capsys.readouterr().err

@@ -53,6 +53,35 @@ MATRICES = {
 }
 
 
+def check_error(tensor, back, bits, by_row):
+    """Every entry is restored by the nearest level, and the levels are as fine as they say."""
+    back = back.astype(np.float64)
+    bits = bits if tensor.ndim == 2 else max(bits, 16)
+    if bits == 32:
+        assert np.array_equal(back, tensor)
+    elif bits == 16:
+        exact = tensor.astype(np.float16).astype(np.float32)
+        assert np.array_equal(back[exact != 0], exact[exact != 0])
+        assert np.abs(back - tensor)[exact == 0].max(initial=0) <= 2.0**-24
+        bound = np.maximum(np.abs(tensor) * 2.0**-11, (tensor != 0) * 2.0**-24)
+        assert (np.abs(back - tensor) <= bound).all()
+    else:
+        groups = zip(tensor, back, strict=True) if by_row else [(tensor, back)]
+        for original, restored in groups:
+            magnitudes = np.abs(original).astype(np.float64)
+            largest = magnitudes.max()
+            step = largest / 2 ** (bits - 1)  # at most: the levels reach no further than `largest`
+            error = np.abs(restored - original)
+            half = step / 2 * 1.0001 + 3e-45
+            assert error[magnitudes < 0.1 * largest].max(initial=0) <= half
+            assert error.max() <= (half if bits == 8 else 0.9 * largest + step + 3e-45)
+            kept = original != 0
+            distances = np.abs(np.unique(restored[kept])[:, None] - original[kept])
+            nearest = distances.min(0, initial=np.inf)
+            assert (error[kept] <= nearest * (1 + 1e-4) + 2.0**-147).all()
+            assert (error[~kept] == 0).all()
+
+
 @pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize("bits", coding.BITS)
 @pytest.mark.parametrize("name", MATRICES)
@@ -64,24 +93,7 @@ def test_masks_come_back_exactly_and_weights_within_the_bound(name, bits, by_row
     assert np.array_equal(back != 0, matrix != 0)
     assert coded.kept == np.count_nonzero(matrix)
     assert np.array_equal(np.sign(back), np.sign(matrix))
-    if bits == 32:
-        assert np.array_equal(back, matrix)
-    elif bits == 16:
-        exact = matrix.astype(np.float16).astype(np.float32)
-        assert np.array_equal(back[exact != 0], exact[exact != 0])
-        assert np.abs(back - matrix)[exact == 0].max(initial=0) <= 2.0**-24
-    else:
-        groups = zip(matrix, back, strict=True) if by_row else [(matrix, back)]
-        for original, restored in groups:
-            magnitudes = np.abs(original)
-            largest = magnitudes.max()
-            step = largest / 2 ** (bits - 1)  # at most: the levels reach no further than `largest`
-            error = np.abs(restored - original)
-            half = step / 2 * 1.0001 + 3e-45
-            assert error[magnitudes < 0.1 * largest].max(initial=0) <= half
-            assert error.max() <= (half if bits == 8 else 0.9 * largest + step + 3e-45)
-    error = np.abs(back.astype(np.float64) - matrix)
-    assert (error <= coding.error_bound(matrix, bits, by_row)).all()
+    check_error(matrix, back, bits, by_row)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7])
@@ -153,9 +165,11 @@ def test_what_half_precision_cannot_hold_is_refused():
 def test_indices_are_those_of_a_csr(bits, by_row):
     matrix = MATRICES["structured"]
     words = coding.encode(matrix, bits, by_row).words
-    indices, values = coding.decode_sparse(words, matrix.shape, bits, by_row)
-    assert np.array_equal(indices, np.flatnonzero(matrix))
-    assert np.array_equal(values, coding.decode(words, matrix.shape, bits, by_row)[matrix != 0])
+    csr = coding.decode(words, matrix.shape, bits, by_row, csr=True)
+    rows, columns = np.nonzero(matrix)
+    assert np.array_equal(csr.indptr, np.searchsorted(rows, np.arange(len(matrix) + 1)))
+    assert np.array_equal(csr.indices, columns)
+    assert np.array_equal(csr.data, coding.decode(words, matrix.shape, bits, by_row)[matrix != 0])
 
 
 def test_garbage_ends_in_an_error_or_in_a_tensor():

@@ -12,11 +12,10 @@ from transformers import AutoTokenizer
 import saving_prunebert
 from emmental import storage
 from emmental.checkpoints.counts import plain_percents
-from emmental.checkpoints.embeddings import prefix_of
 from emmental.checkpoints.onnx_file import write_onnx
-from emmental.inference import compacted, sparsify
+from emmental.inference import sparsify
 from emmental.inference.encoder import SparseEncoder
-from emmental.models.families import FAMILIES, HEADS, encoder_of, family_of, layers_of
+from emmental.models.families import FAMILIES, HEADS, encoder_of, family_of, layers_of, prefix_of
 from emmental.packing.format import write_packed
 from emmental.system.errors import UserError
 
@@ -182,24 +181,21 @@ def test_sparsify(row, caplog):
         if row in NATIVE:
             assert said == []
         else:
-            does = "feed-forward part compacted only" if row in FEED_FORWARD else "computes dense"
+            does = "compaction only" if row in FEED_FORWARD else "computes dense"
             assert len(said) == 1 and f"no sparse kernels for {row} layers: {does}" in said[0]
 
 
 @pytest.mark.parametrize("row", [*NATIVE, *FEED_FORWARD])
 def test_what_compaction_drops(row):
-    """Heads where attention is BERT's, neurons everywhere; only a BERT can lose all of a layer."""
+    """Heads and neurons; a layer can lose all of them."""
     model, family = build(row, density=0.9), FAMILIES[row]
     small = sparsify(model, "compact")
     assert_same(model, small)
     first, *last = layers_of(small)
     ends = family.heads[-1], family.neurons[-1]
-    rows, neurons = (first.get_submodule(name).in_features for name in ends)
-    assert rows == (24 if row in NATIVE else HIDDEN) and neurons == 24
+    assert [first.get_submodule(name).in_features for name in ends] == [24, 24]
     for layer in last:
-        rows, neurons = (layer.get_submodule(name).in_features for name in ends)
-        assert neurons == (0 if row == "bert" else 8)
-        assert rows == ({"bert": 0}.get(row, 8) if row in NATIVE else HIDDEN)
+        assert [layer.get_submodule(name).in_features for name in ends] == [0, 0]
     small.train()(**batch_of(model)).start_logits.sum().backward()
 
 
@@ -244,13 +240,6 @@ def test_a_layer_that_is_not_of_linears_is_refused(row):
     layers_of(model)[0].set_submodule(FAMILIES[row].heads[0], torch.nn.Bilinear(2, 2, 2))
     with pytest.raises(ValueError, match="Bilinear instead of nn.Linear"):
         sparsify(model)
-
-
-def test_only_bert_has_a_compact_form():
-    for row in ("roberta", "distilbert", "modernbert"):
-        said = rf"\w+ \({row}\) has no compact form: give a plain BERT"
-        with pytest.raises(ValueError, match=said):
-            compacted(build(row))
 
 
 def test_percentages_of_the_card():

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from test_coding import check_error
 from tiny import tokenizer_of
 from tokenizers.normalizers import NFKC
 
@@ -263,10 +264,7 @@ def test_packing_keeps_the_mask_and_the_bound(tensor, bits, by_row):
     decoded = coding.decode(coded.words, tensor.shape, bits, by_row)
     assert coded.kept == (np.count_nonzero(tensor) if tensor.ndim == 2 else tensor.size)
     assert np.array_equal(decoded != 0, tensor != 0) or tensor.ndim == 1 and bits < 32
-    if bits == 32:
-        assert np.array_equal(decoded, tensor)
-    error = np.abs(decoded.astype(np.float64) - tensor)
-    assert (error <= coding.error_bound(tensor, bits, by_row)).all()
+    check_error(tensor, decoded, bits, by_row)
 
 
 @given(tensor=matrices(), bits=st.sampled_from(coding.BITS), data=st.data())

@@ -80,7 +80,7 @@ def test_32_bits_are_exact(tmp_path, tiny_config, tiny_tokenizer, method, head):
 def test_masks_are_exact_at_any_precision(tmp_path, checkpoint, bits):
     storage.pack(str(checkpoint), str(tmp_path / "file"), bits)
     assert storage.compare(str(tmp_path / "file"), str(checkpoint)) == []
-    exact = storage.load_plain(str(checkpoint))[2]
+    exact = storage.load_plain(str(checkpoint)).state_dict()
     state = storage.load_packed(str(tmp_path / "file")).state_dict()
     for name, tensor in exact.items():
         if tensor.dim() == 2:
@@ -314,7 +314,7 @@ def test_a_model_without_a_tokenizer_packs_without(tmp_path, checkpoint, capsys,
     saving_prunebert.main(["pack", str(bare), file])
     assert f"{bare} has no tokenizer: none is written" in caplog.messages
     assert storage.open_packed(file).header["files"] == []
-    plain = storage.load_plain(str(bare))[2]
+    plain = storage.load_plain(str(bare)).state_dict()
     assert storage.load_packed(file).state_dict().keys() == plain.keys()
     saving_prunebert.main(["info", file])
     assert saving_prunebert.main(["verify", file, str(bare)]) == 0

@@ -11,20 +11,18 @@ from ..system.errors import UserError, first_line
 from .configs import read_config
 
 
-def base_embeddings(name_or_path: str) -> dict[str, Tensor]:
+def base_embeddings(base_model: str) -> dict[str, Tensor]:
     """The embeddings of any model, by their names in one with a head. Raises UserError."""
-    model_type = stock_type(read_config(name_or_path)["model_type"])
-    base = class_of(model_type)
-    has_pooler = "add_pooling_layer" in inspect.signature(base).parameters
+    model_type = stock_type(read_config(base_model)["model_type"])
+    model_class = class_of(model_type)
+    has_pooler = "add_pooling_layer" in inspect.signature(model_class).parameters
     options = {"add_pooling_layer": False} if has_pooler else {}
     try:
-        model = base.from_pretrained(name_or_path, dtype=torch.float32, **options)
+        model = model_class.from_pretrained(base_model, dtype=torch.float32, **options)
     except Exception as error:  # broken files raise the errors of three libraries
-        raise UserError(
-            f"cannot load the base model {name_or_path}: {first_line(error)}"
-        ) from error
+        raise UserError(f"cannot load the base model {base_model}: {first_line(error)}") from error
     embeddings = model.get_submodule(FAMILIES[model_type].embeddings).state_dict()
-    return {f"{prefix_of(base)}{name}": tensor for name, tensor in embeddings.items()}
+    return {f"{prefix_of(model_class)}{name}": tensor for name, tensor in embeddings.items()}
 
 
 def digest_of(embeddings: dict[str, Tensor]) -> str:

@@ -11,6 +11,31 @@ from ..modules.masks import Masks, find_masks, masked_layers
 from ..modules.methods import score_suffixes
 
 
+def bertarize(model: PreTrainedModel, masks: Masks | None = None) -> PreTrainedModel:
+    """The plain model with the outputs of a masked one, with any head, on the same device.
+
+    masks: see `bertarized_state_dict`. A plain model is returned as it is.
+    """
+    if not masked_layers(model):
+        return model
+    plain = stock_class(type(model)).from_pretrained(
+        None,
+        config=bertarized_config(model.config),
+        state_dict=bertarized_state_dict(model, masks),
+        dtype=model.dtype,
+    )
+    if getattr(model, "pooler", True) is None:
+        plain.pooler = None
+    return plain.to(model.device).train(model.training)
+
+
+def bertarized_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Configuration of the plain model."""
+    masked_only = (*mask_fields(), "model_type", "architectures", "transformers_version")
+    values = {name: value for name, value in config.to_dict().items() if name not in masked_only}
+    return CONFIG_MAPPING[stock_type(config.model_type)].from_dict(values)
+
+
 @torch.no_grad()
 def bertarized_state_dict(model: nn.Module, masks: Masks | None = None) -> dict[str, Tensor]:
     """State dict of the plain model: W * M in place of W, and no scores.
@@ -24,26 +49,3 @@ def bertarized_state_dict(model: nn.Module, masks: Masks | None = None) -> dict[
         mask = layer.expand(masks.by_layer[name])
         state[f"{name}.weight"] = apply_masks([layer.weight], [mask])[0]
     return state
-
-
-def bertarize(model: PreTrainedModel, masks: Masks | None = None) -> PreTrainedModel:
-    """The plain model with the outputs of a masked one, with any head, on the same device.
-
-    masks: see `bertarized_state_dict`. A plain model is returned as it is.
-    """
-    if not masked_layers(model):
-        return model
-    config, state = bertarized_config(model.config), bertarized_state_dict(model, masks)
-    plain = stock_class(type(model)).from_pretrained(
-        None, config=config, state_dict=state, dtype=model.dtype
-    )
-    if getattr(model, "pooler", True) is None:
-        plain.pooler = None
-    return plain.to(model.device).train(model.training)
-
-
-def bertarized_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Configuration of the plain model."""
-    masked_only = (*mask_fields(), "model_type", "architectures", "transformers_version")
-    values = {name: value for name, value in config.to_dict().items() if name not in masked_only}
-    return CONFIG_MAPPING[stock_type(config.model_type)].from_dict(values)

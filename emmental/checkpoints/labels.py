@@ -32,16 +32,16 @@ def label_settings(labels: int | Sequence[str] | None) -> dict:
     }
 
 
-def checkpoint_labels(source: str, cache_dir: str | None = None) -> tuple[str, ...]:
+def checkpoint_labels(checkpoint: str, cache_dir: str | None = None) -> tuple[str, ...]:
     """Names of the outputs of a checkpoint's head, by default LABEL_0, ... Raises UserError."""
-    config = read_config(source, cache_dir)
+    config = read_config(checkpoint, cache_dir)
     known = {name: config[name] for name in ("id2label", "num_labels") if config.get(name)}
     try:
         names = PreTrainedConfig(**known).id2label
         return tuple(str(names[column]) for column in sorted(names))
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(
-            f"{source}/config.json: its id2label must name the outputs 0, 1, ..."
+            f"{checkpoint}/config.json: its id2label must name the outputs 0, 1, ..."
         ) from error
 
 
@@ -52,29 +52,33 @@ def are_anonymous(labels: Sequence[str]) -> bool:
 
 @torch.no_grad()
 def align_labels(
-    source: str, model: PreTrainedModel, names: Sequence[str], wanted: Sequence[str], trained: bool
+    checkpoint: str,
+    model: PreTrainedModel,
+    names: Sequence[str],
+    wanted: Sequence[str],
+    trained: bool,
 ) -> None:
     """Put the outputs of a checkpoint's head, which have `names`, in the order of `wanted` ones.
 
     A head with other names starts fresh or, if it has to be `trained`, is refused.
     """
-    head = head_linear(model)[1]
-    places = {label.casefold(): place for place, label in enumerate(names)}
-    order = [places.get(label.casefold()) for label in wanted]
-    listed = ", ".join(names)
+    _, head = head_linear(model)
+    columns = {name.casefold(): column for column, name in enumerate(names)}
+    order = [columns.get(name.casefold()) for name in wanted]
     if set(order) == set(range(len(names))):
         head.weight.copy_(head.weight[order].clone())
         head.bias.copy_(head.bias[order].clone())
     elif are_anonymous(names):
         message = "the labels of %s have no names; they are read as %s"
-        logger.warning(message, source, ", ".join(wanted))
+        logger.warning(message, checkpoint, ", ".join(wanted))
     elif trained:
         raise UserError(
-            f"{source} has the labels {listed}, but those of the task are {', '.join(wanted)}: "
-            "give a model of this task"
+            f"{checkpoint} has the labels {', '.join(names)}, but those of the task are "
+            f"{', '.join(wanted)}: give a model of this task"
         )
     else:
-        logger.warning("the head of %s has other labels (%s): it starts fresh", source, listed)
+        message = "the head of %s has other labels (%s): it starts fresh"
+        logger.warning(message, checkpoint, ", ".join(names))
         nn.init.normal_(head.weight, std=0.02)
         nn.init.zeros_(head.bias)
 

@@ -18,6 +18,7 @@ from ..modules.masks import find_masks, masked_layers
 from ..modules.methods import METHODS, score_suffixes
 from ..system.errors import UserError, first_line
 from .configs import head_of, read_config, refuse_or_warn, saved_head, without_foreign
+from .export import bertarize
 from .labels import align_labels, checkpoint_labels, head_linear, label_settings
 
 logger = logging.getLogger(__name__)
@@ -30,14 +31,7 @@ HARMLESS = re.compile(r"(^|\.)((position|token_type)_ids$|pooler\.)")
 
 
 class NoThreshold(UserError):
-    """A masked checkpoint that does not record at which threshold it was trained.
-
-    advice: how to give one, which depends on the script; see `advising`.
-    """
-
-    def __init__(self, source: str, advice: str = "give it"):
-        super().__init__(f"{source} does not record the threshold that it was trained at: {advice}")
-        self.source = source
+    """A masked checkpoint that does not record at which threshold it was trained."""
 
 
 @contextmanager
@@ -46,11 +40,11 @@ def advising(advice: str) -> Iterator[None]:
     try:
         yield
     except NoThreshold as error:
-        raise NoThreshold(error.source, advice) from error
+        raise UserError(f"{error}: {advice}") from error
 
 
 def load_model(
-    source: str,
+    checkpoint: str,
     head: str,
     *,
     masked: bool,
@@ -72,58 +66,87 @@ def load_model(
     Raises UserError for a checkpoint that is missing or broken, does not fit what is asked for, or,
     if `trained`, holds what the model cannot compute.
     """
-    recorded = values = read_config(source, cache_dir)
-    model_type = values["model_type"]
-    _check_kind(source, model_type, masked, trained)
+    recorded = read_config(checkpoint, cache_dir)
+    family = stock_type(recorded["model_type"])
+    _check_kind(checkpoint, recorded["model_type"], masked, trained)
     saved = saved_head(recorded)
     if trained and saved not in (None, head):  # some have weights of the same names
-        raise UserError(f"{source} is for {saved}: give a model with a trained {head} head")
-    model_type = MASKED + stock_type(model_type) if masked else model_type
-    if config_name:
-        values = read_config(config_name, cache_dir)
-    values = without_foreign(config_name or source, values, trained)
-    values = {name: value for name, value in values.items() if name not in DECIDED}
-    masks, other_scores = _mask_settings(recorded, overrides, trained)
-    values |= masks | label_settings(labels)
+        raise UserError(f"{checkpoint} is for {saved}: give a model with a trained {head} head")
+    model_type = MASKED + family if masked else recorded["model_type"]
     model_class = class_of(model_type, head)
     if not model_class:
-        raise UserError(f"{source}: there is no {head} head for {stock_type(model_type)}")
+        raise UserError(f"{checkpoint}: there is no {head} head for {family}")
+    settings = read_config(config_name, cache_dir) if config_name else recorded
+    settings = without_foreign(config_name or checkpoint, settings, trained)
+    settings = {name: value for name, value in settings.items() if name not in DECIDED}
+    masks, fresh_scores = _mask_settings(recorded, overrides, trained)
+    settings |= masks | label_settings(labels)
     try:
         model, info = model_class.from_pretrained(
-            source,
-            config=CONFIG_MAPPING[model_type].from_dict(values),
+            checkpoint,
+            config=CONFIG_MAPPING[model_type].from_dict(settings),
             cache_dir=cache_dir,
             dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # `_check_weights` reports them
         )
     except Exception as error:  # of three libraries, for a broken file
-        raise UserError(f"cannot load {source}: {first_line(error)}") from error
-    fresh = _check_weights(source, model, info, trained)
+        raise UserError(f"cannot load {checkpoint}: {first_line(error)}") from error
+    fresh = _check_weights(checkpoint, model, info, trained)
     if masked:
-        _check_masks(source, model, trained)
-    if other_scores:
+        _check_masks(checkpoint, model, trained)
+    if fresh_scores:
         for layer in masked_layers(model).values():
             layer.reset_scores()
     if isinstance(labels, Sequence) and labels and f"{head_linear(model)[0]}.weight" not in fresh:
-        names = checkpoint_labels(source, cache_dir)
-        align_labels(source, model, names, labels, trained)
+        names = checkpoint_labels(checkpoint, cache_dir)
+        align_labels(checkpoint, model, names, labels, trained)
     return model.eval()
 
 
-def _check_kind(source: str, model_type: str, masked: bool, trained: bool) -> None:
+def load_masked(
+    folder: str,
+    pruning_method: str | None = None,
+    threshold: float | None = None,
+    global_topk: bool | None = None,
+) -> PreTrainedModel:
+    """A fine-pruned masked model with any head, in evaluation mode.
+
+    None means the value of the checkpoint's config.json; a value that contradicts it is used, with
+    a warning. Raises UserError for a checkpoint without masks, method or threshold.
+    """
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder} is not a folder: give that of a fine-pruned checkpoint")
+    given = {"pruning_method": pruning_method, "threshold": threshold, "global_topk": global_topk}
+    overrides = {name: value for name, value in given.items() if value is not None}
+    head = head_of(folder, read_config(folder))
+    return load_model(folder, head, masked=True, trained=True, **overrides)
+
+
+def load_plain(checkpoint: str, **masks) -> PreTrainedModel:
+    """A plain or compact model, or a masked one bertarized, with its head, in evaluation mode.
+
+    masks: arguments of `load_masked`, for a masked checkpoint. Raises UserError.
+    """
+    recorded = read_config(checkpoint)
+    if is_masked(recorded["model_type"]):
+        return bertarize(load_masked(checkpoint, **masks))
+    return load_model(checkpoint, head_of(checkpoint, recorded), masked=False, trained=True)
+
+
+def _check_kind(checkpoint: str, model_type: str, masked: bool, trained: bool) -> None:
     """Raises UserError for a masked checkpoint if plain is asked for, or the other way round."""
     family = stock_type(model_type)
     if model_type.startswith(COMPACT) and masked:
-        raise UserError(f"{source} is a compact model, without masks: give the type {family}")
+        raise UserError(f"{checkpoint} is a compact model, without masks: give the type {family}")
     if is_masked(model_type) and not masked:
         raise UserError(
-            f"{source} is a masked checkpoint: give the type {MASKED}{family}, or bertarize it"
+            f"{checkpoint} is a masked checkpoint: give the type {MASKED}{family}, or bertarize it"
         )
     if trained and masked and not is_masked(model_type):
         raise UserError(
-            f"{source} is a plain model without masks: fine-prune it first (to evaluate it as it "
-            f"is, give the type {family})"
+            f"{checkpoint} is a plain model without masks: fine-prune it first (to evaluate it as "
+            f"it is, give the type {family})"
         )
 
 
@@ -148,94 +171,75 @@ def _mask_settings(recorded: dict, asked: dict, trained: bool) -> tuple[dict, bo
         old = recorded.get(name)
         if None in (value, old) or value == old:
             continue
-        if name in INITIAL_SCORES:
-            if not fresh_scores:
-                logger.warning("the checkpoint's scores are kept; %s has no effect", name)
-            continue
-        fresh = "; the scores start fresh" if fresh_scores and name == "pruning_method" else ""
-        message = "%s %s contradicts %s of the checkpoint, and is used%s"
-        logger.warning(message, name, value, old, fresh)
-    kept = [*GRANULARITY, *(() if fresh_scores else INITIAL_SCORES)]
-    return asked | {name: recorded[name] for name in kept if name in recorded}, fresh_scores
+        if name not in INITIAL_SCORES:
+            fresh = "; the scores start fresh" if fresh_scores and name == "pruning_method" else ""
+            message = "%s %s contradicts %s of the checkpoint, and is used%s"
+            logger.warning(message, name, value, old, fresh)
+        elif not fresh_scores:
+            logger.warning("the checkpoint's scores are kept; %s has no effect", name)
+    of_checkpoint = [*GRANULARITY] if fresh_scores else [*GRANULARITY, *INITIAL_SCORES]
+    return asked | {n: recorded[n] for n in of_checkpoint if n in recorded}, fresh_scores
 
 
-def _check_weights(source: str, model: PreTrainedModel, info: dict, trained: bool) -> set[str]:
+def _check_weights(checkpoint: str, model: PreTrainedModel, info: dict, trained: bool) -> set[str]:
     """The weights that start fresh. Raises UserError if they may not: only scores and head may."""
-    shapes = {key: (theirs, ours) for key, theirs, ours in info["mismatched_keys"]}
+    shapes = {key: (saved, needed) for key, saved, needed in info["mismatched_keys"]}
     fresh = {*info["missing_keys"], *shapes}
-    base = f"{model.base_model_prefix}."
     for key in sorted(fresh):
-        theirs, ours = shapes.get(key, (None, None))
+        saved, needed = shapes.get(key, (None, None))
         are_scores = key.endswith(score_suffixes())
-        if key.startswith(base) and not HARMLESS.search(key):
-            if theirs or not are_scores:
-                problem = f"has another shape ({theirs})" if theirs else "is missing"
-                raise UserError(f"{source} does not fit its configuration: {key} {problem}")
+        in_base = key.startswith(f"{model.base_model_prefix}.")
+        if in_base and not HARMLESS.search(key) and (saved or not are_scores):
+            problem = f"has another shape ({saved})" if saved else "is missing"
+            raise UserError(f"{checkpoint} does not fit its configuration: {key} {problem}")
         if not trained:
             continue
         if are_scores:
             raise UserError(
-                f"{source} holds no scores for pruning_method {model.config.pruning_method} "
+                f"{checkpoint} holds no scores for pruning_method {model.config.pruning_method} "
                 f"({key} is missing): give the method that it was trained with"
             )
-        if theirs and not key.startswith(base):
+        if saved and not in_base:
             raise UserError(
-                f"the head of {source} has {theirs[0]} outputs, and {ours[0]} are needed: is it "
-                "of another task?"
+                f"the head of {checkpoint} has {saved[0]} outputs, and {needed[0]} are needed: is "
+                "it of another task?"
             )
         raise UserError(
-            f"{source} has no trained {type(model).__name__} head ({key} is missing): fine-tune "
-            "it first"
+            f"{checkpoint} has no trained {type(model).__name__} head ({key} is missing): "
+            "fine-tune it first"
         )
-    _check_extra_weights(source, model, info["unexpected_keys"], trained)
+    _check_extra_weights(checkpoint, model, info["unexpected_keys"], trained)
     return fresh
 
 
 def _check_extra_weights(
-    source: str, model: PreTrainedModel, keys: Sequence[str], trained: bool
+    checkpoint: str, model: PreTrainedModel, keys: Sequence[str], trained: bool
 ) -> None:
     """Refuse, or warn of, weights in parts of the model that have no place for them."""
-    own = {name for part in (model, model.base_model) for name, _ in part.named_children()}
-    extra = sorted(k for k in keys if k.split(".")[0] in own and not HARMLESS.search(k))
+    parts = {name for m in (model, model.base_model) for name, _ in m.named_children()}
+    extra = sorted(k for k in keys if k.split(".")[0] in parts and not HARMLESS.search(k))
     if is_masked(model.config.model_type):  # a method without scores leaves them
         extra = [key for key in extra if not key.endswith(score_suffixes())]
     if extra:
         shown = ", ".join(extra[:2]) + (f" and {len(extra) - 2} more" if extra[2:] else "")
         name = type(model).__name__
-        refuse_or_warn(f"{source} holds weights that a {name} lacks ({shown})", trained)
+        refuse_or_warn(f"{checkpoint} holds weights that a {name} lacks ({shown})", trained)
 
 
-def _check_masks(source: str, model: PreTrainedModel, trained: bool) -> None:
+def _check_masks(checkpoint: str, model: PreTrainedModel, trained: bool) -> None:
     """Raises UserError for a masked model without layers or, if trained, without usable masks."""
-    layers, config = masked_layers(model).values(), model.config
+    layers = masked_layers(model).values()
     if not layers:
-        raise UserError(f"{source} has no layers: correct num_hidden_layers of its config.json")
+        raise UserError(f"{checkpoint} has no layers: correct num_hidden_layers of its config.json")
     if not trained:
         return
-    if config.threshold is None and METHODS[config.pruning_method].threshold_is:
-        raise NoThreshold(source)
+    if model.config.threshold is None and METHODS[model.config.pruning_method].threshold_is:
+        raise NoThreshold(
+            f"{checkpoint}/config.json does not record the threshold that it was trained at"
+        )
     if not all(x.source.isfinite().all() for x in layers if x.mask_scores is not None):
-        raise UserError(f"{source} holds scores that are not finite: its training diverged")
+        raise UserError(f"{checkpoint} holds scores that are not finite: its training diverged")
     try:
         find_masks(model)
     except ValueError as error:
-        raise UserError(f"{source}: {error}") from error
-
-
-def load_masked(
-    folder: str,
-    pruning_method: str | None = None,
-    threshold: float | None = None,
-    global_topk: bool | None = None,
-) -> PreTrainedModel:
-    """A fine-pruned masked model with any head, in evaluation mode.
-
-    None means the value of the checkpoint's config.json; a value that contradicts it is used, with
-    a warning. Raises UserError for a checkpoint without masks, method or threshold.
-    """
-    if not Path(folder).is_dir():
-        raise UserError(f"{folder} is not a folder: give that of a fine-pruned checkpoint")
-    given = {"pruning_method": pruning_method, "threshold": threshold, "global_topk": global_topk}
-    overrides = {name: value for name, value in given.items() if value is not None}
-    head = head_of(folder, read_config(folder))
-    return load_model(folder, head, masked=True, trained=True, **overrides)
+        raise UserError(f"{checkpoint}: {error}") from error

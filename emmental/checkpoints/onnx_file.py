@@ -41,7 +41,8 @@ def write_onnx(model: PreTrainedModel, file: Path) -> None:
     check_onnx(file)
 
     def fill(path: Path) -> None:
-        logged, training = logging.root.manager.disable, model.training
+        training = model.training
+        logged = logging.root.manager.disable
         logging.disable(logging.WARNING)  # the exporter tells of every node
         model.eval()
         try:
@@ -56,13 +57,14 @@ def write_onnx(model: PreTrainedModel, file: Path) -> None:
     write_file(file, fill)
 
 
-def _sample(model: PreTrainedModel, batch: int, length: int) -> dict[str, Tensor]:
+def sample_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, Tensor]:
     """Inputs with padding and, if the model has them, two token types."""
     length = min(length, longest_input(model) or length)
     choices = (3,) if type(model).__name__.endswith("ForMultipleChoice") else ()
     shape = (batch, *choices, length)
     generator = torch.Generator().manual_seed(length)
-    mask, types = torch.ones(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    mask = torch.ones(shape, dtype=torch.long)
+    types = torch.zeros(shape, dtype=torch.long)
     mask[0, ..., length - length // 3 :] = 0
     types[..., length // 2 :] = 1
     ids = torch.randint(model.config.vocab_size, shape, generator=generator)
@@ -72,15 +74,15 @@ def _sample(model: PreTrainedModel, batch: int, length: int) -> dict[str, Tensor
 
 @torch.no_grad()
 def _export(model: PreTrainedModel, path: Path) -> None:
-    given = _sample(model, batch=2, length=16)
-    axes = ("batch", "choices", "length") if given["input_ids"].dim() == 3 else ("batch", "length")
+    inputs = sample_inputs(model, batch=2, length=16)
+    axes = ("batch", "choices", "length") if inputs["input_ids"].dim() == 3 else ("batch", "length")
     torch.onnx.export(
         model,
-        kwargs=given,
+        kwargs=inputs,
         f=path,
-        input_names=list(given),
-        output_names=list(model(**given)),
-        dynamic_shapes={name: dict(enumerate(axes)) for name in given},
+        input_names=list(inputs),
+        output_names=list(model(**inputs)),
+        dynamic_shapes={name: dict(enumerate(axes)) for name in inputs},
         dynamo=True,
         external_data=False,
         verbose=False,
@@ -98,15 +100,16 @@ def _compare(model: PreTrainedModel, path: Path) -> None:
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for batch, length in ((1, 9), (3, 40)):
-        given = _sample(model, batch, length)
-        wanted = model(**given)
-        found = session.run(list(wanted), {name: given[name].numpy() for name in given})
-        mask = given["attention_mask"].bool()
-        for (name, ours), theirs in zip(wanted.items(), found, strict=True):
-            difference = (ours - torch.from_numpy(theirs)).abs()
-            of_tokens = difference.shape[: mask.dim()] == mask.shape
-            error = (difference[mask] if of_tokens else difference).max().item()
-            bound = ROUNDING * max(1.0, ours.abs().max().item())
+        inputs = sample_inputs(model, batch, length)
+        outputs = model(**inputs)
+        arrays = session.run(list(outputs), {name: x.numpy() for name, x in inputs.items()})
+        mask = inputs["attention_mask"].bool()
+        for (name, output), array in zip(outputs.items(), arrays, strict=True):
+            difference = (output - torch.from_numpy(array)).abs()
+            if difference.shape[: mask.dim()] == mask.shape:
+                difference = difference[mask]
+            error = difference.max().item()
+            bound = ROUNDING * max(1.0, output.abs().max().item())
             if not error <= bound:  # nan as well
                 raise TrainingError(
                     f"{name} of ONNX Runtime differs from torch by {error:.3g}, more than "

@@ -22,14 +22,14 @@ VOCABULARIES = (  # those that need no further package come first
 )  # fmt: skip
 
 
-def has_tokenizer(source: str, cache_dir: str | None = None) -> bool:
+def has_tokenizer(checkpoint: str, cache_dir: str | None = None) -> bool:
     """Whether a checkpoint has files of a tokenizer, whole or damaged."""
-    return any(_find_file(source, name, cache_dir) for name in VOCABULARIES)
+    return any(_find_file(checkpoint, name, cache_dir) for name in VOCABULARIES)
 
 
-def _find_file(source: str, name: str, cache_dir: str | None) -> str | None:
+def _find_file(checkpoint: str, name: str, cache_dir: str | None) -> str | None:
     quiet = {"_raise_exceptions_for_missing_entries": False}
-    return cached_file(source, name, cache_dir=cache_dir, **quiet)
+    return cached_file(checkpoint, name, cache_dir=cache_dir, **quiet)
 
 
 def lower_cases(tokenizer: Tokenizer) -> bool:
@@ -38,60 +38,56 @@ def lower_cases(tokenizer: Tokenizer) -> bool:
     return bool(normalizer) and "A" not in normalizer.normalize_str("A")
 
 
-def declared_casing(source: str, cache_dir: str | None) -> bool | None:
+def declared_casing(checkpoint: str, cache_dir: str | None) -> bool | None:
     """Whether the files of a tokenizer say that it lower-cases; None if they do not say."""
-    declared = get_tokenizer_config(source, cache_dir=cache_dir).get("do_lower_case")
-    file = _find_file(source, "tokenizer.json", cache_dir)
-    return lower_cases(Tokenizer.from_file(file)) if declared is None and file else declared
+    declared = get_tokenizer_config(checkpoint, cache_dir=cache_dir).get("do_lower_case")
+    file = _find_file(checkpoint, "tokenizer.json", cache_dir)
+    if declared is None and file:
+        return lower_cases(Tokenizer.from_file(file))
+    return declared
 
 
 def load_tokenizer(
-    source: str, do_lower_case: bool = False, cache_dir: str | None = None
+    checkpoint: str, do_lower_case: bool = False, cache_dir: str | None = None
 ) -> PreTrainedTokenizerFast:
     """The tokenizer of a checkpoint: uncased if its files say so, or if `do_lower_case` and it can.
 
-    Without it, transformers would lower-case for BERT unless tokenizer_config.json forbids it.
     Raises UserError when there is none, for which transformers makes up an empty one.
     """
     options = {"cache_dir": cache_dir, "use_fast": True, "trust_remote_code": False}
     try:
-        names = [name for name in VOCABULARIES if _find_file(source, name, cache_dir)]
+        names = [name for name in VOCABULARIES if _find_file(checkpoint, name, cache_dir)]
         if not names:
             raise ValueError("there is no vocabulary")
         can_read_model = is_sentencepiece_available() and is_protobuf_available()
         if names[0].endswith(".model") and not can_read_model:
             raise ValueError(f"for its {names[0]}, run `pip install sentencepiece protobuf`")
-        config = PreTrainedConfig.get_config_dict(source, cache_dir=cache_dir)[0]
-        if "model_type" not in config and (config or _find_file(source, "vocab.txt", cache_dir)):
+        config = PreTrainedConfig.get_config_dict(checkpoint, cache_dir=cache_dir)[0]
+        if "model_type" not in config and (
+            config or _find_file(checkpoint, "vocab.txt", cache_dir)
+        ):
             options["config"] = BertConfig()  # as in `read_config`
-        declared = declared_casing(source, cache_dir)
-        if do_lower_case or declared is not None or _find_file(source, "vocab.txt", cache_dir):
+        declared = declared_casing(checkpoint, cache_dir)
+        if do_lower_case or declared is not None or _find_file(checkpoint, "vocab.txt", cache_dir):
             options["do_lower_case"] = do_lower_case or bool(declared)
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, **options)
         backend = tokenizer.backend_tokenizer
         has_pieces = isinstance(backend.model, models.WordPiece)
         if do_lower_case and has_pieces and not lower_cases(backend):  # a class without the option
             parts = [normalizers.BertNormalizer(lowercase=True), backend.normalizer]
             backend.normalizer = normalizers.Sequence([part for part in parts if part])
     except Exception as error:  # of the hub, of tokenizers, of transformers
-        raise UserError(f"no usable tokenizer at {source!r} ({first_line(error)})") from error
+        raise UserError(f"no usable tokenizer at {checkpoint!r} ({first_line(error)})") from error
     return tokenizer
 
 
-def tokenizer_to_copy(source: str) -> PreTrainedTokenizerFast | None:
+def tokenizer_to_copy(checkpoint: str) -> PreTrainedTokenizerFast | None:
     """The tokenizer to write beside a converted model; says so if there is none."""
-    if not has_tokenizer(source):
-        logger.warning("%s has no tokenizer: none is written", source)
+    if not has_tokenizer(checkpoint):
+        logger.warning("%s has no tokenizer: none is written", checkpoint)
         return None
-    tokenizer = load_tokenizer(source)
-    if declared_casing(source, None) is None:
+    tokenizer = load_tokenizer(checkpoint)
+    if declared_casing(checkpoint, None) is None:
         message = "%s does not say whether its tokenizer lower-cases: it is written as cased"
-        logger.warning(message, source)
+        logger.warning(message, checkpoint)
     return tokenizer
-
-
-def make_the_same_ids(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> bool:
-    """Whether tokenizers with one vocabulary make the same ids of a pair of lower-case texts."""
-    words = [word.strip("#▁Ġ") for word in sorted(one.get_vocab()) if word.islower()]
-    pair = "who, in the u.s., can't wait?", " ".join(words)
-    return one(*pair, verbose=False).input_ids == other(*pair, verbose=False).input_ids

@@ -21,15 +21,11 @@ machine.
 import math
 from dataclasses import dataclass
 
-import constriction
 import numpy as np
+from constriction import stream
+from scipy.sparse import csr_array
 
 from ..system.errors import UserError, first_line
-
-Categorical = constriction.stream.model.Categorical
-Uniform = constriction.stream.model.Uniform
-RangeEncoder = constriction.stream.queue.RangeEncoder
-RangeDecoder = constriction.stream.queue.RangeDecoder
 
 BITS = (2, 3, 4, 5, 6, 7, 8, 16, 32)
 CHUNK = 2**22  # symbols decoded at a time, which bounds the memory
@@ -41,6 +37,7 @@ DIFFERENCES = np.ldexp(1.0, -np.minimum(np.abs(np.arange(-MAX_LEVEL, MAX_LEVEL +
 MAX_CLASSES = 64
 WORTHWHILE = 0.005  # blocks take time to decode, so they must save this share of the position bits
 NOISE = 7.95  # a plane of bytes with at least this entropy per byte is stored uncoded
+SMALLEST_STEP = np.float32(2.0**-148)  # twice the smallest float32: half of it is not zero
 STEP_CANDIDATES = np.linspace(0.1, 1.0, 46)  # as fractions of the step for the largest magnitude
 
 
@@ -65,7 +62,8 @@ class _Encoder:
     """A range coder that also stores numbers, frequencies and uncoded bytes."""
 
     def __init__(self):
-        self.coder, self.noise = RangeEncoder(), []
+        self.coder = stream.queue.RangeEncoder()
+        self.noise = []
 
     def words(self) -> np.ndarray:
         coded = self.coder.get_compressed()
@@ -77,11 +75,11 @@ class _Encoder:
         """Store an unsigned integer of `bits` bits."""
         for shift in range(0, bits, 16):
             size = 2 ** min(16, bits - shift)
-            self.coder.encode(np.array([(value >> shift) % size], np.int32), Uniform(size))
+            self.coder.encode((value >> shift) % size, stream.model.Uniform(size))
 
     def symbols(self, symbols: np.ndarray, probabilities: np.ndarray) -> None:
         if len(symbols):
-            model = Categorical(probabilities, perfect=False)
+            model = stream.model.Categorical(probabilities, perfect=False)
             self.coder.encode(symbols.astype(np.int32, copy=False), model)
 
     def alphabet(self, symbols: np.ndarray, size: int) -> None:
@@ -110,18 +108,18 @@ class _Decoder:
 
     def __init__(self, words: np.ndarray):
         length = int(words[0])
-        self.coder = RangeDecoder(words[1 : 1 + length])
+        self.coder = stream.queue.RangeDecoder(words[1 : 1 + length])
         self.noise = words[1 + length :].view(np.uint8)
 
     def number(self, bits: int) -> int:
         value = 0
         for shift in range(0, bits, 16):
             size = 2 ** min(16, bits - shift)
-            value |= int(self.coder.decode(Uniform(size), 1)[0]) << shift
+            value |= self.coder.decode(stream.model.Uniform(size)) << shift
         return value
 
     def symbols(self, count: int, probabilities: np.ndarray) -> np.ndarray:
-        return self.coder.decode(Categorical(probabilities, perfect=False), count)
+        return self.coder.decode(stream.model.Categorical(probabilities, perfect=False), count)
 
     def alphabet(self, count: int, size: int) -> np.ndarray:
         if not count:
@@ -154,13 +152,12 @@ def _symbol_entropy(symbols: np.ndarray) -> float:
 # ------------------------------------------------------------------------------------ positions
 
 
-def entropy_bits(kept: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Entropy of masks with `kept` of `sizes` entries, each entry kept independently, in bits."""
-    kept, sizes = np.asarray(kept, np.float64), np.asarray(sizes, np.float64)
-    bits = np.zeros(np.broadcast(kept, sizes).shape)
-    for part in (kept, sizes - kept):
-        bits -= part * np.log2(np.maximum(part, 1) / np.maximum(sizes, 1))
-    return bits
+def _mask_entropy(ones: np.ndarray | float, sizes: np.ndarray | float) -> float:
+    """Bits of masks together, each with so many ones at independent places of so many entries."""
+    bits = 0.0
+    for count in (ones, sizes - ones):
+        bits -= np.sum(count * np.log2(np.maximum(count, 1) / np.maximum(sizes, 1)))
+    return float(bits)
 
 
 def _gap_model(density: np.float32) -> tuple[np.ndarray, int]:
@@ -195,7 +192,8 @@ def _encode_block(encoder: _Encoder, block: np.ndarray) -> None:
 
 def _decode_block(decoder: _Decoder, size: int) -> tuple[np.ndarray, bool]:
     """Ascending positions, and whether they are those of the zeros."""
-    inverted, count = bool(decoder.number(1)), decoder.number(32)
+    inverted = bool(decoder.number(1))
+    count = decoder.number(32)
     if not count:
         return np.zeros(0, np.int64), inverted
     density = np.array(decoder.number(32), np.uint32).view(np.float32)[()]
@@ -218,37 +216,32 @@ def _members(classes: np.ndarray) -> list[np.ndarray]:
 
 def _partition_cost(mask: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> float:
     """Bits that the positions take with these classes of rows and columns, classes included."""
-    row_of, column_of = (np.unique(classes, return_inverse=True)[1] for classes in (rows, columns))
-    row_blocks, column_blocks = (
-        np.eye(index.max() + 1, dtype=np.float32)[index] for index in (row_of, column_of)
-    )
-    kept = np.rint(row_blocks.T @ mask.astype(np.float32) @ column_blocks)
-    sizes = np.outer(np.bincount(row_of), np.bincount(column_of))
-    cost = entropy_bits(kept, sizes).sum() + 97.0 * kept.size  # 97 bits: the numbers of a block
+    by_row = np.array([mask[members].sum(0) for members in _members(rows)], np.float64)
+    ones = np.array([by_row[:, members].sum(1) for members in _members(columns)])
+    sizes = np.outer(*(np.unique(c, return_counts=True)[1] for c in (columns, rows)))
+    cost = _mask_entropy(ones, sizes) + 97.0 * sizes.size  # 97 bits: the numbers of a block
     for classes in (rows, columns):
         if classes.any():
             cost += _symbol_entropy(classes) + 4.0 * MAX_CLASSES
-    return float(cost)
+    return cost
 
 
 def _encode_mask(encoder: _Encoder, mask: np.ndarray) -> None:
-    rows, columns = (np.round(2 * np.log2(mask.sum(axis) + 1)).astype(np.int32) for axis in (1, 0))
-    no_rows, no_columns = np.zeros_like(rows), np.zeros_like(columns)
-    whole = no_rows, no_columns
-    choices = [whole, (rows, no_columns), (no_rows, columns), (rows, columns)]
+    rows = np.round(2 * np.log2(mask.sum(1) + 1)).astype(np.int32)
+    columns = np.round(2 * np.log2(mask.sum(0) + 1)).astype(np.int32)
+    one_row = np.zeros_like(rows)
+    one_column = np.zeros_like(columns)
+    choices = [(one_row, one_column), (rows, one_column), (one_row, columns), (rows, columns)]
     costs = [_partition_cost(mask, *choice) for choice in choices]
     best = int(np.argmin(costs))
-    rows, columns = choices[best] if costs[best] < (1 - WORTHWHILE) * costs[0] else whole
+    rows, columns = choices[best if costs[best] < (1 - WORTHWHILE) * costs[0] else 0]
     for classes in (rows, columns):
         encoder.number(int(classes.any()), 1)
         if classes.any():
             encoder.alphabet(classes, MAX_CLASSES)
     for row_members in _members(rows):
-        block_rows = mask[row_members]
         for column_members in _members(columns):
-            all_columns = len(column_members) == mask.shape[1]
-            block = block_rows if all_columns else block_rows[:, column_members]
-            _encode_block(encoder, block.reshape(-1))
+            _encode_block(encoder, mask[np.ix_(row_members, column_members)].reshape(-1))
 
 
 def _decode_mask(decoder: _Decoder, shape: tuple[int, int]) -> np.ndarray:
@@ -273,39 +266,9 @@ def _decode_mask(decoder: _Decoder, shape: tuple[int, int]) -> np.ndarray:
 # ------------------------------------------------------------------------------------ values
 
 
-def _steps(tensor: np.ndarray, bits: int, by_row: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The step of each group of entries (a row, or the whole), and the group of each non-zero.
-
-    At 8 bits the levels reach up to the largest magnitude of the group. With fewer bits they reach
-    up to a fraction of it: the fraction with the least squared error, the same for all groups.
-    """
-    magnitudes, values = np.abs(tensor), tensor[tensor != 0]
-    if by_row:
-        largest, groups = magnitudes.max(1), np.nonzero(tensor)[0]
-    else:
-        largest, groups = magnitudes.max(initial=0.0).reshape(1), np.zeros(len(values), np.intp)
-    # The smallest step is twice the smallest float32, so that half a step is not zero.
-    smallest = np.where(largest > 0, np.float32(2.0**-148), np.float32(0))
-    steps = np.maximum((largest / 2 ** (bits - 1)).astype(np.float32), smallest)
-    if bits >= 8 or not len(values):
-        return steps, groups
-    stride = max(1, len(values) // 50_000)
-    sample, sampled = values[::stride].astype(np.float64), steps[groups[::stride]]
-
-    def error(fraction: float) -> float:
-        tried = sampled * np.float32(fraction)
-        restored = _dequantise(_levels(sample, tried, bits), bits) * tried
-        return float(np.square(sample - restored).sum())
-
-    fraction = np.float32(min(STEP_CANDIDATES, key=error))
-    return np.maximum(steps * fraction, smallest), groups
-
-
 def _levels(values: np.ndarray, steps: np.ndarray | np.float32, bits: int) -> np.ndarray:
     half = 2 ** (bits - 1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        levels = np.floor(np.nan_to_num(values / steps, nan=0.0, posinf=half, neginf=-half))
-    return (np.clip(levels, -half, half - 1) + half).astype(np.int32)
+    return (np.clip(np.floor(values / steps), -half, half - 1) + half).astype(np.int32)
 
 
 def _dequantise(levels: np.ndarray, bits: int) -> np.ndarray:
@@ -320,6 +283,46 @@ def _halves(values: np.ndarray) -> np.ndarray:
     halves = values.astype(np.float16)
     smallest = np.copysign(np.float16(2.0**-24), halves)
     return np.where((halves == 0) & (values != 0), smallest, halves)
+
+
+def _encode_levels(
+    encoder: _Encoder, tensor: np.ndarray, values: np.ndarray, bits: int, by_row: bool
+) -> float:
+    """Store the steps and the levels of a matrix's non-zero values; return the levels' entropy.
+
+    At 8 bits the levels reach up to the largest magnitude (of the row, or of the whole). With fewer
+    bits they reach up to a fraction of it: the one with the least squared error, the same for all.
+    """
+    if by_row:
+        largest = np.abs(tensor).max(1)
+        rows = np.nonzero(tensor)[0]
+    else:
+        largest = np.abs(tensor).max(initial=0.0).reshape(1)
+        rows = np.zeros(len(values), np.intp)
+    smallest = np.where(largest > 0, SMALLEST_STEP, np.float32(0))
+    steps = np.maximum((largest / 2 ** (bits - 1)).astype(np.float32), smallest)
+    if bits < 8 and len(values):
+        stride = max(1, len(values) // 50_000)
+        fraction = _best_fraction(values[::stride], steps[rows[::stride]], bits)
+        steps = np.maximum(steps * fraction, smallest)
+    if by_row:
+        _encode_floats(encoder, steps)
+    else:
+        encoder.number(int(steps.view(np.uint32)[0]), 32)
+    levels = _levels(values, steps[rows], bits)
+    encoder.alphabet(levels, 2**bits)
+    return _symbol_entropy(levels)
+
+
+def _best_fraction(values: np.ndarray, steps: np.ndarray, bits: int) -> np.float32:
+    values = values.astype(np.float64)
+
+    def error(fraction: float) -> float:
+        smaller = np.maximum(steps * np.float32(fraction), SMALLEST_STEP)
+        restored = _dequantise(_levels(values, smaller, bits), bits) * smaller
+        return float(np.square(values - restored).sum())
+
+    return np.float32(min(STEP_CANDIDATES, key=error))
 
 
 def _encode_floats(encoder: _Encoder, numbers: np.ndarray) -> float:
@@ -340,7 +343,7 @@ def _decode_floats(decoder: _Decoder, count: int, dtype: type) -> np.ndarray:
 # ------------------------------------------------------------------------------------ tensors
 
 
-def precision(shape: tuple[int, ...], bits: int) -> int:
+def _precision(shape: tuple[int, ...], bits: int) -> int:
     """Bits at which a tensor is stored. Vectors (bias, LayerNorm) get at least 16."""
     return bits if len(shape) == 2 else max(bits, 16)
 
@@ -353,71 +356,57 @@ def encode(tensor: np.ndarray, bits: int, by_row: bool = False) -> Coded:
     """
     if not np.isfinite(tensor).all():
         raise UserError("it holds values that are not finite")
-    bits = precision(tensor.shape, bits)
+    bits = _precision(tensor.shape, bits)
     if bits == 16 and np.abs(tensor).max(initial=0.0) > np.finfo(np.float16).max:
         raise UserError("it holds values too large for half precision: use --bits 32")
-    encoder, position_entropy = _Encoder(), 0.0
-    values = np.ascontiguousarray(tensor, np.float32).reshape(-1)
-    kept = values.size
+    encoder = _Encoder()
+    values = tensor.reshape(-1)
+    position_entropy = 0.0
     if tensor.ndim == 2:
         mask = tensor != 0
-        kept = int(np.count_nonzero(mask))
-        encoder.number(int(kept < mask.size), 1)
-        if kept < mask.size:
+        values = tensor[mask]
+        position_entropy = _mask_entropy(len(values), mask.size)
+        encoder.number(int(len(values) < mask.size), 1)
+        if len(values) < mask.size:
             _encode_mask(encoder, mask)
-            position_entropy = float(entropy_bits(kept, mask.size))
-            values = values[np.flatnonzero(mask)]
-    if bits > 8:
-        value_entropy = _encode_floats(encoder, values if bits == 32 else _halves(values))
-    else:
-        steps, groups = _steps(tensor, bits, by_row)
-        if by_row:
-            _encode_floats(encoder, steps)
-        else:
-            encoder.number(int(steps.view(np.uint32)[0]), 32)
-        levels = _levels(values, steps[groups], bits)
-        encoder.alphabet(levels, 2**bits)
-        value_entropy = _symbol_entropy(levels)
-    return Coded(encoder.words(), kept, position_entropy, value_entropy)
-
-
-def error_bound(tensor: np.ndarray, bits: int, by_row: bool = False) -> np.ndarray:
-    """The largest difference that `encode` may make to each entry: 0 for the zeros of a matrix."""
-    bits = precision(tensor.shape, bits)
-    magnitudes = np.abs(tensor).astype(np.float64)
     if bits == 32:
-        return np.zeros(tensor.shape)
-    if bits == 16:
-        return np.maximum(magnitudes * 2.0**-11, (magnitudes > 0) * 2.0**-24)
-    kept, half = magnitudes > 0, 2 ** (bits - 1)
-    steps, groups = _steps(tensor, bits, by_row)
-    steps = steps.astype(np.float64)[groups]
-    clipped = magnitudes[kept] - (half - 0.5) * steps
-    bound = np.zeros(tensor.shape)
-    bound[kept] = np.maximum(steps / 2, clipped) * (1 + 1e-4) + 2.0**-147  # and rounding
-    return bound
+        value_entropy = _encode_floats(encoder, np.ascontiguousarray(values))
+    elif bits == 16:
+        value_entropy = _encode_floats(encoder, _halves(values))
+    else:
+        value_entropy = _encode_levels(encoder, tensor, values, bits, by_row)
+    return Coded(encoder.words(), len(values), position_entropy, value_entropy)
 
 
-def decode_sparse(
-    words: np.ndarray, shape: tuple[int, ...], bits: int, by_row: bool = False
-) -> tuple[np.ndarray | None, np.ndarray]:
-    """The indices of the kept entries in row-major order (None: all entries) and their values.
+def decode(
+    words: np.ndarray, shape: tuple[int, ...], bits: int, by_row: bool = False, csr: bool = False
+) -> np.ndarray | csr_array:
+    """The float32 tensor that `encode` was given, at its precision; if `csr`, a sparse matrix.
 
     Raises UserError for a stream that does not fit the shape.
     """
     try:
-        indices, values = _decode_parts(words, shape, precision(shape, bits), by_row)
+        indices, values = _decode_parts(words, shape, _precision(shape, bits), by_row)
     except (ArithmeticError, AssertionError, LookupError, ValueError) as error:
         raise UserError(f"its stream does not decode ({first_line(error)})") from error
     if not np.isfinite(values).all():
         raise UserError("it holds values that are not finite")
-    return indices, values
+    if indices is None:
+        return csr_array(values.reshape(shape)) if csr else values.reshape(shape)
+    if csr:
+        return csr_array((values, np.divmod(indices, shape[1])), shape)
+    tensor = np.zeros(math.prod(shape), np.float32)
+    tensor[indices] = values
+    return tensor.reshape(shape)
 
 
 def _decode_parts(
     words: np.ndarray, shape: tuple[int, ...], bits: int, by_row: bool
 ) -> tuple[np.ndarray | None, np.ndarray]:
-    decoder, indices, count = _Decoder(words), None, math.prod(shape)
+    """The indices of the kept entries in row-major order (None: all entries) and their values."""
+    decoder = _Decoder(words)
+    indices = None
+    count = math.prod(shape)
     if len(shape) == 2 and decoder.number(1):
         indices = _decode_mask(decoder, shape)
         count = len(indices)
@@ -428,23 +417,8 @@ def _decode_parts(
     else:
         steps = np.array([decoder.number(32)], np.uint32).view(np.float32)
     values = _dequantise(decoder.alphabet(count, 2**bits), bits)
-    if not by_row:
-        values *= steps
-    elif indices is None:
-        values.reshape(shape)[...] *= steps[:, None]
+    if by_row and indices is not None:
+        values *= np.repeat(steps, np.bincount(indices // shape[1], minlength=shape[0]))
     else:
-        ends = np.searchsorted(indices, np.arange(1, shape[0] + 1) * shape[1])
-        values *= np.repeat(steps, np.diff(ends, prepend=0))
+        values.reshape(len(steps), -1)[...] *= steps[:, None]
     return indices, values
-
-
-def decode(
-    words: np.ndarray, shape: tuple[int, ...], bits: int, by_row: bool = False
-) -> np.ndarray:
-    """The float32 tensor that `encode` was given, at its precision. Raises UserError."""
-    indices, values = decode_sparse(words, shape, bits, by_row)
-    if indices is None:
-        return values.reshape(shape)
-    tensor = np.zeros(math.prod(shape), np.float32)
-    tensor[indices] = values
-    return tensor.reshape(shape)

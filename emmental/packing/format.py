@@ -26,12 +26,13 @@ import json
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.sparse import csr_array
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..models.families import FAMILIES, HEADS, class_of, is_masked, prefix_of, stock_type
@@ -40,7 +41,7 @@ from ..system.files import write_file
 from . import coding
 
 MAGIC, VERSION = b"PRUNBERT", 1
-PREFIX = struct.Struct("<8sIII16s")
+PREFIX = struct.Struct("<8sIII")
 TEXT_FILES = re.compile(
     r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.(json|txt)"
     r"|chat_template\.jinja|README\.md"
@@ -62,17 +63,13 @@ class Packed:
     @property
     def model_class(self) -> type[PreTrainedModel]:
         """Raises ValueError unless the family of the configuration has a class of that name."""
-        name, kind = self.header["architecture"], self.header["config"]["model_type"]
-        if stock_type(kind) in FAMILIES and not is_masked(kind):
-            for model_class in (class_of(kind, head) for head in HEADS):
+        name = self.header["architecture"]
+        model_type = self.header["config"]["model_type"]
+        if stock_type(model_type) in FAMILIES and not is_masked(model_type):
+            for model_class in (class_of(model_type, head) for head in HEADS):
                 if model_class and model_class.__name__ == name:
                     return model_class
-        raise ValueError(f"unknown architecture {name!r} of type {kind!r}")
-
-    @property
-    def embeddings(self) -> str:
-        """What the names of the embeddings' tensors start with."""
-        return prefix_of(self.model_class)
+        raise ValueError(f"unknown architecture {name!r} of type {model_type!r}")
 
     def size(self, kind: str) -> int:
         """Bytes of all `files` or `tensors`."""
@@ -90,29 +87,35 @@ class Packed:
                     )
                 yield entry, content
 
-    def tensors(self, decode: Callable = coding.decode) -> Iterator[tuple[dict, object]]:
-        """The entries of `tensors` with what `decode` (or `coding.decode_sparse`) returns."""
+    def tensors(self, csr: str | None = None) -> Iterator[tuple[dict, np.ndarray | csr_array]]:
+        """The entries of `tensors` with their arrays. Raises UserError for damage.
+
+        csr: what the names start with of matrices that come as csr_array, without ever being dense.
+        """
         for entry, content in self.streams("tensors"):
+            shape = tuple(entry["shape"])
+            is_csr = bool(csr) and len(shape) == 2 and entry["name"].startswith(csr)
+            words = np.frombuffer(content, "<u4").astype(np.uint32)
             try:
-                words = np.frombuffer(content, "<u4").astype(np.uint32)
-                shape, by_row = tuple(entry["shape"]), entry["by_row"]
-                yield entry, decode(words, shape, self.header["bits"], by_row)
+                array = coding.decode(words, shape, self.header["bits"], entry["by_row"], is_csr)
             except (UserError, ValueError) as error:
                 raise UserError(
                     f"{self.path} is damaged: {entry['name']}: {first_line(error)}"
                 ) from error
+            yield entry, array
 
 
-def digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=8).hexdigest()
+def digest(content: bytes, size: int = 8) -> str:
+    return hashlib.blake2b(content, digest_size=size).hexdigest()
 
 
 def write_packed(target: Path, header: dict, contents: list[bytes]) -> None:
+    """Write a file of this header, and these contents of its `files` and `tensors`."""
     raw = json.dumps(header, separators=(",", ":")).encode()
     deflated = zlib.compress(raw, 9)
-    prefix = PREFIX.pack(MAGIC, VERSION, len(deflated), len(raw), bytes(16))[:20]
-    digest = hashlib.blake2b(prefix + deflated, digest_size=16).digest()
-    content = b"".join([prefix, digest, deflated, *contents])
+    prefix = PREFIX.pack(MAGIC, VERSION, len(deflated), len(raw))
+    checksum = bytes.fromhex(digest(prefix + deflated, 16))
+    content = b"".join([prefix, checksum, deflated, *contents])
     write_file(target, lambda path: path.write_bytes(content))
 
 
@@ -122,13 +125,15 @@ def open_packed(file: str) -> Packed:
     try:
         with path.open("rb") as content:
             prefix = content.read(PREFIX.size)
-            if prefix[:8] != MAGIC or len(prefix) < PREFIX.size:
+            if len(prefix) < PREFIX.size or not prefix.startswith(MAGIC):
                 raise UserError(
                     f"{path} is not a packed model: write one with saving_prunebert.py pack"
                 )
-            _, version, length, _, digest = PREFIX.unpack(prefix)
+            _, version, length, _ = PREFIX.unpack(prefix)
+            checksum = content.read(16).hex()
             deflated = content.read(length)
-        total = path.stat().st_size
+            start = content.tell()
+        size = path.stat().st_size
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     if version > VERSION:
@@ -136,22 +141,17 @@ def open_packed(file: str) -> Packed:
             f"{path} has version {version} of the format, but this code reads version {VERSION}: "
             "update the code"
         )
-    if hashlib.blake2b(prefix[:20] + deflated, digest_size=16).digest() != digest:
-        raise UserError(
-            f"{path} is truncated or damaged: the checksum of its header does not match"
-        )
-    packed = Packed(path, {}, PREFIX.size + length)
+    damaged = f"{path} is truncated or damaged"
+    if digest(prefix + deflated, 16) != checksum:
+        raise UserError(f"{damaged}: the checksum of its header does not match")
     try:
-        packed.header = json.loads(zlib.decompress(deflated))
-        expected = packed.start + packed.size("files") + packed.size("tensors")
+        packed = Packed(path, json.loads(zlib.decompress(deflated)), start)
+        expected = start + packed.size("files") + packed.size("tensors")
         _check_header(packed)
     except Exception as error:  # the header was not written by `pack`, or for other libraries
         raise UserError(f"{path} has an invalid header: {first_line(error)}") from error
-    if total != expected:
-        raise UserError(
-            f"{path} is truncated or damaged: it has {total:,} bytes, but its header says "
-            f"{expected:,}"
-        )
+    if size != expected:
+        raise UserError(f"{damaged}: it has {size:,} bytes, but its header says {expected:,}")
     return packed
 
 
@@ -163,9 +163,9 @@ def _check_header(packed: Packed) -> None:
             raise ValueError(f"{entry['name']!r} is neither a card nor a file of a tokenizer")
     with torch.device("meta"):  # without memory for the weights
         model = packed.model_class(packed.config)
-    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     if header["base_model"]:
-        base = packed.embeddings
-        wanted = {name: shape for name, shape in wanted.items() if not name.startswith(base)}
-    if {entry["name"]: entry["shape"] for entry in header["tensors"]} != wanted:
+        embeddings = prefix_of(packed.model_class)
+        shapes = {name: x for name, x in shapes.items() if not name.startswith(embeddings)}
+    if {entry["name"]: entry["shape"] for entry in header["tensors"]} != shapes:
         raise ValueError("its tensors do not fit its configuration")
