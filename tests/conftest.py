@@ -17,8 +17,7 @@ import hypothesis
 import pytest
 import tiny
 import torch
-from tiny import SIZES, VOCABULARY, make_squad
-from tiny import tokenizer_of as tokenizer_of  # for those who ask here
+from tiny import SIZES, make_squad
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile(
@@ -35,12 +34,7 @@ def tiny_config():
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tmp_path_factory):
-    from transformers import BertTokenizerFast
-
-    vocabulary = tmp_path_factory.mktemp("vocabulary") / "vocab.txt"
-    words = VOCABULARY + [f"[unused{i}]" for i in range(120 - len(VOCABULARY))]
-    vocabulary.write_text("\n".join(words))
-    return BertTokenizerFast(str(vocabulary))
+    return tiny.bert_tokenizer(tmp_path_factory.mktemp("vocabulary"))
 
 
 @pytest.fixture(scope="session")

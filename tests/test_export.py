@@ -14,22 +14,11 @@ from emmental.checkpoints.counts import remaining_weights
 from emmental.checkpoints.export import bertarized_config, bertarized_state_dict
 from emmental.modules import find_masks, masked_layers
 from emmental.modules.masks import Masks
+from emmental.modules.methods import METHODS
 
-CASES = [  # method, threshold, global_topk
-    ("topK", 0.3, False),
-    ("threshold", 0.2, False),
-    ("sigmoied_threshold", 0.55, False),
-    ("magnitude", 0.3, False),
-    ("l0", None, False),
-    ("topK", 0.3, True),
-    ("threshold", 0.3, True),
-    ("magnitude", 0.3, True),
-    *(
-        (method, 0.3, together)
-        for method in ("sensitivity", "platon")
-        for together in (False, True)
-    ),
-]
+THRESHOLDS = {"threshold": 0.2, "sigmoied_threshold": 0.55, "l0": None}  # else 0.3
+CASES = [(name, THRESHOLDS.get(name, 0.3), False) for name in METHODS]
+CASES += [(name, 0.3, True) for name, method in METHODS.items() if method.ranks_together]
 
 
 def make_model(method, threshold, global_topk=False, suffix=QA):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import tokenizer_of
+from tiny import tokenizer_of
 
 import bertarize
 import counts_parameters

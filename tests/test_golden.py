@@ -14,138 +14,86 @@ import os
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
-from safetensors.torch import load_file
+from tiny import SIZES, TOGETHER, read, weights
 from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification
 
 import masked_run_glue
 import masked_run_squad
 from emmental.system.hardware import processor_name
 
-ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).with_name("golden.json")
 HERE = {
     "processor": f"{processor_name()}, {torch.backends.cpu.get_cpu_capability()}",
     "torch": torch.__version__,
 }
 
-COMMON = [
-    *"--model_type masked_bert --do_lower_case --do_train --do_eval".split(),
-    *"--max_steps 10 --warmup_steps 2 --save_steps 0 --logging_steps 4".split(),
-    *"--no_cuda --learning_rate 1e-3 --mask_scores_learning_rate 3e-2".split(),
-    *"--weight_decay 0.01 --mask_init uniform --mask_scale 0.1".split(),
-    *"--max_seq_length 48".split(),
-]
-SQUAD = ["--max_query_length", "16", "--doc_stride", "16"]
-TOPK = ["--pruning_method", "topK", "--final_threshold", "0.2"]
-SOFT = [
-    *"--pruning_method sigmoied_threshold --initial_threshold 0".split(),
-    *"--final_threshold 0.45 --regularization l1 --target_remaining 0.4".split(),
-    *"--mask_scores_learning_rate 0.1".split(),
-]
-L0 = [
-    *"--pruning_method l0 --initial_threshold 1 --final_threshold 1".split(),
-    *"--mask_init constant --mask_scale -0.5 --regularization l0".split(),
-    *"--mask_scores_learning_rate 0.5".split(),
-]
-GLOBAL = ["--global_topk", "--global_topk_frequency_compute", "3"]
+COMMON = """--model_type masked_bert --do_lower_case --do_train --do_eval --max_steps 10
+    --warmup_steps 2 --save_steps 0 --logging_steps 4 --no_cuda --learning_rate 1e-3
+    --mask_scores_learning_rate 3e-2 --weight_decay 0.01
+    --mask_init uniform --mask_scale 0.1 --max_seq_length 48"""
+SQUAD = "--max_query_length 16 --doc_stride 16"
+TOPK = "--pruning_method topK --final_threshold 0.2"
+MAGNITUDE = "--pruning_method magnitude --final_threshold 0.2"
+THRESHOLD = "--pruning_method threshold"
+SOFT = """--pruning_method sigmoied_threshold --initial_threshold 0 --final_threshold 0.45
+    --regularization l1 --target_remaining 0.4 --mask_scores_learning_rate 0.1"""
+L0 = """--pruning_method l0 --initial_threshold 1 --final_threshold 1 --mask_init constant
+    --mask_scale -0.5 --regularization l0 --mask_scores_learning_rate 0.5"""
+BATCH, PARTS = "--per_gpu_train_batch_size", "--gradient_accumulation_steps"
 # Batches of 3, 5 and 6: not powers of two, so that a wrong weight shows in the rounding.
 SQUAD_RUNS = {
-    "movement": [
-        *TOPK,
-        *"--per_gpu_train_batch_size 3 --gradient_accumulation_steps 2 distilled".split(),
-    ],
-    "movement, global": [*TOPK, *GLOBAL, "--per_gpu_train_batch_size", "5"],
-    "movement, bf16": [*TOPK, "--per_gpu_train_batch_size", "5", "--bf16", "distilled"],
-    "threshold": [
-        *"--pruning_method threshold --initial_threshold -0.2".split(),
-        *"--final_threshold 0.05 --per_gpu_train_batch_size 6".split(),
-    ],
-    "threshold, global": [
-        *"--pruning_method threshold --final_threshold 0.2".split(),
-        *GLOBAL,
-        *"--regularization l1 --final_lambda 3 --per_gpu_train_batch_size 5".split(),
-    ],
-    "soft movement, steered": [
-        *SOFT,
-        *"--per_gpu_train_batch_size 5 --gradient_accumulation_steps 3 distilled".split(),
-    ],
-    "magnitude": [
-        *"--pruning_method magnitude --final_threshold 0.2".split(),
-        *"--per_gpu_train_batch_size 3 --gradient_accumulation_steps 3".split(),
-    ],
-    "magnitude, global": [
-        *"--pruning_method magnitude --final_threshold 0.2".split(),
-        *GLOBAL,
-        "--per_gpu_train_batch_size",
-        "5",
-    ],
-    "l0": [
-        *L0,
-        *"--final_lambda 20 --per_gpu_train_batch_size 3".split(),
-        *"--gradient_accumulation_steps 2".split(),
-    ],
-    "l0, steered": [*L0, *"--target_remaining 0.5 --per_gpu_train_batch_size 6 distilled".split()],
-    "dense": [
-        *"--model_type bert --per_gpu_train_batch_size 5".split(),
-        *"--gradient_accumulation_steps 2".split(),
-    ],
+    "movement": f"{TOPK} {BATCH} 3 {PARTS} 2 distilled",
+    "movement, global": f"{TOPK} {TOGETHER} {BATCH} 5",
+    "movement, bf16": f"{TOPK} {BATCH} 5 --bf16 distilled",
+    "threshold": f"{THRESHOLD} --initial_threshold -0.2 --final_threshold 0.05 {BATCH} 6",
+    "threshold, global": f"{THRESHOLD} --final_threshold 0.2 {TOGETHER} --regularization l1 "
+    f"--final_lambda 3 {BATCH} 5",
+    "soft movement, steered": f"{SOFT} {BATCH} 5 {PARTS} 3 distilled",
+    "magnitude": f"{MAGNITUDE} {BATCH} 3 {PARTS} 3",
+    "magnitude, global": f"{MAGNITUDE} {TOGETHER} {BATCH} 5",
+    "l0": f"{L0} --final_lambda 20 {BATCH} 3 {PARTS} 2",
+    "l0, steered": f"{L0} --target_remaining 0.5 {BATCH} 6 distilled",
+    "dense": f"--model_type bert {BATCH} 5 {PARTS} 2",
 }
+CUSTOM = "--task_name custom --regression --text_pair_column second"
 GLUE_RUNS = {
-    "sst-2": [
-        *TOPK,
-        *"--task_name sst-2 --per_gpu_train_batch_size 5".split(),
-        *"--gradient_accumulation_steps 2 distilled".split(),
-    ],
-    "regression": [
-        *SOFT,
-        *"--task_name custom --regression --text_pair_column second".split(),
-        *"--per_gpu_train_batch_size 3 distilled".split(),
-    ],
+    "sst-2": f"{TOPK} --task_name sst-2 {BATCH} 5 {PARTS} 2 distilled",
+    "regression": f"{SOFT} {CUSTOM} {BATCH} 3 distilled",
 }
 TWO_RANKS = {
-    "movement, two ranks": [
-        *TOPK,
-        *"--per_gpu_train_batch_size 3 --gradient_accumulation_steps 2 distilled".split(),
-    ],
-    "l0, two ranks": [*L0, "--final_lambda", "20", "--per_gpu_train_batch_size", "5"],
+    "movement, two ranks": f"{TOPK} {BATCH} 3 {PARTS} 2 distilled",
+    "l0, two ranks": f"{L0} --final_lambda 20 {BATCH} 5",
 }
 
 
 @pytest.fixture(scope="session")
-def places(tmp_path_factory, tiny_config, tiny_tokenizer, squad_dir):
+def places(tmp_path_factory, tiny_tokenizer, squad_dir):
     """A folder with models, teachers and data, for the outputs of the runs too."""
     folder = tmp_path_factory.mktemp("golden")
+    regression = {"num_labels": 1, "problem_type": "regression"}
     heads = {
         "squad": (BertForQuestionAnswering, {}),
         "sst-2": (BertForSequenceClassification, {"num_labels": 2}),
-        "regression": (
-            BertForSequenceClassification,
-            {"num_labels": 1, "problem_type": "regression"},
-        ),
+        "regression": (BertForSequenceClassification, regression),
     }
     for seed, (name, (head, labels)) in enumerate(heads.items()):
         for role in "model", "teacher":
             torch.manual_seed(2 * seed + (role == "teacher"))
-            head(BertConfig(**tiny_config, **labels, initializer_range=0.2)).save_pretrained(
-                folder / f"{name}_{role}"
-            )
-            tiny_tokenizer.save_pretrained(folder / f"{name}_{role}")
+            model = head(BertConfig(**SIZES, **labels, initializer_range=0.2))
+            tiny.save(model, folder / f"{name}_{role}", tiny_tokenizer)
     words = "ada ben cleo dan eva finn gus hana oslo rome lima kyoto cairo".split()
     for split, rows in ("train", 23), ("dev", 11):
         texts = [" ".join(words[(n * k) % 13] for k in range(1, 3 + n % 4)) for n in range(rows)]
-        for name, header, cells in (
-            ("sst-2", "sentence\tlabel", [f"{text}\t{n % 3 % 2}" for n, text in enumerate(texts)]),
-            (
-                "regression",
-                "text\tsecond\tlabel",
-                [f"{text}\t{words[n % 13]}\t{n % 5 / 2}" for n, text in enumerate(texts)],
-            ),
+        classes = [f"{text}\t{n % 3 % 2}" for n, text in enumerate(texts)]
+        pairs = [f"{text}\t{words[n % 13]}\t{n % 5 / 2}" for n, text in enumerate(texts)]
+        for name, lines in (
+            ("sst-2", ["sentence\tlabel", *classes]),
+            ("regression", ["text\tsecond\tlabel", *pairs]),
         ):
             (folder / f"{name}_data").mkdir(exist_ok=True)
-            (folder / f"{name}_data" / f"{split}.tsv").write_text(
-                "\n".join([header, *cells]) + "\n"
-            )
+            (folder / f"{name}_data" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
     (folder / "squad_data").symlink_to(squad_dir)
     return folder
 
@@ -153,41 +101,25 @@ def places(tmp_path_factory, tiny_config, tiny_tokenizer, squad_dir):
 def command(places, task, name, flags):
     """The flags of a run, and its output folder."""
     output = places / "out" / name.replace(", ", "_").replace(" ", "_")
-    teacher = (
-        ["--teacher_type", "bert", "--teacher_name_or_path", f"{places}/{task}_teacher"]
-        if "distilled" in flags
-        else []
-    )
-    flags = [
-        *COMMON,
-        *(flag for flag in flags if flag != "distilled"),
-        *teacher,
-        *(SQUAD if task == "squad" else []),
-    ]
-    paths = {
-        "model_name_or_path": f"{task}_model",
-        "data_dir": f"{task}_data",
-        "cache_dir": "cache",
-    }
-    flags += [word for flag, path in paths.items() for word in (f"--{flag}", f"{places}/{path}")]
-    return [*flags, "--output_dir", str(output)], output
+    teacher = f"--teacher_type bert --teacher_name_or_path {places}/{task}_teacher"
+    flags = f"{COMMON} {flags.replace('distilled', teacher)} {SQUAD if task == 'squad' else ''}"
+    flags += f" --model_name_or_path {places}/{task}_model --data_dir {places}/{task}_data"
+    return f"{flags} --cache_dir {places}/cache --output_dir {output}".split(), output
 
 
 def fingerprint(output):
     """Metrics of a run, and of each tensor of its model that is trained: hash, norm and sum."""
-    results = json.loads((output / "eval_results.json").read_text())
     tensors = {}
-    for name, tensor in sorted(load_file(output / "model.safetensors").items()):
+    for name, tensor in sorted(weights(output).items()):
         if ".embeddings." not in name:
-            norm, total = (
-                f"{value.item():.9g}" for value in (tensor.double().norm(), tensor.double().sum())
-            )
-            tensors[name] = [hashlib.sha256(tensor.numpy()).hexdigest()[:12], norm, total]
-    return {"results": results, "tensors": tensors}
+            sums = tensor.double().norm(), tensor.double().sum()
+            digest = hashlib.sha256(tensor.numpy()).hexdigest()[:12]
+            tensors[name] = [digest, *(f"{value.item():.9g}" for value in sums)]
+    return {"results": read(output / "eval_results.json"), "tensors": tensors}
 
 
 def check(name, found):
-    golden = json.loads(GOLDEN.read_text())
+    golden = read(GOLDEN)
     expected = golden["runs"][name]
     if golden["here"] == HERE:
         assert found == expected
@@ -196,9 +128,8 @@ def check(name, found):
     assert found["tensors"].keys() == expected["tensors"].keys()
     for tensor, (_, norm, total) in expected["tensors"].items():
         values = [float(value) for value in found["tensors"][tensor][1:]]
-        assert values == pytest.approx(
-            [float(norm), float(total)], rel=1e-3, abs=1e-3 * float(norm)
-        ), tensor
+        wanted = pytest.approx([float(norm), float(total)], rel=1e-3, abs=1e-3 * float(norm))
+        assert values == wanted, tensor
 
 
 def run_alone(places, task, name, flags):

@@ -1,11 +1,10 @@
 """Training on a GPU through the script's main: precisions, compilation, resume, masks."""
 
-import json
 import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from tiny import read, weights
 
 import masked_run_squad
 from emmental.checkpoints.loading import load_masked
@@ -18,24 +17,20 @@ THRESHOLDS = {"sigmoied_threshold": (0, 0.5), "threshold": (-1, 0.0), "l0": (1, 
 
 
 @pytest.fixture
-def run(tmp_path, tiny_bert, squad_dir):
-    def train(output, *flags, method="topK"):
-        first, last = THRESHOLDS.get(method, (1, 0.3))
-        masked_run_squad.main(
-            [
-                *f"--model_type masked_bert --model_name_or_path {tiny_bert}".split(),
-                *f"--data_dir {squad_dir} --output_dir {tmp_path / output}".split(),
-                *f"--cache_dir {tmp_path / 'cache'} --do_train --do_lower_case".split(),
-                *"--max_seq_length 48 --max_query_length 16 --doc_stride 16".split(),
-                *"--max_steps 8 --warmup_steps 2 --learning_rate 1e-3 --logging_steps 1".split(),
-                *f"--initial_threshold {first} --final_threshold {last}".split(),
-                *f"--pruning_method {method} --save_steps 4".split(),
-                *flags,
-            ]
-        )
-        return load_file(tmp_path / output / "model.safetensors")
+def train(flags, tmp_path):
+    """Trains in the folder `output`, and returns the tensors of its model."""
 
-    return train
+    def call(output, *more, method="topK"):
+        first, last = THRESHOLDS.get(method, (1, 0.3))
+        thresholds = f"--initial_threshold {first} --final_threshold {last} --warmup_steps 2"
+        steps = f"--do_train --pruning_method {method} --logging_steps 1 --save_steps 4"
+        words = flags(output, thresholds, steps, *more)
+        if "on a CPU" not in output:
+            words.remove("--no_cuda")
+        masked_run_squad.main(words)
+        return weights(tmp_path / output)
+
+    return call
 
 
 def assert_near(ours, theirs, tolerance):
@@ -45,43 +40,42 @@ def assert_near(ours, theirs, tolerance):
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "l0"])  # its noise differs
-def test_gpu_training_is_cpu_training(run, method):
-    assert_near(run("gpu", method=method), run("cpu", "--no_cuda", method=method), 0.02)
+def test_gpu_training_is_cpu_training(train, method):
+    assert_near(train("gpu", method=method), train("on a CPU", method=method), 0.02)
 
 
 @pytest.mark.parametrize("granularity", [name for name in GRANULARITIES if name != "weight"])
 @pytest.mark.parametrize("method", ["topK", "magnitude", "platon"])
-def test_gpu_granularities(run, method, granularity):
+def test_gpu_granularities(train, method, granularity):
     blocks = "" if granularity == "structure" else "--block_rows 8 --block_columns 8"
-    flags = f"--granularity {granularity} {blocks}".split()
-    plain = run("gpu", *flags, method=method)
-    assert_near(plain, run("cpu", "--no_cuda", *flags, method=method), 0.02)
-    assert_near(run("compiled", "--compile", *flags, method=method), plain, 0.2)
+    flags = f"--granularity {granularity} {blocks}"
+    plain = train("gpu", flags, method=method)
+    assert_near(plain, train("on a CPU", flags, method=method), 0.02)
+    assert_near(train("compiled", "--compile", flags, method=method), plain, 0.2)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("flag", ["--bf16", "--fp16", "--compile"])
-def test_gpu_training_in_every_mode(run, method, flag, tmp_path):
-    plain, other = run("plain", method=method), run("other", flag, method=method)
+def test_gpu_training_in_every_mode(train, method, flag, tmp_path):
+    plain, other = train("plain", method=method), train("other", flag, method=method)
     assert_near(other, plain, 0.2)
-    summary = json.loads((tmp_path / "other/training_summary.json").read_text())
-    assert summary["updates"] == 8
+    assert read(tmp_path / "other/training_summary.json")["updates"] == 8
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_gpu_resume_is_exact(run, method, tmp_path):
-    whole = run("out", method=method)
+def test_gpu_resume_is_exact(train, method, tmp_path):
+    whole = train("out", method=method)
     for name in ("model.safetensors", "training_summary.json", "checkpoint-8"):
         path = tmp_path / "out" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    resumed = run("out", "--resume_from_checkpoint", "latest", method=method)
+    resumed = train("out", "--resume_from_checkpoint latest", method=method)
     for name, wanted in whole.items():
         assert torch.equal(resumed[name], wanted), (name, (resumed[name] - wanted).abs().max())
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_gpu_masks_are_cpu_masks(run, method, tmp_path):
-    run("out", method=method)
+def test_gpu_masks_are_cpu_masks(train, method, tmp_path):
+    train("out", method=method)
     model = load_masked(str(tmp_path / "out"))
     on_cpu, on_gpu = find_masks(model).by_layer, find_masks(model.cuda()).by_layer
     for name, mask in on_cpu.items():

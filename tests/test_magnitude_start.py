@@ -1,8 +1,8 @@
 """Scores that start at the magnitudes of the weights."""
 
 import pytest
+import tiny
 import torch
-import transformers
 from torch import nn
 
 from emmental import MaskedBertConfig, MaskedBertModel
@@ -10,19 +10,17 @@ from emmental.modules import MaskedLinear, find_masks, masked_layers, swap_linea
 from emmental.modules.granularity import GRANULARITIES
 from emmental.modules.methods import METHODS
 
-SIZE = dict(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
-SIZE |= dict(intermediate_size=64, block_rows=8, block_columns=16, initializer_range=0.5)
 LEARNED = [name for name, method in METHODS.items() if method.scores == "learned"]
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_a_loaded_model_starts_with_the_masks_of_magnitude_pruning(granularity, tmp_path):
-    torch.manual_seed(0)
-    transformers.BertModel(transformers.BertConfig(**SIZE)).save_pretrained(tmp_path)
+    tiny.save(tiny.plain_bert(head="", initializer_range=0.5), tmp_path)
+    settings = {"mask_init": "magnitude", "mask_scale": 3.0, "granularity": granularity}
+    settings |= {"block_rows": 8, "block_columns": 16}
     models = {}
     for method in "topK", "magnitude":
-        settings = {"pruning_method": method, "mask_init": "magnitude", "mask_scale": 3.0}
-        config = MaskedBertConfig.from_pretrained(tmp_path, granularity=granularity, **settings)
+        config = MaskedBertConfig.from_pretrained(tmp_path, pruning_method=method, **settings)
         models[method] = MaskedBertModel.from_pretrained(tmp_path, config=config)
     ours, wanted = (find_masks(model, 0.3).by_layer for model in models.values())
     assert all(torch.equal(ours[name], mask) for name, mask in wanted.items())

@@ -4,9 +4,10 @@ import contextlib
 import importlib
 
 import pytest
+import tiny
 import torch
+from tiny import IDS
 
-from emmental import MaskedBertConfig, MaskedBertForQuestionAnswering
 from emmental.losses import regularization
 from emmental.modules import count, find_masks, masked, masked_layers
 from emmental.modules.granularity import GRANULARITIES
@@ -17,7 +18,6 @@ from emmental.modules.selection import SAMPLED_SIZE, kth_largest, largest_in_row
 from emmental.modules.topk import keep_above, keep_largest, keep_largest_together
 from emmental.training.passes import observe_scores
 
-IDS = torch.randint(5, 60, (3, 12), generator=torch.Generator().manual_seed(0))
 THRESHOLDS = {"threshold": 0.2, "sigmoied_threshold": 0.55}
 
 
@@ -31,18 +31,10 @@ def as_on_a_gpu():
 
 
 def make(method, granularity="weight", **settings):
-    torch.manual_seed(1)
-    config = MaskedBertConfig(
-        **dict(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
-        **dict(intermediate_size=64, block_rows=8, block_columns=16, initializer_range=0.2),
-        **dict(pruning_method=method, granularity=granularity, mask_init="uniform", mask_scale=1.0),
-        **settings,
-    )
-    model = MaskedBertForQuestionAnswering(config).train()
-    for layer in masked_layers(model).observed:
-        for name in ("mask_scores", *layer.method.state):
-            getattr(layer, name).data.uniform_(0, 1)
-    return model
+    """A masked BERT in training, with dropout."""
+    settings |= {"granularity": granularity, "block_rows": 8, "block_columns": 16}
+    settings |= dict.fromkeys(tiny.NO_DROPOUT, 0.1)
+    return tiny.make(method, tiny.QA, seed=2, **settings).train()
 
 
 def update(model, threshold, autocast, eyes=None):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import VOCABULARY, tokenizer_of
+from tiny import VOCABULARY, tokenizer_of
 from transformers import (
     AutoTokenizer,
     BertConfig,

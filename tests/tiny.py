@@ -157,6 +157,15 @@ def _unigrams(special):
     return {"vocab": [*{**dict.fromkeys(special, 0.0), **words, **letters}.items()]}
 
 
+def bert_tokenizer(folder):
+    """The tokenizer of a vocab.txt in the folder, with as many words as SIZES says."""
+    from transformers import BertTokenizerFast
+
+    unused = (f"[unused{n}]" for n in range(SIZES["vocab_size"] - len(VOCABULARY)))
+    (folder / "vocab.txt").write_text("\n".join([*VOCABULARY, *unused]))
+    return BertTokenizerFast(str(folder / "vocab.txt"))
+
+
 TOKENIZERS = {  # model_type: its class in transformers, its vocabulary and special tokens
     "bert": ("BertTokenizerFast", _word_pieces, BERT_TOKENS),
     "electra": ("ElectraTokenizerFast", _word_pieces, BERT_TOKENS),

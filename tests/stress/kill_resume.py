@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import shutil
 import subprocess
 import sys
@@ -45,39 +44,29 @@ class Job:
 
     def __init__(self, folder: Path, model: Path, data: Path, method: str):
         self.folder, self.method = Path(folder), method
-        self.flags = f"""--model_type masked_bert --model_name_or_path {model} --data_dir {data}
+        flags = f"""--model_type masked_bert --model_name_or_path {model} --data_dir {data}
             --do_lower_case --do_train --do_eval --evaluate_during_training --logging_steps 5
             --max_steps {UPDATES} --teacher_type bert --teacher_name_or_path {model}
             --gradient_accumulation_steps 2 --warmup_steps 5 --save_steps 3 --max_seq_length 48
             --max_query_length 16 --doc_stride 16 --per_gpu_train_batch_size 3 --no_cuda
-            --cache_dir {self.folder / "cache"} {METHODS[method]}""".split()
+            --cache_dir {self.folder / "cache"} {METHODS[method]}"""
+        self.flags = flags.split()
 
-    def start(self, name: str, *flags: str, limit: int | None = None) -> subprocess.Popen:
-        """Start the run in the folder `name`. limit: the bytes of the largest file it may write."""
-        command = [
-            sys.executable,
-            str(ROOT / "masked_run_squad.py"),
-            *self.flags,
-            "--output_dir",
-            str(self.folder / name),
-            *flags,
-        ]
-        environment = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        limits = (
-            (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None
-        )
-        return subprocess.Popen(
-            command,
-            env=environment,
-            preexec_fn=limits,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+    def words(self, name: str, *flags: str) -> list[str]:
+        """The words of the run in the folder `name`."""
+        return [*self.flags, "--output_dir", str(self.folder / name), *flags]
+
+    def start(self, name: str, *flags: str) -> subprocess.Popen:
+        """Start the run in the folder `name`, in a process of its own."""
+        command = [sys.executable, str(ROOT / "masked_run_squad.py"), *self.words(name, *flags)]
+        variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        variables = os.environ | variables | {"TOKENIZERS_PARALLELISM": "false"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, env=variables, text=True, **pipes)
+
+    def complete(self, name: str, *flags: str) -> None:
+        """Run in the folder `name` to the end."""
+        finish(self.start(name, *flags))
 
 
 def finish(process: subprocess.Popen) -> None:
@@ -88,21 +77,20 @@ def finish(process: subprocess.Popen) -> None:
 
 def differences(one: Path, other: Path) -> list[str]:
     """The files of the run `one` that differ in `other`; training states by their values."""
-    found = [
-        name
-        for name in COMPARED
-        if (one / name).exists()
-        and not (
-            (other / name).exists() and (one / name).read_bytes() == (other / name).read_bytes()
-        )
-    ]
-    for path in sorted(one.rglob("training_state.pt")):
-        name = path.relative_to(one)
-        if not (other / name).exists() or not alike(
-            *(torch.load(run / name, weights_only=True) for run in (one, other))
-        ):
-            found.append(str(name))
-    return found
+    different = []
+    for path in [one / name for name in COMPARED] + sorted(one.rglob("training_state.pt")):
+        twin = other / path.relative_to(one)
+        if not path.exists():
+            continue
+        if not twin.exists():
+            same = False
+        elif path.suffix == ".pt":
+            same = alike(*(torch.load(file, weights_only=True) for file in (path, twin)))
+        else:
+            same = path.read_bytes() == twin.read_bytes()
+        if not same:
+            different.append(str(path.relative_to(one)))
+    return different
 
 
 def alike(a, b) -> bool:
@@ -132,9 +120,7 @@ def being_evaluated(out: Path) -> bool:
 WATCHED = {"writing a checkpoint": being_written, "evaluating": being_evaluated}
 
 
-def kill_at(
-    process: subprocess.Popen, out: Path, moment: str, delay: float, patience: float
-) -> str | None:
+def kill_at(process, out: Path, moment: str, delay: float, patience: float) -> str | None:
     """Kill the run at a moment and say which it was; None if the run ends before.
 
     moment: one of WATCHED, when it is seen; else `delay` seconds after the training started.
@@ -145,17 +131,11 @@ def kill_at(
         now = time.perf_counter()
         if seen is None and {path.name for path in out.glob("events.*")} - known:
             seen = now
-        if (
-            moment in WATCHED
-            and seen
-            and WATCHED[moment](out)
-            or (seen and moment not in WATCHED and now >= seen + delay)
-        ):
+        if seen and (WATCHED[moment](out) if moment in WATCHED else now >= seen + delay):
             process.kill()
             process.communicate()
-            return next(
-                (name for name, sign in WATCHED.items() if sign(out)), "an update or between two"
-            )
+            places = (name for name, sign in WATCHED.items() if sign(out))
+            return next(places, "an update or between two")
         if moment in WATCHED and seen and now > seen + patience:
             return None
         time.sleep(0.0005)
@@ -168,7 +148,7 @@ def kill_until_done(job: Job, kills: int, seed: int) -> dict:
     Half of the kills fall at a random time, the others while something is written.
     """
     rng = random.Random(f"{seed} {job.method}")
-    finish(job.start("whole"))
+    job.complete("whole")
     span = json.loads((job.folder / "whole" / "training_summary.json").read_text())["seconds"]
     out, moments, resumes = job.folder / "killed", [], 0
     out.mkdir()
@@ -176,13 +156,13 @@ def kill_until_done(job: Job, kills: int, seed: int) -> dict:
         process = job.start("killed", "--resume_from_checkpoint", "latest")
         resumes += bool(moments)
         moment = rng.choice(["any", "any", *WATCHED])
-        found = kill_at(process, out, moment, rng.uniform(0, 0.6 * span), span)
-        if found:
-            moments.append(found)
+        place = kill_at(process, out, moment, rng.uniform(0, 0.6 * span), span)
+        if place:
+            moments.append(place)
         else:  # it got through: once more from its first checkpoint
             finish(process)
             _rewind(out)
-    finish(job.start("killed", "--resume_from_checkpoint", "latest"))
+    job.complete("killed", "--resume_from_checkpoint", "latest")
     different = differences(job.folder / "whole", out)
     return {
         "method": job.method,
@@ -196,9 +176,8 @@ def kill_until_done(job: Job, kills: int, seed: int) -> dict:
 
 def _rewind(out: Path) -> None:
     """Make a finished run one that was killed early: its first whole checkpoint stays."""
-    checkpoints = sorted(
-        out.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2])
-    )
+    checkpoints = list(out.glob("checkpoint-*"))
+    checkpoints.sort(key=lambda path: int(path.name.partition("-")[2]))
     for path in [*checkpoints[1:], *(path for path in out.iterdir() if path.is_file())]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -206,20 +185,13 @@ def _rewind(out: Path) -> None:
 def make_material(folder: Path) -> tuple[Path, Path]:
     """A tiny BERT and a tiny SQuAD."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    import conftest
-    from transformers import BertConfig, BertForQuestionAnswering, BertTokenizerFast
+    import tiny
 
-    data, model = folder / "squad", folder / "bert"
+    data = folder / "squad"
     data.mkdir()
-    conftest.make_squad(data / "train-v1.1.json", 60, seed=1)
-    conftest.make_squad(data / "dev-v1.1.json", 20, seed=2)
-    words = conftest.VOCABULARY + [f"[unused{i}]" for i in range(120 - len(conftest.VOCABULARY))]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    torch.manual_seed(0)
-    config = BertConfig(**conftest.SIZES, initializer_range=0.2)
-    BertForQuestionAnswering(config).save_pretrained(model)
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(model)
-    return model, data
+    tiny.make_squad(data / "train-v1.1.json", 60, seed=1)
+    tiny.make_squad(data / "dev-v1.1.json", 20, seed=2)
+    return tiny.save(tiny.plain_bert(), folder / "bert", tiny.bert_tokenizer(folder)), data
 
 
 def main() -> None:

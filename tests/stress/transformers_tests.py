@@ -27,7 +27,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import conftest
+import tiny
 
 import emmental  # noqa: F401, registers the masked classes
 from emmental.models.families import FAMILIES, HEADS, MASKED
@@ -127,9 +127,9 @@ def define(source: str, model_types: list[str]) -> None:
         """A tiny model and a batch for it."""
 
         batch_size, seq_length, num_choices, is_training = 3, 7, 3, True
-        vocab_size, hidden_size = conftest.SIZES["vocab_size"], conftest.SIZES["hidden_size"]
-        num_hidden_layers = conftest.SIZES["num_hidden_layers"]
-        num_attention_heads = conftest.SIZES["num_attention_heads"]
+        vocab_size, hidden_size = tiny.SIZES["vocab_size"], tiny.SIZES["hidden_size"]
+        num_hidden_layers = tiny.SIZES["num_hidden_layers"]
+        num_attention_heads = tiny.SIZES["num_attention_heads"]
 
         def __init__(self, config_class):
             self.config_class = config_class
@@ -137,7 +137,7 @@ def define(source: str, model_types: list[str]) -> None:
         def get_config(self):
             masked = self.config_class.model_type.startswith(MASKED)
             masks = {"threshold": 0.5, "mask_init": "uniform", "mask_scale": 1.0} if masked else {}
-            return self.config_class(**conftest.SIZES, pad_token_id=1, **masks)
+            return self.config_class(**tiny.SIZES, pad_token_id=1, **masks)
 
         def prepare_config_and_inputs_for_common(self):
             ids = ids_tensor([self.batch_size, self.seq_length], self.vocab_size)
