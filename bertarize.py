@@ -19,10 +19,19 @@ from emmental.checkpoints.card import CARD_FILE, derived_card, push_to_hub, read
 from emmental.checkpoints.counts import plain_percents
 from emmental.checkpoints.export import bertarize
 from emmental.checkpoints.loading import advising, head_of, load_masked, load_model, read_config
+from emmental.checkpoints.int8 import (
+    BATCH,
+    LENGTH,
+    PRESETS,
+    Comparison,
+    int8_file,
+    preset_of_this_cpu,
+    write_int8,
+)
 from emmental.checkpoints.onnx_file import check_onnx, write_onnx
 from emmental.checkpoints.tokenizer import tokenizer_to_copy
 from emmental.inference import compacted
-from emmental.models.families import is_masked
+from emmental.models.families import family_of, is_masked, layers_of
 from emmental.system.errors import UserError, one_line_errors
 from emmental.system.files import write_folder, write_text
 from emmental.training.flags import add_mask_flags, given_masks
@@ -31,7 +40,7 @@ from emmental.training.runlog import set_up_logging
 
 # The files of a bertarized folder. A target folder with any other file is not overwritten.
 MODEL_FILES = set(
-    """README.md config.json model.safetensors pytorch_model.bin tokenizer.json vocab.txt
+    """README.md config.json configuration.py modeling.py model.safetensors pytorch_model.bin tokenizer.json vocab.txt
     tokenizer_config.json special_tokens_map.json added_tokens.json""".split()
 )
 
@@ -42,18 +51,20 @@ def get_parser() -> Parser:
     add("--model_name_or_path", required=True, help="folder of the fine-pruned (masked) checkpoint")
     beside = "bertarized_<name>, or compact_<name>, beside it"
     add("--target_model_path", help=f"folder to write (default: {beside})")
-    compact = "drop empty heads and neurons: a smaller model, which needs this package to load"
+    compact = "drop empty heads and neurons: a smaller model, fast in any runtime"
     add("--compact", action="store_true", help=compact)
     add("--onnx", metavar="FILE", help="also write the model to this file, for ONNX Runtime")
+    int8 = "also write FILE's int8 form, FILE_int8, for a kind of CPU (default: this one)"
+    add("--int8", nargs="?", const="this", choices=["this", *PRESETS], help=int8)
     add("--push_to_hub", metavar="ID", help="also upload the folder to this repository of the hub")
     add_mask_flags(add)
     return parser
 
 
-def target_folder(source: Path, asked: str | None, kind: str) -> Path:
+def target_folder(checkpoint: Path, asked: str | None, kind: str) -> Path:
     """The folder of the plain model. Raises UserError for one that holds anything else."""
-    target = Path(asked or source.resolve().with_name(f"{kind}_{source.resolve().name}"))
-    if target.resolve() == source.resolve():
+    target = Path(asked or checkpoint.resolve().with_name(f"{kind}_{checkpoint.resolve().name}"))
+    if target.resolve() == checkpoint.resolve():
         raise UserError("--target_model_path is the checkpoint itself: choose another folder")
     if target.is_file():
         raise UserError(f"--target_model_path {target} is a file: choose a folder")
@@ -68,15 +79,16 @@ def target_folder(source: Path, asked: str | None, kind: str) -> Path:
 
 def load_plain(args: Namespace) -> PreTrainedModel:
     """The plain model of a masked checkpoint; with --compact or --onnx also of a plain one."""
-    source, masks = args.model_name_or_path, given_masks(args)
-    if (args.compact or args.onnx) and Path(source).is_dir():
-        values = read_config(source)
-        if not is_masked(values["model_type"]):
+    checkpoint = args.model_name_or_path
+    masks = given_masks(args)
+    if (args.compact or args.onnx) and Path(checkpoint).is_dir():
+        config = read_config(checkpoint)
+        if not is_masked(config["model_type"]):
             given = [f"--{name}" for name, value in masks.items() if value is not None]
             if given:
-                raise UserError(f"{source} has no masks: leave out {', '.join(given)}")
-            return load_model(source, head_of(source, values), masked=False, trained=True)
-    return bertarize(load_masked(source, **masks))
+                raise UserError(f"{checkpoint} has no masks: leave out {', '.join(given)}")
+            return load_model(checkpoint, head_of(checkpoint, config), masked=False, trained=True)
+    return bertarize(load_masked(checkpoint, **masks))
 
 
 def drop(model: PreTrainedModel) -> PreTrainedModel:
@@ -85,15 +97,17 @@ def drop(model: PreTrainedModel) -> PreTrainedModel:
         small = compacted(model)
     except ValueError as error:
         raise UserError(f"--compact: {error}") from error
-    config = small.config
-    head_size = config.hidden_size // config.num_attention_heads
+    config, whole = small.config, model.config
+    family, layers = family_of(whole), layers_of(model)
+    head_size = whole.hidden_size // whole.num_attention_heads
     print(f"{'layer':>5}{'heads':>12}{'head size':>12}{'neurons':>16}")
     sizes = zip(config.layer_heads, config.layer_head_sizes, config.layer_neurons)
     for layer, (heads, size, neurons) in enumerate(sizes):
+        most = layers[layer].get_submodule(family.neurons[1]).in_features
         cells = (
-            f"{heads} of {config.num_attention_heads}",
+            f"{heads} of {whole.num_attention_heads}",
             f"{size} of {head_size}" if heads else "",
-            f"{neurons:,} of {config.intermediate_size:,}",
+            f"{neurons:,} of {most:,}",
         )
         print(f"{layer:>5}{cells[0]:>12}{cells[1]:>12}{cells[2]:>16}")
         for count, part in ((heads, "attention"), (neurons, "feed-forward part")):
@@ -106,21 +120,32 @@ def drop(model: PreTrainedModel) -> PreTrainedModel:
     return small
 
 
+def print_int8(file: Path, preset: str, comparison: Comparison) -> None:
+    """Print the sizes and times of an ONNX file and its int8 form."""
+    print(f"int8, per channel, for {preset} CPUs:")
+    rows = zip((file, int8_file(file)), comparison.megabytes, comparison.milliseconds, strict=True)
+    for path, megabytes, milliseconds in rows:
+        print(f"  {path}: {megabytes:.1f} MB, {milliseconds:.1f} ms for {BATCH} x {LENGTH} tokens")
+    print(f"  outputs differ by {100 * comparison.deviation:.1f}%")
+
+
 def main(argv: list[str] | None = None) -> Path:
     args = get_parser().parse_args(argv)
     set_up_logging()
     with one_line_errors(), advising("give --threshold"):
-        source = Path(args.model_name_or_path)
+        checkpoint = Path(args.model_name_or_path)
         kind = "compact" if args.compact else "bertarized"
-        target = target_folder(source, args.target_model_path, kind)
+        target = target_folder(checkpoint, args.target_model_path, kind)
+        if args.int8 and not args.onnx:
+            raise UserError("--int8 is of an ONNX file: give --onnx FILE, too")
         if args.onnx:
             check_onnx(Path(args.onnx))
         model = load_plain(args)
-        tokenizer = tokenizer_to_copy(str(source))
+        tokenizer = tokenizer_to_copy(str(checkpoint))
         if args.compact:
             model = drop(model)
-        origin = f"Converted with `bertarize.py` from `{source.resolve().name}`."
-        card = derived_card(read_card(source), args.push_to_hub or target.name, model, origin)
+        origin = f"Converted with `bertarize.py` from `{checkpoint.resolve().name}`."
+        card = derived_card(read_card(checkpoint), args.push_to_hub or target.name, model, origin)
 
         def fill(folder: Path) -> None:
             model.save_pretrained(folder)
@@ -134,6 +159,9 @@ def main(argv: list[str] | None = None) -> Path:
         if args.onnx:
             write_onnx(model, Path(args.onnx))
             print(f"its outputs are the same in ONNX Runtime: {args.onnx}")
+        if args.int8:
+            preset = preset_of_this_cpu() if args.int8 == "this" else args.int8
+            print_int8(Path(args.onnx), preset, write_int8(model, Path(args.onnx), preset))
         if args.push_to_hub:
             print(f"pushed to {push_to_hub(target, args.push_to_hub)}")
     return target

@@ -5,9 +5,18 @@ import copy
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..models.families import COMPACT, HEADS, Family, class_of, family_of, layers_of, stock_type
+from ..models.families import (
+    COMPACT,
+    FAMILIES,
+    HEADS,
+    Family,
+    class_of,
+    family_of,
+    layers_of,
+    stock_type,
+)
 from .algebra import (
     Affine,
     Layer,
@@ -20,6 +29,7 @@ from .algebra import (
     read_layer,
 )
 from .classes import auto_map
+from .configuration import CompactSettings
 from .modeling import attention_of, resize_attention, resize_neurons
 
 MULTIPLE = 8  # compacted dense matrices have multiples of this size, which fast products need
@@ -114,7 +124,7 @@ def compacted(model: PreTrainedModel) -> PreTrainedModel:
         )
     small = copy.deepcopy(model)
     remaining = compact_model(small)
-    family, config = family_of(model.config), compact_class.config_class
+    family = family_of(model.config)
     sizes = {
         "layer_heads": [head_count(layer, family) for layer in layers_of(small)],
         "layer_head_sizes": [
@@ -123,20 +133,26 @@ def compacted(model: PreTrainedModel) -> PreTrainedModel:
         "layer_neurons": [
             layer.get_submodule(family.neurons[1]).in_features for layer in layers_of(small)
         ],
-        "layer_parts": family.parts,
-        "auto_map": auto_map(config),
     }
     if family.bias_per_head:
         sizes["layer_head_indices"] = [indices.tolist() for indices in remaining]
-    of_class = ("model_type", "architectures", "transformers_version")
-    values = {name: value for name, value in model.config.to_dict().items() if name not in of_class}
     result = compact_class.from_pretrained(
         None,
-        config=config.from_dict(values | sizes),
+        config=compact_config(model.config, **sizes),
         state_dict=small.state_dict(),
         dtype=model.dtype,
     )
     return result.to(model.device).train(model.training)
+
+
+def compact_config(config: PreTrainedConfig, **sizes: list) -> CompactSettings:
+    """The compact configuration of a stock or compact one, with these sizes of its layers."""
+    family_name = stock_type(config.model_type)
+    config_class = class_of(COMPACT + family_name).config_class
+    of_class = ("model_type", "architectures", "transformers_version")
+    values = {name: value for name, value in config.to_dict().items() if name not in of_class}
+    places = {"layer_parts": FAMILIES[family_name].parts, "auto_map": auto_map(config_class)}
+    return config_class.from_dict(values | places | sizes)
 
 
 def _multiple(size: int, most: int) -> int:

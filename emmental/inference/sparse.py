@@ -4,7 +4,7 @@ The encoder is first compacted: heads, neurons and rows that no output depends o
 exactly (`compact/algebra.py`). On a CPU, matrices with few weights then become sparse (CSR), and
 the encoder computes with them (`encoder.py`, `backends.py`). Embeddings and head stay the stock
 modules, so any head works. So it goes for BERT and the families whose layer computes what BERT's
-does (those with `norms` in `families.FAMILIES`). Of the others, the feed-forward part is compacted.
+does (those with `norms` in `families.FAMILIES`). Others are only compacted.
 
     model = sparsify(BertForQuestionAnswering.from_pretrained("bertarized"))
     with torch.inference_mode():
@@ -145,7 +145,7 @@ def _unfit(model: PreTrainedModel) -> tuple[str, str]:
     if not family_of(model.config).norms:
         reason = f"there are no sparse kernels for {stock_type(model.config.model_type)} layers"
         if activation_of(model.config):
-            return reason, "feed-forward part compacted only, with dense products"
+            return reason, "compaction only, with dense products"
         return reason, "computes dense"
     instead = "compaction only, with dense products"
     devices = {parameter.device.type for parameter in model.parameters()} - {"cpu"}

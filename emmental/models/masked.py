@@ -126,7 +126,7 @@ class Masked:
             count = self.config.num_attention_heads if kind == "heads" else count
             for name in own:
                 side = Columns if name == names[-1] else Rows
-                shared = kinds.setdefault((side, count), side(count))
+                shared = kinds.setdefault((side, count), side(count, kind))
                 swap_linears(layer, name.__eq__, granularity=shared, scores_of=holder, **options)
                 holder = holder or layer.get_submodule(name)
 
@@ -250,6 +250,8 @@ class MaskSettings:
     global_topk: whether all matrices are ranked together.
     granularity: what one score stands for, a name in `emmental.modules.granularity.GRANULARITIES`.
     block_rows, block_columns: the size of a block, for granularities with blocks.
+    structure_times: with `global_topk` and the granularity `structure`, what a layer with so many
+        heads, or neurons, takes: see `keep_within_time`. The threshold is then a fraction of time.
     The settings of a method are fields, too, in the models of this method.
     """
 
@@ -261,6 +263,7 @@ class MaskSettings:
     granularity: str = "weight"
     block_rows: int = 32
     block_columns: int = 32
+    structure_times: dict | None = None
 
 
 def mask_fields() -> tuple[str, ...]:

@@ -82,8 +82,8 @@ class Block(Weight):
 class Rows(Weight):
     """One score per group of rows: for the `count` heads or neurons that a matrix computes."""
 
-    def __init__(self, count: int):
-        self.count = count
+    def __init__(self, count: int, structure: str = ""):
+        self.count, self.structure = count, structure  # "heads" or "neurons"
 
     def shape(self, weight_shape):
         return Size([self.count])

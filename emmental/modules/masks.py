@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .budget import keep_within_time
 from .granularity import apply_each
 from .lists import together
 from .masked_nn import MaskedLinear, MaskInForce
@@ -131,6 +132,11 @@ def find_masks(
         ones = method.counts(values, threshold)
     elif not method.ranks_together:
         raise ValueError(f"global_topk cannot rank all matrices together for {method.name}")
+    elif getattr(config, "structure_times", None):
+        kinds = [layer.granularity.structure for layer in layers.holders]
+        values = torch._foreach_abs(values) if method.absolute else values
+        fraction = check_fraction(threshold)
+        found = keep_within_time(values, kinds, config.structure_times, fraction)
     else:
         sizes = Counter()
         for layer in layers.layers:
