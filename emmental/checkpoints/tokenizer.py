@@ -63,12 +63,10 @@ def load_tokenizer(
         if names[0].endswith(".model") and not can_read_model:
             raise ValueError(f"for its {names[0]}, run `pip install sentencepiece protobuf`")
         config = PreTrainedConfig.get_config_dict(checkpoint, cache_dir=cache_dir)[0]
-        if "model_type" not in config and (
-            config or _find_file(checkpoint, "vocab.txt", cache_dir)
-        ):
+        if "model_type" not in config and (config or "vocab.txt" in names):
             options["config"] = BertConfig()  # as in `read_config`
         declared = declared_casing(checkpoint, cache_dir)
-        if do_lower_case or declared is not None or _find_file(checkpoint, "vocab.txt", cache_dir):
+        if do_lower_case or declared is not None or "vocab.txt" in names:
             options["do_lower_case"] = do_lower_case or bool(declared)
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, **options)
         backend = tokenizer.backend_tokenizer
