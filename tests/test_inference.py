@@ -1,7 +1,6 @@
 """Sparse inference has the outputs of the stock model, with every kernel."""
 
 import copy
-import os
 import pickle
 import threading
 
@@ -47,7 +46,7 @@ def kernel(request):
     return request.param
 
 
-def build(head="QuestionAnswering", density=0.15, seed=0, **settings):
+def pruned_bert(head="QuestionAnswering", density=0.15, seed=0, **settings):
     """A model with random masks, biases and LayerNorms."""
     model = plain_bert(head, seed, **(settings | {"initializer_range": 0.3}))
     with torch.no_grad():
@@ -84,12 +83,12 @@ def assert_same(model, sparse, shapes=SHAPES, tolerance=1e-4):
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("density", [0.0, 0.1, 0.6, 1.0])
 def test_outputs(head, kernel, density):
-    model = build(head, density)
+    model = pruned_bert(head, density)
     assert_same(model, sparsify(model, kernel))
 
 
 def test_multiple_choice(kernel):
-    model = build("MultipleChoice")
+    model = pruned_bert("MultipleChoice")
     given = {name: tensor.view(2, 3, 8) for name, tensor in inputs(6, 8).items()}
     with torch.inference_mode():
         found, expected = sparsify(model, kernel)(**given).logits, model(**given).logits
@@ -103,13 +102,13 @@ OTHERS += [{"layer_norm_eps": 0.1}, {"num_hidden_layers": 0}]
 
 @pytest.mark.parametrize("settings", OTHERS, ids=str)
 def test_other_shapes_and_activations(kernel, settings):
-    model = build(**settings)
+    model = pruned_bert(**settings)
     assert_same(model, sparsify(model, kernel))
 
 
 @pytest.mark.parametrize("csr_below", [0.0, 0.15, 1.0])
 def test_csr_and_dense_agree(csr_below):
-    model = build()
+    model = pruned_bert()
     for kernel in ("native", "library"):
         sparse = sparsify(model, kernel, csr_below)
         matrices = [matrix for layer in encoder_of(sparse).layers for matrix in layer.matrices()]
@@ -133,14 +132,14 @@ def test_masked_models(method, kernel):
 
 
 def test_long_batches_go_in_groups(kernel, monkeypatch):
-    model = build()
+    model = pruned_bert()
     monkeypatch.setattr(encoder, "GROUP_TOKENS", 50)
     assert_same(model, sparsify(model, kernel), [(7, 16), (3, 60), (1, 64)])
 
 
 def test_a_sequence_without_tokens(kernel):
     # No row is empty, so no bias is folded, which would need a softmax that sums to 1.
-    model = build(density=0.9)
+    model = pruned_bert(density=0.9)
     given = inputs(2, 6)
     given["attention_mask"][1] = 0
     with torch.inference_mode():
@@ -149,7 +148,7 @@ def test_a_sequence_without_tokens(kernel):
 
 
 def test_with_and_without_gradients(kernel):
-    model = build()
+    model = pruned_bert()
     sparse, given = sparsify(model, kernel), inputs(2, 12)
     expected = model(**given).start_logits
     for context in (torch.inference_mode, torch.enable_grad, torch.no_grad, torch.inference_mode):
@@ -161,7 +160,7 @@ def test_with_and_without_gradients(kernel):
 
 def test_scores_far_apart():
     """Softmax over scores of +-1000 and GELU of large values are those of torch."""
-    model = build(density=0.5)
+    model = pruned_bert(density=0.5)
     with torch.no_grad():
         for block in model.bert.encoder.layer:
             attention = block.attention.self
@@ -186,7 +185,7 @@ def test_gelu_of_the_kernel():
 
 def test_threads():
     """Calls from several Python threads do not disturb each other."""
-    model = build()
+    model = pruned_bert()
     sparse = sparsify(model, "native")
     with torch.no_grad():
         expected = [model(**inputs(3, 20, seed)).start_logits for seed in range(4)]
@@ -208,7 +207,7 @@ def test_threads():
 
 
 def test_several_threads_of_torch_agree():
-    model = build()
+    model = pruned_bert()
     sparse = sparsify(model, "native")
     try:
         torch.set_num_threads(3)
@@ -263,7 +262,7 @@ def test_what_compaction_removes():
     "dead", ["head", "heads", "scores", "values", "neurons", "inputs", "everything"]
 )
 def test_compacted_outputs(kernel, dead):
-    model = build(density=0.9)
+    model = pruned_bert(density=0.9)
     attention, block = model.bert.encoder.layer[0].attention, model.bert.encoder.layer[0]
     with torch.no_grad():
         if dead == "head":
@@ -299,7 +298,7 @@ def test_compacted_outputs(kernel, dead):
 
 
 def test_a_compacted_model_becomes_sparse():
-    model = build()
+    model = pruned_bert()
     with torch.no_grad():
         model.bert.encoder.layer[0].attention.output.dense.weight[:, 8:24] = 0
     compacted = sparsify(model, "compact")
@@ -309,7 +308,7 @@ def test_a_compacted_model_becomes_sparse():
 
 
 def test_compacted_models_train(caplog):
-    model = build().train()
+    model = pruned_bert().train()
     with torch.no_grad():
         model.bert.encoder.layer[1].output.dense.weight[:, :40] = 0
     compacted = sparsify(model)
@@ -323,7 +322,7 @@ def test_compacted_models_train(caplog):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gets_compaction_only(caplog):
-    model = build(density=0.05).cuda()
+    model = pruned_bert(density=0.05).cuda()
     compacted = sparsify(model)
     assert "CSR does not pay on cuda" in caplog.text
     given = {name: tensor.cuda() for name, tensor in inputs(2, 9).items()}
@@ -335,17 +334,17 @@ def test_a_gpu_gets_compaction_only(caplog):
 
 
 def test_auto_chooses_by_density():
-    sparse, dense = (sparsify(build(density=density)) for density in (0.1, 0.6))
+    sparse, dense = (sparsify(pruned_bert(density=density)) for density in (0.1, 0.6))
     assert isinstance(encoder_of(sparse), encoder.SparseEncoder)
     assert hasattr(encoder_of(dense), "layer")  # compacted: no sparse product pays
     matrices = [matrix for layer in encoder_of(sparse).layers for matrix in layer.matrices()]
     assert all(matrix.starts is not None for matrix in matrices)
-    forced = sparsify(build(density=0.1), csr_below=0.0)
+    forced = sparsify(pruned_bert(density=0.1), csr_below=0.0)
     assert hasattr(encoder_of(forced), "layer")
 
 
 def test_a_copy_works_and_cannot_be_saved(tmp_path, kernel):
-    model = build()
+    model = pruned_bert()
     again = copy.deepcopy(sparsify(model, kernel))
     assert_same(model, again)
     with pytest.raises(ValueError, match="save the model that it was made from"):
@@ -355,7 +354,7 @@ def test_a_copy_works_and_cannot_be_saved(tmp_path, kernel):
 
 
 def test_eager_attention_and_pickles(kernel):
-    model = build()
+    model = pruned_bert()
     model.set_attn_implementation("eager")
     sparse = sparsify(model, kernel)
     assert_same(model, sparse)
@@ -374,7 +373,7 @@ def test_masked_models_of_other_classes(kernel):
 
 
 def test_a_dense_model_gets_a_warning(caplog):
-    model = build(density=1.0)
+    model = pruned_bert(density=1.0)
     assert_same(model, sparsify(model))
     assert "100% of the encoder's weights remain: sparse inference gains nothing" in caplog.text
 
@@ -409,11 +408,11 @@ UNSUPPORTED = {
 def test_unsupported_models(name):
     change, message = UNSUPPORTED[name]
     with pytest.raises(ValueError, match=message):
-        sparsify(change(build()))
+        sparsify(change(pruned_bert()))
 
 
 def test_invalid_arguments():
-    model = build()
+    model = pruned_bert()
     choices = "choose one of auto, native, library, compact"
     with pytest.raises(ValueError, match=f"unknown kernel 'fast': {choices}"):
         sparsify(model, "fast")
@@ -424,7 +423,7 @@ def test_invalid_arguments():
 
 
 def test_unsupported_calls():
-    sparse = sparsify(build(), "library")
+    sparse = sparsify(pruned_bert(), "library")
     given = inputs(2, 6)
     causal = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
     with pytest.raises(ValueError, match="differs between queries"):
@@ -445,7 +444,7 @@ def test_unsupported_calls():
 
 
 def test_traces_and_exports(kernel):
-    sparse = sparsify(build(), kernel)
+    sparse = sparsify(pruned_bert(), kernel)
     given = inputs(2, 6)
     traces = [
         lambda: torch.jit.trace(sparse, example_kwarg_inputs=dict(given), strict=False),
@@ -461,89 +460,12 @@ def test_traces_and_exports(kernel):
                 trace()
 
 
-# ------------------------------------------------------------ the build and the cache
-
-
-@pytest.fixture()
-def fresh_build(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    build.load_native.cache_clear()
-    yield tmp_path / "cache" / "emmental"
-    build.load_native.cache_clear()
-
-
-def test_the_kernels_are_compiled_once(fresh_build, monkeypatch):
-    build.load_native()
-    (built,) = fresh_build.iterdir()
-    build.load_native.cache_clear()
-    monkeypatch.setattr(build, "_build", lambda *args: pytest.fail("built again"))
-    build.load_native()
-    assert [built] == list(fresh_build.iterdir())
-
-
-def test_damaged_kernels_are_compiled_again(fresh_build):
-    build.load_native()
-    (built,) = fresh_build.iterdir()
-    built.unlink()  # this process still has the old file open
-    built.write_bytes(b"no library")
-    build.load_native.cache_clear()
-    model = build()
-    assert_same(model, sparsify(model, "native"))
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
-    locked = tmp_path / "locked"
-    locked.mkdir(mode=0o500)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(locked))
-    build.load_native.cache_clear()
-    model = build()
-    assert_same(model, sparsify(model, "native"))
-
-
-def test_a_cache_folder_that_is_a_file(tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    build.load_native.cache_clear()
-    model = build()
-    assert_same(model, sparsify(model))
-    build.load_native.cache_clear()
-
-
-def test_no_home(monkeypatch):
-    def nowhere():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(build.Path, "home", nowhere)
-    build.load_native.cache_clear()
-    model = build()
-    assert_same(model, sparsify(model))
-    build.load_native.cache_clear()
-
-
-@pytest.mark.parametrize("compiler", ["missing", "failing"])
-def test_without_a_compiler(fresh_build, monkeypatch, caplog, compiler):
-    if compiler == "missing":
-        monkeypatch.setattr(build.shutil, "which", lambda name: None)
-    else:
-        monkeypatch.setenv("CXX", "false")
-    model = build()
-    reason = "no C.. compiler|false failed"
-    with pytest.raises(ValueError, match=f"kernel 'native' cannot be used: .*({reason})"):
-        sparsify(model, "native")
-    sparse = sparsify(model)
-    assert "using torch's CSR product" in caplog.text
-    assert encoder_of(sparse).backend is backends.Library
-    assert_same(model, sparse)
-
-
 # ------------------------------------------------------------ packed files
 
 
 @pytest.mark.parametrize("bits", [8, 32])
 def test_packed_files(tiny_tokenizer, tmp_path, monkeypatch, bits):
-    model = build(density=0.1)
+    model = pruned_bert(density=0.1)
     tiny.save(model, tmp_path / "model", tiny_tokenizer)
     storage.pack(str(tmp_path / "model"), str(tmp_path / "packed"), bits)
     dense = storage.load_packed(str(tmp_path / "packed"))
