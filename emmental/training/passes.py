@@ -40,10 +40,9 @@ class Passes:
         its other losses unless `task.weight` does: an update is a mean over all its examples.
         """
         penalty, alpha = self.settings.regularization, self.settings.alpha_hidden
-        weights = shares
         if self.task.weight:
             batches = list(batches)
-            weights = self._weigh(batches, shares)
+        weights = self._weigh(batches, shares) if self.task.weight else shares
         sums = defaultdict(float)
         for number, (batch, share, weight) in enumerate(zip(batches, shares, weights, strict=True)):
             last = number == len(shares) - 1
