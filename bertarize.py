@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from emmental.checkpoints.card import CARD_FILE, derived_card, push_to_hub, read_card
 from emmental.checkpoints.counts import plain_percents
 from emmental.checkpoints.export import bertarize
-from emmental.checkpoints.loading import advising, head_of, load_masked, load_model, read_config
 from emmental.checkpoints.int8 import (
     BATCH,
     LENGTH,
@@ -28,6 +27,7 @@ from emmental.checkpoints.int8 import (
     preset_of_this_cpu,
     write_int8,
 )
+from emmental.checkpoints.loading import advising, head_of, load_masked, load_model, read_config
 from emmental.checkpoints.onnx_file import check_onnx, write_onnx
 from emmental.checkpoints.tokenizer import tokenizer_to_copy
 from emmental.inference import compacted
@@ -40,8 +40,9 @@ from emmental.training.runlog import set_up_logging
 
 # The files of a bertarized folder. A target folder with any other file is not overwritten.
 MODEL_FILES = set(
-    """README.md config.json configuration.py modeling.py model.safetensors pytorch_model.bin tokenizer.json vocab.txt
-    tokenizer_config.json special_tokens_map.json added_tokens.json""".split()
+    """README.md config.json configuration.py modeling.py model.safetensors pytorch_model.bin
+    tokenizer.json vocab.txt tokenizer_config.json special_tokens_map.json
+    added_tokens.json""".split()
 )
 
 
