@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -15,41 +16,35 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer, BertConfi
 import bertarize
 import emmental
 import saving_prunebert
-from emmental import MaskedBertConfig, storage
+from emmental import storage
+from emmental.models.families import HEADS
 from emmental.modules import find_masks, masked_layers
+from emmental.modules.methods import METHODS
 from emmental.packing.format import write_packed
 from emmental.system import files
 from emmental.system.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-METHODS = ["topK", "threshold", "sigmoied_threshold", "magnitude", "l0"]
-HEADS = ["QuestionAnswering", "SequenceClassification", "TokenClassification", "MultipleChoice"]
+THRESHOLDS = {"threshold": 2.0, "sigmoied_threshold": 0.9}  # else 0.2
 
 
-def save_masked(
-    folder, tiny_config, tiny_tokenizer, method="topK", head="QuestionAnswering", base=None
-):
-    torch.manual_seed(3)
-    config = MaskedBertConfig(
-        **tiny_config,
-        pruning_method=method,
-        mask_init="uniform",
-        mask_scale=4.0,
-        initializer_range=0.2,
-        threshold={"threshold": 2.0, "sigmoied_threshold": 0.9}.get(method, 0.2),
-    )
-    model = getattr(emmental, f"MaskedBertFor{head}")(config)
+def save_masked(folder, tokenizer, method="topK", head="QuestionAnswering", base=None, **settings):
+    settings |= {"mask_scale": 4.0, "threshold": THRESHOLDS.get(method, 0.2)}
+    model = tiny.make(method, f"For{head}", seed=3, **settings)
     if base is not None:
         model.bert.embeddings.load_state_dict(base.bert.embeddings.state_dict())
-    model.save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return model.eval()
+    tiny.save(model, folder, tokenizer)
+    return model
+
+
+def prunebert(*words):
+    return saving_prunebert.main([str(word) for word in words])
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, tiny_config, tiny_tokenizer):
+def checkpoint(tmp_path_factory, tiny_tokenizer):
     folder = tmp_path_factory.mktemp("masked")
-    save_masked(folder, tiny_config, tiny_tokenizer)
+    save_masked(folder, tiny_tokenizer)
     return folder
 
 
@@ -63,8 +58,8 @@ def outputs(model):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("head", HEADS)
-def test_32_bits_are_exact(tmp_path, tiny_config, tiny_tokenizer, method, head):
-    masked = save_masked(tmp_path / "in", tiny_config, tiny_tokenizer, method, head)
+def test_32_bits_are_exact(tmp_path, tiny_tokenizer, method, head):
+    masked = save_masked(tmp_path / "in", tiny_tokenizer, method, head)
     storage.pack(str(tmp_path / "in"), str(tmp_path / "file"), 32)
     model = storage.load_packed(str(tmp_path / "file"))
     assert type(model) is getattr(transformers, f"BertFor{head}") and not model.training
@@ -161,9 +156,9 @@ def test_info_adds_up(tmp_path, checkpoint, capsys):
 
 
 @pytest.fixture()
-def based(tmp_path, tiny_bert, tiny_config, tiny_tokenizer):
+def based(tmp_path, tiny_bert, tiny_tokenizer):
     base = AutoModelForQuestionAnswering.from_pretrained(tiny_bert)
-    save_masked(tmp_path / "based", tiny_config, tiny_tokenizer, base=base)
+    save_masked(tmp_path / "based", tiny_tokenizer, base=base)
     return tmp_path / "based"
 
 
@@ -208,20 +203,11 @@ def packed(tmp_path_factory, checkpoint):
     return file
 
 
-def refused(capsys, *command, status=2):
-    capsys.readouterr()  # what came before, such as the bars of saving a model
-    with pytest.raises(SystemExit) as stop:
-        saving_prunebert.main([str(word) for word in command])
-    said = capsys.readouterr().err.strip()
-    assert stop.value.code == status and len(said.splitlines()) == 1, said
-    return said
-
-
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.9, 0.9999])
-def test_truncated_files_are_refused(tmp_path, packed, capsys, share):
+def test_truncated_files_are_refused(tmp_path, packed, refused, share):
     content = packed.read_bytes()
     (tmp_path / "cut").write_bytes(content[: int(share * len(content))])
-    said = refused(capsys, "unpack", tmp_path / "cut", tmp_path / "out")
+    said = refused(prunebert, "unpack", tmp_path / "cut", tmp_path / "out")
     assert "truncated" in said or "not a packed model" in said
     assert [path.name for path in tmp_path.iterdir()] == ["cut"]
 
@@ -239,16 +225,16 @@ def test_every_flipped_bit_is_found(tmp_path, packed):
                 pass
 
 
-def test_extra_bytes_at_the_end_are_refused(tmp_path, packed, capsys):
+def test_extra_bytes_at_the_end_are_refused(tmp_path, packed, refused):
     (tmp_path / "long").write_bytes(packed.read_bytes() + b"x")
-    assert "damaged" in refused(capsys, "info", tmp_path / "long")
+    assert "damaged" in refused(prunebert, "info", tmp_path / "long")
 
 
-def test_newer_versions_are_refused(tmp_path, packed, capsys):
+def test_newer_versions_are_refused(tmp_path, packed, refused):
     content = bytearray(packed.read_bytes())
     content[8] = 2
     (tmp_path / "newer").write_bytes(content)
-    assert "version 2" in refused(capsys, "info", tmp_path / "newer")
+    assert "version 2" in refused(prunebert, "info", tmp_path / "newer")
 
 
 def rewritten(packed, target, change):
@@ -275,40 +261,39 @@ def rewritten(packed, target, change):
     ],
     ids=range(9),
 )
-def test_forged_headers_are_refused(tmp_path, packed, capsys, change):
+def test_forged_headers_are_refused(tmp_path, packed, refused, change):
     file = rewritten(packed, tmp_path / "forged", change)
-    refused(capsys, "unpack", file, tmp_path / "out")
+    refused(prunebert, "unpack", file, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["forged"]
 
 
-def test_wrong_paths_are_refused(tmp_path, packed, checkpoint, capsys):
-    assert "not a packed model" in refused(capsys, "info", checkpoint / "config.json")
-    assert "cannot read" in refused(capsys, "info", tmp_path / "nothing")
-    assert "no usable checkpoint" in refused(
-        capsys, "pack", tmp_path / "nothing", tmp_path / "file"
-    )
-    assert "is a folder" in refused(capsys, "pack", checkpoint, tmp_path)
-    (tmp_path / "no").write_text("")
-    assert "cannot write" in refused(capsys, "pack", checkpoint, tmp_path / "no" / "file", status=1)
-    (tmp_path / "no").unlink()
-    assert "already" in refused(capsys, "unpack", packed, checkpoint)
-    assert "--bits" in refused(capsys, "pack", checkpoint, tmp_path / "file", "--bits", "9")
-    assert list(tmp_path.iterdir()) == []
+def test_wrong_paths_are_refused(tmp_path, packed, checkpoint, refused):
+    target, nothing, blocked = tmp_path / "file", tmp_path / "nothing", tmp_path / "no"
+    blocked.write_text("")
+    for words, status, said in (
+        (["info", checkpoint / "config.json"], 2, "not a packed model"),
+        (["info", nothing], 2, "cannot read"),
+        (["pack", nothing, target], 2, "no usable checkpoint"),
+        (["pack", checkpoint, tmp_path], 2, "is a folder"),
+        (["pack", checkpoint, blocked / "file"], 1, "cannot write"),
+        (["unpack", packed, checkpoint], 2, "already"),
+        (["pack", checkpoint, target, "--bits", "9"], 2, "--bits"),
+    ):
+        assert said in refused(prunebert, *words, status=status)
+    assert list(tmp_path.iterdir()) == [blocked]
 
 
-def test_another_head_or_size_is_refused(tmp_path, packed, tiny_config, tiny_tokenizer, capsys):
-    save_masked(tmp_path / "other", tiny_config, tiny_tokenizer, head="TokenClassification")
-    said = refused(capsys, "verify", packed, tmp_path / "other")
+def test_another_head_or_size_is_refused(tmp_path, packed, tiny_tokenizer, refused):
+    save_masked(tmp_path / "other", tiny_tokenizer, head="TokenClassification")
+    said = refused(prunebert, "verify", packed, tmp_path / "other")
     assert "BertForQuestionAnswering" in said and "BertForTokenClassification" in said
-    transformers.BertModel(BertConfig(**tiny_config)).save_pretrained(tmp_path / "headless")
-    tiny_tokenizer.save_pretrained(tmp_path / "headless")
-    assert "head" in refused(capsys, "pack", tmp_path / "headless", tmp_path / "file")
-    smaller = tiny_config | {"num_hidden_layers": 1}
-    save_masked(tmp_path / "smaller", smaller, tiny_tokenizer)
-    assert "different sizes" in refused(capsys, "verify", packed, tmp_path / "smaller")
+    tiny.save(tiny.plain_bert(head=""), tmp_path / "headless", tiny_tokenizer)
+    assert "head" in refused(prunebert, "pack", tmp_path / "headless", tmp_path / "file")
+    save_masked(tmp_path / "smaller", tiny_tokenizer, num_hidden_layers=1)
+    assert "different sizes" in refused(prunebert, "verify", packed, tmp_path / "smaller")
 
 
-def test_a_model_without_a_tokenizer_packs_without(tmp_path, checkpoint, capsys, caplog):
+def test_a_model_without_a_tokenizer_packs_without(tmp_path, checkpoint, refused, caplog):
     bare, file = tmp_path / "bare", str(tmp_path / "file")
     shutil.copytree(checkpoint, bare, ignore=shutil.ignore_patterns("tokenizer*", "vocab*"))
     saving_prunebert.main(["pack", str(bare), file])
@@ -321,7 +306,7 @@ def test_a_model_without_a_tokenizer_packs_without(tmp_path, checkpoint, capsys,
     saving_prunebert.main(["unpack", file, str(tmp_path / "out")])
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"config.json", "model.safetensors", "README.md"}
-    assert "has no tokenizer" in refused(capsys, "verify", file, bare, "--data_dir", tmp_path)
+    assert "has no tokenizer" in refused(prunebert, "verify", file, bare, "--data_dir", tmp_path)
 
 
 @pytest.mark.parametrize("act", ["pack", "bertarize"])
@@ -338,19 +323,19 @@ def test_a_damaged_tokenizer_is_not_taken_for_none(tmp_path, checkpoint, capsys,
 
 
 @pytest.mark.parametrize("name", ["BertModel", "BertForMaskedLM", "BertForPreTraining"])
-def test_models_without_a_head_of_a_task_are_refused(tmp_path, tiny_config, capsys, name):
-    getattr(transformers, name)(BertConfig(**tiny_config)).save_pretrained(tmp_path / "model")
-    said = refused(capsys, "pack", tmp_path / "model", tmp_path / "file")
+def test_models_without_a_head_of_a_task_are_refused(tmp_path, refused, name):
+    getattr(transformers, name)(BertConfig(**tiny.SIZES)).save_pretrained(tmp_path / "model")
+    said = refused(prunebert, "pack", tmp_path / "model", tmp_path / "file")
     assert name in said and all(head in said for head in HEADS)
 
 
-def test_weights_that_are_not_finite_are_refused(tmp_path, checkpoint, capsys):
+def test_weights_that_are_not_finite_are_refused(tmp_path, checkpoint, refused):
     shutil.copytree(checkpoint, tmp_path / "nan")
     model = emmental.MaskedBertForQuestionAnswering.from_pretrained(tmp_path / "nan")
     with torch.no_grad():
         model.qa_outputs.bias[0] = torch.nan
     model.save_pretrained(tmp_path / "nan")
-    assert "qa_outputs.bias" in refused(capsys, "pack", tmp_path / "nan", tmp_path / "file")
+    assert "qa_outputs.bias" in refused(prunebert, "pack", tmp_path / "nan", tmp_path / "file")
 
 
 def test_a_dense_model_packs_and_gains_nothing(tmp_path, tiny_bert, capsys):
@@ -360,20 +345,20 @@ def test_a_dense_model_packs_and_gains_nothing(tmp_path, tiny_bert, capsys):
     assert saving_prunebert.main(["verify", str(tmp_path / "file"), str(tiny_bert)]) == 0
 
 
-def test_an_old_file_survives_a_failed_pack(tmp_path, packed, checkpoint, monkeypatch, capsys):
+def test_an_old_file_survives_a_failed_pack(tmp_path, packed, checkpoint, monkeypatch, refused):
     shutil.copy(packed, tmp_path / "file")
 
     def full(*args):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files.os, "fsync", full)
-    said = refused(capsys, "pack", checkpoint, tmp_path / "file", "--bits", "4", status=1)
+    said = refused(prunebert, "pack", checkpoint, tmp_path / "file", "--bits", "4", status=1)
     assert "No space left" in said
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_bytes() == packed.read_bytes()
 
 
-def test_verify_evaluates_as_the_run_did(tmp_path, tiny_bert, capsys):
+def test_verify_evaluates_as_the_run_did(tmp_path, tiny_bert, refused, capsys):
     for split in ("train", "dev"):
         rows = "".join(f"ada lives in {x} .\t{x}\n" for x in ("oslo", "rome") * 3)
         (tmp_path / f"{split}.tsv").write_text("review\tstars\n" + rows)
@@ -390,11 +375,11 @@ def test_verify_evaluates_as_the_run_did(tmp_path, tiny_bert, capsys):
     assert f"acc: {expected} checkpoint, {expected} packed" in capsys.readouterr().out
     for damaged in ("{", "[1]"):
         (tmp_path / "run" / "training_args.json").write_text(damaged)
-        assert "training_args.json is damaged" in refused(capsys, "verify", file, run, *data)
+        assert "training_args.json is damaged" in refused(prunebert, "verify", file, run, *data)
 
 
-def test_verify_evaluates_both(tmp_path, tiny_config, tiny_tokenizer, squad_dir, capsys):
-    save_masked(tmp_path / "in", tiny_config, tiny_tokenizer)
+def test_verify_evaluates_both(tmp_path, tiny_tokenizer, squad_dir, capsys):
+    save_masked(tmp_path / "in", tiny_tokenizer)
     saving_prunebert.main(["pack", str(tmp_path / "in"), str(tmp_path / "file"), "--bits", "32"])
     capsys.readouterr()
     command = ["verify", str(tmp_path / "file"), str(tmp_path / "in")]
@@ -407,8 +392,8 @@ def test_verify_evaluates_both(tmp_path, tiny_config, tiny_tokenizer, squad_dir,
         assert before.split()[0] == after.split()[0]
 
 
-def test_a_failed_evaluation_is_reported_in_one_line(packed, checkpoint, capsys):
-    said = refused(capsys, "verify", packed, checkpoint, "--data_dir", "nowhere")
+def test_a_failed_evaluation_is_reported_in_one_line(packed, checkpoint, refused):
+    said = refused(prunebert, "verify", packed, checkpoint, "--data_dir", "nowhere")
     assert "nowhere" in said
 
 

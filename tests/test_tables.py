@@ -19,10 +19,8 @@ import masked_run_glue
 import masked_run_squad
 import paper_tables
 from emmental.modules.methods import METHODS
-from emmental.system.errors import UserError
 from emmental.training.checks import check_common_arguments
 from paper import plots, points
-from paper.floor import bag_of_words
 from paper.points import find_point, load_points, paper_value
 from paper.report import headline, run_rows
 from paper.runs import find_runs, read_run
@@ -33,15 +31,6 @@ SCRIPTS = {f"{script.__name__}.py": script for script in (masked_run_squad, mask
 
 def tables(verb, *words):
     paper_tables.main([verb, *map(str, words)])
-
-
-def refused(capsys, *words, status=2):
-    with pytest.raises(SystemExit) as stop:
-        tables(*words)
-    assert stop.value.code == status
-    error = capsys.readouterr().err
-    assert error.count("error: ") == 1 and "Traceback" not in error
-    return error
 
 
 # ----------------------------------------------------------------------------------- the points
@@ -155,9 +144,9 @@ def test_command(capsys, monkeypatch):
     (["report", "nowhere"], "nowhere holds no finished run"),
     (["plot", "nowhere"], "nowhere holds no finished run"),
 ])  # fmt: skip
-def test_refusals(capsys, tmp_path, monkeypatch, words, said):
+def test_refusals(refused, tmp_path, monkeypatch, words, said):
     monkeypatch.chdir(tmp_path)
-    assert said in refused(capsys, *words)
+    assert said in refused(tables, *words)
 
 
 # ------------------------------------------------------------------------------ runs and report
@@ -240,7 +229,7 @@ def stand_in(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_is_for_the_run(stand_in, tmp_path, capsys, number):
+def test_a_signal_is_for_the_run(stand_in, tmp_path, refused, number):
     """It can write a checkpoint and end; `run` ends after it."""
     words = stand_in("""if True:
         import signal, sys, time
@@ -266,7 +255,7 @@ def test_a_signal_is_for_the_run(stand_in, tmp_path, capsys, number):
     before = signal.getsignal(number)
     sender = threading.Thread(target=send)
     sender.start()
-    error = refused(capsys, *words, status=128 + number)
+    error = refused(tables, *words, status=128 + number)
     sender.join()
     got = "SIGINT" if number == signal.SIGINT else "SIGTERM"
     assert (
@@ -280,9 +269,9 @@ def test_a_signal_is_for_the_run(stand_in, tmp_path, capsys, number):
     ("print('first'); raise KeyError('what')", "KeyError: 'what' (see "),
     ("import os; os.kill(os.getpid(), 9)", "3D1: it was killed by SIGKILL (see "),
 ])  # fmt: skip
-def test_a_failing_run_says_why(stand_in, capsys, text, said):
+def test_a_failing_run_says_why(stand_in, refused, text, said):
     words = stand_in(text)
-    assert said in refused(capsys, *words, status=1)
+    assert said in refused(tables, *words, status=1)
 
 
 def test_report(runs, capsys, tmp_path):
@@ -351,7 +340,7 @@ def interrupt(folder):
     (lambda folder: (folder / "training_summary.json").write_text("{"), "its files are damaged"),
     (lambda folder: (folder / "training_args.json").write_text("{}"), "its files are damaged"),
 ])  # fmt: skip
-def test_runs_that_do_not_fit_their_files_are_left_out(runs, capsys, spoil, said):
+def test_runs_that_do_not_fit_their_files_are_left_out(runs, refused, capsys, spoil, said):
     spoil(runs / "squad" / "10D3")
     tables("report", runs)
     text = capsys.readouterr().out
@@ -359,7 +348,7 @@ def test_runs_that_do_not_fit_their_files_are_left_out(runs, capsys, spoil, said
     assert "| dense |" in text and "| movement | yes |" not in text
     shutil.rmtree(runs / "squad" / "teacher")
     assert f"holds no finished run; {runs / 'squad' / '10D3'}: {said}" in refused(
-        capsys, "report", runs
+        tables, "report", runs
     )
 
 
@@ -461,7 +450,7 @@ def test_the_metric_against_measured_speed(measured, capsys, tmp_path):
     assert metrics["dense (ours)"] == (0, 1, 40, 40)  # not the one with fewer layers
 
 
-def test_speeds_that_cannot_be_drawn(measured, capsys, tmp_path):
+def test_speeds_that_cannot_be_drawn(measured, refused, capsys, tmp_path):
     whole = json.loads(measured.read_text())
     flags = ["plot", ".", "--to", tmp_path / "figures", "--speed", measured]
     edit(measured, rows=[row | {"model": "gone"} for row in whole["rows"]])
@@ -473,8 +462,8 @@ def test_speeds_that_cannot_be_drawn(measured, capsys, tmp_path):
         ({"rows": []}, "does not hold speeds of models in folders"),
     ):
         measured.write_text(json.dumps(whole | change))
-        assert said in refused(capsys, *flags)
-    assert "gone.json" in refused(capsys, *flags[:-1], "gone.json", status=1)
+        assert said in refused(tables, *flags)
+    assert "gone.json" in refused(tables, *flags[:-1], "gone.json", status=1)
 
 
 # ------------------------------------------------------------------- what the paper does not have
@@ -565,71 +554,13 @@ def test_figures_of_other_methods(beyond, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == own | {"sst-2-metric.png"}
 
 
-WIN, LOSE = "yes indeed", "no way"
-
-
-def write_rows(folder, name, header, rows):
-    folder.mkdir(exist_ok=True)
-    lines = ["\t".join(map(str, row)) for row in ([header] if header else []) + rows]
-    (folder / name).write_text("\n".join(lines) + "\n")
-
-
-def floor_of(folder, task, **args):
-    return bag_of_words(
-        {"task_name": task, "data_dir": str(folder), "cache_dir": f"{folder}/c"} | args
-    )
-
-
-def test_floor_of_sentences(tmp_path):
-    train = [[WIN, 1], [LOSE, 0]] * 8
-    dev = [[WIN, 1], [LOSE, 0], ["INDEED", 1], ["yes", 0]]  # three of four, in any case
-    write_rows(tmp_path, "train.tsv", ["sentence", "label"], train)
-    write_rows(tmp_path, "dev.tsv", ["sentence", "label"], dev)
-    assert floor_of(tmp_path, "sst-2") == {"acc": 75.0}
-
-
-def test_floor_of_pairs_tells_the_two_texts_apart(tmp_path):
-    rows = [[1, "a", "b", WIN, LOSE], [0, "a", "b", LOSE, WIN]] * 4
-    for split in ("train", "dev"):
-        header = ["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"]
-        write_rows(tmp_path, f"{split}.tsv", header, rows)
-    assert floor_of(tmp_path, "mrpc") == {"acc": 100.0, "f1": 100.0}
-
-
-def test_floor_of_both_sets_of_mnli(tmp_path):
-    header = ["sentence1", "sentence2", "gold_label"]
-    labels = ["neutral", "entailment", "contradiction"]
-    rows = [[f"word {label}", "x", label] for label in labels]
-    write_rows(tmp_path, "train.tsv", header, rows * 4)
-    write_rows(tmp_path, "dev_matched.tsv", header, rows)
-    write_rows(tmp_path, "dev_mismatched.tsv", header, [[*rows[0][:2], "entailment"], rows[1]])
-    assert floor_of(tmp_path, "mnli") == {"acc_matched": 100.0, "acc_mismatched": 50.0}
-
-
-def test_floor_of_your_own_task(tmp_path):
-    for split in ("train", "dev"):
-        write_rows(tmp_path, f"{split}.tsv", ["text", "mood"], [[WIN, "good"], [LOSE, "bad"]] * 4)
-    own = {"text_column": "text", "text_pair_column": None, "label_column": "mood"}
-    assert floor_of(tmp_path, "custom", regression=False, **own) == {"acc": 100.0}
-    assert floor_of(tmp_path, "custom", regression=True, **own) is None
-
-
-def test_no_floor(tmp_path, beyond, capsys):
-    assert floor_of("gone", "sts-b") is None and bag_of_words({"data_dir": "gone"}) is None
-    write_rows(tmp_path / "one", "train.tsv", ["sentence", "label"], [[WIN, 1]] * 4)
-    with pytest.raises(UserError, match="one: "):
-        floor_of(tmp_path / "one", "sst-2")
-    for split, rows in ("train", [WIN, LOSE]), ("dev", [WIN, WIN]):
-        labelled = [["source", label, "", text] for label, text in zip((1, 0), rows)]
-        write_rows(tmp_path / "two", f"{split}.tsv", None, labelled * 4)
-    with pytest.raises(UserError, match="two: its metrics are undefined"):
-        floor_of(tmp_path / "two", "cola")
+def test_a_floor_that_cannot_be_computed_is_said(tmp_path, beyond, capsys):
     shutil.copytree(beyond / "dense", tmp_path / "runs")
-    own = tmp_path / "runs" / "sst-2" / "teacher" / "training_args.json"
+    arguments = tmp_path / "runs" / "sst-2" / "teacher" / "training_args.json"
     for folder, said in (
         ("gone", "gone must hold exactly one file train.tsv"),
         (None, "the data came from the hub"),
     ):
-        edit(own, data_dir=folder)
+        edit(arguments, data_dir=folder)
         tables("report", tmp_path / "runs")
         assert f"| bag of words | not computed: {said}" in capsys.readouterr().out
