@@ -23,24 +23,11 @@ ROOT = Path(__file__).parent.parent
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {str(file.relative_to(ROOT)): file.read_text(encoding="utf-8") for file in FILES}
 README, ALL = TEXTS["README.md"], "\n".join(TEXTS.values())
-SCRIPTS = {
-    script.__name__: script
-    for script in (
-        masked_run_squad,
-        masked_run_glue,
-        counts_parameters,
-        bertarize,
-        saving_prunebert,
-        paper_tables,
-    )
-}
+SCRIPTS = [masked_run_squad, masked_run_glue, counts_parameters, bertarize, saving_prunebert]
+SCRIPTS = {script.__name__: script for script in [*SCRIPTS, paper_tables]}
 BENCHMARKS = "training_step launches selection features scale storage inference compact".split()
-VARIABLES = {
-    "SERIALIZATION_DIR": "runs/x",
-    "SQUAD_DATA": "data/squad",
-    "GLUE_DATA": "glue",
-    "TEACHER": "runs/teacher",
-}
+VARIABLES = {"SERIALIZATION_DIR": "runs/x", "SQUAD_DATA": "data/squad", "GLUE_DATA": "glue"}
+VARIABLES |= {"TEACHER": "runs/teacher"}
 
 
 def commands(folder=""):
@@ -108,20 +95,10 @@ def test_every_flag_of_the_readme_exists():
         for action in parser._actions:
             known |= set(action.option_strings)
             if isinstance(action, argparse._SubParsersAction):
-                known |= {
-                    flag
-                    for verb in action.choices.values()
-                    for a in verb._actions
-                    for flag in a.option_strings
-                }
-    known |= {
-        "--nproc_per_node",
-        "--nnodes",
-        "--node_rank",
-        "--master_addr",
-        "--master_port",
-        "--logdir",
-    }
+                for verb in action.choices.values():
+                    known |= {flag for each in verb._actions for flag in each.option_strings}
+    known |= {f"--{name}" for name in "nproc_per_node nnodes node_rank master_addr".split()}
+    known |= {"--master_port", "--logdir"}
     known |= {"--hypothesis", "--score_memory"}  # -profile, of pytest; of docs/extending.md
     assert set(re.findall(r"--[a-z_0-9]+", ALL)) <= known
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny import VOCABULARY, tokenizer_of
+from tiny import SIZES, VOCABULARY, edit, tokenizer_of
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -68,13 +68,13 @@ FOLDERS = {  # name: (files, whether they declare lower-casing; None: they do no
 
 
 @pytest.fixture
-def model(tmp_path, tiny_config):
+def model(tmp_path):
     """Write the folder of a BERT whose tokenizer's files are those of `FOLDERS`."""
 
     def write(name):
         torch.manual_seed(0)
         folder = tmp_path / "model"
-        BertForQuestionAnswering(BertConfig(**tiny_config)).save_pretrained(folder)
+        BertForQuestionAnswering(BertConfig(**SIZES)).save_pretrained(folder)
         (folder / "vocab.txt").write_text("\n".join(WORDS))
         FOLDERS[name][0](folder)
         return folder
@@ -83,20 +83,16 @@ def model(tmp_path, tiny_config):
 
 
 @pytest.fixture
-def run(tmp_path, squad_dir, caplog):
+def run(flags, caplog):
     """Run the SQuAD script, and return what it says of the tokenizer."""
 
-    def run_squad(model, *flags, model_type="bert"):
+    def run_squad(model, *more, model_type="bert"):
         caplog.clear()
-        masked_run_squad.main(
-            [
-                *f"--model_type {model_type} --model_name_or_path {model}".split(),
-                *f"--data_dir {squad_dir} --output_dir {tmp_path}/out --no_cuda".split(),
-                *f"--cache_dir {tmp_path}/cache --max_seq_length 48 --max_query_length 16".split(),
-                "--overwrite_output_dir",
-                *flags,
-            ]
+        words = flags(
+            "out", f"--model_type {model_type} --overwrite_output_dir --warmup_steps 0", model=model
         )
+        words.remove("--do_lower_case")
+        masked_run_squad.main([*words, *more])
         said = [line for line in caplog.messages if line.startswith("tokenizer: ")]
         wins = [line for line in caplog.messages if "--do_lower_case wins" in line]
         assert len(said) == 1
@@ -128,11 +124,11 @@ def test_a_run_says_how_it_tokenises_and_who_wins(model, run, name):
     assert run(folder, "--do_eval", "--do_lower_case") == ("uncased", declared is False)
 
 
-@pytest.mark.parametrize("flags", [[], ["--do_lower_case"]])
-def test_what_is_made_of_a_run_tokenises_as_it_did(model, run, tmp_path, flags):
+@pytest.mark.parametrize("more", [[], ["--do_lower_case"]])
+def test_what_is_made_of_a_run_tokenises_as_it_did(model, run, tmp_path, more):
     train = "--do_train --max_steps 1 --final_threshold 0.5".split()
-    casing = run(model("vocab.txt"), *train, *flags, model_type="masked_bert")[0]
-    assert casing == ("uncased" if flags else "cased")
+    casing = run(model("vocab.txt"), *train, *more, model_type="masked_bert")[0]
+    assert casing == ("uncased" if more else "cased")
     out = tmp_path / "out"
     assert run(out, "--do_eval", model_type="masked_bert") == (casing, 0)
     plain = bertarize.main(["--model_name_or_path", str(out)])
@@ -152,9 +148,7 @@ def test_a_teacher_of_another_casing_is_warned_of(model, run, tmp_path, caplog, 
 
 def test_a_vocabulary_without_a_model_type_is_of_bert(model, run, tmp_path):
     folder = model("vocab.txt")
-    config = json.loads((folder / "config.json").read_text())
-    del config["model_type"]
-    (folder / "config.json").write_text(json.dumps(config))
+    edit(folder / "config.json", "model_type")
     assert run(folder, "--do_eval", "--do_lower_case") == ("uncased", 0)
     tokens = load_tokenizer(str(folder), True)("Ada lives in Rome").tokens()
     assert tokens == ["[CLS]", "ada", "lives", "in", "rome", "[SEP]"]
