@@ -5,21 +5,16 @@ import importlib
 import io
 import itertools
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-import transformers
-from transformers import BertConfig, BertForSequenceClassification
 
 import bertarize
-from emmental import (
-    MaskedBertConfig,
-    MaskedBertForQuestionAnswering,
-    MaskedBertForSequenceClassification,
-)
+from emmental import MaskedBertConfig
 from emmental.checkpoints import onnx_file
 from emmental.inference import compacted
 
@@ -83,18 +78,12 @@ def test_families(benchmark, family, kernels):
 @pytest.mark.parametrize("task", ["squad", "sst-2"])
 def test_features(benchmark, tiny_bert, squad_dir, tmp_path, monkeypatch, capsys, task):
     if task == "squad":
-        folder = tmp_path / "squad"
-        folder.mkdir()
-        for name in ("train-v1.1.json", "dev-v1.1.json"):
-            (folder / name).write_text((squad_dir / name).read_text())
+        folder = shutil.copytree(squad_dir, tmp_path / "squad")
         monkeypatch.setattr(importlib.import_module("features").Squad, "length", 64)
     else:
         folder = tmp_path
         for split in ("train", "dev"):
-            rows = "".join(
-                f"ada lives in {place}\t{n % 2}\n" for n, place in enumerate(["oslo", "rome"] * 6)
-            )
-            (folder / f"{split}.tsv").write_text("sentence\tlabel\n" + rows)
+            tiny.write_split(folder / f"{split}.tsv", "sst-2", 12, seed=0)
         monkeypatch.setattr(importlib.import_module("features").Glue, "length", 32)
     flags = ["--data_dir", folder, "--model", tiny_bert, "--slice", 6, "--slices", 2]
     flags += ["--epoch_examples", 8, "--batch", 4]
@@ -107,27 +96,22 @@ def test_features(benchmark, tiny_bert, squad_dir, tmp_path, monkeypatch, capsys
     assert 0 <= ours[metric] and 0 <= fixed[metric]
 
 
-def test_storage(benchmark, tiny_config, tiny_tokenizer, tmp_path):
-    torch.manual_seed(0)
-    config = MaskedBertConfig(**tiny_config, mask_init="uniform", mask_scale=1.0, threshold=0.1)
-    MaskedBertForQuestionAnswering(config).save_pretrained(tmp_path / "model")
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
-    model = str(tmp_path / "model")
+def test_storage(benchmark, tiny_tokenizer, tmp_path):
+    pruned = tiny.make(suffix=tiny.QA, threshold=0.1)
+    model = str(tiny.save(pruned, tmp_path / "model", tiny_tokenizer))
     rows = benchmark("storage", "--remaining", "--model", model)[model]
     sizes = [rows[f"ours, {bits} bits"]["MB"] for bits in (32, 16, 8, 6, 5, 4)]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] < rows["torch.save, CSR"]["MB"]
     dense = sum(
         parameter.numel()
-        for name, parameter in MaskedBertForQuestionAnswering(config).named_parameters()
+        for name, parameter in pruned.named_parameters()
         if "embeddings" not in name and "mask_scores" not in name
     )
     assert rows["dense float32"]["MB"] * 1e6 == 4 * dense
 
 
-def test_inference(benchmark, tiny_config, tiny_tokenizer, tmp_path, capsys):
-    torch.manual_seed(0)
-    config = MaskedBertConfig(**tiny_config, mask_init="uniform", mask_scale=1.0, threshold=0.1)
-    MaskedBertForSequenceClassification(config).save_pretrained(tmp_path / "model")
+def test_inference(benchmark, tmp_path, capsys):
+    tiny.save(tiny.make(suffix="ForSequenceClassification", threshold=0.1), tmp_path / "model")
     flags = "--layers 1 --hidden 64 --densities 0.1 1 --batches 2 --lengths 16 --repeats 2"
     flags = [*flags.split(), "--without", "compiled", "--models", tmp_path / "model"]
     results = benchmark("inference", *flags)
@@ -175,21 +159,17 @@ def test_compact_models_in_onnx_runtime():
         assert report.difference(side(ids), compact.eager(model)(ids)) < 1e-5
 
 
-def test_compact_models_of_checkpoints(benchmark, tiny_config, tmp_path, capsys, monkeypatch):
+def test_compact_models_of_checkpoints(benchmark, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(onnx_file.importlib.util, "find_spec", lambda name: None)
-    torch.manual_seed(0)
-    config = {"mask_init": "uniform", "mask_scale": 1.0, "threshold": 0.5} | tiny_config
     folders = [str(tmp_path / name) for name in ("structure", "hybrid", "compact", "fewer")]
+    sizes = {"threshold": 0.5, "block_rows": 8, "block_columns": 8}
     for name in folders[:2]:
-        own = MaskedBertConfig(**config, granularity=Path(name).name, block_rows=8, block_columns=8)
-        model = MaskedBertForSequenceClassification(own)
-        model.save_pretrained(name)
-    bertarize.main(
-        ["--compact", "--model_name_or_path", folders[0], "--target_model_path", folders[2]]
-    )
+        model = tiny.make(suffix="ForSequenceClassification", granularity=Path(name).name, **sizes)
+        tiny.save(model, name)
+    words = ["--compact", "--model_name_or_path", folders[0], "--target_model_path", folders[2]]
+    bertarize.main(words)
     for name, layers in (folders[3], 1), (tmp_path / "dense", 2):
-        plain = BertConfig(**tiny_config | {"num_hidden_layers": layers})
-        BertForSequenceClassification(plain).save_pretrained(name)
+        tiny.save(tiny.plain_bert("SequenceClassification", num_hidden_layers=layers), name)
     capsys.readouterr()
     flags = ["--dense", tmp_path / "dense", "--batches", 3, "--lengths", 12, "--repeats", 2]
     flags += ["--dtype", "bf16", "--runtimes", "eager", "onnx", "sparse", "--models", *folders]
@@ -232,42 +212,29 @@ def test_scale(benchmark, monkeypatch):
     assert 0 < packing["entropy"] < packing["packed"] < packing["dense"]
 
 
-@pytest.mark.parametrize(
-    "flags, said",
-    [
-        ("inference --hidden 100", "--hidden: 100 is not a multiple of 64"),
-        ("inference --lengths 600", "512 tokens at most"),
-        ("inference --models nowhere", "nowhere"),
-        ("inference --densities 6", "not a fraction"),
-        ("inference --batches 0", "at least 1"),
-        (
-            "inference --family mpnet --hidden 64 --layers 1 --lengths 8 --csr_below 0.2",
-            "no sparse kernels for mpnet",
-        ),
-        ("compact --hidden 100", "--hidden: 100 is not a multiple of 64"),
-        ("compact --lengths 600 --hidden 64 --layers 1", "512 tokens at most"),
-        ("compact --models nowhere --dense nowhere", "nowhere"),
-        ("compact --models a", "go together"),
-        ("compact --left 75", "'75' is not HEADS/NEURONS in percent, such as 75/60"),
-        ("compact --left 75/101", "such as 75/60"),
-        ("compact --dtype bf16 --runtimes onnx", "none of them can be measured here"),
-    ],
-)
-def test_speed_benchmarks_refuse(capsys, flags, said):
+@pytest.mark.parametrize("flags, said", [
+    ("inference --hidden 100", "--hidden: 100 is not a multiple of 64"),
+    ("inference --lengths 600", "512 tokens at most"),
+    ("inference --models nowhere", "nowhere"),
+    ("inference --densities 6", "not a fraction"),
+    ("inference --batches 0", "at least 1"),
+    ("inference --family mpnet --hidden 64 --layers 1 --lengths 8 --csr_below 0.2",
+     "no sparse kernels for mpnet"),
+    ("compact --hidden 100", "--hidden: 100 is not a multiple of 64"),
+    ("compact --lengths 600 --hidden 64 --layers 1", "512 tokens at most"),
+    ("compact --models nowhere --dense nowhere", "nowhere"),
+    ("compact --models a", "go together"),
+    ("compact --left 75", "'75' is not HEADS/NEURONS in percent, such as 75/60"),
+    ("compact --left 75/101", "such as 75/60"),
+    ("compact --dtype bf16 --runtimes onnx", "none of them can be measured here"),
+])  # fmt: skip
+def test_speed_benchmarks_refuse(refused, flags, said):
     name, *flags = flags.split()
-    with pytest.raises(SystemExit) as stop:
-        importlib.import_module(name).main(flags)
-    assert stop.value.code == 2
-    assert said in capsys.readouterr().err
+    assert said in refused(importlib.import_module(name).main, flags)
 
 
-def test_compact_models_of_another_family_are_refused(tmp_path, capsys):
-    config = tiny.config_of("modernbert")
-    transformers.ModernBertForQuestionAnswering(config).save_pretrained(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        importlib.import_module("compact").main(
-            ["--models", str(tmp_path), "--dense", str(tmp_path), "--lengths", "16"]
-        )
-    assert stop.value.code == 2
-    message = "ModernBertForQuestionAnswering (modernbert) has no compact form"
-    assert message in capsys.readouterr().err
+def test_compact_models_of_another_family_are_refused(tmp_path, refused):
+    tiny.save(tiny.model_of("modernbert"), tmp_path)
+    words = ["--models", str(tmp_path), "--dense", str(tmp_path), "--lengths", "16"]
+    said = refused(importlib.import_module("compact").main, words)
+    assert "ModernBertForQuestionAnswering (modernbert) has no compact form" in said
