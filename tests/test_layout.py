@@ -28,7 +28,7 @@ ALLOWED = {  # room: (rooms of emmental it may import, third-party libraries; No
     "data": ({"system", "models"}, None),
     "inference": (
         {"system", "modules", "models", "compact", "checkpoints"},
-        {"torch", "transformers", "numpy", "scipy"},
+        {"torch", "transformers", "numpy", "scipy", "onnxruntime"},
     ),
     "packing": (
         {"system", "models", "checkpoints", "inference"},
@@ -36,7 +36,8 @@ ALLOWED = {  # room: (rooms of emmental it may import, third-party libraries; No
     ),
     "storage": ({"packing"}, set()),
     "training": (
-        {"system", "modules", "schedule", "steering", "losses", "models", "checkpoints"},
+        {"system", "modules", "schedule", "steering", "losses"}
+        | {"models", "checkpoints", "inference"},
         None,
     ),
 }

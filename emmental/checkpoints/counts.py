@@ -134,7 +134,7 @@ def count_layers(model: nn.Module, masks: Masks | None = None) -> list[LayerCoun
     layers = []
     for layer in layers_of(model):
         matrices = [names[id(linear)] for linear in masked_layers(layer).values()]
-        *_, value, output = (layer.get_submodule(name) for name in family.heads)
+        value, output = (layer.get_submodule(name) for name in family.heads[-2:])
         first, second = (layer.get_submodule(name) for name in family.neurons)
         values = used(value, 1) & used(output, 0)
         heads = values.reshape(model.config.num_attention_heads, -1).any(1)

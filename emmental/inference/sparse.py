@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..checkpoints.export import bertarize
 from ..compact.algebra import Affine, Fetch, activation_of, compact, density, head_count, read_layer
+from ..compact.configuration import CompactSettings
 from ..compact.modeling import Bias, NoOutputs
 from ..compact.surgery import compact_model, compacted
 from ..models.families import FAMILIES, encoder_of, family_of, layers_of, prefix_of, stock_type
@@ -110,6 +111,8 @@ def sparse_model(
     rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
     shallow = copy.deepcopy(config)
     shallow.num_hidden_layers = 0
+    if isinstance(shallow, CompactSettings):
+        shallow.layer_heads = shallow.layer_head_sizes = shallow.layer_neurons = []
     model = model_class.from_pretrained(None, config=shallow, state_dict=rest, dtype=torch.float32)
     model.config.num_hidden_layers = config.num_hidden_layers
     model.base_model.set_submodule(family.encoder, SparseEncoder(model.config, backend, layers))

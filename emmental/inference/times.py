@@ -14,7 +14,7 @@ from ..checkpoints.export import bertarized_config
 from ..checkpoints.onnx_file import check_onnx, sample_inputs, write_onnx
 from ..compact.surgery import compact_config
 from ..models.families import COMPACT, class_of, family_of, layers_of
-from ..modules.budget import Times, cost_table
+from ..modules.budget import cost_table
 
 RUNTIMES = ("torch", "onnx")
 ROUNDS = 15  # calls of each model, in turns
@@ -24,21 +24,27 @@ COARSE = (1 / 16, 1 / 4, 1)  # for ONNX Runtime, where each model is exported
 
 @dataclass(frozen=True)
 class SpeedTable:
-    """Microseconds of a forward with `batch` sequences of `length` tokens.
+    """Microseconds of a forward of `batch` sequences of `length` tokens by a runtime.
 
-    layers: what a layer takes with so many heads, or neurons. rest: embeddings, head, and what a
-    layer without heads and neurons takes. dense: the whole model.
+    heads, neurons: numbers of them, and what a layer with so many takes. rest: embeddings, head,
+    and what layers without heads and neurons take. dense: the whole model.
     """
 
-    layers: Times
+    heads: list[list[float]]
+    neurons: list[list[float]]
     rest: float
     dense: float
+    runtime: str
+    batch: int
+    length: int
 
     def time_of(self, heads: list[int], neurons: list[int]) -> float:
         """The microseconds of a model whose layers have these heads and neurons."""
-        sizes = {"heads": heads, "neurons": neurons}
-        tables = {kind: cost_table(times, times[0][-1]) for kind, times in self.layers.items()}
-        return self.rest + sum(tables[kind][n] for kind in sizes for n in sizes[kind])
+        time = self.rest
+        for times, sizes in ((self.heads, heads), (self.neurons, neurons)):
+            table = cost_table(times, times[0][-1])
+            time += sum(table[size] for size in sizes)
+        return time
 
     def fraction(self, speedup: float) -> float:
         """The fraction of the layers' time with which a model is so many times as fast."""
@@ -77,11 +83,15 @@ def measure_table(model: PreTrainedModel, runtime: str, batch: int, length: int)
     of_neurons, dense = times[1 + len(heads) : -1], times[-1]
     # What the two parts take together is what the whole takes; caches make them differ a little.
     scale = (dense - rest) / (of_heads[-1] + of_neurons[-1] - 2 * rest) / len(layers)
-    tables = {
-        "heads": [[0, *heads], [0.0, *((t - rest) * scale for t in of_heads)]],
-        "neurons": [[0, *neurons], [0.0, *((t - rest) * scale for t in of_neurons)]],
-    }
-    return SpeedTable(tables, rest, dense)
+    return SpeedTable(
+        heads=[[0, *heads], [0.0, *((t - rest) * scale for t in of_heads)]],
+        neurons=[[0, *neurons], [0.0, *((t - rest) * scale for t in of_neurons)]],
+        rest=rest,
+        dense=dense,
+        runtime=runtime,
+        batch=batch,
+        length=length,
+    )
 
 
 def measure_speedup(

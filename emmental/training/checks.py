@@ -12,6 +12,7 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
+from ..checkpoints.onnx_file import check_onnx
 from ..models.families import is_masked
 from ..models.masked import granularity_of
 from ..modules.granularity import GRANULARITIES, Block
@@ -107,6 +108,8 @@ def _check_pruning(args: Namespace) -> list[str]:
         problems.append("--mask_init magnitude needs a --mask_scale above 0: give 3, say")
     if args.target_remaining is not None:
         problems += _check_target(args)
+    if args.target_speedup is not None:
+        problems += _check_speedup(args)
     if args.do_train and (problem := _plateau_problem(args, args.max_steps)):
         problems.append(problem)
     return problems
@@ -131,12 +134,29 @@ def _check_target(args: Namespace) -> list[str]:
     return problems
 
 
+def _check_speedup(args: Namespace) -> list[str]:
+    problems = []
+    if args.target_speedup <= 1:
+        problems.append("--target_speedup must be above 1: how many times as fast")
+    if args.granularity != "structure" or not args.global_topk:
+        problems.append("--target_speedup needs --granularity structure --global_topk: add them")
+    if "final_threshold" in args.given:
+        problems.append("--target_speedup sets --final_threshold: drop that flag")
+    if args.speedup_of == "onnx":
+        try:
+            check_onnx(Path("model.onnx"))
+        except UserError as error:
+            problems.append(f"--speedup_of onnx: {error}")
+    return problems
+
+
 def _plateau_problem(args: Namespace, total_step: int) -> str | None:
     """Why the threshold's plateaus do not fit into `total_step` updates; None if they do.
 
     total_step: not positive if it is not known yet.
     """
-    if args.initial_threshold == args.final_threshold and args.target_remaining is None:
+    has_target = args.target_remaining is not None or args.target_speedup is not None
+    if args.initial_threshold == args.final_threshold and not has_target:
         return None  # the threshold is constant
     plateaus = args.initial_warmup + args.final_warmup
     if plateaus * (args.warmup_ratio or 0) >= 1:

@@ -104,6 +104,13 @@ def add_pruning_flags(parser: Parser) -> None:
         help="final weight of the penalty; raise it to prune more")
     add("--target_remaining", type=NUMBER,
         help="fraction of the weights to keep: steers lambda, from --final_lambda or a usual value")
+    # a time to keep to
+    add("--target_speedup", type=NUMBER,
+        help="how many times as fast the compact model shall be; sets --final_threshold")
+    add("--speedup_of", type=choice("torch", "onnx"), default="torch",
+        help="runtime whose times count: torch, or ONNX Runtime on a CPU")
+    add("--speedup_batch", type=COUNT, default=1, help="sequences of a forward that is timed")
+    add("--speedup_length", type=COUNT, default=128, help="their length in tokens")
     # one cut-off for all matrices
     add("--global_topk", action="store_true", help="rank all matrices together, without a penalty")
     add("--global_topk_frequency_compute", type=COUNT, default=25,

@@ -45,6 +45,7 @@ from .settings import (
     student_options,
     training_settings,
 )
+from .speed import plan_speedup, report_speedup
 from .state import TrainingState
 from .task import Task
 
@@ -119,6 +120,8 @@ def run(task: Task, args: argparse.Namespace, sparsify: Sparsify | None) -> dict
             if args.do_train and args.target_remaining:
                 remaining = f"{count(masks).overall:.2%} of the weights remain"
                 logger.info(f"--target_remaining {args.target_remaining:g}: {remaining}")
+            if args.do_train and args.target_speedup:
+                results |= report_speedup(args, model)
         if args.do_eval:
             write_results(output_dir, results)
         if args.do_train:
@@ -154,6 +157,7 @@ def _train(
     lengths = task.train_set["length"]
     batch_size = args.per_gpu_train_batch_size * world.size
     plan = BatchPlan(lengths, batch_size, args.gradient_accumulation_steps, args.seed)
+    args = plan_speedup(args, model.to(world.device), resumed is not None, world)
     total = args.max_steps if args.max_steps > 0 else plan.total_updates(args.num_train_epochs)
     check_training(args, total, model.config)
     teacher = None

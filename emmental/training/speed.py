@@ -1,0 +1,67 @@
+"""--target_speedup: prune heads and neurons until the compact model is so many times as fast."""
+
+import logging
+from argparse import Namespace
+
+from transformers import PreTrainedModel
+
+from ..checkpoints.export import bertarize
+from ..inference import compacted
+from ..inference.times import SpeedTable, measure_speedup, measure_table
+from ..models.families import class_of
+from ..system.errors import UserError
+from .distributed import World
+
+logger = logging.getLogger(__name__)
+
+
+def plan_speedup(args: Namespace, model: PreTrainedModel, resumed: bool, world: World) -> Namespace:
+    """The arguments with the final threshold of --target_speedup, a fraction of the layers' time.
+
+    What heads and neurons cost is measured, or taken from the checkpoint of a resumed run, and set
+    in the configuration of the model. Raises UserError for a speed that cannot be reached.
+    """
+    if not resumed:
+        model.config.structure_times = None
+    if args.target_speedup is None:
+        return args
+    if not model.config.structure_times:
+        logger.info("measuring what heads and neurons cost")
+        shape = args.speedup_of, args.speedup_batch, args.speedup_length
+        table = measure_table(model, *shape) if world.is_main else None
+        model.config.structure_times = world.gather(table and table.as_dict())[0]
+    table = SpeedTable(**model.config.structure_times)
+    if args.target_speedup >= table.most:
+        raise UserError(
+            f"--target_speedup {args.target_speedup:g}: without any heads and neurons, the model "
+            f"is {table.most:.1f} times as fast ({describe(table)}): give less"
+        )
+    fraction = min(1.0, table.fraction(args.target_speedup))
+    logger.info(
+        f"{args.target_speedup:g} times as fast ({describe(table)}): {fraction:.1%} of the time of "
+        "the layers remains"
+    )
+    return Namespace(**vars(args) | {"final_threshold": fraction})
+
+
+def report_speedup(args: Namespace, model: PreTrainedModel) -> dict[str, float]:
+    """How many times as fast the compact model is: asked, predicted and measured."""
+    table = SpeedTable(**model.config.structure_times)
+    plain = bertarize(model).float()
+    small = compacted(plain)
+    config = small.config
+    predicted = table.dense / table.time_of(config.layer_heads, config.layer_neurons)
+    head = type(plain).__name__.partition("For")[2]
+    dense = class_of(plain.config.model_type, head)(plain.config).to(model.device)
+    measured = measure_speedup(dense, small, table.runtime, table.batch, table.length)
+    logger.info(
+        f"times as fast ({describe(table)}): asked {args.target_speedup:g}, predicted "
+        f"{predicted:.2f}, measured {measured:.2f}"
+    )
+    return {"speedup_predicted": predicted, "speedup": measured}
+
+
+def describe(table: SpeedTable) -> str:
+    """The runtime and the shape of the inputs of a table, for a message."""
+    runtime = {"torch": "torch", "onnx": "ONNX Runtime"}[table.runtime]
+    return f"{table.batch} x {table.length} tokens, {runtime}"

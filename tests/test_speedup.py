@@ -1,0 +1,96 @@
+"""--target_speedup: heads and neurons are pruned until the compact model is as fast as asked."""
+
+import json
+
+import pytest
+import tiny
+from transformers import AutoModelForQuestionAnswering
+
+import bertarize
+import masked_run_squad
+from emmental.inference import times
+from emmental.inference.times import SpeedTable, measure_table
+from emmental.training import speed
+
+TABLE = SpeedTable(
+    heads=[[0, 1, 4], [0.0, 40.0, 100.0]],
+    neurons=[[0, 64], [0.0, 100.0]],
+    rest=50.0,
+    dense=450.0,  # of two layers
+    runtime="torch",
+    batch=1,
+    length=16,
+)
+FLAGS = "--pruning_method platon --granularity structure --global_topk"
+
+
+@pytest.fixture
+def squad(tmp_path, tiny_bert, squad_dir, monkeypatch):
+    """A run of 8 updates with --target_speedup, for which TABLE is what is measured."""
+    monkeypatch.setattr(speed, "measure_table", lambda *args: TABLE)
+    monkeypatch.setattr(speed, "measure_speedup", lambda *args: 2.5)
+
+    def run(asked, *words, output="out"):
+        flags = f"--do_train --do_eval {FLAGS} --target_speedup {asked}"
+        return masked_run_squad.main(
+            tiny.command(tmp_path, tiny_bert, squad_dir, output, flags, *words)
+        )
+
+    run.folder = tmp_path
+    return run
+
+
+@pytest.mark.parametrize("asked", [1.5, 3, 6])
+def test_the_compact_model_takes_the_time_that_was_asked_for(squad, asked):
+    results = squad(asked)
+    config = tiny.read(squad.folder / "out" / "config.json")
+    assert config["structure_times"]["dense"] == 450.0
+    assert config["threshold"] == pytest.approx((450 / asked - 50) / 400)
+    assert results["speedup"] == 2.5
+    # One head costs up to 40 of the 450 microseconds, and neurons come in multiples of 8.
+    assert 450 / results["speedup_predicted"] == pytest.approx(450 / asked, abs=40)
+    folder = bertarize.main(["--model_name_or_path", str(squad.folder / "out"), "--compact"])
+    small = AutoModelForQuestionAnswering.from_pretrained(folder).config
+    predicted = 450 / TABLE.time_of(small.layer_heads, small.layer_neurons)
+    assert predicted == pytest.approx(results["speedup_predicted"])
+
+
+def test_whole_sublayers_go(squad):
+    squad(8)
+    folder = bertarize.main(["--model_name_or_path", str(squad.folder / "out"), "--compact"])
+    small = AutoModelForQuestionAnswering.from_pretrained(folder).config
+    assert 0 in small.layer_heads  # the floor keeps one head in each layer
+
+
+def test_an_interrupted_run_keeps_its_table(squad, monkeypatch):
+    """Times are measured once: those of another hour would end at other masks."""
+    whole = squad(2, "--save_steps 3", output="whole")
+    monkeypatch.setattr(speed, "measure_table", lambda *args: pytest.fail("measured again"))
+    checkpoint = squad.folder / "whole" / "checkpoint-3"
+    resumed = squad(2, f"--save_steps 3 --resume_from_checkpoint {checkpoint}")
+    assert resumed == whole
+    assert tiny.same(*(tiny.weights(squad.folder / name) for name in ("whole", "out")))
+
+
+def test_what_cannot_be(squad, refused):
+    for asked, words, said in (
+        (9, "", "without any heads and neurons, the model is 9.0 times as fast"),
+        (1, "", "--target_speedup must be above 1"),
+        (2, "--final_threshold 0.1", "--target_speedup sets --final_threshold: drop"),
+        (2, "--granularity hybrid", "needs --granularity structure --global_topk"),
+    ):
+        assert said in refused(squad, asked, words)
+
+
+def test_a_table_is_measured(monkeypatch):
+    """Of real models: more heads and neurons never cost less, and the dense model is the sum."""
+    monkeypatch.setattr(times, "ROUNDS", 3)
+    model = tiny.model_of("mpnet", "SequenceClassification")
+    table = measure_table(model, "torch", 2, 16)
+    json.dumps(table.as_dict())
+    layers = model.config.num_hidden_layers
+    assert table.heads[0] == [0, 1, 2, 3, 4] and table.neurons[0][-1] == 64
+    assert table.rest > 0 and table.dense > 0
+    assert SpeedTable(**table.as_dict()) == table
+    if table.heads[1] == sorted(table.heads[1]) and table.neurons[1] == sorted(table.neurons[1]):
+        assert table.time_of([4] * layers, [64] * layers) == pytest.approx(table.dense)
