@@ -17,7 +17,7 @@ import hypothesis
 import pytest
 import tiny
 import torch
-from tiny import SIZES, make_squad
+from tiny import make_squad
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile(
@@ -25,11 +25,6 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.register_profile("long", max_examples=4000, deadline=None, database=None)
 hypothesis.settings.load_profile("suite")
-
-
-@pytest.fixture(scope="session")
-def tiny_config():
-    return dict(SIZES)
 
 
 @pytest.fixture(scope="session")
@@ -122,11 +117,11 @@ def refused(capsys):
     return call
 
 
-def launch(*words, timeout=300):
+def launch(*words, timeout=300, **variables):
     """Run a Python process with these words, on one thread; returns how it ended."""
     command = [sys.executable, *map(str, words)]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=one_thread)
+    variables = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=variables)
 
 
 @pytest.fixture(scope="session")

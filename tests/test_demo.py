@@ -1,10 +1,10 @@
 """The data of `make demo` has SQuAD's format, is fair, and is the same for the same seed."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import launch
 from transformers import AutoTokenizer, BertForQuestionAnswering
 
 import masked_run_squad
@@ -22,9 +22,8 @@ def made(tmp_path_factory):
     folders = [tmp_path_factory.mktemp("demo") for _ in range(2)]
     for folder in folders:
         small = ["--output_dir", str(folder), "--paragraphs", "40", "--pretraining_steps", "2"]
-        subprocess.run(
-            [sys.executable, str(DEMO / "make_data.py"), *small], check=True, capture_output=True
-        )
+        done = launch(DEMO / "make_data.py", *small)
+        assert done.returncode == 0, done.stderr
     return folders
 
 

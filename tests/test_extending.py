@@ -1,16 +1,13 @@
 """What a new method or family touches: its class or its row, and nothing else."""
 
-import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from tiny import tokenizer_of
+from conftest import launch
+from tiny import read, tokenizer_of
 
 import bertarize
 import counts_parameters
@@ -43,7 +40,7 @@ def test_a_row_makes_a_family(monkeypatch, flags, tmp_path, caplog):
     for model_type in "masked", "masked_ernie":
         out = tmp_path / model_type
         masked_run_squad.main(flags(model_type, prune, f"--model_type {model_type}", model=source))
-    assert json.loads((out / "config.json").read_text())["model_type"] == "masked_ernie"
+    assert read(out / "config.json")["model_type"] == "masked_ernie"
     masked = transformers.AutoModelForQuestionAnswering.from_pretrained(out).eval()
     assert type(masked).__name__ == "MaskedErnieForQuestionAnswering"
 
@@ -112,18 +109,14 @@ assert all((packed[name] == value).all() for name, value in plain.items())
 """
 
 
-def test_a_class_makes_a_method(tmp_path, tiny_bert, squad_dir):
+def test_a_class_makes_a_method(tmp_path, flags):
     """The page's method with a setting, state, penalty and gradient, in a process of its own."""
     page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page.partition("## A granularity")[0], re.S)
     assert "class SteadyMovement" in blocks[-1]
     script = tmp_path / "steady.py"
     script.write_text("\n".join([*blocks, METHOD]), encoding="utf-8")
-    flags = f"--model_type masked_bert --model_name_or_path {tiny_bert} --data_dir {squad_dir}"
-    flags += " --do_train --do_lower_case --no_cuda --max_steps 6 --warmup_steps 1"
-    flags += f" --learning_rate 1e-3 --mask_scores_learning_rate 0.1 --cache_dir {tmp_path / 'c'}"
-    flags += " --max_seq_length 48 --max_query_length 16 --doc_stride 16 --logging_steps 3"
-    command = [sys.executable, str(script), str(tmp_path), *flags.split()]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    train = "--do_train --max_steps 6 --mask_scores_learning_rate 0.1 --logging_steps 3"
+    words = flags("out", train)
+    done = launch(script, tmp_path, *words, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr[-3000:]

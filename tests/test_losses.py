@@ -42,12 +42,10 @@ def test_unknown_regularization_is_refused(mode):
         regularization(make_model(), mode)
 
 
-@pytest.mark.parametrize(
-    "model", [make_model("magnitude"), nn.Linear(2, 2)], ids=["magnitude", "dense"]
-)
-def test_regularization_needs_scores(model):
-    with pytest.raises(ValueError, match="scores"):
-        regularization(model, "l1")
+def test_regularization_needs_scores():
+    for model in make_model("magnitude"), nn.Linear(2, 2):
+        with pytest.raises(ValueError, match="scores"):
+            regularization(model, "l1")
 
 
 def softmax(row, temperature):

@@ -2,14 +2,12 @@
 
 import argparse
 import importlib
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import launch
 
 import bertarize
 import counts_parameters
@@ -197,9 +195,7 @@ def test_the_changes_of_extending_run(tmp_path):
     assert len(blocks) >= 6
     script = tmp_path / "extended.py"
     script.write_text("\n".join([*blocks, EXTENDED]), encoding="utf-8")
-    command = [sys.executable, str(script), str(tmp_path)]
-    path = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=path, capture_output=True, text=True)
+    done = launch(script, tmp_path, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
 
 
