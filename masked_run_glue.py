@@ -32,7 +32,6 @@ from emmental.data.glue_tasks import (
 from emmental.data.metrics import glue_metrics, mean_entropy
 from emmental.data.padding import padding_of
 from emmental.data.reading import take_first
-from emmental.inference import sparsify
 from emmental.losses import distillation_loss, regression_distillation_loss
 from emmental.system.errors import UserError
 from emmental.system.files import write_text
@@ -163,7 +162,7 @@ def get_parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> dict[str, float | str]:
-    return run.main(Glue(), __doc__, argv, sparsify)
+    return run.main(Glue(), __doc__, argv)
 
 
 if __name__ == "__main__":

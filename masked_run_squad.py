@@ -24,7 +24,6 @@ from emmental.data import squad_answers, squad_features, squad_read
 from emmental.data.metrics import squad_metrics
 from emmental.data.padding import padding_of
 from emmental.data.reading import take_first
-from emmental.inference import sparsify
 from emmental.system.errors import UserError
 from emmental.system.files import write_json
 from emmental.training import run
@@ -190,7 +189,7 @@ def get_parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> dict[str, float | str]:
-    return run.main(Squad(), __doc__, argv, sparsify)
+    return run.main(Squad(), __doc__, argv)
 
 
 if __name__ == "__main__":

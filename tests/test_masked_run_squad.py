@@ -18,7 +18,6 @@ from emmental import MaskedBertForQuestionAnswering
 from emmental.data import squad_read
 from emmental.inference import sparsify
 from emmental.modules import masks
-from emmental.training import run as narrative
 from emmental.training.distributed import World
 from emmental.training.passes import Means
 from emmental.training.settings import warmup_updates
@@ -227,7 +226,7 @@ def test_evaluating_alone_gives_the_results_of_training(run):
 def test_sparse_inference_predicts_the_same(run, method, monkeypatch):
     made = []
     note = lambda model: made.append(sparsify(model)) or made[0]  # noqa: E731
-    monkeypatch.setattr(masked_run_squad, "sparsify", note)
+    monkeypatch.setattr("emmental.training.run.sparsify", note)
     model = run("out", TRAIN, METHODS[method])
     dense = run("dense", "--do_eval", model=model)
     sparse = run("sparse", "--do_eval --sparse_inference", model=model)
@@ -470,9 +469,3 @@ def test_the_masks_of_a_masked_teacher_are_found_once(run, monkeypatch):
     run("student", TRAIN, RUNS["magnitude"], teach)
     counts = collections.Counter(map(id, found))  # the teacher's, the student's at every update
     assert sorted(counts.values())[0] == 1 and len(counts) == 2
-
-
-def test_sparse_inference_needs_a_script_that_has_it(flags, refused):
-    words = flags("out", DENSE, "--do_eval --sparse_inference")
-    said = refused(narrative.main, masked_run_squad.Squad(), "A script of one's own.", words)
-    assert "--sparse_inference: this script has no sparse form" in said

@@ -40,9 +40,9 @@ FREE_ARGUMENTS = {
     "train_file", "predict_file", "do_eval", "do_predict", "evaluate_during_training",
     "eval_all_checkpoints", "overwrite_output_dir", "overwrite_cache", "resume_from_checkpoint",
     "per_gpu_eval_batch_size", "logging_steps", "save_steps", "save_total_limit", "num_workers",
-    "threads", "local_rank", "check_ranks", "sparse_inference", "verbose_logging", "n_best_size",
-    "max_answer_length", "null_score_diff_threshold", "max_eval_samples", "fp16_opt_level",
-    "server_ip", "server_port", "lang_id",
+    "threads", "local_rank", "check_ranks", "sparse_inference", "onnx_file", "verbose_logging",
+    "n_best_size", "max_answer_length", "null_score_diff_threshold", "max_eval_samples",
+    "fp16_opt_level", "server_ip", "server_port", "lang_id",
 }  # fmt: skip
 
 

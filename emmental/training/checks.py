@@ -42,6 +42,11 @@ def check_common_arguments(args: Namespace) -> list[str]:
         problems.append("--fp16 and --bf16 exclude each other: give one")
     if args.sparse_inference and (args.fp16 or args.bf16):
         problems.append("--sparse_inference computes in float32: drop --fp16 and --bf16")
+    if args.onnx_file and (args.do_train or args.sparse_inference or args.fp16 or args.bf16):
+        problems.append(
+            "--onnx_file evaluates a file, by ONNX Runtime: drop --do_train, --sparse_inference, "
+            "--fp16 and --bf16"
+        )
     if (args.teacher_type is None) != (args.teacher_name_or_path is None):
         problems.append("--teacher_type and --teacher_name_or_path go together: give both or none")
     if args.teacher_name_or_path and not (args.alpha_ce or args.alpha_distil or args.alpha_hidden):
@@ -213,7 +218,7 @@ def _warn_of_no_effect(args: Namespace) -> None:
     if not args.teacher_name_or_path:
         warn(_names(add_distillation_flags), "--teacher_name_or_path")
     if not _evaluates(args):
-        warn(["sparse_inference"], "--do_eval")
+        warn(["sparse_inference", "onnx_file"], "--do_eval")
     if not is_masked(args.model_type):
         warn(_names(add_pruning_flags) + _names(add_method_flags), "--model_type masked")
         return

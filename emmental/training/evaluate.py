@@ -23,7 +23,7 @@ class Predictor:
     """Predicts data sets with a model of the task.
 
     batch_size: examples of a batch on each rank. prepare: makes a faster model with the same
-    outputs for --sparse_inference, or raises ValueError; None to use the model itself.
+    outputs, or raises ValueError; None to use the model itself.
     """
 
     task: Task

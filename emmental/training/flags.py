@@ -170,6 +170,7 @@ def add_hardware_flags(parser: Parser) -> None:
     add = parser.add_argument_group("hardware").add_argument
     add("--no_cuda", action="store_true", help="stay on the CPU")
     add("--sparse_inference", action="store_true", help="evaluate with sparse kernels, on a CPU")
+    add("--onnx_file", help="evaluate this ONNX file of the model, which bertarize.py wrote")
     add("--fp16", action="store_true", help="mixed precision in float16 (GPU)")
     add("--bf16", action="store_true", help="mixed precision in bfloat16 (GPU, recent CPUs)")
     add("--compile", action="store_true", help="compile the encoder; slow to start")

@@ -1,6 +1,7 @@
 """What a script does, from the command line to the results: load, train, evaluate, report."""
 
 import argparse
+import functools
 import inspect
 import logging
 import time
@@ -16,6 +17,8 @@ from ..checkpoints.card import write_run_card
 from ..checkpoints.configs import concrete_type
 from ..checkpoints.counts import LayerCount, count_layers, mask_report
 from ..checkpoints.loading import load_model
+from ..inference import sparsify
+from ..inference.onnx_model import OnnxModel
 from ..models.families import is_masked, layers_of
 from ..modules.masks import count, find_masks, masked
 from ..system.errors import fail, one_line_errors
@@ -51,30 +54,25 @@ from .task import Task
 
 logger = logging.getLogger(__name__)
 
-Sparsify = Callable[[nn.Module], nn.Module]
 ADVICE = "; if there is a checkpoint, resume with --resume_from_checkpoint latest"
 
 
-def main(
-    task: Task, description: str, argv: list[str] | None = None, sparsify: Sparsify | None = None
-) -> dict[str, float | str]:
-    """Run a script, and return its results. sparsify: makes the model of --sparse_inference."""
+def main(task: Task, description: str, argv: list[str] | None = None) -> dict[str, float | str]:
+    """Run a script, and return its results."""
     set_up_logging()
     parser = make_parser(task, description)
     args = parser.parse_args(argv)
     problems = check_common_arguments(args) + task.check(args)
-    if args.sparse_inference and not sparsify:
-        problems.append("--sparse_inference: this script has no sparse form of its models")
     if problems:
         fail(problems)
     with one_line_errors(ADVICE):
         try:
-            return run(task, args, sparsify)
+            return run(task, args)
         finally:
             leave_world()
 
 
-def run(task: Task, args: argparse.Namespace, sparsify: Sparsify | None) -> dict[str, float | str]:
+def run(task: Task, args: argparse.Namespace) -> dict[str, float | str]:
     """Do all that the arguments ask for, and return the results of the evaluation."""
     started = time.perf_counter()
     world = join_world(args.no_cuda, args.local_rank, args.fp16)
@@ -99,7 +97,7 @@ def run(task: Task, args: argparse.Namespace, sparsify: Sparsify | None) -> dict
         batch_size=args.per_gpu_eval_batch_size,
         num_workers=args.num_workers,
         output_dir=output_dir,
-        prepare=sparsify if args.sparse_inference else None,
+        prepare=prepare_of(args),
     )
     figures, results, metrics = {}, {}, {}
     if args.do_train:
@@ -130,6 +128,13 @@ def run(task: Task, args: argparse.Namespace, sparsify: Sparsify | None) -> dict
         print_summary(results | figures | seconds, output_dir)
     world.barrier()
     return results
+
+
+def prepare_of(args: argparse.Namespace) -> Callable[[PreTrainedModel], nn.Module] | None:
+    """What makes the model that is evaluated, for --sparse_inference and --onnx_file."""
+    if args.onnx_file:
+        return functools.partial(OnnxModel, Path(args.onnx_file))
+    return sparsify if args.sparse_inference else None
 
 
 def with_families(args: argparse.Namespace, checkpoint: str) -> argparse.Namespace:
