@@ -40,10 +40,10 @@ from emmental.models.masked import CLASSES, MaskedModel
 from emmental.modules import find_masks, masked, masked_layers
 from emmental.modules.granularity import GRANULARITIES
 from emmental.modules.methods import METHODS
+from emmental.modules.observation import observe_scores, observed_norms
 from emmental.training.distributed import World, keep_freed_memory
 from emmental.training.guards import GradientGuard
 from emmental.training.optim import build_optimizer, trained_parameters
-from emmental.training.passes import observe_scores, observed_norms
 
 # fmt: off
 THRESHOLD = {"topK": 0.15, "magnitude": 0.15, "sigmoied_threshold": 0.5, "threshold": 0.0,

@@ -18,11 +18,10 @@ from emmental.checkpoints.export import bertarized_config, bertarized_state_dict
 from emmental.inference import sparsify
 from emmental.losses import regularization
 from emmental.models.families import FAMILIES, Family
-from emmental.modules import MaskedLinear, count, find_masks, masked, masked_layers
+from emmental.modules import MaskedLinear, count, find_masks, masked, masked_layers, observe_scores
 from emmental.modules.granularity import Columns, Rows
 from emmental.modules.masks import MaskInForce, Masks, in_force
 from emmental.modules.methods import METHODS
-from emmental.training.passes import observe_scores
 
 UNITS = ["block", "structure", "hybrid"]
 HEADS = [f"attention.{name}" for name in ("self.query", "self.key", "self.value", "output.dense")]

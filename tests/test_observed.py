@@ -12,9 +12,8 @@ import masked_run_squad
 from emmental import MaskedBertForQuestionAnswering, storage
 from emmental.checkpoints.loading import load_masked
 from emmental.data import squad_features, squad_read
-from emmental.modules import MaskedLinear, find_masks, masked_layers
+from emmental.modules import MaskedLinear, find_masks, masked_layers, observe_scores
 from emmental.modules.methods import METHODS
-from emmental.training import passes
 
 OBSERVED = [name for name, method in METHODS.items() if method.scores == "observed"]
 STATE = ".mask_scores", ".mask_uncertainty"
@@ -39,7 +38,7 @@ def observe(layer, grad, scale=1.0, skipped=False):
     layer.mask_scores.grad = torch.tensor(grad, dtype=torch.float32) * scale
     scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1)
     scaler.scale(torch.zeros(()))
-    passes.observe_scores(masked_layers(layer), scaler, skipped)
+    observe_scores(masked_layers(layer), scaler, skipped)
     assert layer.mask_scores.grad is None
 
 
@@ -78,7 +77,7 @@ def test_layers_that_share_their_scores_observe_an_update_once():
     model = torch.nn.ModuleList(MaskedLinear(3, 2, pruning_method="sensitivity") for _ in range(2))
     model[1].mask_scores = model[0].mask_scores
     model[0].mask_scores.grad = torch.ones(2, 3)
-    passes.observe_scores(masked_layers(model), torch.amp.GradScaler("cpu", enabled=False), False)
+    observe_scores(masked_layers(model), torch.amp.GradScaler("cpu", enabled=False), False)
     torch.testing.assert_close(model[0].mask_scores.detach(), torch.full((2, 3), 0.15))
 
 

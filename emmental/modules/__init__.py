@@ -1,6 +1,7 @@
 from .binarizer import MagnitudeBinarizer, ThresholdBinarizer, TopKBinarizer
 from .masked_nn import MaskedLinear, compute_mask
 from .masks import count, find_masks, masked, masked_layers
+from .observation import observe_scores
 from .swap import swap_linears
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "find_masks",
     "masked",
     "masked_layers",
+    "observe_scores",
     "swap_linears",
 ]

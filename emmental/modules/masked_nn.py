@@ -89,6 +89,7 @@ class MaskedLinear(nn.Linear):
         if settings:
             raise ValueError(f"{pruning_method} has no setting {', '.join(settings)}")
         self.in_force: MaskInForce | None = None
+        self.unobserved = 0  # masks found in training since scores were observed
         shape = self.granularity.shape(self.weight.shape)
         if self.method.scores and scores_of is None:
             # Also in a half-precision model: updates of scores are too small for its precision.
@@ -184,6 +185,19 @@ class MaskedLinear(nn.Linear):
     def train(self, mode: bool = True) -> "MaskedLinear":
         self._forget_masked_weight()
         return super().train(mode)
+
+    def _apply(self, function, recurse: bool = True) -> "MaskedLinear":
+        """Scores keep their precision in `half()` and `to(dtype)`: ranks would change with it."""
+        scores = [x for x in (self.mask_scores, *self.buffers(recurse=False)) if x is not None]
+        scores += [x.grad for x in scores]
+
+        def apply(tensor: Tensor) -> Tensor:
+            result = function(tensor)
+            if any(tensor is x for x in scores) and result.itemsize < tensor.itemsize:
+                return tensor.to(result.device)
+            return result
+
+        return super()._apply(apply, recurse)
 
     def _load_from_state_dict(self, *args, **kwargs):
         self._forget_masked_weight()

@@ -25,6 +25,7 @@ from .methods import check_fraction
 from .numeric import NOT_IN_GRAPHS
 from .topk import count_ones, keep_largest_together
 
+UNOBSERVED = 256  # forwards; more than the batches of an update
 _LOCKS: weakref.WeakKeyDictionary[MaskedLinear, threading.RLock] = weakref.WeakKeyDictionary()
 
 
@@ -120,6 +121,8 @@ def find_masks(
             "bertarize.py first, and add the adapter to the result"
         )
     method, config, ones = layers.layers[0].method, layers.config, None
+    if sampled and method.scores == "observed":
+        _check_observed(layers.holders[0])
     values = method.sources(layers.holders)
     if threshold is None:
         threshold = getattr(config, "threshold", None)
@@ -154,6 +157,17 @@ def find_masks(
         1.0 if threshold is None else float(threshold),
         ones and [ones[layer.owner] for layer in layers.layers],
     )
+
+
+def _check_observed(layer: MaskedLinear) -> None:
+    """Raises ValueError if many masks of training follow from scores that nothing observes."""
+    layer.unobserved += 1
+    if layer.unobserved > UNOBSERVED:
+        raise ValueError(
+            f"{layer.pruning_method}: nothing has observed the scores in the last {UNOBSERVED} "
+            "forwards of training: call emmental.modules.observe_scores(model) after backward() "
+            "and before optimizer.step()"
+        )
 
 
 @contextmanager

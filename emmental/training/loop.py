@@ -5,11 +5,12 @@ import time
 from torch import nn
 
 from ..modules.masks import count, find_masks, masked, masked_layers
+from ..modules.observation import observe_scores, observed_norms
 from .checkpoint import save_checkpoint, save_trained
 from .evaluate import Predictor
 from .guards import GradientGuard, agreed_signal, check_ranks, interruption, stop_signals
 from .optim import set_learning_rates, trained_parameters
-from .passes import Means, Passes, observe_scores, observed_norms
+from .passes import Means, Passes
 from .runlog import RunLog, progress_bar, show_progress
 from .state import TrainingState
 
@@ -26,7 +27,7 @@ def train(
     layers, parameters = masked_layers(model), trained_parameters(model, optimizer)
     means, guard = Means(world), GradientGuard(scaler.is_enabled(), world)
     begun, total = time.perf_counter() - state.seconds, schedule.total_step
-    log.start(state.step)
+    log.start(state.step, total)
     steps = {"iterable": range(state.step, total), "initial": state.step, "total": total}
     bar = progress_bar(world, **steps, desc="training", unit="update")
     with stop_signals() as signals, bar:

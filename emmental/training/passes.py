@@ -10,10 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..losses import regularization
 from ..models.inputs import input_names
-from ..modules.lists import together
-from ..modules.masked_nn import MaskedLinear
-from ..modules.masks import MaskedLayers, masked_layers
-from ..modules.methods import Method
+from ..modules.masks import masked_layers
 from .distributed import World
 from .hidden import hidden_distillation_loss, hidden_states, projection_of
 from .state import TrainingState
@@ -100,41 +97,6 @@ def forward(task: Task, model: nn.Module, batch: Batch, precision: torch.dtype |
     with torch.autocast(batch["input_ids"].device.type, precision, enabled=precision is not None):
         outputs = model(**{name: batch[name] for name in names if name in batch})
     return task.logits(outputs, batch)
-
-
-def observed_norms(layers: MaskedLayers) -> list[Tensor]:
-    """The norms of the gradients of observed scores, which are not clipped."""
-    grads = [x.mask_scores.grad for x in layers.observed if x.method.scores == "observed"]
-    return list(torch._foreach_norm(grads)) if grads else []
-
-
-@torch.no_grad()
-def observe_scores(layers: MaskedLayers, scaler: torch.amp.GradScaler, skipped: bool) -> None:
-    """Pass the gradients of scores to a method that observes them, unless the update is `skipped`.
-
-    They are divided by the root of the number of weights that a score stands for, so that scores of
-    all sizes compare: the square of a gradient, as in Fisher information, grows with that number.
-    The optimizer has no observed scores: their gradients are not clipped, and go.
-    """
-    observed = layers.observed
-    if not observed:
-        return
-    method = observed[0].method
-    if not skipped:
-        parts = [observed] if together(observed[0].weight) else [[layer] for layer in observed]
-        for layers in parts:
-            _observe(method, layers, scaler)
-    if method.scores == "observed":
-        for layer in observed:
-            layer.mask_scores.grad = None
-
-
-def _observe(method: Method, layers: list[MaskedLinear], scaler: torch.amp.GradScaler) -> None:
-    scale = scaler.get_scale() if method.scores == "observed" else 1.0  # others are unscaled
-    sizes = [sum(member.weights_per_score for member in layer.group) for layer in layers]
-    grads = [layer.mask_scores.grad for layer in layers]
-    scaled = torch._foreach_div(grads, [scale * size**0.5 for size in sizes])
-    method.observe(layers, list(scaled))
 
 
 class Means:

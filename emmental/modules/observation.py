@@ -1,0 +1,52 @@
+"""Scores that are observed, not learned: running means over what the gradients of updates say."""
+
+import torch
+from torch import Tensor, nn
+
+from .lists import together
+from .masked_nn import MaskedLinear
+from .masks import MaskedLayers, masked_layers
+
+
+@torch.no_grad()
+def observe_scores(
+    model: nn.Module | MaskedLayers,
+    scaler: torch.amp.GradScaler | None = None,
+    skipped: bool = False,
+) -> None:
+    """Pass the gradients of scores to a method that observes them, such as `platon`.
+
+    Call it once per update, after `backward()` and before `optimizer.step()`; it does nothing for
+    other methods. Gradients of observed scores are dropped, so that an optimizer learns nothing
+    from them. scaler: what has scaled the loss, if anything. skipped: whether it skips the update,
+    as a gradient is infinite; then nothing is observed.
+
+    The gradients are divided by the root of the number of weights that a score stands for, so that
+    scores of all sizes compare: the square of a gradient, as in Fisher information, grows with it.
+    """
+    observed = masked_layers(model).observed
+    if not observed:
+        return
+    observed[0].unobserved = 0
+    is_learned = observed[0].method.scores == "learned"
+    scale = scaler.get_scale() if scaler and not is_learned else 1.0  # others are unscaled
+    if not skipped:
+        parts = [observed] if together(observed[0].weight) else [[layer] for layer in observed]
+        for layers in parts:
+            _observe(layers, scale)
+    if not is_learned:
+        for layer in observed:
+            layer.mask_scores.grad = None
+
+
+def _observe(layers: list[MaskedLinear], scale: float) -> None:
+    sizes = [sum(member.weights_per_score for member in layer.group) for layer in layers]
+    grads = [layer.mask_scores.grad for layer in layers]
+    scaled = torch._foreach_div(grads, [scale * size**0.5 for size in sizes])
+    layers[0].method.observe(layers, list(scaled))
+
+
+def observed_norms(layers: MaskedLayers) -> list[Tensor]:
+    """The norms of the gradients of observed scores, which are not clipped."""
+    grads = [x.mask_scores.grad for x in layers.observed if x.method.scores == "observed"]
+    return list(torch._foreach_norm(grads)) if grads else []
