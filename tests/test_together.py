@@ -9,14 +9,13 @@ import torch
 from tiny import IDS
 
 from emmental.losses import regularization
-from emmental.modules import count, find_masks, masked, masked_layers
+from emmental.modules import count, find_masks, masked, masked_layers, observe_scores
 from emmental.modules.granularity import GRANULARITIES
 from emmental.modules.lists import ONE_BY_ONE
 from emmental.modules.methods import METHODS
 from emmental.modules.numeric import uniform_noise
 from emmental.modules.selection import SAMPLED_SIZE, kth_largest, largest_in_rows, select_largest
 from emmental.modules.topk import keep_above, keep_largest, keep_largest_together
-from emmental.training.passes import observe_scores
 
 THRESHOLDS = {"threshold": 0.2, "sigmoied_threshold": 0.55}
 
