@@ -68,6 +68,37 @@ def test_json_labels(tmp_path):
     assert [row["label"] for row in examples] == [1, 3, 0, 4, 2]
 
 
+def csv_of(path, labels):
+    return write(path, "a,y\n" + "".join(f"x,{label}\n" for label in labels))
+
+
+def read_as(path, labels, *names):
+    """The names of the classes in a file of these labels, for a model of these names."""
+    return [names[row["label"]] for row in own(csv_of(path, labels), names, SINGLE)[0]]
+
+
+def test_labels_that_differ_by_case_are_two_and_others_one(tmp_path):
+    train, dev = tmp_path / "train.csv", tmp_path / "dev.csv"
+    assert find_labels(csv_of(train, "MmfM"), SINGLE) == ("M", "f", "m")
+    assert read_as(dev, "MmfM", "M", "f", "m") == ["M", "m", "f", "M"]
+    assert read_as(dev, "MmF", "M", "f", "m") == ["M", "m", "f"]
+    assert read_as(dev, ["NO", "Yes"], "no", "yes") == ["no", "yes"]
+    said = refusal(read_as, dev, ["yes", "no", "Yes"], "no", "yes")
+    assert "dev.csv:4: the labels yes and Yes differ by case alone" in said
+    said = refusal(read_as, dev, ["YES"], "Yes", "no", "yes")
+    assert "the label 'YES' is not one of Yes, no, yes" in said
+
+
+def test_labels_of_a_column_with_a_gap_are_whole_numbers(tmp_path):
+    train, dev = tmp_path / "train.csv", tmp_path / "dev.csv"
+    assert find_labels(csv_of(train, ["2", "1.0", "2.0", "1.5"]), SINGLE) == ("1.0", "1.5", "2")
+    assert read_as(dev, ["2.0", "1", "2"], "1.0", "2") == ["2", "1.0", "2"]
+    path = write(tmp_path / "test.jsonl", '{"a": "x", "y": 2.0}\n{"a": "x", "y": 1}\n')
+    assert find_labels(path, SINGLE) == ("1", "2")
+    outputs = ("LABEL_0", "LABEL_1", "LABEL_2")
+    assert name_outputs(outputs, csv_of(train, ["2.0", "0.0"]), SINGLE) == ("0", "1", "2")
+
+
 @pytest.mark.parametrize("labels", [
     [str(n) for n in range(12)],
     ["-10", "-9", "0", "2", "10"],

@@ -173,6 +173,13 @@ def test_refuses_bad_files(tmp_path, name, content, said):
     assert f"{tmp_path}/{split}.tsv" in message and said in message
 
 
+def test_numbers_of_a_column_with_a_gap_are_whole(tmp_path):
+    write(tmp_path / "dev.tsv", table(["sentence", "label"], [["x", "1.0"], ["y", "0"]]))
+    assert list(read_examples(TASKS["sst-2"], tmp_path, "dev")["label"]) == [1, 0]
+    write(tmp_path / "test.tsv", table(["index", "sentence"], [["7.0", "x"], ["8.0", "y"]]))
+    assert list(read_examples(TASKS["sst-2"], tmp_path, "test")["index"]) == [7, 8]
+
+
 @pytest.mark.parametrize("index", ["", "x", "-1", "1.5"])
 def test_refuses_a_bad_index(tmp_path, index):
     write(tmp_path / "test.tsv", f"index\tsentence\n0\ta\n{index}\tb\n")
@@ -301,5 +308,5 @@ def test_submissions(name):
 
 def test_custom_submissions():
     assert submitted(custom_task(("no", "yes")), np.eye(2)[[0, 1, 1]]) == ["no", "yes", "yes"]
-    scores = np.array([-7.5, 1234.0, 0.0])
-    assert submitted(custom_task(()), scores) == ["-7.500", "1234.000", "0.000"]
+    scores = np.array([-7.5, 0.00012, 1e-7], np.float32)  # GLUE's decimals would lose these
+    assert submitted(custom_task(()), scores) == ["-7.5", "0.00012", "1e-07"]

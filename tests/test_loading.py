@@ -211,6 +211,8 @@ MNLI = ["contradiction", "entailment", "neutral"]
         (["no", "maybe", "yes"], ["Yes", "No", "Maybe"], [1, 2, 0]),
         (MNLI, ["entailment", "neutral", "contradiction"], [2, 0, 1]),  # the hub's data set
         (MNLI, ["CONTRADICTION", "NEUTRAL", "ENTAILMENT"], [0, 2, 1]),  # many models of the hub
+        (["M", "f", "m"], ["m", "M", "F"], [1, 2, 0]),
+        (["1", "2.0", "10"], ["10.0", "1.0", "2"], [1, 2, 0]),
     ],
 )
 def test_the_labels_of_a_teacher_take_the_order_of_the_student(

@@ -273,6 +273,15 @@ def test_a_task_of_ones_own(run, custom_dir, suffix):
     assert (alone / "predictions.tsv").read_text() == (out / "predictions.tsv").read_text()
 
 
+def test_labels_that_differ_by_case(run, custom_dir, caplog):
+    data = custom_dir("tsv", labels=("M", "m", "f"))
+    dense = run("custom", CUSTOM, DENSE, SHORT, "--do_eval", data=data, output="dense")
+    alone = run("custom", CUSTOM, DENSE, "--do_eval", data=data, model=dense, output="alone")
+    assert results(alone) == pytest.approx(results(dense))
+    run("custom", CUSTOM, TRAIN, data=data, model=dense)
+    assert "starts fresh" not in caplog.text
+
+
 def test_a_regression_of_ones_own(run, custom_dir):
     data = custom_dir("jsonl", labels=(-1.5, 0.25, 7))
     out = run("custom", CUSTOM, "--regression", TRAIN, ALL, data=data)

@@ -63,11 +63,11 @@ BOOLEAN = '"is_impossible" must be true or false'
     ({"data": {}}, ['"data" must be a list, not {}']),
     ({"data": ["x"]}, ["data[0]: ", 'must be an object with "title", not x']),
     ({"data": []}, ["is empty"]),
+    ({"data": None}, ["is empty"]),
     (document((CONTEXT, [])), ["is empty"]),
     (broken("article", title=3), ["data[0]: ", '"title" must be a string, not 3']),
     (broken("article", paragraphs=...), ["data[0]: ", '"paragraphs" is missing']),
     (broken("paragraph", context=...), [PARAGRAPH, '"context" is missing']),
-    (broken("paragraph", context=None), [PARAGRAPH, '"context" is missing or null']),
     (broken("paragraph", context="x\ud83d"), [PARAGRAPH, '"context" holds half a surrogate pair']),
     (broken("paragraph", qas=...), [PARAGRAPH, '"qas" is missing']),
     (broken("question", id=...), [QUESTION, '"id" is missing']),
@@ -140,9 +140,49 @@ def test_reads_what_other_tools_write(tmp_path):
     assert ids == [str(2**40 + n) for n in range(6)] + ["none"]
     assert set(examples["title"]) == {""} and not any(examples["is_impossible"])
     found = [answers["answer_start"] for answers in examples["answers"]]
-    assert found == [[22], [-1], [-1], [-1], [-1], [-1], []]
-    kept, skipped = drop_misaligned(examples)
-    assert not len(kept) and skipped == {NOT_THERE: ids[:6], "no answer": ["none"]}
+    assert found == [[22], [-1], [-1], [22], [-1], [-1], []]
+    _, skipped = drop_misaligned(examples)
+    assert skipped == {NOT_THERE: ids[:6], "no answer": ["none"]}
+
+
+def test_starts_of_a_column_with_a_gap_are_whole_numbers(tmp_path):
+    question = qa("a", CONTEXT, "France") | {"id": 7.0}
+    question["answers"][0]["answer_start"] *= 1.0  # as pandas writes them
+    (example,), skipped = drop_misaligned(examples_of(tmp_path, document((CONTEXT, [question]))))
+    assert example["answers"]["answer_start"] == [CONTEXT.index("France")]
+    assert example["id"] == "7" and not skipped
+
+
+@pytest.mark.parametrize("v2", [False, True])
+@pytest.mark.parametrize("place, name, left", [
+    ("article", "title", "abcdef"),
+    ("article", "paragraphs", "y"),
+    ("paragraph", "context", "abc"),
+    ("paragraph", "qas", "abc"),
+    ("question", "id", "abcde"),
+    ("question", "question", "abcde"),
+    ("question", "answers", "abcdef"),
+    ("answer", "text", "abcdef"),
+])  # fmt: skip
+def test_null_counts_as_absent_and_does_not_stop_a_file(tmp_path, caplog, place, name, left, v2):
+    content = broken(place, **{name: None})
+    if name == "paragraphs":
+        content["data"] += document((CONTEXT, [qa("y", CONTEXT, "France")]))["data"]
+    for _ in range(2):  # from the file, then from the cache
+        caplog.clear()
+        examples = examples_of(tmp_path, content, v2)
+        assert "".join(examples["id"]) == left
+        assert caplog.messages == [f"{tmp_path}/squad.json: null counts as absent: 1 {name}"]
+    if place == "answer" or name == "answers":
+        assert examples[-1]["answers"] == {"text": [], "answer_start": []}
+        assert examples[-1]["is_impossible"] == v2
+        assert drop_misaligned(examples)[1] == ({} if v2 else {"no answer": ["f"]})
+
+
+def test_null_in_a_text_is_text(tmp_path, caplog):
+    context = 'She wrote "text": null in "France".'
+    examples_of(tmp_path, document((context, [qa("a", context, "France")])))
+    assert not caplog.messages
 
 
 def test_a_last_character_is_not_found_from_the_end(tmp_path):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..models.outputs import Outputs
 from ..system.errors import UserError
 from .configs import read_config
 
@@ -63,8 +64,8 @@ def align_labels(
     A head with other names starts fresh or, if it has to be `trained`, is refused.
     """
     _, head = head_linear(model)
-    columns = {name.casefold(): column for column, name in enumerate(names)}
-    order = [columns.get(name.casefold()) for name in wanted]
+    outputs = Outputs({name: column for column, name in enumerate(names)})
+    order = [outputs.find(name) for name in wanted]
     if set(order) == set(range(len(names))):
         head.weight.copy_(head.weight[order].clone())
         head.bias.copy_(head.bias[order].clone())

@@ -23,6 +23,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, Value
 from transformers import PreTrainedTokenizerBase
 
+from ..models.outputs import whole_number
 from ..system.errors import UserError
 from .cache import cached_map, cached_rows, content_hash, ragged, row_tuples
 from .glue_tasks import CUSTOM, Task
@@ -64,7 +65,7 @@ def read_examples(
         raise UserError(f"{path}: is empty; it holds no examples")
     if task.name.startswith("mnli") and labelled:
         where, record = next(records())
-        if _class_name(record, task, where).isdecimal():
+        if whole_number(_class_name(record, task, where)).isdecimal():
             order = ", ".join(f"{index} {name}" for index, name in enumerate(task.labels))
             logger.warning(f"{path}: labels are read as {order}; the hub has another order")
     if task.short_rows and labelled:
@@ -117,7 +118,7 @@ def name_outputs(outputs: tuple[str, ...], path: Path, task: Task) -> tuple[str,
         return outputs
     labels = tuple(_count_labels(path, task))
     for names in (outputs, tuple(map(str, range(len(outputs))))):
-        if set(labels) <= set(names):
+        if {*map(whole_number, labels)} <= set(names):
             return names
     if len(labels) == len(outputs):
         return labels
@@ -131,6 +132,9 @@ def _count_labels(path: Path, task: Task) -> collections.Counter:
     """The labels in a file of your own task, sorted (1, 2, 10 as numbers), with their counts."""
     records = _records(path, task, True)
     counts = collections.Counter(_class_name(record, task, where) for where, record in records)
+    for name in [*counts]:
+        if (whole := whole_number(name)) != name and whole in counts:
+            counts[whole] += counts.pop(name)
     numbers = {name: re.fullmatch(r"(?:LABEL_)?([+-]?\d{1,18})(?:\.0+)?", name) for name in counts}
     names = sorted(counts)
     if all(numbers.values()):
@@ -152,13 +156,14 @@ def _cached(
 
 def _examples(records: Callable, task: Task, labelled: bool) -> Iterator[dict]:
     """Check the records and yield them as rows."""
+    spellings = {}
     for row, (where, record) in enumerate(records()):
         texts = [json_field(record, name, str, where) for name in task.text_columns]
         example = {"index": row, "text_a": texts[0], "text_b": texts[1] if texts[1:] else None}
         if labelled:
-            example["label"] = _label(record, task, where)
+            example["label"] = _label(record, task, where, spellings)
         elif task.name != CUSTOM:
-            index = str(record.get("index", record.get("id", row)))
+            index = whole_number(str(record.get("index", record.get("id", row))))
             if not index.isdecimal():
                 raise UserError(f"{where}: the index {brief(index)!r} is not a whole number")
             example["index"] = int(index)
@@ -235,8 +240,11 @@ def _class_name(record: dict, task: Task, where: str) -> str:
     return name
 
 
-def _label(record: dict, task: Task, where: str) -> int | float:
-    """The class index of a record, or its number in a regression."""
+def _label(record: dict, task: Task, where: str, spellings: dict) -> int | float:
+    """The class index of a record, or its number in a regression.
+
+    spellings: of the classes so far. M and m in one file are two classes, or an error.
+    """
     if task.is_regression:
         label = record.get(task.label_column)
         low, high = task.score_range
@@ -246,8 +254,15 @@ def _label(record: dict, task: Task, where: str) -> int | float:
         expected = f"a finite number in [{low:g}, {high:g}]"
     else:
         label = _class_name(record, task, where)
-        if label in task.indices:
-            return task.indices[label]
+        if (index := task.indices.find(label)) is not None:
+            whole = whole_number(label)
+            before = spellings.setdefault((index, whole.casefold()), whole)
+            if before != whole:
+                raise UserError(
+                    f"{where}: the labels {brief(before)} and {brief(whole)} differ by case alone, "
+                    "and the task has one of them; correct one"
+                )
+            return index
         expected = f"one of {brief(', '.join(task.indices), 300)}"
     raise UserError(f"{where}: the label {brief(label)!r} is not {expected}; correct it")
 
@@ -301,8 +316,8 @@ def submission(task: Task, examples: Dataset, logits: np.ndarray) -> str:
     logits: as in `glue_metrics`. Scores are clipped to the task's range.
     """
     if task.is_regression:
-        scores = np.clip(np.asarray(logits, np.float64).reshape(len(examples)), *task.score_range)
-        predictions = [f"{score:.3f}" for score in scores]
+        scores = np.clip(np.asarray(logits, np.float32).reshape(len(examples)), *task.score_range)
+        predictions = [str(x) if task.name == CUSTOM else f"{x:.3f}" for x in scores]
     else:
         names = range(len(task.labels)) if task.numbered else task.labels
         predictions = [names[index] for index in np.argmax(logits, axis=1)]

@@ -5,6 +5,8 @@ import math
 import re
 from dataclasses import dataclass, field, replace
 
+from ..models.outputs import Outputs
+
 CUSTOM = "custom"  # the name of every task of your own
 CUSTOM_ARGUMENTS = ("text_column", "text_pair_column", "label_column", "regression")
 CUSTOM_SUBMISSION = "predictions.tsv"
@@ -39,12 +41,12 @@ class Task:
         return self.metrics[-1]
 
     @functools.cached_property
-    def indices(self) -> dict[str, int]:
+    def indices(self) -> Outputs:
         """Class index of every label; files of GLUE may hold the indices themselves."""
         indices = {name: index for index, name in enumerate(self.labels)}
         if self.name != CUSTOM:
             indices |= {str(index): index for index in range(len(self.labels))}
-        return indices
+        return Outputs(indices)
 
 
 _SENTENCES = ("sentence1", "sentence2")

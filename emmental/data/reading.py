@@ -30,19 +30,22 @@ def brief(text: object, longest: int = 60) -> str:
 def json_field(
     record: object, name: str, kind: type | tuple[type, ...], where: str, default=None
 ) -> Any:
-    """`record[name]`, or `default` if it is missing or null; 0 and 1 are false and true.
+    """`record[name]`, or `default` if it is missing or null; 0 and 1 are false and true, 1.0 is 1.
 
     Raises UserError unless it is a `kind`.
     """
     if not isinstance(record, dict):
         raise UserError(f'{where}: must be an object with "{name}", not {brief(record)}')
+    kinds = kind if isinstance(kind, tuple) else (kind,)
     value = record.get(name)
     value = default if value is None else value
     if value is None:
         raise UserError(f'{where}: "{name}" is missing or null; correct it')
     if kind is bool and value in (0, 1):
         value = bool(value)
-    if type(value) not in (kind if isinstance(kind, tuple) else (kind,)):
+    if int in kinds and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if type(value) not in kinds:
         given = brief(json.dumps(value))
         raise UserError(f'{where}: "{name}" must be {JSON_TYPES[kind]}, not {given}')
     if isinstance(value, str) and SURROGATE.search(value):

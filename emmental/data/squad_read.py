@@ -1,7 +1,10 @@
 """SQuAD v1.1 and v2.0: the examples of a file or of the hub."""
 
+import collections
 import functools
 import json
+import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +14,9 @@ from ..system.errors import UserError
 from .cache import cached_rows, content_hash
 from .reading import brief, json_field, load_hub
 
-VERSION = 3  # raise it when the features of the same input change: old caches are then ignored
+logger = logging.getLogger(__name__)
+
+VERSION = 4  # raise it when the features of the same input change: old caches are then ignored
 HUB_NAMES = {False: "rajpurkar/squad", True: "rajpurkar/squad_v2"}
 EXAMPLE_FEATURES = Features(
     id=Value("string"),
@@ -21,6 +26,7 @@ EXAMPLE_FEATURES = Features(
     answers={"text": List(Value("string")), "answer_start": List(Value("int32"))},
     is_impossible=Value("bool"),
 )
+NULL = re.compile(rb'"(title|paragraphs|context|qas|id|question|answers|text)"\s*:\s*null\b')
 
 
 def read_examples(
@@ -33,12 +39,17 @@ def read_examples(
 
     Returns the columns id, title, context, question, answers {text: list of str, answer_start:
     list of int, in characters} and is_impossible. Predictions are keyed by id, so an evaluation
-    needs `unique_ids`; training does not. Raises UserError for errors in the file.
+    needs `unique_ids`; training does not. A text or a list that is null counts as absent, and so
+    does what needs it, with a warning. Raises UserError for errors in the file.
     """
     path = Path(path)
     key = content_hash("squad", VERSION, version_2_with_negative, unique_ids, path)
     rows = functools.partial(_questions, path, version_2_with_negative, unique_ids)
     examples = cached_rows(rows, EXAMPLE_FEATURES, key, cache_dir)
+    nulls = collections.Counter(match[1].decode() for match in NULL.finditer(path.read_bytes()))
+    if nulls:
+        counts = ", ".join(f"{count} {name}" for name, count in nulls.items())
+        logger.warning(f"{path}: null counts as absent: {counts}")
     if not len(examples):
         raise UserError(f"{path}: is empty; it holds no questions")
     return examples
@@ -65,8 +76,12 @@ def _questions(path: Path, version_2_with_negative: bool, unique_ids: bool) -> I
     for article, in_article in _items(_read_json(path), "data", str(path)):
         title = json_field(article, "title", str, in_article, default="")
         for paragraph, in_paragraph in _items(article, "paragraphs", in_article):
+            if _has_null(paragraph, "context"):
+                continue
             context = json_field(paragraph, "context", str, in_paragraph)
             for qa, where in _items(paragraph, "qas", in_paragraph):
+                if _has_null(qa, "id", "question"):
+                    continue
                 id_ = str(json_field(qa, "id", (str, int), where))
                 if unique_ids and id_ in ids:
                     raise UserError(
@@ -93,6 +108,8 @@ def _answers(qa: dict, where: str, length: int, version_2_with_negative: bool) -
     marked = json_field(qa, "is_impossible", bool, where, default=False)
     texts, starts = [], []
     for answer, in_answer in _items(qa, "answers", where, default=[]):
+        if _has_null(answer, "text"):
+            continue
         texts.append(json_field(answer, "text", str, in_answer, default="" if marked else None))
         start = json_field(answer, "answer_start", (int, float), in_answer, default=-1)
         starts.append(start if isinstance(start, int) and 0 <= start < length else -1)
@@ -121,5 +138,12 @@ def _read_json(path: Path) -> object:
 
 def _items(record: dict, name: str, where: str, **default) -> Iterator[tuple[object, str]]:
     """Yield the items of the list `record[name]`, each with its place in the file."""
+    if _has_null(record, name):
+        return
     for n, item in enumerate(json_field(record, name, list, where, **default)):
         yield item, f"{where}, {name}[{n}]"
+
+
+def _has_null(record: object, *names: str) -> bool:
+    """Whether one of these is null, as other tools write what is absent."""
+    return isinstance(record, dict) and any(record.get(name, ...) is None for name in names)
