@@ -23,7 +23,7 @@ RATIO = number(float, at_least=0, below=1)
 SEED = number(int, at_least=0, below=2**32)
 
 # Flags of the scripts of 2020 that do nothing; lang_id is of SQuAD alone, which adds it itself.
-OBSOLETE = ("fp16_opt_level", "server_ip", "server_port", "lang_id")
+OBSOLETE = ("fp16_opt_level", "server_ip", "server_port", "threads", "lang_id")
 
 
 def make_parser(task: Task, description: str) -> Parser:
@@ -68,7 +68,6 @@ def add_model_flags(parser: Parser, task: Task) -> None:
     add("--max_seq_length", type=COUNT, default=task.max_seq_length, help="longest input in tokens")
     add("--max_train_samples", type=COUNT, help="train on the first so many examples only")
     add("--max_eval_samples", type=COUNT, help="evaluate the first so many examples of each set")
-    add("--threads", type=COUNT, default=1, help="processes that make features")
     add("--overwrite_cache", action="store_true", help="make the features again")
 
 
@@ -160,7 +159,7 @@ def add_optimisation_flags(parser: Parser) -> None:
 def add_logging_flags(parser: Parser, task: Task) -> None:
     add = parser.add_argument_group("logging and checkpoints").add_argument
     add("--logging_steps", type=COUNT, default=task.logging_steps,
-        help="updates between points in TensorBoard")
+        help="updates between points in TensorBoard, and between lines of a log")
     add("--save_steps", type=COUNT_OR_0, default=task.save_steps,
         help="updates between checkpoints; 0 for none")
     add("--save_total_limit", type=COUNT, help="checkpoints to keep; 2, or all that are evaluated")

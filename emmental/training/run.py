@@ -99,9 +99,9 @@ def run(task: Task, args: argparse.Namespace) -> dict[str, float | str]:
         output_dir=output_dir,
         prepare=prepare_of(args),
     )
-    figures, results, metrics = {}, {}, {}
+    figures, results, metrics, earlier = {}, {}, {}, 0.0
     if args.do_train:
-        figures = _train(task, args, model, tokenizer, resumed, world, log, predictor)
+        figures, earlier = _train(task, args, model, tokenizer, resumed, world, log, predictor)
     if args.do_eval:
         if args.eval_all_checkpoints:
             results = _evaluate_checkpoints(task, args, predictor)
@@ -124,7 +124,7 @@ def run(task: Task, args: argparse.Namespace) -> dict[str, float | str]:
             write_results(output_dir, results)
         if args.do_train:
             _write_card(task, args, model, metrics)
-        seconds = {"total_seconds": time.perf_counter() - started}
+        seconds = {"total_seconds": earlier + time.perf_counter() - started}
         print_summary(results | figures | seconds, output_dir)
     world.barrier()
     return results
@@ -154,9 +154,10 @@ def _train(
     world: World,
     log: RunLog,
     predictor: Predictor,
-) -> dict[str, float]:
-    """Train the model in place, save it to output_dir, and return the figures of the training.
+) -> tuple[dict[str, float], float]:
+    """Train the model in place, and save it to output_dir.
 
+    Returns the figures of the training, and how many of its seconds earlier processes took.
     resumed: the checkpoint to continue from, whose weights the model has already.
     """
     lengths = task.train_set["length"]
@@ -214,7 +215,7 @@ def _train(
     passes = Passes(task, state, teacher)
     batches = training_batches(plan, task, state)
     with masked(teacher) if teacher else nullcontext():  # its masks never change
-        return train(state, passes, batches, log, predictor)
+        return train(state, passes, batches, log, predictor), state.seconds
 
 
 def _warn_of_empty_layers(layers: list[LayerCount]) -> None:

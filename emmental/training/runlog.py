@@ -1,10 +1,15 @@
-"""What a person sees of a run: TensorBoard, progress bars, results, a summary at the end."""
+"""What a person sees of a run: TensorBoard, progress, results, a summary at the end.
+
+Progress is a bar on a terminal, and lines in a log.
+"""
 
 import logging
 import sys
 import threading
+import time
 from pathlib import Path
 
+import datasets
 import transformers
 from torch import nn
 from torch.optim import Optimizer
@@ -37,18 +42,21 @@ def set_up_logging() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of every retry
     transformers.utils.logging.set_verbosity_error()  # loading.py reports what matters
     transformers.utils.logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
 
 
 class RunLog:
-    """TensorBoard events of a training, from rank 0 only."""
+    """TensorBoard events of a training and lines of a log, from rank 0 only."""
 
     def __init__(self, output_dir: Path, world: World):
         self.output_dir = output_dir
         self.world = world
         self.writer = None
 
-    def start(self, step: int) -> None:
-        """Begin after `step` updates; later events of an interrupted run are dropped."""
+    def start(self, step: int, total: int) -> None:
+        """Begin after `step` of `total` updates; later events of an interrupted run are dropped."""
+        self.first, self.total, self.begun = step, total, time.perf_counter()
         if not self.world.is_main:
             return
         try:
@@ -69,7 +77,7 @@ class RunLog:
     def update(
         self, step: int, values: dict[str, float], optimizer: Optimizer, masks: Masks | None
     ) -> None:
-        """Log values, learning rates and remaining weights."""
+        """Log values, learning rates and remaining weights; most of them in a line, too."""
         values = dict(values)
         for group in optimizer.param_groups:
             values[f"learning_rate/{group['name']}"] = group["lr"]
@@ -79,9 +87,24 @@ class RunLog:
             for name, total in counts.total.items():
                 values[f"remaining/{name}"] = counts.remaining[name] / total
         self.scalars(values, step)
+        if not sys.stderr.isatty():
+            logger.info(self._line(step, values))
+
+    def _line(self, step: int, values: dict[str, float]) -> str:
+        """Where the run is, how it goes and how long it will take."""
+        parts = [f"loss {values['loss']:.3f}"] if "loss" in values else ["all updates skipped"]
+        if "remaining/overall" in values:
+            parts.append(f"threshold {values['threshold']:.3f}")
+            parts.append(f"remaining {values['remaining/overall']:.1%}")
+        rate = (step - self.first) / (time.perf_counter() - self.begun)
+        left = tqdm.format_interval((self.total - step) / rate)
+        return f"update {step}/{self.total}: {', '.join(parts)}, {rate:.3g} updates/s, {left} left"
 
     def evaluation(self, metrics: dict[str, float], step: int) -> None:
-        """Log the metrics of an evaluation."""
+        """Log the metrics of an evaluation after `step` updates."""
+        if step and metrics:
+            figures = ", ".join(f"{name} {_brief(value)}" for name, value in metrics.items())
+            logger.info(f"update {step}: {figures}")
         self.scalars({f"eval/{name}": value for name, value in metrics.items()}, step)
 
     def score_histograms(self, model: nn.Module | MaskedLayers, step: int) -> None:
@@ -108,8 +131,9 @@ def _hide_write_errors(args) -> None:
 
 
 def progress_bar(world: World, **kwargs) -> tqdm:
-    """A progress bar on stderr, on rank 0 only."""
-    return tqdm(dynamic_ncols=True, disable=not world.is_main, file=sys.stderr, **kwargs)
+    """A progress bar on stderr if that is a terminal, on rank 0 only."""
+    disable = None if world.is_main else True
+    return tqdm(dynamic_ncols=True, disable=disable, file=sys.stderr, **kwargs)
 
 
 def show_progress(bar: tqdm, step: int, loss: float, threshold: float, masks: Masks | None) -> None:
@@ -140,5 +164,9 @@ def print_summary(figures: dict[str, float | str], output_dir: Path) -> None:
     width = max(map(len, figures))
     print()
     for name, value in figures.items():
-        print(f"  {name:<{width}}  {f'{value:.4g}' if isinstance(value, float) else value}")
+        print(f"  {name:<{width}}  {_brief(value)}")
     print(f"\n  results saved to {output_dir}")
+
+
+def _brief(value: float | str) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
