@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> Path:
         if args.onnx:
             check_onnx(Path(args.onnx))
         model = load_plain(args)
-        tokenizer = tokenizer_to_copy(str(checkpoint))
+        tokenizer = tokenizer_to_copy(str(checkpoint), model)
         if args.compact:
             model = drop(model)
         origin = f"Converted with `bertarize.py` from `{checkpoint.resolve().name}`."

@@ -52,7 +52,8 @@ def main(argv: list[str] | None = None) -> None:
         target = Path(args.target)
         if target.exists():
             raise UserError(f"{target} exists: choose another folder")
-        model, tokenizer = smaller(args.source, args.keep), tokenizer_to_copy(args.source)
+        model = smaller(args.source, args.keep)
+        tokenizer = tokenizer_to_copy(args.source, model)
 
         def fill(folder: Path) -> None:
             model.save_pretrained(folder)

@@ -15,6 +15,7 @@ import bertarize
 import emmental
 from emmental import storage
 from emmental.checkpoints.onnx_file import write_onnx
+from emmental.checkpoints.tokenizer import fit_to_model
 from emmental.inference import compacted, sparsify
 from emmental.models.families import FAMILIES, HEADS, layers_of
 
@@ -140,6 +141,21 @@ def test_compile_and_onnx(kind, tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     write_onnx(small, tmp_path / "model.onnx")  # which compares the outputs
+    serve(small, kind, tmp_path / "model.onnx")
+
+
+def serve(model, vocabulary, file):
+    """ONNX Runtime takes what a tokenizer gives, as it is saved beside the model."""
+    import onnxruntime
+
+    tokenizer = tiny.tokenizer_of(vocabulary)
+    fit_to_model(tokenizer, model)
+    pair = tokenizer("where does ada live ?", "ada lives in oslo .", return_tensors="pt")
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    logits, *_ = session.run(None, {name: tensor.numpy() for name, tensor in pair.items()})
+    with torch.no_grad():
+        wanted = model(**pair)[0]
+    torch.testing.assert_close(torch.from_numpy(logits), wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_a_bias_of_positions_keeps_its_heads():

@@ -8,10 +8,17 @@ word pieces of BERT and its kin can be asked for: bytes and SentencePiece are as
 import logging
 
 from tokenizers import Tokenizer, models, normalizers
-from transformers import AutoTokenizer, BertConfig, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import cached_file, is_protobuf_available, is_sentencepiece_available
 
+from ..models.inputs import input_names
 from ..system.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
@@ -79,8 +86,15 @@ def load_tokenizer(
     return tokenizer
 
 
-def tokenizer_to_copy(checkpoint: str) -> PreTrainedTokenizerFast | None:
-    """The tokenizer to write beside a converted model; says so if there is none."""
+def fit_to_model(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> None:
+    """Have it give, as saved, what the scripts give a model: its inputs, padded on the right."""
+    for name, value in (("model_input_names", input_names(model)), ("padding_side", "right")):
+        setattr(tokenizer, name, value)
+        tokenizer.init_kwargs[name] = value  # which is saved
+
+
+def tokenizer_to_copy(checkpoint: str, model: PreTrainedModel) -> PreTrainedTokenizerFast | None:
+    """The tokenizer to write beside `model`, made from a checkpoint; says so if there is none."""
     if not has_tokenizer(checkpoint):
         logger.warning("%s has no tokenizer: none is written", checkpoint)
         return None
@@ -88,4 +102,5 @@ def tokenizer_to_copy(checkpoint: str) -> PreTrainedTokenizerFast | None:
     if declared_casing(checkpoint, None) is None:
         message = "%s does not say whether its tokenizer lower-cases: it is written as cased"
         logger.warning(message, checkpoint)
+    fit_to_model(tokenizer, model)
     return tokenizer

@@ -28,10 +28,17 @@ def padding_of(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> di
 
     There are token types if the tokenizer has them, for a teacher that takes them too: a forward
     of `training` gives each model its own inputs. The id of padding is the model's: RoBERTa numbers
-    its positions by it.
+    its positions by it. Raises UserError for token types that `pad_batch` does not give.
     """
     padding = model.get_input_embeddings().padding_idx
-    has_types = any(fast_backend(tokenizer).encode("a", "b").type_ids)
+    pair = fast_backend(tokenizer).encode("a", "b")
+    has_types = any(pair.type_ids)
+    second_start = pair.sequence_ids.index(1)
+    if has_types and pair.type_ids != [int(n >= second_start) for n in range(len(pair))]:
+        raise UserError(
+            f"the tokenizer gives the token types {pair.type_ids} for two texts: its "
+            "post-processor must give 0 up to the second text, and 1 from there on"
+        )
     return {
         "pad_token_id": tokenizer.pad_token_id if padding is None else padding,
         "input_names": [name for name in MODEL_INPUTS if has_types or name != "token_type_ids"],

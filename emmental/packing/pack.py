@@ -39,7 +39,7 @@ def pack(
     if target.is_dir():
         raise UserError(f"{target} is a folder: give the name of the file to write")
     model = load_plain(checkpoint, **masks)
-    files = _encode_files(checkpoint)
+    files = _encode_files(checkpoint, model)
     state = model.state_dict()
     embeddings = {n: tensor for n, tensor in state.items() if n.startswith(prefix_of(type(model)))}
     base = None
@@ -79,9 +79,9 @@ def pack(
     return open_packed(file)
 
 
-def _encode_files(checkpoint: str) -> list[tuple[dict, bytes]]:
+def _encode_files(checkpoint: str, model: PreTrainedModel) -> list[tuple[dict, bytes]]:
     """The entries of a checkpoint's tokenizer and card, and their contents."""
-    tokenizer = tokenizer_to_copy(checkpoint)
+    tokenizer = tokenizer_to_copy(checkpoint, model)
     card = read_card(Path(checkpoint))
     files = []
     with tempfile.TemporaryDirectory() as folder:

@@ -6,7 +6,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..checkpoints.labels import are_anonymous
 from ..checkpoints.loading import advising, load_model
-from ..checkpoints.tokenizer import declared_casing, has_tokenizer, load_tokenizer, lower_cases
+from ..checkpoints.tokenizer import (
+    declared_casing,
+    fit_to_model,
+    has_tokenizer,
+    load_tokenizer,
+    lower_cases,
+)
 from ..models.inputs import longest_input
 from ..system.errors import UserError
 
@@ -52,6 +58,7 @@ def load_student(
             f"--max_seq_length {max_seq_length} is more than the model takes: give {longest} or "
             "less"
         )
+    fit_to_model(tokenizer, model)
     return model, tokenizer
 
 
