@@ -259,6 +259,8 @@ FOREIGN = {  # what a checkpoint may hold that the model does not compute
     "gelu_patch": True,
     "pruned_heads": {"0": [1]},
     "embedding_size": 16,
+    "per_layer_config": {"0": {"intermediate_size": 32}},
+    "auto_map": {"AutoModel": "modeling_x.XModel"},
     "num_hidden_layers": 1,
     "bert.encoder.layer.2.output.dense.weight": torch.zeros(32, 64),
     "bert.encoder.layer.0.attention.self.distance_embedding.weight": torch.zeros(127, 8),

@@ -4,23 +4,35 @@ import logging
 from dataclasses import fields
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.activations import ACT2FN
 
-from ..models.families import FAMILIES, HEADS, MASKED, is_masked, stock_type
+from ..models.families import COMPACT, FAMILIES, HEADS, MASKED, is_masked, stock_type
 from ..system.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
-DECODER = ("is_decoder", "is_encoder_decoder", "add_cross_attention")
-# Settings of other encoders, such as nn_pruning's, and the values at which they change nothing
-# (as 0, false and null do). The settings that a family's configuration has are computed.
+# What becomes of a setting of a config.json, unless it is 0, false or null.
+# It makes another task: refused, as `quantization_config` is.
+DECODER = ("is_decoder", "is_encoder_decoder", "add_cross_attention", "is_causal", "causal_mask")
+# It says what is returned beside the outputs of the head, or how they are computed: dropped.
+DROPPED = (
+    "output_attentions", "output_hidden_states", "chunk_size_feed_forward", "attn_implementation",
+    "_attn_implementation", "experts_implementation", "_experts_implementation",
+    "distributed_config", "_auto_class",
+)  # fmt: skip
+# No model here computes it, but for the values that change nothing: refused, in training dropped.
+# (They are of other encoders, such as nn_pruning's; the code of `auto_map` is never run.)
 FOREIGN = {
-    "position_embedding_type": "absolute",
-    "layer_norm_type": "layer_norm",
-    "layer_norm_patch": False,
-    "normalization_type": "layer_norm",
-    "gelu_patch": False,
-    "pruned_heads": {},
+    "position_embedding_type": ("absolute",),
+    "layer_norm_type": ("layer_norm",),
+    "layer_norm_patch": (),
+    "normalization_type": ("layer_norm",),
+    "gelu_patch": (),
+    "pruned_heads": (),
+    "per_layer_config": (),
+    "auto_map": (),
 }
+# All others are kept: the model computes them, or they are only a record.
 
 
 def read_config(checkpoint: str, cache_dir: str | None = None) -> dict:
@@ -48,6 +60,11 @@ def read_config(checkpoint: str, cache_dir: str | None = None) -> dict:
                 f"{checkpoint} is a decoder ({name} in its config.json): give an encoder, or set "
                 f"{name} to false if it is one"
             )
+    if config.get("quantization_config"):
+        raise UserError(
+            f"{checkpoint} holds quantized weights (quantization_config in its config.json): give "
+            "the checkpoint that they were made from"
+        )
     return config
 
 
@@ -92,18 +109,37 @@ def _classes(config: dict) -> list[str]:
     return [str(name) for name in config.get("architectures") or ()]
 
 
-def without_foreign(checkpoint: str, config: dict, trained: bool) -> dict:
-    """A configuration without the settings that no model of its family computes."""
-    family = stock_type(config["model_type"])
+def computed_settings(checkpoint: str, config: dict, trained: bool) -> dict:
+    """A configuration without the settings that its model does not compute. Raises UserError."""
+    model_type, config = config["model_type"], dict(config)
+    family = stock_type(model_type)
     computed = {field.name for field in fields(CONFIG_MAPPING[family])}
-    config = dict(config)
-    for name, neutral in (FOREIGN | {"embedding_size": config.get("hidden_size")}).items():
+    computed |= {"embedding_size"} if family == "deberta-v2" else set()
+    computed |= {"auto_map"} if model_type.startswith(COMPACT) else set()
+    for name, neutral in (FOREIGN | {"embedding_size": (config.get("hidden_size"),)}).items():
+        if (name, family) == ("position_embedding_type", "modernbert"):
+            neutral += ("sans_pos",)  # its positions are rotations
         value = config.get(name)
-        if name not in computed and value and value != neutral:
+        if value and value not in neutral and name not in computed:
             setting = f"{checkpoint}/config.json has {name} {value!r}"
             refuse_or_warn(f"{setting}, which a {family} does not compute", trained)
             del config[name]
+    for name in DROPPED:
+        if value := config.pop(name, None):
+            setting = f"{checkpoint}/config.json has {name} {value!r}"
+            logger.warning("%s, which is dropped: results do not depend on it", setting)
+    for name in computed & config.keys():
+        if name.endswith(("_act", "activation")) and config[name] not in (None, *ACT2FN):
+            setting = f"{checkpoint}/config.json has {name} {config[name]!r}"
+            raise UserError(f"{setting}: give one of {', '.join(ACT2FN)}")
     return config
+
+
+def bare_config(model_type: str, recorded: dict) -> PreTrainedConfig:
+    """A configuration for what needs no model: of a `config.json` only what is always kept."""
+    without = {*DROPPED, *FOREIGN, "model_type"}
+    settings = {name: value for name, value in recorded.items() if name not in without}
+    return CONFIG_MAPPING[model_type].from_dict(settings)
 
 
 def refuse_or_warn(problem: str, trained: bool) -> None:

@@ -8,16 +8,18 @@ from torch import Tensor
 
 from ..models.families import FAMILIES, class_of, prefix_of, stock_type
 from ..system.errors import UserError, first_line
-from .configs import read_config
+from .configs import bare_config, read_config
 
 
 def base_embeddings(base_model: str) -> dict[str, Tensor]:
     """The embeddings of any model, by their names in one with a head. Raises UserError."""
-    model_type = stock_type(read_config(base_model)["model_type"])
+    recorded = read_config(base_model)
+    model_type = stock_type(recorded["model_type"])
     model_class = class_of(model_type)
     has_pooler = "add_pooling_layer" in inspect.signature(model_class).parameters
     options = {"add_pooling_layer": False} if has_pooler else {}
     try:
+        options["config"] = bare_config(model_type, recorded)
         model = model_class.from_pretrained(base_model, dtype=torch.float32, **options)
     except Exception as error:  # broken files raise the errors of three libraries
         raise UserError(f"cannot load the base model {base_model}: {first_line(error)}") from error

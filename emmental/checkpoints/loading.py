@@ -17,7 +17,7 @@ from ..models.families import COMPACT, MASKED, class_of, is_masked, stock_type
 from ..modules.masks import find_masks, masked_layers
 from ..modules.methods import METHODS, score_suffixes
 from ..system.errors import UserError, first_line
-from .configs import head_of, read_config, refuse_or_warn, saved_head, without_foreign
+from .configs import computed_settings, head_of, read_config, refuse_or_warn, saved_head
 from .export import bertarize
 from .labels import align_labels, checkpoint_labels, head_linear, label_settings
 
@@ -77,7 +77,10 @@ def load_model(
     if not model_class:
         raise UserError(f"{checkpoint}: there is no {head} head for {family}")
     settings = read_config(config_name, cache_dir) if config_name else recorded
-    settings = without_foreign(config_name or checkpoint, settings, trained)
+    settings = computed_settings(config_name or checkpoint, settings, trained)
+    if labels is not None and settings.get("problem_type") == "multi_label_classification":
+        problem = f"{checkpoint}/config.json has problem_type multi_label_classification"
+        refuse_or_warn(f"{problem}, and a task of these scripts has one label", trained)
     settings = {name: value for name, value in settings.items() if name not in DECIDED}
     masks, fresh_scores = _mask_settings(recorded, overrides, trained)
     settings |= masks | label_settings(labels)

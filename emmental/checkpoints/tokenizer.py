@@ -9,6 +9,7 @@ import logging
 
 from tokenizers import Tokenizer, models, normalizers
 from transformers import (
+    CONFIG_MAPPING,
     AutoTokenizer,
     BertConfig,
     PreTrainedConfig,
@@ -20,6 +21,7 @@ from transformers.utils import cached_file, is_protobuf_available, is_sentencepi
 
 from ..models.inputs import input_names
 from ..system.errors import UserError, first_line
+from .configs import bare_config
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +74,8 @@ def load_tokenizer(
         config = PreTrainedConfig.get_config_dict(checkpoint, cache_dir=cache_dir)[0]
         if "model_type" not in config and (config or "vocab.txt" in names):
             options["config"] = BertConfig()  # as in `read_config`
+        elif config.get("model_type") in CONFIG_MAPPING:
+            options["config"] = bare_config(config["model_type"], config)
         declared = declared_casing(checkpoint, cache_dir)
         if do_lower_case or declared is not None or "vocab.txt" in names:
             options["do_lower_case"] = do_lower_case or bool(declared)
