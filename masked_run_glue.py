@@ -104,7 +104,7 @@ class Glue(Task):
         self.padding = padding_of(tokenizer, model)
         options = {name: getattr(args, name) for name in ("max_seq_length", "overwrite_cache")}
         features = {
-            split: glue.build_features(examples, tokenizer, num_proc=args.threads, **options)
+            split: glue.build_features(examples, tokenizer, **options)
             for split, examples in self.examples.items()
         }
         self.train_set = features.pop("train", None)

@@ -119,7 +119,7 @@ class Squad(Task):
         search = ("n_best_size", "max_answer_length", "null_score_diff_threshold")
         self.search = {name: getattr(args, name) for name in search}
         sizes = ("max_seq_length", "doc_stride", "max_query_length", "overwrite_cache")
-        options = {name: getattr(args, name) for name in sizes} | {"num_proc": args.threads}
+        options = {name: getattr(args, name) for name in sizes}
         features = {
             split: squad_features.build_features(
                 examples, tokenizer, training=split == "train", **options

@@ -103,7 +103,7 @@ def files(cache):
 def test_the_cache_is_reused_and_never_stale(data, build, tmp_path, cache, monkeypatch):
     first, runs = build()
     assert runs == 1 and len(files(cache)) == 1
-    for same in ({}, {"tokenizer": data.tokenizer()}, {"num_proc": 1}):
+    for same in ({}, {"tokenizer": data.tokenizer()}):
         again, runs = build(**same)
         assert runs == 0 and again[:] == first[:]
     assert build(overwrite_cache=True)[1] == 1
@@ -184,12 +184,3 @@ def test_truncation_and_padding_of_the_tokenizer_do_not_matter(data, build):
     before = other.backend_tokenizer.to_str()
     assert build(tokenizer=other, overwrite_cache=True)[0][:] == build(overwrite_cache=True)[0][:]
     assert other.backend_tokenizer.to_str() == before
-
-
-def test_processes_give_the_same_rows(data, build):
-    for training in (
-        [{"training": True}, {"training": False}] if data.module is squad_features else [{}]
-    ):
-        options = training | {"content": data.many(), "overwrite_cache": True}
-        one, two = (build(num_proc=number, **options)[0] for number in (1, 2))
-        assert one[:] == two[:] and one.features == two.features

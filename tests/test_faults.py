@@ -10,7 +10,6 @@ import sys
 import threading
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 from stress import kill_resume
@@ -20,7 +19,7 @@ import bertarize
 import counts_parameters
 import masked_run_squad
 import saving_prunebert
-from emmental.data import cache, squad_features, squad_read
+from emmental.data import squad_features, squad_read
 from emmental.training import checkpoint, evaluate, guards, loop, passes
 from emmental.training import run as narrative
 from emmental.training.distributed import World
@@ -148,39 +147,24 @@ import sys, time
 sys.path.insert(0, {root!r})
 import masked_run_squad
 from emmental.data import squad_answers, squad_features, squad_read
-squad_features._featurize = lambda *columns, **options: time.sleep(100)
+def slow(*columns, **options):
+    print("features: ", file=sys.stderr, flush=True)
+    time.sleep(100)
+squad_features._featurize = slow
 masked_run_squad.main()
 """
 
 
-def test_a_signal_while_several_processes_make_features(tmp_path, flags):
+def test_a_signal_while_features_are_made(tmp_path, flags):
     root = str(Path(masked_run_squad.__file__).parent)
     (tmp_path / "script.py").write_text(SLOW_FEATURES.format(root=root))
-    words = flags("out", TRAIN, "--threads 2")
-    command = [sys.executable, str(tmp_path / "script.py"), *words]
+    command = [sys.executable, str(tmp_path / "script.py"), *flags("out", TRAIN)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
-    said = b""
-    while b"features (num_proc=2)" not in said:
-        said += process.stderr.read1()
+    assert any(b"features: " in line for line in process.stderr)
     os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(30) == 143
-    assert b"error: stopped by SIGTERM" in process.stderr.read()
-
-
-def test_signals_end_workers_without_a_handler(tmp_path):
-    """A pool that had an error waits for ever if a worker's handler does not run."""
-
-    def featurize(column):
-        defaults = [signal.getsignal(n) is signal.SIG_DFL for n in (signal.SIGTERM, signal.SIGINT)]
-        return {"default": [defaults] * len(column)}
-
-    datasets.Dataset.from_dict({"x": [1, 2, 3, 4]}).save_to_disk(tmp_path / "data")
-    before = signal.getsignal(signal.SIGTERM)
-    made = cache.cached_map(
-        datasets.load_from_disk(tmp_path / "data"), featurize, ["x"], key="k", num_proc=2
-    )
-    assert made["default"] == [[True, True]] * 4
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert b"stopped by SIGTERM" in process.stderr.read()
+    assert not list((tmp_path / "cache").rglob(".writing-*"))
 
 
 # ---- where the output goes
@@ -422,6 +406,34 @@ def test_the_gradient_scaler_skips_and_counts(run, half, monkeypatch):
         for value in values.values()
     )
     assert all(tensor.isfinite().all() for tensor in weights(out).values())
+
+
+@pytest.mark.parametrize("part", [
+    "qa_outputs.bias", "0.output.LayerNorm.weight", "0.attention.self.value.bias",
+    "1.attention.self.query.weight",  # which `structure` does not mask: it masks columns alone
+])  # fmt: skip
+def test_an_overflow_outside_the_scores_is_not_observed(run, half, monkeypatch, part):
+    """The scaler skips the whole update: the scores must not observe what is not stepped."""
+    backward, observe, updates = passes.Passes.backward, loop.observe_scores, []
+
+    def overflow(self, *args):
+        losses = backward(self, *args)
+        if len(updates) == 4:
+            parameters = dict(self.student.named_parameters())
+            name = next(name for name in parameters if name.endswith(part))
+            parameters[name].grad.view(-1)[0] = torch.inf
+        return losses
+
+    def observed(layers, scaler, skipped):
+        before = [layer.source.clone() for layer in layers.holders]
+        observe(layers, scaler, skipped)
+        pairs = zip(before, layers.holders, strict=True)
+        updates.append((skipped, any(not torch.equal(old, layer.source) for old, layer in pairs)))
+
+    monkeypatch.setattr(passes.Passes, "backward", overflow)
+    monkeypatch.setattr(loop, "observe_scores", observed)
+    run("--fp16 --pruning_method platon --granularity structure --final_threshold 0.6")
+    assert updates[4] == (True, False) and all(moved != skipped for skipped, moved in updates)
 
 
 def test_a_long_series_of_skipped_updates_stops(run, half, refused, monkeypatch):

@@ -313,7 +313,7 @@ def test_features_are_cached_and_workers_change_nothing(run):
     cached = sorted((out.parent / "cache").rglob("*.arrow"))
     again = run("again", TRAIN, "--num_workers 1")
     assert cached and sorted((out.parent / "cache").rglob("*.arrow")) == cached
-    two = run("two", TRAIN, "--threads 2 --overwrite_cache")
+    two = run("two", TRAIN, "--overwrite_cache")
     assert same(out, two) and same(out, again)
 
 

@@ -9,10 +9,7 @@ import functools
 import hashlib
 import json
 import logging
-import os
 import shutil
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,17 +20,14 @@ import pyarrow as pa
 from datasets import Dataset, Features
 from datasets.arrow_writer import ArrowWriter
 from datasets.table import MemoryMappedTable
-from multiprocess import active_children
-from multiprocess.util import register_after_fork
 
-from ..system.errors import TrainingError, handled_signals
-from ..system.files import file_digest, write_file, write_into
+from ..system.errors import TrainingError
+from ..system.files import file_digest, write_file
 from .reading import brief
 
 logger = logging.getLogger(__name__)
 BATCH = 1000  # rows per step
 DAY = 24 * 60 * 60  # seconds
-STOPS = signal.SIGTERM, signal.SIGINT
 
 
 def row_tuples(examples: Dataset, names: list[str]) -> Iterator[tuple]:
@@ -87,12 +81,12 @@ def cached_map(
     *,
     key: str,
     with_indices: bool = False,
-    num_proc: int = 1,
     overwrite_cache: bool = False,
 ) -> Dataset:
     """Map batches of these columns to Arrow tables of features, cached beside the examples.
 
-    key: hash of everything else that the features depend on. Rows do not depend on `num_proc`.
+    key: hash of everything else that the features depend on. One process makes them: tokenizers
+    use all cores by themselves.
     """
     fingerprint = content_hash(examples._fingerprint, key)
     build = functools.partial(
@@ -109,44 +103,16 @@ def cached_map(
     if not examples.cache_files:
         return in_memory()
     folder = Path(examples.cache_files[0]["filename"]).parent
-    name = f"cache-{fingerprint}"
+    name = f"cache-{fingerprint}.arrow"
     _remove_leftovers(folder)
 
-    def write(aside: Path) -> None:
-        place = {"cache_file_name": f"{aside / name}.arrow"}
-        if num_proc == 1:
-            build(**place)
-            return
-        register_after_fork(build, _end_at_once)  # in the workers of `multiprocess` alone
-        with handled_signals(functools.partial(_stop_workers, aside.parent), *STOPS):
-            build(num_proc=min(num_proc, len(examples)), **place)
-
     try:
-        stored = list(folder.glob(f"{name}*.arrow"))  # several if several processes made them
-        if overwrite_cache or not stored:
-            for file in stored:
-                file.unlink()
-            write_into(folder, write)
-        return build(cache_file_name=f"{folder / name}.arrow")
+        if overwrite_cache or not (folder / name).exists():
+            write_file(folder / name, lambda path: build(cache_file_name=str(path)))
+        return build(cache_file_name=str(folder / name))
     except (TrainingError, OSError, pa.ArrowInvalid) as error:  # a full disk, a damaged cache
         logger.warning(f"cannot use the cache ({brief(error, 300)}); continuing without the cache")
         return in_memory()
-
-
-def _stop_workers(aside: Path, number: int, frame) -> None:
-    """Handle a signal by ending at once: an exception would wait for the workers for ever."""
-    for worker in active_children():
-        worker.kill()
-        worker.join()
-    shutil.rmtree(aside, ignore_errors=True)
-    print(f"\nerror: stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
-    os._exit(128 + number)
-
-
-def _end_at_once(_) -> None:
-    """Let signals end a worker: a handler of Python's may never run while it waits for work."""
-    for number in STOPS:
-        signal.signal(number, signal.SIG_DFL)
 
 
 def _remove_leftovers(folder: Path) -> None:
