@@ -109,7 +109,7 @@ def push_to_hub(folder: Path, repo_id: str) -> str:
 def _card(metadata: ModelCardData, name: str, model: PreTrainedModel, made: str) -> str:
     kind = type(model).__name__
     config = model.config
-    package = "emmental"
+    package, trusted, note = "emmental", "", ""
     if masked_layers(model):
         counts = remaining_weights(model)
         linear, published = counts.linear_percent, counts.published_percent
@@ -129,6 +129,11 @@ def _card(metadata: ModelCardData, name: str, model: PreTrainedModel, made: str)
                 f"layers have {sum(config.layer_heads):,} heads and {sum(config.layer_neurons):,} "
                 "neurons in all."
             )
+            package, trusted = "transformers", ", trust_remote_code=True"
+            note = (
+                "\n\nThe two files of code in the folder need nothing but torch and transformers. "
+                "After `import emmental` (`pip install .` in a clone), none of them runs."
+            )
         else:
             package = "transformers"
             intro = f"A plain `{kind}`, whose pruned weights are zero ({PAPER})."
@@ -138,8 +143,10 @@ def _card(metadata: ModelCardData, name: str, model: PreTrainedModel, made: str)
         f"{linear:.1f}% of the weights of its encoder's linear layers remain "
         f"({published:.1f}% of the encoder, bias and LayerNorm included)."
     )
+    if trusted:
+        kind = f"AutoModel{''.join(kind.partition('For')[1:])}"
     load = f"from {package} import {kind}\n\nmodel = {kind}"
     return (
         f"---\n{metadata.to_yaml()}\n---\n\n# {name}\n\n{intro} {remain}\n\n"
-        f'## Load\n\n```python\n{load}.from_pretrained("{name}")\n```\n\n{made}'
+        f'## Load\n\n```python\n{load}.from_pretrained("{name}"{trusted})\n```{note}\n\n{made}'
     )
