@@ -7,10 +7,11 @@ import pytest
 import torch
 from conftest import launch
 from datasets import Dataset
-from tiny import NAMES, PLACES, read, same, weights
+from tiny import NAMES, PLACES, model_of, read, same, save, tokenizer_of, weights
 from torch.nn import functional as F
-from transformers import AutoModelForTokenClassification
+from transformers import AutoModelForTokenClassification, AutoTokenizer
 
+from emmental.checkpoints.tokenizer import load_tokenizer
 from emmental.data.padding import pad_batch
 from emmental.losses import distillation_loss
 from emmental.training import run
@@ -152,6 +153,21 @@ def test_examples_alone_would_weigh_otherwise(tmp_path, tagger):
         run.main(task(), "Tags.", flags(tmp_path, tagger, name, more))
     words, sentences = (weights(tmp_path / name) for name in ("words", "sentences"))
     assert any(not torch.allclose(words[name], sentences[name], rtol=1e-3) for name in words)
+
+
+@pytest.mark.parametrize("kind", ["roberta", "modernbert"])
+def test_words_are_read_behind_a_space_as_in_a_text(tmp_path, kind):
+    tokenizer = tokenizer_of(kind)
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "cls_token_id")}
+    model = model_of(kind, "TokenClassification", vocab_size=len(tokenizer), num_labels=3, **ids)
+    save(model, tmp_path / "base", tokenizer)
+    more = "--model_type masked"
+    run.main(Tagging(), "Tags.", flags(tmp_path, tmp_path / "base", "out", more))
+    served = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for tokens_of in load_tokenizer(str(tmp_path / "out")), served:
+        words = tokens_of(["ada", "lives", "in", "oslo"], is_split_into_words=True)
+        assert words.word_ids() == [None, 0, 1, 2, 3, None]  # each is one token
+        assert words.input_ids == tokens_of("ada lives in oslo").input_ids
 
 
 def test_columns_are_padded_like_tokens_or_like_words():

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from tiny import SIZES, VOCABULARY, edit, tokenizer_of
+from tiny import SIZES, TOKENIZERS, VOCABULARY, edit, tokenizer_of
+from tokenizers import Regex, pre_tokenizers
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -16,7 +17,7 @@ from transformers import (
 
 import bertarize
 import masked_run_squad
-from emmental.checkpoints.tokenizer import load_tokenizer
+from emmental.checkpoints.tokenizer import load_tokenizer, put_spaces_before_words
 from emmental.packing.pack import pack, unpack
 from emmental.system.errors import UserError
 
@@ -159,6 +160,39 @@ def test_a_vocabulary_without_a_model_type_is_of_bert(model, run, tmp_path):
     (folder / "vocab.txt").unlink()
     with pytest.raises(UserError, match="no usable tokenizer"):
         load_tokenizer(str(folder))
+
+
+def never_behind_a_space(backend):
+    """SentencePiece without a space before the text, as in Gemma's vocabulary (mmBERT)."""
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+
+
+def bytes_of_pieces(backend):
+    """Bytes of what an expression splits."""
+    split = pre_tokenizers.Split(Regex(r" ?\w+| ?[^\w\s]+|\s+"), "isolated")
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
+
+
+@pytest.mark.parametrize(
+    "kind, change",
+    [*((kind, None) for kind in TOKENIZERS), ("modernbert", bytes_of_pieces)]
+    + [("xlm-roberta", never_behind_a_space)],
+)
+def test_words_are_what_they_are_in_a_text(tmp_path, kind, change):
+    tokenizer = tokenizer_of(kind)
+    if change:
+        change(tokenizer.backend_tokenizer)
+        names = {f"{name}_token": getattr(tokenizer, f"{name}_token") for name in ("pad", "unk")}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **names)
+    put_spaces_before_words(tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    text = "ada lives in oslo's (rome) ."
+    for one in tokenizer, AutoTokenizer.from_pretrained(tmp_path):
+        words = one(text.split(), is_split_into_words=True)
+        assert words.input_ids == one(text).input_ids
+        assert one(["oslo"], is_split_into_words=True).input_ids == one("oslo").input_ids
+        assert one.tokenize("ada lives")[-1].strip("Ġ▁") == "lives"
 
 
 def test_a_vocabulary_of_bytes_without_a_tokenizer_json(tmp_path):

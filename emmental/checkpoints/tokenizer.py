@@ -7,7 +7,7 @@ word pieces of BERT and its kin can be asked for: bytes and SentencePiece are as
 
 import logging
 
-from tokenizers import Tokenizer, models, normalizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
     CONFIG_MAPPING,
     AutoTokenizer,
@@ -88,6 +88,24 @@ def load_tokenizer(
     except Exception as error:  # of the hub, of tokenizers, of transformers
         raise UserError(f"no usable tokenizer at {checkpoint!r} ({first_line(error)})") from error
     return tokenizer
+
+
+def put_spaces_before_words(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Have it read each word of a list as it does in a text, behind a space, also as saved.
+
+    Else bytes, and some SentencePiece, take it for the rest of the word before.
+    """
+    backend = tokenizer.backend_tokenizer
+    if backend.encode(["a", "a"], is_pretokenized=True).ids == backend.encode("a a").ids:
+        return
+    tokenizer.add_prefix_space = tokenizer.init_kwargs["add_prefix_space"] = True
+    before_words = backend.pre_tokenizer
+    if isinstance(before_words, pre_tokenizers.ByteLevel):
+        before_words.add_prefix_space = True
+        backend.pre_tokenizer = before_words
+    else:
+        parts = [normalizers.Prepend(" "), backend.normalizer]
+        backend.normalizer = normalizers.Sequence([part for part in parts if part])
 
 
 def fit_to_model(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> None:

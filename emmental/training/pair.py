@@ -12,6 +12,7 @@ from ..checkpoints.tokenizer import (
     has_tokenizer,
     load_tokenizer,
     lower_cases,
+    put_spaces_before_words,
 )
 from ..models.inputs import longest_input
 from ..system.errors import UserError
@@ -59,6 +60,8 @@ def load_student(
             "less"
         )
     fit_to_model(tokenizer, model)
+    if head == "TokenClassification":
+        put_spaces_before_words(tokenizer)
     return model, tokenizer
 
 
