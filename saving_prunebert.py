@@ -33,6 +33,8 @@ from emmental.training.parser import Parser
 from emmental.training.runlog import set_up_logging
 
 MB = 1e6
+ENTROPY = """entropy: of the values as they are stored, and of masks whose weights remain
+independently of each other. A mask takes less where rows or columns are alike."""
 LENGTHS = "max_seq_length", "max_query_length", "doc_stride"
 # Flags of a training that an evaluation of its model needs again.
 TASK_FLAGS = "task_name", *CUSTOM_ARGUMENTS, "version_2_with_negative", *LENGTHS
@@ -104,6 +106,7 @@ def print_info(packed: storage.Packed, report: dict) -> None:
             for name in ("dense", "packed", "entropy")
         )
         print(f"{part:<18}{dense:>15}{size:>10}{entropy:>10}")
+    print(f"\n{ENTROPY}")
     encoder = prefix_of(packed.model_class, "encoder")
     if all(row["remaining"] == 1 for row in matrices if row["name"].startswith(encoder)):
         print("\nNo matrix of the encoder is sparse: packing saves nothing beyond its precision.")

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import re
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +26,6 @@ COLOURS = {title: f"tab:{name}" for title, name in zip(TITLES, itertools.cycle(P
 MARKERS = "os^Dv"
 SMALLER = ("fewer layers", "compact, fine-tuned")  # dense models
 KIND_MARKERS = dict(zip([*SMALLER, *GRANULARITIES], itertools.cycle("x*" + MARKERS)))
-KINDS = "query key value attention.output intermediate output".split()  # in a layer's order
 SAMPLE = 4000  # remaining weights in a scatter, and as many pruned ones
 
 
@@ -38,10 +39,14 @@ def draw(runs: list[Run], folder: Path, speeds: "Speeds | None" = None) -> list[
         lines.append(str(folder / name))
 
     for task in sorted({run.task for run in runs}):
-        save(metric_figure(task, runs), f"{task}-metric.png")
+        of_task = [run for run in runs if run.task == task and run.metrics]
+        if not of_task:
+            lines.append(f"not drawn: {task}-metric.png: its runs have no metric")
+            continue
+        save(metric_figure(task, of_task), f"{task}-metric.png")
         if not speeds:
             continue
-        if figure := speed_figure(task, runs, speeds):
+        if figure := speed_figure(task, of_task, speeds):
             save(figure, f"{task}-speed.png")
         else:
             lines.append(f"not drawn: {task}-speed.png: no speed of its runs was measured")
@@ -62,7 +67,6 @@ def draw(runs: list[Run], folder: Path, speeds: "Speeds | None" = None) -> list[
 
 def metric_figure(task: str, runs: list[Run]) -> Figure:
     """Metric against remaining weights, by method: the paper as lines, ours as points."""
-    runs = [run for run in runs if run.task == task]
     metric = _metric(task, runs)
     figure, axes = _panel("remaining weights, % of the encoder", f"{metric}, %", task)
     extras = sorted({_extras(run) for run in runs} | {""})
@@ -120,7 +124,6 @@ def read_speeds(file: Path) -> Speeds:
 
 def speed_figure(task: str, runs: list[Run], speeds: Speeds) -> Figure | None:
     """Metric against speed-up, by method and granularity; None if no run's speed was measured."""
-    runs = [run for run in runs if run.task == task]
     metric = _metric(task, runs)
     series = {}
     for run, runtime in itertools.product(runs, speeds.gains):
@@ -147,13 +150,21 @@ def speed_figure(task: str, runs: list[Run], speeds: Speeds) -> Figure | None:
 
 
 def layer_figure(run: Run) -> Figure:
-    """Remaining weights by layer and kind of matrix."""
-    percents = [m.percent for m in remaining_weights(load_masked(str(run.folder))).matrices]
+    """Remaining weights by layer and kind of matrix; kinds that are equal share a line."""
+    by_kind = {}
+    for matrix in remaining_weights(load_masked(str(run.folder))).matrices:
+        kind = re.split(r"\.\d+\.", matrix.name)[-1]
+        kind = kind.replace("attention.self.", "").removesuffix(".dense")
+        by_kind.setdefault(kind, []).append(matrix.percent)
+    lines = {}
+    for kind, percents in by_kind.items():
+        lines.setdefault(tuple(percents), []).append(kind)
     figure, axes = _panel("layer", "remaining weights, %", _title(run))
-    for place, kind in enumerate(KINDS):
-        axes.plot(percents[place :: len(KINDS)], marker="o", markersize=3, label=kind)
-    axes.set_xticks(range(len(percents) // len(KINDS)))
-    axes.legend(fontsize=8)
+    for (percents, kinds), marker in zip(lines.items(), itertools.cycle(MARKERS)):
+        axes.plot(percents, marker=marker, fillstyle="none", label=", ".join(kinds))
+    axes.set_xticks(range(max(map(len, lines))))
+    axes.set_ylim(bottom=0)
+    figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 
@@ -232,5 +243,7 @@ def _extras(run: Run) -> str:
 
 
 def _title(run: Run) -> str:
+    """What the run was, in lines that fit a figure."""
     method = run.method + ", distilled" * run.distil + _extras(run)
-    return f"{run.task}: {method}, {run.remaining:.1f}% remaining, seed {run.args['seed']}"
+    title = f"{run.task}: {method}, {run.remaining:.1f}% remaining, seed {run.args['seed']}"
+    return textwrap.fill(title, 60)

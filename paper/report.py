@@ -8,7 +8,7 @@ from pathlib import Path
 from emmental.system.errors import UserError
 
 from .floor import bag_of_words
-from .points import METHODS, TASKS, load_points, paper_value
+from .points import METHODS, METRICS, TASKS, load_points, paper_value
 from .runs import Run, methods_of
 
 LEVELS = (10, 3)  # percent remaining, of the headline table
@@ -26,7 +26,8 @@ HEADLINE = {  # as printed in the paper, with a teacher; the authors interpolate
 def headline(runs: list[Run]) -> list[list[str]]:
     """Rows of the headline table: by task, teacher and level, the paper's results and ours.
 
-    A task's last row is what a bag of words reaches, in the column of the dense model.
+    Runs that are near no level have rows of their own. A task's last row is what a bag of words
+    reaches, in the column of the dense model.
     """
     methods = methods_of(runs)
     titles = [method.replace("l0", "L0") for method in methods]
@@ -35,25 +36,31 @@ def headline(runs: list[Run]) -> list[list[str]]:
         of_task = [run for run in runs if run.task == task]
         metrics = max((run.metrics for run in of_task), key=len)
         name = f"{task} ({'/'.join(metrics)})"
-        dense = _cell(run for run in of_task if run.method == "dense" and not run.distil)
-        for distil, level in itertools.product((True, False), LEVELS):
-            near = [
-                run
-                for run in of_task
-                if run.distil == distil and abs(run.remaining / level - 1) <= NEAR
-            ]
+        dense = [run for run in of_task if run.method == "dense" and not run.distil]
+        alone = len(rows)
+        for distil, level in itertools.product((True, False), (*LEVELS, None)):
+            near = [run for run in of_task if run.distil == distil and _level(run) == level]
             cells = [_cell(run for run in near if run.method == method) for method in methods]
-            if not any(cells):
+            taught = [run for run in near if run.method == "dense" and distil]
+            if not (any(cells) or taught):
                 continue
             title = f"{name}, {'distilled' if distil else 'without teacher'}"
-            if task in TASKS:
+            if task in TASKS and level:
                 paper_dense = _joined(load_points(task)[0].metrics.values())
                 paper = [_paper_cell(task, distil, level, method) for method in methods]
                 rows.append([title, "paper", paper_dense, f"{level}%", *paper])
-            rows.append([title, "ours", dense, f"about {level}%", *cells])
+            where = f"about {level}%" if level else "other"
+            rows.append([title, "ours", _cell(dense + taught), where, *cells])
+        if len(rows) == alone:
+            rows.append([name, "ours", _cell(dense), "", *[""] * len(methods)])
         if floor := _floor(of_task):
             rows.append([name, "bag of words", floor, "", *[""] * len(methods)])
     return rows
+
+
+def _level(run: Run) -> int | None:
+    """The level that a run counts for, if it is near one."""
+    return next((level for level in LEVELS if abs(run.remaining / level - 1) <= NEAR), None)
 
 
 def _floor(runs: list[Run]) -> str | None:
@@ -71,8 +78,8 @@ def _floor(runs: list[Run]) -> str | None:
 def _cell(runs: Iterable[Run]) -> str:
     """Means over seeds, with the range of the first metric; one entry per group of settings.
 
-    Entries name the settings in which they differ, and what the paper's runs did not have: a
-    fine-tuned start, hidden-state distillation.
+    Runs without a metric have failed, and are counted. Entries name the settings in which they
+    differ, and what the paper's runs did not have: a fine-tuned start, hidden-state distillation.
     """
     groups = {}
     for run in runs:
@@ -80,11 +87,17 @@ def _cell(runs: Iterable[Run]) -> str:
     shared = set.intersection(*map(set, groups)) if groups else set()
     parts = []
     for settings, seeds in groups.items():
-        names = [name for name in seeds[0].metrics if all(name in run.metrics for run in seeds)]
-        part = _joined(statistics.mean(run.metrics[name] for run in seeds) for name in names)
+        scored = [run.metrics for run in seeds if run.metrics]
+        names = [name for name in METRICS if scored and all(name in x for x in scored)]
+        part = _joined(statistics.mean(x[name] for x in scored) for name in names) or "failed"
         if len(seeds) > 1:
-            first = [next(iter(run.metrics.values())) for run in seeds]
-            part += f" ({min(first):.1f} to {max(first):.1f}, {len(seeds)} seeds)"
+            notes = [f"{len(seeds)} seeds"]
+            if 0 < len(scored) < len(seeds):
+                notes.append(f"{len(seeds) - len(scored)} failed")
+            if len(scored) > 1:
+                first = [next(iter(metrics.values())) for metrics in scored]
+                notes.insert(0, f"{min(first):.1f} to {max(first):.1f}")
+            part += f" ({', '.join(notes)})"
         if seeds[0].method != "dense":
             part += f" at {statistics.mean(run.remaining for run in seeds):.1f}%"
         start = seeds[0].start
@@ -129,7 +142,7 @@ def run_rows(runs: list[Run]) -> list[dict]:
             "seed": run.args["seed"],
             "remaining %": round(run.remaining, 2),
             "of the Linears %": round(run.remaining_linear, 2),
-            "metrics": _listed(run.metrics),
+            "metrics": _listed(run.metrics) or "failed",
             "paper there": _listed(paper),
             "updates": run.summary["updates"],
             "batch": run.batch,

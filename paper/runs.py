@@ -7,6 +7,7 @@ from pathlib import Path
 
 from emmental.checkpoints.counts import remaining_weights
 from emmental.checkpoints.loading import load_masked
+from emmental.data.glue_tasks import CUSTOM
 from emmental.models.families import is_masked
 from emmental.modules.methods import METHODS
 from emmental.system.errors import UserError
@@ -27,9 +28,9 @@ TOLERANCE = 0.01  # percentage points between the recorded and the counted remai
 class Run:
     """A finished run.
 
-    metrics: percent. remaining: percent of the encoder, bias and LayerNorm counted;
-    remaining_linear: of the Linears alone. args, summary: its training_args.json and
-    training_summary.json.
+    metrics: percent; empty if none is defined, as for a regression's predictions that are equal.
+    remaining: percent of the encoder, bias and LayerNorm counted; remaining_linear: of the Linears
+    alone. args, summary: its training_args.json and training_summary.json.
     """
 
     folder: Path
@@ -113,6 +114,8 @@ def read_run(folder: Path) -> Run:
         scale = 1
     else:
         task = args.get("task_name")
+        if task == CUSTOM:  # your tasks differ by their data
+            task += f"-{Path(args['data_dir']).resolve().name}"
         scale = 100
     run = Run(
         folder=folder,
@@ -123,8 +126,6 @@ def read_run(folder: Path) -> Run:
         args=args,
         summary=summary,
     )
-    if not run.metrics:
-        raise UserError(f"its {RESULTS} has no metric: they are undefined for its data")
     if is_masked(args["model_type"]):
         run.method = METHODS[args["pruning_method"]].title + (GLOBAL if args["global_topk"] else "")
         counts = remaining_weights(load_masked(str(folder)))

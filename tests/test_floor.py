@@ -59,8 +59,8 @@ def test_no_floor(tmp_path):
     write_rows(tmp_path / "one", "train.tsv", ["sentence", "label"], [[WIN, 1]] * 4)
     with pytest.raises(UserError, match="one: "):
         floor_of(tmp_path / "one", "sst-2")
-    for split, rows in ("train", [WIN, LOSE]), ("dev", [WIN, WIN]):
-        labelled = [["source", label, "", text] for label, text in zip((1, 0), rows)]
+    for split, labels in ("train", (1, 0)), ("dev", (1, 1)):
+        labelled = [["source", label, "", text] for label, text in zip(labels, (WIN, LOSE))]
         write_rows(tmp_path / "two", f"{split}.tsv", None, labelled * 4)
     with pytest.raises(UserError, match="two: its metrics are undefined"):
         floor_of(tmp_path / "two", "cola")

@@ -2,11 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 from datasets import Value
 from tiny import refusal, write
 
-from emmental.data.glue import find_labels, name_outputs, read_examples, split_file
+from emmental.data.glue import find_labels, name_outputs, read_examples, split_file, submission
 from emmental.data.glue_tasks import custom_task
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -50,7 +51,29 @@ def test_custom_examples(tmp_path, name):
     ]  # fmt: skip
     assert [row["label"] for row in own(path, ("yes", "maybe", "no"))[0]] == [0, 2]
     test = write(tmp_path / f"test{path.suffix}", CUSTOM[name])
-    assert own(test, labels, SINGLE)[0] == [first | {"text_b": None}, second | {"text_b": None}]
+    for row, example in enumerate((first, second)):  # the index is a text, as an id may be
+        example |= {"index": str(row), "text_b": None}
+    assert own(test, labels, SINGLE)[0] == [first, second]
+
+
+@pytest.mark.parametrize("name, content, index", [
+    ("test.csv", "id,a\nx-7,one\n007,two\n", ["x-7", "007"]),
+    ("test.tsv", "index\ta\n12\tone\nnull\ttwo\n", ["12", "null"]),
+    ("test.csv", 'index,id,a\n0,"x\ty\nz",one\n1,b,two\n', ["x y z", "b"]),
+    ("test.jsonl", '{"id": 12345678901234567890, "a": "one"}\n{"id": "b", "a": "two"}\n',
+     ["12345678901234567890", "b"]),
+    ("test.csv", "a\none\ntwo\n", ["0", "1"]),
+])  # fmt: skip
+def test_predictions_have_the_ids_of_the_file(tmp_path, name, content, index):
+    path = write(tmp_path / name, content)
+    task = custom_task(("no", "yes"), ("a",), "y")
+    examples = read_examples(task, tmp_path, "test")
+    lines = submission(task, examples, np.eye(2)).splitlines()
+    assert lines == ["index\tprediction", f"{index[0]}\tno", f"{index[1]}\tyes"]
+    if path.suffix == ".jsonl":
+        write(path, '{"id": 0.5, "a": "one"}')
+        said = refusal(read_examples, task, tmp_path, "test")
+        assert 'test.jsonl:1: "id" must be a string or a whole number, not 0.5' in said
 
 
 def test_csv_texts_may_hold_line_ends(tmp_path):

@@ -138,6 +138,7 @@ def test_info_adds_up(tmp_path, checkpoint, capsys):
     said = capsys.readouterr().out
     assert "bert.encoder.layer.0.attention.self.query.weight" in said
     assert "19.92%" in said  # int(0.2 * 1024) of 1024
+    assert "independently" in said  # what a file smaller than the entropy beside it makes use of
     assert "entropy" in said and "packing saves nothing" not in said
     found = json.loads((tmp_path / "info.json").read_text())
     totals = found["totals"]

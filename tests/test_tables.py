@@ -1,6 +1,7 @@
 """paper_tables.py: runs of the paper's points, their report, which checks them, and plots."""
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -194,10 +195,6 @@ def spoil_results(folder):
     edit(folder / "eval_results.json", remaining_percent_linear=5.0)
 
 
-def lose_metrics(folder):
-    edit(folder / "eval_results.json", "exact", "f1")
-
-
 def interrupt(folder):
     for file in folder.iterdir():
         file.is_file() and file.unlink()
@@ -206,7 +203,6 @@ def interrupt(folder):
 @pytest.mark.parametrize("spoil, said", [
     (spoil_results, "eval_results.json records 5.00% remaining weights, but its checkpoint has"),
     (spoil_weights, "its model.safetensors has changed since the end of the training"),
-    (lose_metrics, "its eval_results.json has no metric: they are undefined for its data"),
     (interrupt, "it is not finished: it has no eval_results.json"),
     (lambda folder: (folder / "training_summary.json").write_text("{"), "its files are damaged"),
     (lambda folder: (folder / "training_args.json").write_text("{}"), "its files are damaged"),
@@ -242,6 +238,50 @@ def test_headline(runs):
     assert sorted(ours[6].split("; ")) == [
         f"{seeds}, max_steps 11",
         "50.0/50.0 at 10.0%, max_steps 99",
+    ]
+
+
+def test_runs_without_a_metric_are_failures_of_their_cell(runs, capsys, tmp_path):
+    """A mean over the seeds that did not collapse alone would flatter the method."""
+    own = runs / "squad" / "10D3"
+    good = read_run(own)
+    good.remaining = 10.0
+    edit(own / "eval_results.json", "exact", "f1")
+    first, bad = {"seed": 1}, dataclasses.replace(read_run(own), remaining=10.0)
+    seeds = [dataclasses.replace(good, args=good.args | first), bad]
+    seeds[0].metrics = {"exact": 20.0, "f1": 30.0}
+    for found, cell in (
+        (seeds, "20.0/30.0 (2 seeds, 1 failed) at 10.0%"),
+        (seeds[1:], "failed at 10.0%"),
+        ([bad, bad], "failed (2 seeds) at 10.0%"),
+    ):
+        assert headline(found)[-1][6] == cell
+    assert run_rows([bad])[0]["metrics"] == "failed"
+    shutil.rmtree(runs / "squad" / "teacher")
+    tables("plot", runs, "--to", tmp_path / "figures")
+    assert "not drawn: squad-metric.png: its runs have no metric" in capsys.readouterr().out
+
+
+def test_no_run_is_left_out_of_the_first_table(runs):
+    """Whatever remains of it, and whatever its task."""
+    movement, teacher = (read_run(runs / "squad" / name) for name in ("10D3", "teacher"))
+    folder, reviews = runs / "squad" / "10D3", {"task_name": "custom", "data_dir": "data/reviews"}
+    edit(folder / "training_args.json", "doc_stride", regression=True, **reviews)
+    edit(folder / "eval_results.json", acc=0.5)
+    own = read_run(folder)
+    assert own.task == "custom-reviews" and own.metrics["acc"] == 50
+    own.metrics, teacher.metrics = {"acc": 50.0}, {"exact": 60.0, "f1": 70.0}
+    movement.metrics = {"exact": 20.0, "f1": 30.0}
+    movement.remaining, own.remaining = 40.0, 20.0
+    smaller = dataclasses.replace(teacher, distil=True, metrics={"exact": 40.0, "f1": 50.0})
+    rows = [row[:7] for row in headline([movement, smaller, own])[1:]]
+    assert len(rows) == 2
+    assert rows[0][:4] == ["custom-reviews (acc), distilled", "ours", "", "other"]
+    assert rows[0][6] == "50.0 at 20.0%"
+    assert rows[1][:4] == ["squad (exact/f1), distilled", "ours", "40.0/50.0", "other"]
+    assert rows[1][6] == "20.0/30.0 at 40.0%"
+    assert [row[:4] for row in headline([teacher])[1:]] == [
+        ["squad (exact/f1)", "ours", "60.0/70.0", ""]
     ]
 
 

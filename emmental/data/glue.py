@@ -32,7 +32,7 @@ from .reading import LABEL, brief, json_field, load_hub
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # raise it when the features of the same input change: old caches are then ignored
+VERSION = 2  # raise it when what the same input gives changes: old caches are then ignored
 HUB_NAME = "nyu-mll/glue"
 
 
@@ -53,9 +53,9 @@ def read_examples(
 ) -> Dataset:
     """Read and check the file of a split.
 
-    Returns the columns index (of GLUE's test file, else the number of the row), text_a, text_b
-    (None for single sentences) and, except for test splits, label (index into `task.labels`, or
-    float). Raises UserError for errors in the file.
+    Returns the columns index (of a test file: its id or index; else the number of the row),
+    text_a, text_b (None for single sentences) and, except for test splits, label (index into
+    `task.labels`, or float). Raises UserError for errors in the file.
     """
     path = split_file(task, data_dir, split)
     labelled = split not in task.submissions
@@ -146,7 +146,8 @@ def _cached(
     records: Callable, task: Task, labelled: bool, data: Path | str, cache_dir: str | None
 ) -> Dataset:
     """The examples made of records, from the cache if it holds them. data: what they depend on."""
-    kinds = {"index": Value("int64"), "text_a": Value("string"), "text_b": Value("string")}
+    ids = "string" if task.name == CUSTOM and not labelled else "int64"
+    kinds = {"index": Value(ids), "text_a": Value("string"), "text_b": Value("string")}
     if labelled:
         kinds["label"] = Value("float64" if task.is_regression else "int64")
     key = content_hash("glue", VERSION, data, dataclasses.asdict(task), labelled)
@@ -162,7 +163,11 @@ def _examples(records: Callable, task: Task, labelled: bool) -> Iterator[dict]:
         example = {"index": row, "text_a": texts[0], "text_b": texts[1] if texts[1:] else None}
         if labelled:
             example["label"] = _label(record, task, where, spellings)
-        elif task.name != CUSTOM:
+        elif task.name == CUSTOM:
+            id_ = next((name for name in ("id", "index") if name in record), None)
+            text = str(json_field(record, id_, (str, int), where) if id_ else row)
+            example["index"] = " ".join(text.split())  # in one field of the predictions
+        else:
             index = whole_number(str(record.get("index", record.get("id", row))))
             if not index.isdecimal():
                 raise UserError(f"{where}: the index {brief(index)!r} is not a whole number")

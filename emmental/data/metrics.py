@@ -134,8 +134,11 @@ def _why_undefined(name: str, predictions: np.ndarray, labels: np.ndarray) -> st
     """Why a metric has no value; None if it has one."""
     if name == "f1" and not (predictions.any() or labels.any()):
         return "no label and no prediction is positive"
+    series = {"labels": labels, "predictions": predictions}
+    if name == "mcc":
+        del series["predictions"]  # a model that predicts one class has an mcc of 0
     if name in ("mcc", "pearson", "spearmanr"):
-        for values, title in (labels, "labels"), (predictions, "predictions"):
+        for title, values in series.items():
             if not 0 < np.ptp(values) < np.inf:
                 return f"all {title} are equal"
     return None

@@ -106,7 +106,8 @@ def find_masks(
 ) -> Masks:
     """Find the masks of all layers; with `config.global_topk`, rank all matrices together.
 
-    threshold: by default `config.threshold`. With `global_topk`, the fraction of all that remains.
+    threshold: by default `config.threshold`. With `global_topk`, the fraction of all that remains,
+        beside what the floor of a matrix adds.
     cutoff: of an earlier call, with `global_topk`: keep the scores above it, without a selection.
     sampled, generator: whether masks are random (l0 in training), and their noise, alike on ranks.
     above: if given, keep the weights with higher scores instead.

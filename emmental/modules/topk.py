@@ -35,8 +35,9 @@ def keep_largest_together(
 ) -> tuple[list[Tensor], float]:
     """Masks of all matrices ranked together, with the floor, and the lowest kept value.
 
-    An entry of `values[i]` stands for `sizes[i]` weights. `fraction`, in [0, 1], of all weights are
-    kept; or, with a `cutoff` of an earlier call, the entries at or above it.
+    An entry of `values[i]` stands for `sizes[i]` weights. The first entries with `fraction`, in
+    [0, 1], of all weights are kept; or, with a `cutoff` of an earlier call, those at or above it.
+    Where the floor binds, more are.
     """
     if cutoff is not None:
         return keep_above(values, cutoff, torch.ge), cutoff

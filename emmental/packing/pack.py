@@ -167,8 +167,8 @@ def unpack(file: str, folder: str, base_model: str | None = None) -> PreTrainedM
 def summary(packed: Packed) -> dict:
     """A row for each tensor, and totals in bytes: for encoder and head, embeddings, and the file.
 
-    `dense` is float32, `entropy` that of the stored masks and values. The tokenizer and the file
-    have no `dense` and `entropy`.
+    `dense` is float32, `entropy` that of the stored values and of masks whose entries are
+    independent: a mask of similar rows can take less. The tokenizer and the file have neither.
     """
     rows = []
     parts = ("encoder and head", "embeddings")

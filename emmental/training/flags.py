@@ -111,7 +111,8 @@ def add_pruning_flags(parser: Parser) -> None:
     add("--speedup_batch", type=COUNT, default=1, help="sequences of a forward that is timed")
     add("--speedup_length", type=COUNT, default=128, help="their length in tokens")
     # one cut-off for all matrices
-    add("--global_topk", action="store_true", help="rank all matrices together, without a penalty")
+    add("--global_topk", action="store_true", help="rank all matrices together, without a penalty; "
+        "each keeps at least 0.5%% of its weights")
     add("--global_topk_frequency_compute", type=COUNT, default=25,
         help="updates between two global cut-offs")
 
@@ -132,7 +133,7 @@ def add_distillation_flags(parser: Parser) -> None:
     add("--alpha_ce", type=NOT_NEGATIVE, default=0.5, help="weight of the task's own loss")
     add("--alpha_distil", type=NOT_NEGATIVE, default=0.5, help="weight of the distillation loss")
     add("--alpha_hidden", type=NOT_NEGATIVE, default=0.0,
-        help="weight of the distance between the hidden states of student and teacher")
+        help="weight of the mean distance between hidden states of student and teacher")
     add("--temperature", type=POSITIVE, default=2.0, help="softens both distributions")
 
 
