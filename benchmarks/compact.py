@@ -7,7 +7,8 @@
 
 The dense model and its compact forms, as `bertarize.py --compact` makes them, take turns with the
 same inputs, without padding. A runtime is torch as it is (eager), under torch.compile (compiled),
-ONNX Runtime with as many threads (onnx), or `sparsify(model)` against eager (sparse).
+ONNX Runtime with as many threads (onnx), its int8 models against its dense float32 model
+(onnx-int8), or `sparsify(model)` against eager (sparse).
 A time is the median of all turns, the gain the median over turns of dense by compact. `promised` is
 the gain if time went with the multiply-adds of the whole forward: Linears, attention, pooler, head.
 Differences are the largest between the logits of the compact model and of the one it is made from.
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from emmental.checkpoints.int8 import preset_of_this_cpu, quantize
 from emmental.checkpoints.loading import load_plain
 from emmental.checkpoints.onnx_file import check_onnx, write_onnx
 from emmental.inference import compacted, sparsify
@@ -51,7 +53,7 @@ def sparse(model: PreTrainedModel) -> Side:
     return eager(sparsify(model))
 
 
-def onnx(model: PreTrainedModel) -> Side:
+def onnx(model: PreTrainedModel, int8: bool = False) -> Side:
     import onnxruntime  # optional
 
     options = onnxruntime.SessionOptions()
@@ -61,6 +63,8 @@ def onnx(model: PreTrainedModel) -> Side:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         write_onnx(model, file)
+        if int8:
+            file = quantize(file, preset_of_this_cpu())
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
     def run(ids: Tensor) -> list[Tensor]:
@@ -71,7 +75,18 @@ def onnx(model: PreTrainedModel) -> Side:
     return run
 
 
-RUNTIMES = {"eager": eager, "compiled": compiled, "onnx": onnx, "sparse": sparse}
+def onnx_int8(model: PreTrainedModel) -> Side:
+    return onnx(model, int8=True)
+
+
+RUNTIMES = {
+    "eager": eager,
+    "compiled": compiled,
+    "onnx": onnx,
+    "onnx-int8": onnx_int8,
+    "sparse": sparse,
+}
+BASELINES = {"sparse": eager, "onnx-int8": onnx}  # of the dense model; others: the runtime itself
 
 
 @functools.cache
@@ -100,7 +115,9 @@ def measure(
     pairs: by name, a plain model and its compact form.
     """
     build = RUNTIMES[runtime]
-    sides = {None: eager(dense) if build is sparse else build(dense)}
+    sides = {None: BASELINES.get(runtime, build)(dense)}
+    if build is onnx_int8:
+        pairs = {"dense": (dense, dense), **pairs}
     sides |= {
         name: build(plain if build is sparse else small) for name, (plain, small) in pairs.items()
     }
@@ -190,11 +207,13 @@ def usable_runtimes(args: argparse.Namespace) -> list[str]:
     """The runtimes of --runtimes that can be measured. Says which cannot, and why."""
     reasons = {}
     if (args.device, args.dtype) != ("cpu", "float32"):
-        reasons = dict.fromkeys(("onnx", "sparse"), "it is measured in float32 on a CPU only")
+        on_cpu = ("onnx", "onnx-int8", "sparse")
+        reasons = dict.fromkeys(on_cpu, "it is measured in float32 on a CPU only")
     try:
         check_onnx(Path("model.onnx"))
     except UserError as error:
-        reasons.setdefault("onnx", str(error))
+        for runtime in ("onnx", "onnx-int8"):
+            reasons.setdefault(runtime, str(error))
     for runtime in filter(reasons.get, args.runtimes):
         print(f"{runtime} is left out: {reasons[runtime]}")
     return [runtime for runtime in args.runtimes if runtime not in reasons]
@@ -234,7 +253,7 @@ def run(args: argparse.Namespace) -> dict:
     dense, pairs = make_models(args)
     torch._dynamo.config.recompile_limit = 8 + len(pairs)  # all models share the code of a forward
     results = {"device": args.device, "dtype": args.dtype, "dense": args.dense, "rows": []}
-    if "onnx" in runtimes:
+    if {"onnx", "onnx-int8"} & set(runtimes):
         results["onnxruntime"] = version("onnxruntime")
         print(f"onnxruntime {results['onnxruntime']}")
     title = args.dense or f"BERT of {args.layers} layers, hidden {args.hidden}"

@@ -52,8 +52,8 @@ def int8_file(file: Path) -> Path:
     return file.with_name(f"{file.stem}_int8{file.suffix}")
 
 
-def write_int8(model: PreTrainedModel, file: Path, preset: str) -> Comparison:
-    """Write the int8 form of the ONNX file of `model` beside it.
+def quantize(file: Path, preset: str) -> Path:
+    """Write the int8 form of an ONNX file beside it.
 
     Weights have a scale per output channel; activations get theirs as they come. Raises UserError
     where `check_onnx` does.
@@ -70,6 +70,12 @@ def write_int8(model: PreTrainedModel, file: Path, preset: str) -> Comparison:
             logging.disable(logged)
 
     write_file(int8_file(file), fill)
+    return int8_file(file)
+
+
+def write_int8(model: PreTrainedModel, file: Path, preset: str) -> Comparison:
+    """Write the int8 form of the ONNX file of `model`, and compare the two."""
+    quantize(file, preset)
     comparison = _compare(model, file)
     if not comparison.deviation <= DEVIATION:
         logger.warning(
