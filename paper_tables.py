@@ -23,7 +23,7 @@ from typing import TextIO
 import pandas
 
 from emmental.system.errors import Interrupted, TrainingError, handled_signals, one_line_errors
-from emmental.system.files import write_text
+from emmental.system.files import followed, write_text
 from emmental.training.checkpoint import SUMMARY_FILE
 from emmental.training.parser import Parser
 from emmental.training.runlog import set_up_logging
@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> None:
             words += ["--model_name_or_path", str(folder)]
             command = shlex.join(["python", *words])
         print(f"{label}: {command}", flush=True)
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        followed(folder.parent).mkdir(parents=True, exist_ok=True)
         with log.open("a", encoding="utf-8", errors="backslashreplace") as out:
             print(command, file=out, flush=True)
             status, received = run_process([sys.executable, *words], out)

@@ -20,15 +20,14 @@ from emmental.models.families import encoder_of, family_of, layers_of
 from emmental.system.errors import one_line_errors
 from emmental.system.files import write_json
 from emmental.system.hardware import processor_name
+from emmental.training.parser import Parser
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def make_parser(doc: str) -> argparse.ArgumentParser:
+def make_parser(doc: str) -> Parser:
     """A parser with this help, and --json."""
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=doc)
     parser.add_argument("--json", help="file for the results")
     return parser
 

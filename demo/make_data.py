@@ -339,7 +339,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--output_dir", type=Path, required=True)
+    add("--output_dir", type=lambda text: Path(text).expanduser(), required=True)
     add("--seed", type=int, default=0)
     add("--paragraphs", type=int, default=4000, help="in train.json, with three questions each")
     add("--pretraining_steps", type=int, default=700)

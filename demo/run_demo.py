@@ -59,7 +59,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--output_dir",
-        type=Path,
+        type=lambda text: Path(text).expanduser(),
         default=ROOT / "demo" / "run",
         help="folder of the demo; an earlier demo in it is deleted (default: demo/run)",
     )

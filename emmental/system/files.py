@@ -1,15 +1,18 @@
 """Files that are whole or absent: written to a folder aside, synced to the disk, then renamed.
 
-The functions raise TrainingError, with the reason in one line, when they cannot write, and then
-leave nothing behind.
+A target that is a link is followed: what it points to is written, if it is there or not. The
+functions raise TrainingError, with the reason in one line, when they cannot write, and then leave
+nothing behind.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .errors import TrainingError, UserError, first_line
@@ -18,21 +21,24 @@ from .errors import TrainingError, UserError, first_line
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     """Write the folder `target` with `fill(folder)`, in place of an old one."""
 
-    def fill_parent(parent: Path) -> None:
-        (parent / target.name).mkdir()
-        fill(parent / target.name)
+    place = followed(target)
 
-    _write(target, target.parent, fill_parent)
+    def fill_parent(parent: Path) -> None:
+        (parent / place.name).mkdir()
+        fill(parent / place.name)
+
+    _write(target, place.parent, fill_parent)
 
 
 def write_into(target: Path, fill: Callable[[Path], None]) -> None:
     """Add the files that `fill(folder)` writes to the folder `target`, in place of old ones."""
-    _write(target, target, fill)
+    _write(target, followed(target), fill)
 
 
 def write_file(target: Path, fill: Callable[[Path], None]) -> None:
     """Write the file `target` with `fill(path)`, in place of an old one."""
-    _write(target, target.parent, lambda parent: fill(parent / target.name))
+    place = followed(target)
+    _write(target, place.parent, lambda parent: fill(parent / place.name))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -43,6 +49,42 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value) -> None:
     """Write `value` as indented JSON."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder, or a link, but not what it points to."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+@contextlib.contextmanager
+def reserved(folder: Path) -> Iterator[None]:
+    """Make a folder, if need be, and have it alone in the block; if it stays empty, it goes again.
+
+    Raises UserError if another process has it. The system frees it when a process ends in any way.
+    """
+    place = followed(folder)
+    is_new = not place.exists()
+    place.mkdir(parents=True, exist_ok=True)
+    handle = os.open(place, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # of a file system without locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"another run writes to {folder}: wait for its end, or choose another folder"
+                ) from error
+        yield
+    finally:
+        os.close(handle)
+        if is_new:
+            with contextlib.suppress(OSError):
+                place.rmdir()
+
+
+def followed(path: Path) -> Path:
+    """Where a path leads, with every link in it followed."""
+    return Path(os.path.realpath(path))
 
 
 def file_digest(path: Path) -> str:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import re
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from transformers import PreTrainedConfig
 
 from ..modules.masks import masked_layers
 from ..system.errors import UserError
-from ..system.files import file_digest, write_folder, write_into, write_json
+from ..system.files import file_digest, remove, write_folder, write_into, write_json
 from .distributed import describe_hardware
 from .state import TrainingState
 
@@ -218,7 +217,7 @@ def remove_old_checkpoints(output_dir: Path, limit: int | None) -> None:
     if limit is None:
         return
     for folder in find_checkpoints(output_dir)[:-limit]:
-        shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}-old")))  # never half there
+        remove(folder.rename(folder.with_name(f".{folder.name}-old")))  # never half there
 
 
 def clean_output(output_dir: Path, result_files: Iterable[str], resumes_in_place: bool) -> None:
@@ -229,4 +228,4 @@ def clean_output(output_dir: Path, result_files: Iterable[str], resumes_in_place
         for pattern in ("events.out.tfevents.*", *result_files):
             old += output_dir.glob(pattern)
     for path in old:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        remove(path)

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -43,11 +44,13 @@ def number(
 class Parser(argparse.ArgumentParser):
     """An argument parser with one-line errors that name the nearest flag.
 
-    Flags may have dashes in place of underscores, as torch.distributed.launch writes them.
+    Flags may have dashes in place of underscores, as torch.distributed.launch writes them. Values
+    without a type may be paths, in which ~ is a home folder, whether or not the shell says so.
     """
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
+        self.register("type", None, os.path.expanduser)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
         """The arguments, and `given`: the names of those on the command line."""
@@ -84,10 +87,10 @@ class Parser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Shows the default of a flag unless that is None or False."""
+    """Shows the default of a flag unless that is None or False, or the help says it."""
 
     def _get_help_string(self, action):
         if action.required:
             return f"{action.help} (required)"
-        quiet = action.default in (None, False, argparse.SUPPRESS)
+        quiet = action.default in (None, False, argparse.SUPPRESS) or "default: " in action.help
         return action.help if quiet else f"{action.help} (default: %(default)s)"

@@ -22,6 +22,7 @@ from ..inference.onnx_model import OnnxModel
 from ..models.families import is_masked, layers_of
 from ..modules.masks import count, find_masks, masked
 from ..system.errors import fail, one_line_errors
+from ..system.files import reserved
 from .batches import BatchPlan, training_batches
 from .checkpoint import (
     clean_output,
@@ -67,15 +68,16 @@ def main(task: Task, description: str, argv: list[str] | None = None) -> dict[st
         fail(problems)
     with one_line_errors(ADVICE):
         try:
-            return run(task, args)
+            world = join_world(args.no_cuda, args.local_rank, args.fp16)
+            with reserved(Path(args.output_dir)) if world.is_main else nullcontext():
+                return run(task, args, world)
         finally:
             leave_world()
 
 
-def run(task: Task, args: argparse.Namespace) -> dict[str, float | str]:
+def run(task: Task, args: argparse.Namespace, world: World) -> dict[str, float | str]:
     """Do all that the arguments ask for, and return the results of the evaluation."""
     started = time.perf_counter()
-    world = join_world(args.no_cuda, args.local_rank, args.fp16)
     output_dir = Path(args.output_dir)
     resumed = find_resume_folder(args.resume_from_checkpoint, output_dir, args.overwrite_output_dir)
     checkpoint = str(resumed or args.model_name_or_path)
@@ -87,8 +89,6 @@ def run(task: Task, args: argparse.Namespace) -> dict[str, float | str]:
     model, tokenizer = load_student(checkpoint, task.head, labels=task.labels, **options)
     with world.main_first():
         task.make_features(args, tokenizer, model)
-    if world.is_main:
-        output_dir.mkdir(parents=True, exist_ok=True)
     log = RunLog(output_dir, world)
     predictor = Predictor(
         task,

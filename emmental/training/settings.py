@@ -54,6 +54,8 @@ def training_settings(args: Namespace, total_step: int) -> Settings:
             final_threshold=args.final_threshold,
             initial_warmup=args.initial_warmup,
             final_warmup=args.final_warmup,
+            cycles=args.lr_cycles,
+            first_cut=args.first_cut,
             # with a target, the schedule scales the lambda of the steering
             final_lambda=args.final_lambda if args.target_remaining is None else 1.0,
         ),
@@ -150,4 +152,5 @@ def resumes_in_place(args: Namespace) -> bool:
     checkpoint = args.resume_from_checkpoint
     if not checkpoint or checkpoint == "latest":
         return bool(checkpoint)
-    return Path(checkpoint).resolve().parent == Path(args.output_dir).resolve()
+    folders = Path(checkpoint).resolve().parent, Path(checkpoint).parent.resolve()  # of a link
+    return Path(args.output_dir).resolve() in folders
