@@ -85,6 +85,8 @@ def says(refused, words, tmp_path):
     (f"{STEERED} 0.1 --regularization null", "use sigmoied_threshold with --regularization l1"),
     (f"{STEERED} 0.004", "must lie between 0.006 and 1"),
     (f"{STEERED} 10", "must lie between 0.006 and 1"),
+    (f"{SOFT} --lr_cycles 4", "--lr_cycles needs a method that ranks"),
+    ("--do_train --lr_cycles 4 --final_threshold 0.4", "--first_cut 0.3 must lie between"),
     (f"{STEERED} 0.1 --final_threshold 0", "needs a --final_threshold between 0 and 1"),
     (f"--do_train {tiny.L0} --target_remaining 0.1 --max_steps 30 --warmup_steps 20", "plateaus"),
     ("--do_train --warmup_steps 0 --warmup_ratio 0.1", "exclude each other: give one"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from emmental.modules.methods import METHODS
-from emmental.schedule import learning_rate_factor, schedule_threshold
+from emmental.schedule import Schedule, learning_rate_factor, schedule_threshold
 from emmental.steering import LambdaSteering
 from emmental.training.checks import plateaus_overlap
 
@@ -184,3 +184,30 @@ def test_steering_rests_until_the_threshold_moves_and_stays_in_bounds():
 )
 def test_where_steering_begins_is_near_the_paper(method, remaining, published):
     assert METHODS[method].usual_lambda(remaining) == pytest.approx(published, rel=0.15)
+
+
+# ---- cycles
+
+
+@pytest.mark.parametrize("cycles", [2, 3, 5, 8])
+def test_cycles_cut_as_each_begins(cycles):
+    total = 1003
+    schedule = Schedule(total, 20, 1.0, 0.03, 1, 2, 0.0, cycles=cycles, first_cut=0.3)
+    thresholds = [schedule.threshold(step)[0] for step in range(total + 1)]
+    steps = [step for step in range(1, total) if thresholds[step] != thresholds[step - 1]]
+    assert steps == [-(-total * cycle // cycles) for cycle in range(1, cycles)]
+    assert thresholds[0] == 1.0 and thresholds[-1] == pytest.approx(0.03)
+    assert thresholds[steps[0]] == pytest.approx(0.3 if cycles > 2 else 0.03)
+    assert thresholds == sorted(thresholds, reverse=True)
+    rates = [schedule.learning_rate(step) for step in range(total)]
+    assert rates[0] == 0 and rates[10] == 0.5
+    for step in steps:
+        assert rates[step] > 0.99 and rates[step - 1] < 0.12  # rewound
+    assert rates[-1] == pytest.approx(0.1, abs=0.01) and min(rates[20:]) >= 0.1
+
+
+def test_one_cycle_is_the_schedule_of_the_paper():
+    schedule = Schedule(1000, 100, 1.0, 0.1, 1, 2, 5.0)
+    for step in range(0, 1001, 50):
+        wanted = schedule_threshold(step, 1000, 100, 1.0, 0.1, 1, 2, 5.0)
+        assert schedule.threshold(step) == wanted

@@ -111,12 +111,27 @@ def _check_pruning(args: Namespace) -> list[str]:
         )
     if args.mask_init == "magnitude" and args.mask_scale <= 0 and method.scores:
         problems.append("--mask_init magnitude needs a --mask_scale above 0: give 3, say")
+    if args.lr_cycles > 1:
+        problems += _check_cycles(args)
     if args.target_remaining is not None:
         problems += _check_target(args)
     if args.target_speedup is not None:
         problems += _check_speedup(args)
     if args.do_train and (problem := _plateau_problem(args, args.max_steps)):
         problems.append(problem)
+    return problems
+
+
+def _check_cycles(args: Namespace) -> list[str]:
+    problems = []
+    if METHODS[args.pruning_method].threshold_is != "remains" and not args.global_topk:
+        problems.append("--lr_cycles needs a method that ranks: topK, magnitude, platon, ...")
+    first = max(args.initial_threshold, args.final_threshold)
+    if not args.final_threshold <= args.first_cut <= first:
+        problems.append(
+            f"--first_cut {args.first_cut:g} must lie between --final_threshold and "
+            "--initial_threshold"
+        )
     return problems
 
 
@@ -160,6 +175,8 @@ def _plateau_problem(args: Namespace, total_step: int) -> str | None:
 
     total_step: not positive if it is not known yet.
     """
+    if args.lr_cycles > 1:
+        return None  # the threshold moves in steps
     has_target = args.target_remaining is not None or args.target_speedup is not None
     if args.initial_threshold == args.final_threshold and not has_target:
         return None  # the threshold is constant

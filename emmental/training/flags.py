@@ -91,6 +91,9 @@ def add_pruning_flags(parser: Parser) -> None:
         help="updates at the first threshold, in warmup_steps")
     add("--final_warmup", type=NOT_NEGATIVE, default=2,
         help="updates at the last one, likewise; raise it if the metric still climbs at the end")
+    add("--lr_cycles", type=COUNT, default=1,
+        help="cycles of the learning rate; with several, the threshold steps down as each begins")
+    add("--first_cut", type=NUMBER, default=0.3, help="what remains after the first such step")
     # scores at the start
     add("--mask_init", type=choice(*MASK_INITS), default="constant",
         help="constant, uniform or kaiming scores, or those of magnitude pruning")
