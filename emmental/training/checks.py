@@ -123,9 +123,9 @@ def _check_pruning(args: Namespace) -> list[str]:
 
 
 def _check_cycles(args: Namespace) -> list[str]:
-    problems = []
     if METHODS[args.pruning_method].threshold_is != "remains" and not args.global_topk:
-        problems.append("--lr_cycles needs a method that ranks: topK, magnitude, platon, ...")
+        return ["--lr_cycles needs a method that ranks: topK, magnitude, platon, ..."]
+    problems = []
     first = max(args.initial_threshold, args.final_threshold)
     if not args.final_threshold <= args.first_cut <= first:
         problems.append(
