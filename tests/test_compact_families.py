@@ -14,6 +14,7 @@ import transformers
 import bertarize
 import emmental
 from emmental import storage
+from emmental.checkpoints.loading import load_model
 from emmental.checkpoints.onnx_file import write_onnx
 from emmental.checkpoints.tokenizer import fit_to_model
 from emmental.inference import compacted, sparsify
@@ -237,6 +238,17 @@ def test_with_this_package_no_code_of_a_folder_runs(tmp_path):
     auto = transformers.AutoModelForSequenceClassification
     for trusted in ({}, {"trust_remote_code": True}):
         assert_same(small, auto.from_pretrained(tmp_path, **trusted))
+
+
+def test_code_of_another_version_is_said(tmp_path, caplog):
+    compact_folder("bert", tmp_path)
+    options = {"masked": False, "trained": True}
+    load_model(str(tmp_path), "SequenceClassification", **options)
+    assert "another version" not in caplog.text
+    with (tmp_path / "modeling.py").open("a") as file:
+        file.write("# changed\n")
+    load_model(str(tmp_path), "SequenceClassification", **options)
+    assert "modeling.py is of another version: the code of this package is used" in caplog.text
 
 
 def test_the_code_of_a_folder_is_that_of_the_package(tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
+from .. import compact
 from ..models.families import COMPACT, MASKED, class_of, is_masked, stock_type
 from ..modules.masks import find_masks, masked_layers
 from ..modules.methods import METHODS, score_suffixes
@@ -76,6 +77,8 @@ def load_model(
     model_class = class_of(model_type, head)
     if not model_class:
         raise UserError(f"{checkpoint}: there is no {head} head for {family}")
+    if model_type.startswith(COMPACT):
+        _warn_of_other_code(Path(checkpoint))
     settings = read_config(config_name, cache_dir) if config_name else recorded
     settings = computed_settings(config_name or checkpoint, settings, trained)
     if labels is not None and settings.get("problem_type") == "multi_label_classification":
@@ -107,6 +110,14 @@ def load_model(
     return model.eval()
 
 
+def _warn_of_other_code(folder: Path) -> None:
+    """Warn of code in the folder of a compact model that is not the package's, which is used."""
+    for module in (compact.configuration, compact.modeling):
+        file, code = folder / Path(module.__file__).name, Path(module.__file__)
+        if file.is_file() and file.read_bytes() != code.read_bytes():
+            logger.warning("%s is of another version: the code of this package is used", file)
+
+
 def load_masked(
     folder: str,
     pruning_method: str | None = None,
@@ -122,7 +133,14 @@ def load_masked(
         raise UserError(f"{folder} is not a folder: give that of a fine-pruned checkpoint")
     given = {"pruning_method": pruning_method, "threshold": threshold, "global_topk": global_topk}
     overrides = {name: value for name, value in given.items() if value is not None}
-    head = head_of(folder, read_config(folder))
+    recorded = read_config(folder)
+    if not is_masked(recorded["model_type"]):
+        kind = "compact" if recorded["model_type"].startswith(COMPACT) else "plain"
+        raise UserError(
+            f"{folder} is a {kind} model, without masks: give the fine-pruned checkpoint that it "
+            "was made from"
+        )
+    head = head_of(folder, recorded)
     return load_model(folder, head, masked=True, trained=True, **overrides)
 
 
