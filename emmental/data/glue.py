@@ -7,14 +7,11 @@ labels differently, so labels are matched by name: a class index is an index int
 
 import collections
 import contextlib
-import csv
 import dataclasses
 import functools
 import itertools
-import json
 import logging
 import math
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,10 +22,11 @@ from transformers import PreTrainedTokenizerBase
 
 from ..models.outputs import whole_number
 from ..system.errors import UserError
+from . import reading
 from .cache import cached_map, cached_rows, content_hash, ragged, row_tuples
 from .glue_tasks import CUSTOM, Task
 from .padding import collate_features, fast_backend
-from .reading import LABEL, brief, json_field, load_hub
+from .reading import LABEL, brief, file_rows, in_order, json_field, load_hub
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +67,7 @@ def read_examples(
             order = ", ".join(f"{index} {name}" for index, name in enumerate(task.labels))
             logger.warning(f"{path}: labels are read as {order}; the hub has another order")
     if task.short_rows and labelled:
-        skipped = sum(1 for _ in _rows(path)) - 1 - len(examples)
+        skipped = sum(1 for _ in file_rows(path)) - 1 - len(examples)
         if skipped:
             logger.warning(f"{path}: {skipped} rows with too few fields are skipped")
     return examples
@@ -110,22 +108,8 @@ def find_labels(path: Path, task: Task) -> tuple[str, ...]:
 
 
 def name_outputs(outputs: tuple[str, ...], path: Path, task: Task) -> tuple[str, ...]:
-    """The names of a model's outputs, or if they are only LABEL_0, ..., those that a file has.
-
-    These are the labels of the file in order, or indices. Raises UserError if they do not fit.
-    """
-    if outputs != tuple(f"LABEL_{index}" for index in range(len(outputs))):
-        return outputs
-    labels = tuple(_count_labels(path, task))
-    for names in (outputs, tuple(map(str, range(len(outputs))))):
-        if {*map(whole_number, labels)} <= set(names):
-            return names
-    if len(labels) == len(outputs):
-        return labels
-    raise UserError(
-        f"{path}: has {len(labels)} labels ({brief(', '.join(labels))}), and the model has "
-        f"{len(outputs)} outputs without names: name them in id2label of its config.json"
-    )
+    """The names of a model's outputs for a file of your own task: see `reading.name_outputs`."""
+    return reading.name_outputs(outputs, tuple(_count_labels(path, task)), path)
 
 
 def _count_labels(path: Path, task: Task) -> collections.Counter:
@@ -135,11 +119,7 @@ def _count_labels(path: Path, task: Task) -> collections.Counter:
     for name in [*counts]:
         if (whole := whole_number(name)) != name and whole in counts:
             counts[whole] += counts.pop(name)
-    numbers = {name: re.fullmatch(r"(?:LABEL_)?([+-]?\d{1,18})(?:\.0+)?", name) for name in counts}
-    names = sorted(counts)
-    if all(numbers.values()):
-        names.sort(key=lambda name: int(numbers[name][1]))
-    return collections.Counter({name: counts[name] for name in names})
+    return collections.Counter({name: counts[name] for name in in_order(counts)})
 
 
 def _cached(
@@ -177,7 +157,7 @@ def _examples(records: Callable, task: Task, labelled: bool) -> Iterator[dict]:
 
 def _records(path: Path, task: Task, labelled: bool) -> Iterator[tuple[str, dict]]:
     """Yield (place in the file, {column: value}) for each row of a file."""
-    rows = _rows(path)
+    rows = file_rows(path)
     if path.suffix == ".jsonl":
         yield from ((f"{path}:{line}", record) for line, record in rows)
         return
@@ -200,41 +180,6 @@ def _records(path: Path, task: Task, labelled: bool) -> Iterator[tuple[str, dict
                 f"{where}: has {len(fields)} fields for {len(header)} columns; correct it"
             )
         yield where, dict(zip(header, fields))
-
-
-def _rows(path: Path) -> Iterator[tuple[int, object]]:
-    """Yield (line number, row): lists of strings, or the JSON values of a .jsonl file.
-
-    Only \\n and \\r\\n end a line: a text may hold any other separator.
-    """
-    number = 0
-    with open(path, "rb") as file:
-        first = file.readline()
-        second = file.readline()
-    is_csv = path.suffix == ".csv" and b"\0" not in first  # not UTF-16
-    if b"\r" in first.rstrip(b"\r\n") and (is_csv or not second):
-        raise UserError(f"{path}: its lines end in CR alone; save it with LF or CRLF line ends")
-
-    def lines() -> Iterator[str]:
-        nonlocal number
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                yield text.removesuffix("\n").removesuffix("\r")
-
-    if path.suffix == ".csv":
-        csv.field_size_limit(2**31 - 1)
-        rows = csv.reader((f"{line}\n" for line in lines()), strict=True)
-    elif path.suffix == ".jsonl":
-        rows = (json.loads(line) for line in lines() if line.strip())
-    else:
-        rows = (line.split("\t") for line in lines())
-    try:
-        for row in rows:
-            yield number, row
-    except (ValueError, RecursionError, csv.Error) as error:
-        kind = path.suffix[1:].upper()
-        raise UserError(f"{path}:{number}: is not UTF-8 {kind} ({error}); correct it") from error
 
 
 def _class_name(record: dict, task: Task, where: str) -> str:

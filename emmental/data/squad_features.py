@@ -22,6 +22,7 @@ from .cache import cached_map, content_hash, ragged, row_tuples
 from .padding import collate_features, fast_backend
 from .reading import brief
 from .squad_read import VERSION, is_unanswerable
+from .windows import best_windows, windows_of
 
 SPACES = [place for place in range(0x3001) if chr(place).isspace()]  # all that Unicode has
 
@@ -113,11 +114,11 @@ def _featurize(ids, questions, contexts, answers, rows, *, backend, frame, sizes
                 f"question {brief(id_)!r} has {len(question)} tokens and leaves no room for its "
                 f"context; raise --max_seq_length {max_seq_length} or lower --max_query_length"
             )
-        windows = _windows(len(context_ids), room, doc_stride)
+        windows = windows_of(len(context_ids), room, doc_stride)
         if training:
             first, last = _answer_tokens(answer, context_spans)
         else:
-            best_window = _best_windows(len(context_ids), windows)
+            best_window = best_windows(len(context_ids), windows)
         for n, (begin, end) in enumerate(windows):
             tokens += (head, context_ids[begin:end], after)
             columns["length"].append(len(head) + end - begin + len(after))
@@ -137,13 +138,6 @@ def _featurize(ids, questions, contexts, answers, rows, *, backend, frame, sizes
         table["offsets"] = ragged(spans, [len(span) for span in spans])
         table["max_context"] = ragged(max_context, [len(mask) for mask in max_context])
     return pa.table(table)
-
-
-def _windows(n_tokens, room, doc_stride):
-    """The windows [(begin, end), ...] over a context; the first to reach its end is the last."""
-    stride = min(doc_stride, room)
-    begins = range(0, max(n_tokens - room, 0) + stride, stride)
-    return [(begin, min(begin + room, n_tokens)) for begin in begins]
 
 
 def _spans(offsets, text):
@@ -176,19 +170,6 @@ def _answer_tokens(answers, spans):
     first = np.searchsorted(spans[:, 1], start, side="right")
     last = np.searchsorted(spans[:, 0], start + len(answers["text"][0]), side="left") - 1
     return (int(first), int(last)) if first <= last else (-1, -1)
-
-
-def _best_windows(n_tokens, windows):
-    """For each context token the window in which the smaller of its two contexts is largest."""
-    best_window = np.zeros(n_tokens, np.int32)
-    best_score = np.full(n_tokens, -1.0)
-    for n, (begin, end) in enumerate(windows):
-        position = np.arange(end - begin)
-        score = np.minimum(position, position[::-1]) + 0.01 * (end - begin)
-        better = score > best_score[begin:end]
-        best_score[begin:end][better] = score[better]
-        best_window[begin:end][better] = n
-    return best_window
 
 
 collate = functools.partial(collate_features, second_start="context_start")
