@@ -20,9 +20,9 @@ from importlib import import_module
 from pathlib import Path
 
 from emmental import storage
-from emmental.checkpoints.loading import advising, read_config
+from emmental.checkpoints.loading import advising, head_of, read_config
 from emmental.checkpoints.tokenizer import VOCABULARIES
-from emmental.data.glue_tasks import CUSTOM, CUSTOM_ARGUMENTS
+from emmental.data.glue_tasks import CUSTOM, CUSTOM_ARGUMENTS, TASKS
 from emmental.models.families import is_masked, prefix_of
 from emmental.packing import coding
 from emmental.system.errors import UserError, one_line_errors
@@ -112,8 +112,11 @@ def print_info(packed: storage.Packed, report: dict) -> None:
         print("\nNo matrix of the encoder is sparse: packing saves nothing beyond its precision.")
 
 
-def evaluation_flags(checkpoint: str, args: Namespace) -> dict[str, object]:
-    """The flags of an evaluation: those given, and those of the training if the task is its own."""
+def evaluation_flags(checkpoint: str, args: Namespace) -> dict[str, object] | None:
+    """The flags of an evaluation: those given, and those of the training if the task is its own.
+
+    None for a task that none of the scripts has. Raises UserError for a classifier without a task.
+    """
     file = Path(checkpoint, ARGS_FILE)
     try:
         trained = dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
@@ -124,7 +127,13 @@ def evaluation_flags(checkpoint: str, args: Namespace) -> dict[str, object]:
     task = trained.get("task_name")
     if flags.setdefault("task_name", task) == task:
         flags = {name: trained[name] for name in TASK_FLAGS if name in trained} | flags
-    return flags
+    if args.task_name or task in (*TASKS, CUSTOM):
+        return flags
+    head = head_of(checkpoint, read_config(checkpoint))
+    if head == "SequenceClassification" and not trained:
+        raise UserError(f"{checkpoint} is a classifier of an unknown task: give its --task_name")
+    is_squad = head == "QuestionAnswering" and (not trained or "doc_stride" in trained)
+    return flags if is_squad else None
 
 
 def evaluate(model: str, flags: dict[str, object], masks: dict[str, object]) -> dict[str, float]:
@@ -161,11 +170,13 @@ def verify(args: Namespace) -> int:
             f"{args.file} has no tokenizer, and cannot be evaluated: leave out the data"
         )
     masks = given_masks(args)
+    flags = evaluation_flags(args.checkpoint, args) if with_data else None
     problems = storage.compare(args.file, args.checkpoint, args.base_model, **masks)
     bound = f"all weights within the error bound of {header['bits']} bits"
     print("\n".join(problems) or f"all masks are equal, and {bound}")
-    if with_data:
-        flags = evaluation_flags(args.checkpoint, args)
+    if with_data and not flags:
+        print(f"metrics are not compared: {args.checkpoint} is of a task that no script here has")
+    if flags:
         masks["final_threshold"] = masks.pop("threshold")
         before = evaluate(args.checkpoint, flags, masks)
         with tempfile.TemporaryDirectory() as folder:

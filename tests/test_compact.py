@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModel, BertForQuestionAnswering
 
 import bertarize
+import counts_parameters
 import emmental
 import masked_run_squad
 import saving_prunebert
@@ -293,6 +294,9 @@ def test_what_cannot_be(with_tokenizer, refused, tmp_path, squad_dir):
     words = tiny.command(tmp_path, with_tokenizer, squad_dir, "out", "--do_train")
     said = refused(masked_run_squad.main, words)
     assert "is a compact model, without masks: give the type bert" in said
+    said = refused(counts_parameters.main, ["--serialization_dir", str(with_tokenizer)])
+    assert "is a compact model, without masks: give the fine-pruned checkpoint" in said
+    assert "the type" not in said
     words = ["--compact", "--model_name_or_path", str(with_tokenizer)]
     said = refused(bertarize.main, [*words, "--threshold", "0.1"])
     assert "has no masks: leave out --threshold" in said

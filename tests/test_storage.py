@@ -393,6 +393,38 @@ def test_verify_evaluates_both(tmp_path, tiny_tokenizer, squad_dir, capsys):
         assert before.split()[0] == after.split()[0]
 
 
+TAGGED, ASKED = {"max_seq_length": 64, "tag_file": "x"}, "is a classifier of an unknown task"
+
+
+@pytest.mark.parametrize("head, trained, flags, said", [
+    ("SequenceClassification", None, "", f"{ASKED}: give its --task_name"),
+    ("SequenceClassification", None, "--task_name sst-2", "must hold exactly one file dev.tsv"),
+    ("SequenceClassification", TAGGED, "", None),
+    ("SequenceClassification", TAGGED | {"task_name": "stance"}, "", None),
+    ("TokenClassification", TAGGED, "", None),
+    ("TokenClassification", None, "", None),
+    ("QuestionAnswering", TAGGED, "", None),
+    ("QuestionAnswering", None, "", "dev-v1.1.json"),
+])  # fmt: skip
+def test_verify_knows_the_task_by_the_head(
+    tmp_path, tiny_tokenizer, refused, capsys, head, trained, flags, said
+):
+    """None: a task of one's own script, whose metrics are not compared."""
+    folder, file = tmp_path / "plain", tmp_path / "file"
+    tiny.save(tiny.plain_bert(head), folder, tiny_tokenizer)
+    if trained:
+        tiny.write(folder / "training_args.json", trained)
+    storage.pack(str(folder), str(file))
+    words = "verify", file, folder, "--data_dir", tmp_path, *flags.split()
+    capsys.readouterr()
+    if said:
+        assert said in refused(prunebert, *words)
+    else:
+        assert prunebert(*words) == 0
+        printed = capsys.readouterr().out
+        assert "all masks are equal" in printed and "metrics are not compared" in printed
+
+
 def test_a_failed_evaluation_is_reported_in_one_line(packed, checkpoint, refused):
     said = refused(prunebert, "verify", packed, checkpoint, "--data_dir", "nowhere")
     assert "nowhere" in said
