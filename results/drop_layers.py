@@ -6,7 +6,6 @@ writes the folder of a BERT with these layers (counted from 0; by default every 
 it with --model_type bert --model_name_or_path runs/dense-3 and runs/dense as the teacher.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from emmental.checkpoints.tokenizer import tokenizer_to_copy
 from emmental.models.families import COMPACT, encoder_of
 from emmental.system.errors import UserError, one_line_errors
 from emmental.system.files import write_folder
+from emmental.training.parser import Parser
 from emmental.training.runlog import set_up_logging
 
 
@@ -40,9 +40,7 @@ def smaller(source: str, keep: list[int] | None) -> PreTrainedModel:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("source", help="folder of the fine-tuned BERT")
     parser.add_argument("target", help="folder to write")
     parser.add_argument("--keep", type=int, nargs="+", help="layers to keep, such as 0 2 4")
