@@ -1,4 +1,4 @@
-"""Which output of a model a label means: that of the same name, else the only one of a similar."""
+"""Which output of a model a label means: that of its name, else the only one of a similar name."""
 
 import collections
 import re
