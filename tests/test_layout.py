@@ -10,9 +10,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "emmental"
-SCRIPTS = (
-    "masked_run_squad masked_run_glue counts_parameters bertarize saving_prunebert paper_tables"
-)
+SCRIPTS = "masked_run_squad masked_run_glue masked_run_ner counts_parameters bertarize"
+SCRIPTS += " saving_prunebert paper_tables"
 SCRIPTS = set(SCRIPTS.split())
 ALLOWED = {  # room: (rooms of emmental it may import, third-party libraries; None: any)
     "system": (set(), set()),
@@ -42,6 +41,7 @@ ALLOWED = {  # room: (rooms of emmental it may import, third-party libraries; No
     ),
 }
 TASKS = {"squad", "glue", "cola", "sst", "mrpc", "sts", "qqp", "mnli", "qnli", "rte", "wnli"}
+TASKS |= {"ner", "conll", "tags"}
 
 
 def room_of(path):

@@ -1,0 +1,159 @@
+"""Fine-prune (or fine-tune) an encoder, such as BERT, to tag words: entities, parts of speech.
+
+Movement pruning towards 15% of the encoder's weights:
+
+    python masked_run_ner.py --model_type masked_bert --model_name_or_path bert-base-cased \\
+        --data_dir CONLL2003 --output_dir OUT --do_train --do_eval --do_predict \\
+        --per_gpu_train_batch_size 16 --num_train_epochs 10 --learning_rate 3e-5 \\
+        --warmup_ratio 0.1 --initial_threshold 1 --final_threshold 0.15 --pruning_method topK
+
+The dense teacher: --model_type bert. Several GPUs: torchrun --nproc_per_node 8 masked_run_ner.py
+--data_dir holds train, dev (or valid) and test files: columns as of CoNLL, or JSON lines. Without
+it, --dataset_name comes from the hub. Entities in IO, BIO or BIOES get precision, recall and F1 by
+the rules of conlleval, other tags the accuracy of each word.
+"""
+
+import logging
+
+from torch.nn import functional as F
+
+from emmental.checkpoints.labels import checkpoint_labels
+from emmental.data import tags
+from emmental.data.entities import entity_metrics, has_entities, tag_accuracy
+from emmental.data.padding import pad_batch, padding_of
+from emmental.data.reading import brief, name_outputs, take_first
+from emmental.losses import distillation_loss
+from emmental.system.errors import UserError
+from emmental.system.files import write_json, write_text
+from emmental.training import run
+from emmental.training.flags import make_parser
+from emmental.training.parser import Parser, number
+from emmental.training.task import Task
+
+logger = logging.getLogger(__name__)
+
+PREDICTIONS, TEST_RESULTS = "predictions.txt", "test_results.json"
+
+
+class Tagging(Task):
+    """A tag for each word of a sentence."""
+
+    head = "TokenClassification"
+    max_seq_length, logging_steps, save_steps = 128, 50, 50
+    result_files = ("eval_results.*", PREDICTIONS, TEST_RESULTS)
+
+    # fmt: off
+    def add_arguments(self, parser):
+        add = parser.add_argument_group("tagging").add_argument
+        add("--data_dir", help="folder of the train, dev (or valid) and test files")
+        add("--dataset_name", help="data set on the hub, without --data_dir")
+        add("--dataset_config", help="its configuration, if it has several")
+        add("--word_column",
+            help="of the words: a number from 1 (default: 1), or the name of the field in JSON "
+                 "lines and on the hub (default: words or tokens)")
+        add("--tag_column",
+            help="likewise of the tags (default: the last column; tags or ner_tags)")
+        add("--stride", type=number(int, at_least=1), default=64,
+            help="tokens between the starts of the windows over a long sentence")
+        add("--do_predict", action="store_true",
+            help=f"write the tags of the test set to {PREDICTIONS}, and {TEST_RESULTS} if it has "
+                 "tags")
+    # fmt: on
+
+    def check(self, args):
+        problems = []
+        if bool(args.data_dir) == bool(args.dataset_name):
+            problems.append("give --data_dir, or --dataset_name for data from the hub")
+        if args.dataset_config and not args.dataset_name:
+            problems.append("--dataset_config is of a --dataset_name: give both")
+        names = ("word_column", "tag_column")
+        return problems + [f"--{name} is empty" for name in names if getattr(args, name) == ""]
+
+    def load_examples(self, args, checkpoint):
+        splits = ["train"] if args.do_train else []
+        splits += ["dev"] if args.do_eval or args.evaluate_during_training else []
+        splits += ["test"] if args.do_predict else []
+        columns = args.word_column, args.tag_column
+        hub = tuple(filter(None, (args.dataset_name, args.dataset_config)))
+        if hub:
+            self.data = self.dataset = args.dataset_name
+        self.examples, places = {}, {}
+        for split in splits:
+            if hub:
+                where = f"{', '.join(hub)} ({split})"
+                rows = tags.load_hub_examples(hub, split, columns, args.cache_dir)
+            else:
+                where = tags.split_file(args.data_dir, split)
+                rows = tags.read_examples(where, columns, split == "test", args.cache_dir)
+            if "tags" in rows.column_names:
+                places[split] = tags.tag_places(rows, where)
+            self.examples[split] = rows
+            if split == "train":
+                tags.check_labels(places["train"], where)
+                self.labels = tuple(places["train"])
+            elif split == splits[0]:
+                self.labels = checkpoint_labels(checkpoint, args.cache_dir)
+                self.labels = name_outputs(self.labels, tuple(places.get(split, ())), where)
+            if not tags.knows_tags(places.get(split, {}), self.labels, where):
+                named = ", ".join(places[split])
+                problem = f"{where}: has the tags {brief(named, 200)}, and the model "
+                problem += f"{brief(', '.join(self.labels), 200)}"
+                if split != "test":
+                    raise UserError(f"{problem}: give a model, or files, of one task")
+                logger.warning(f"{problem}: they are not compared")
+                self.examples[split] = rows.remove_columns("tags")
+        limits = {"train": args.max_train_samples, "dev": args.max_eval_samples}
+        self.examples = {x: take_first(rows, limits.get(x)) for x, rows in self.examples.items()}
+
+    def make_features(self, args, tokenizer, model):
+        self.padding = padding_of(tokenizer, model)
+        sizes = ("max_seq_length", "stride", "overwrite_cache")
+        options = {name: getattr(args, name) for name in sizes}
+        features = {
+            split: tags.build_features(examples, tokenizer, self.labels, **options)
+            for split, examples in self.examples.items()
+        }
+        self.train_set = features.pop("train", None)
+        self.test_sets = {split: features.pop(split) for split in ("test",) if split in features}
+        self.evaluation_sets = features
+
+    def collate(self, features):
+        return pad_batch(features, columns={"tags": tags.IGNORED}, **self.padding)
+
+    def loss(self, logits, batch):
+        return F.cross_entropy(logits[0].transpose(1, 2), batch["tags"])
+
+    def distillation_loss(self, student, teacher, batch, temperature):
+        words = batch["tags"] != tags.IGNORED
+        return distillation_loss((student[0][words],), (teacher[0][words],), temperature)
+
+    def weight(self, batch):
+        return float((batch["tags"] != tags.IGNORED).sum())
+
+    def predicted(self, split, logits):
+        features = (self.evaluation_sets | self.test_sets)[split]
+        rows = [row for (row,) in logits]
+        return tags.predicted_tags(self.examples[split], features, rows, self.labels)
+
+    def score(self, split, logits, step, output_dir):
+        metrics = entity_metrics if has_entities(self.labels) else tag_accuracy
+        return metrics([*self.examples[split]["tags"]], self.predicted(split, logits))
+
+    def submit(self, split, logits, output_dir):
+        examples = self.examples[split]
+        text = tags.columns_of(examples, self.predicted(split, logits))
+        write_text(output_dir / PREDICTIONS, text)
+        if "tags" in examples.column_names:
+            write_json(output_dir / TEST_RESULTS, self.score(split, logits, None, output_dir))
+
+
+def get_parser() -> Parser:
+    return make_parser(Tagging(), __doc__)
+
+
+def main(argv: list[str] | None = None) -> dict[str, float | str]:
+    return run.main(Tagging(), __doc__, argv)
+
+
+if __name__ == "__main__":
+    main()
