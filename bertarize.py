@@ -7,15 +7,17 @@
 writes the folder bertarized_OUT (or compact_OUT) beside OUT. `BertForQuestionAnswering` and the
 Auto classes load the plain model as any other; for a compact one, import emmental first. The
 checkpoint's config.json says which method and threshold it was trained with; checkpoints of the
-2020 code need --threshold. --compact and --onnx also take a plain or compact model.
+2020 code need --threshold. --compact, --onnx and --keep_vocabulary_of also take a plain or compact
+model.
 """
 
 from argparse import Namespace
 from pathlib import Path
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from emmental.checkpoints.card import CARD_FILE, derived_card, push_to_hub, read_card
+from emmental.checkpoints.corpus import corpus_files
 from emmental.checkpoints.counts import plain_percents
 from emmental.checkpoints.export import bertarize
 from emmental.checkpoints.int8 import (
@@ -30,6 +32,7 @@ from emmental.checkpoints.int8 import (
 from emmental.checkpoints.loading import advising, head_of, load_masked, load_model, read_config
 from emmental.checkpoints.onnx_file import check_onnx, write_onnx
 from emmental.checkpoints.tokenizer import tokenizer_to_copy
+from emmental.checkpoints.vocabulary import cut_vocabulary
 from emmental.inference import compacted
 from emmental.models.families import family_of, is_masked, layers_of
 from emmental.system.errors import UserError, one_line_errors
@@ -54,6 +57,8 @@ def get_parser() -> Parser:
     add("--target_model_path", help=f"folder to write (default: {beside})")
     compact = "drop empty heads and neurons: a smaller model, fast in any runtime"
     add("--compact", action="store_true", help=compact)
+    pieces = "drop the pieces of the vocabulary that these texts (files, folders) do not need"
+    add("--keep_vocabulary_of", nargs="+", metavar="PATH", help=pieces)
     add("--onnx", metavar="FILE", help="also write the model to this file, for ONNX Runtime")
     int8 = "also write FILE's int8 form, FILE_int8, for a kind of CPU (default: this one)"
     add("--int8", nargs="?", const="this", choices=["this", *PRESETS], help=int8)
@@ -79,10 +84,10 @@ def target_folder(checkpoint: Path, asked: str | None, kind: str) -> Path:
 
 
 def load_plain(args: Namespace) -> PreTrainedModel:
-    """The plain model of a masked checkpoint; with --compact or --onnx also of a plain one."""
+    """The plain model of a masked checkpoint; with other things to do also of a plain one."""
     checkpoint = args.model_name_or_path
     masks = given_masks(args)
-    if (args.compact or args.onnx) and Path(checkpoint).is_dir():
+    if (args.compact or args.onnx or args.keep_vocabulary_of) and Path(checkpoint).is_dir():
         config = read_config(checkpoint)
         if not is_masked(config["model_type"]):
             given = [f"--{name}" for name, value in masks.items() if value is not None]
@@ -121,6 +126,22 @@ def drop(model: PreTrainedModel) -> PreTrainedModel:
     return small
 
 
+def cut(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None, files: list[Path]
+) -> PreTrainedTokenizerFast:
+    """Cut the vocabulary of a plain model to these texts. Prints its sizes. Raises UserError."""
+    if not tokenizer:
+        raise UserError("--keep_vocabulary_of: the checkpoint has no tokenizer to cut")
+    embeddings = model.get_input_embeddings()
+    before, width = embeddings.weight.shape
+    tokenizer = cut_vocabulary(model, tokenizer, files)
+    after = embeddings.num_embeddings
+    sizes = " to ".join(f"{4e-6 * rows * width:.1f}" for rows in (before, after))
+    print(f"vocabulary: {after:,} of {before:,} pieces remain, {before - after:,} went", end=" ")
+    print(f"({sizes} MB in float32); other text falls back to smaller pieces")
+    return tokenizer
+
+
 def print_int8(file: Path, preset: str, comparison: Comparison) -> None:
     """Print the sizes and times of an ONNX file and its int8 form."""
     print(f"int8, per channel, for {preset} CPUs:")
@@ -141,11 +162,16 @@ def main(argv: list[str] | None = None) -> Path:
             raise UserError("--int8 is of an ONNX file: give --onnx FILE, too")
         if args.onnx:
             check_onnx(Path(args.onnx))
+        corpus = corpus_files(args.keep_vocabulary_of or ())
         model = load_plain(args)
         tokenizer = tokenizer_to_copy(str(checkpoint), model)
+        if corpus:
+            tokenizer = cut(model, tokenizer, corpus)
         if args.compact:
             model = drop(model)
         origin = f"Converted with `bertarize.py` from `{checkpoint.resolve().name}`."
+        if corpus:
+            origin += f" Its vocabulary was cut to {model.config.vocab_size:,} pieces."
         card = derived_card(read_card(checkpoint), args.push_to_hub or target.name, model, origin)
 
         def fill(folder: Path) -> None:

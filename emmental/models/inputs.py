@@ -26,9 +26,13 @@ def _parameters(function) -> tuple[str, ...]:
 
 def longest_input(model: PreTrainedModel) -> int | None:
     """The most tokens that it takes; None for any number (DeBERTa, by relative positions alone)."""
-    config, embeddings = model.config, model.base_model.embeddings
-    if not getattr(config, "position_biased_input", True):
+    if not getattr(model.config, "position_biased_input", True):
         return None
-    # RoBERTa and MPNet number the tokens from after the id of padding: 514 rows for 512 tokens.
-    padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
-    return config.max_position_embeddings - (0 if padding is None else padding + 1)
+    padding = padding_of_positions(model)
+    return model.config.max_position_embeddings - (0 if padding is None else padding + 1)
+
+
+def padding_of_positions(model: PreTrainedModel) -> int | None:
+    """The id of padding if tokens are numbered from after it: RoBERTa has 514 rows for 512."""
+    positions = getattr(model.base_model.embeddings, "position_embeddings", None)
+    return getattr(positions, "padding_idx", None)
