@@ -23,7 +23,7 @@ def test_no_choice_of_sizes_is_much_better(seed, fraction):
     generator = torch.Generator().manual_seed(seed)
     kinds = ["heads", "neurons", "heads", "neurons"]
     scores = [torch.rand({"heads": 4, "neurons": 8}[kind], generator=generator) for kind in kinds]
-    masks = keep_within_time(scores, kinds, TIMES, fraction)
+    masks = keep_within_time(scores, [1] * 4, kinds, TIMES, fraction)
     budget = fraction * (2 * 50.0 + 2 * 40.0)
     assert time_of(masks, kinds) <= budget * (1 + 1e-6)
     value = sum(float(score[mask].sum()) for score, mask in zip(scores, masks))
@@ -40,17 +40,18 @@ def test_no_choice_of_sizes_is_much_better(seed, fraction):
 
 def test_a_layer_that_is_worth_nothing_goes_whole():
     scores = [torch.tensor([5.0, 4.0, 3.0, 2.0]), torch.tensor([0.3, 0.1, 0.1, 0.0])]
-    masks = keep_within_time(scores, ["heads", "heads"], TIMES, 0.5)
+    masks = keep_within_time(scores, [1, 1], ["heads", "heads"], TIMES, 0.5)
     assert masks[0].all() and not masks[1].any()
 
 
 def test_neurons_pay_for_their_time():
-    """Equal scores: what costs less per score stays."""
+    """Equal scores: what costs less for a weight stays."""
     times = {"heads": [[0, 4], [0.0, 80.0]], "neurons": [[0, 8], [0.0, 8.0]]}
-    heads, neurons = keep_within_time(
-        [torch.ones(4), torch.ones(8)], ["heads", "neurons"], times, 0.1
-    )
+    scores, kinds = [torch.ones(4), torch.ones(8)], ["heads", "neurons"]
+    heads, neurons = keep_within_time(scores, [1, 1], kinds, times, 0.1)
     assert not heads.any() and neurons.all()
+    heads, neurons = keep_within_time(scores, [64, 1], kinds, times, 0.91)
+    assert heads.all() and not neurons.any()  # 64 weights for 20 microseconds, and 1 for 1
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.05, 0.3, 0.77, 1.0])
@@ -65,7 +66,7 @@ def test_the_time_is_used(fraction, shift):
             torch.rand({"heads": 12, "neurons": 64}[kind], generator=generator) * spread + shift
             for kind in kinds
         ]
-        masks = keep_within_time(scores, kinds, times, fraction)
+        masks = keep_within_time(scores, [1] * 12, kinds, times, fraction)
         used = time_of(masks, kinds, times) / (6 * 184.0)
         assert fraction - 10.0 / (6 * 184.0) - 1e-9 <= used <= fraction + 1e-6
         assert [mask.shape for mask in masks] == [score.shape for score in scores]

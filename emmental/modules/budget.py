@@ -8,13 +8,14 @@ Times = dict[str, list[list[float]]]  # for "heads" and "neurons": numbers, and 
 
 
 def keep_within_time(
-    scores: list[Tensor], kinds: list[str], times: Times, fraction: float
+    scores: list[Tensor], sizes: list[int], kinds: list[str], times: Times, fraction: float
 ) -> list[Tensor]:
     """Boolean masks of the heads and neurons of all layers that take a fraction of their time.
 
-    scores: those of the heads, or of the neurons, of a layer, one-dimensional. kinds: "heads" or
-    "neurons" for each. times: what a layer with so many of them takes; between the numbers it is
-    interpolated. fraction: in [0, 1], of the time with nothing pruned.
+    scores: those of the heads, or of the neurons, of a layer, one-dimensional. sizes: the weights
+    that each stands for. A score counts for every one of them, as where all matrices are ranked
+    together. kinds: "heads" or "neurons" for each. times: what a layer with so many of them takes;
+    between the numbers it is interpolated. fraction: in [0, 1], of the time with nothing pruned.
 
     A microsecond has a price. At a price, a layer keeps the n highest scores for which
     sum(scores) - price * time(n) is largest: it loses all of them if together they are not worth
@@ -23,7 +24,7 @@ def keep_within_time(
     would keep more at a lower price. Scores count from the lowest of all, as a rank has no zero.
     """
     ranked = [score.detach().double().cpu().sort(descending=True, stable=True) for score in scores]
-    sums = _gains([values.numpy() for values, _ in ranked])
+    sums = _gains([values.numpy() for values, _ in ranked], sizes)
     costs = [cost_table(times[kind], len(total) - 1) for kind, total in zip(kinds, sums)]
     budget = fraction * sum(cost[-1] for cost in costs) * (1 + 1e-9)
     masks = []
@@ -41,13 +42,14 @@ def cost_table(times: list[list[float]], most: int) -> np.ndarray:
     return np.maximum.accumulate(table - table[0])
 
 
-def _gains(ranked: list[np.ndarray]) -> list[np.ndarray]:
-    """The sums of the n highest scores of each layer, for n = 0, 1, ..."""
+def _gains(ranked: list[np.ndarray], sizes: list[int]) -> list[np.ndarray]:
+    """What the n highest scores of each layer are worth, for n = 0, 1, ..."""
     low = min(values[-1] for values in ranked)
     high = max(values[0] for values in ranked)
     if low == high:  # nothing is known yet: all are worth the same
         ranked, low = [np.ones_like(values) for values in ranked], 0.0
-    return [np.concatenate([[0.0], np.cumsum(values - min(low, 0.0))]) for values in ranked]
+    worth = [size * np.cumsum(values - min(low, 0.0)) for values, size in zip(ranked, sizes)]
+    return [np.concatenate([[0.0], values]) for values in worth]
 
 
 def _sizes(sums: list[np.ndarray], costs: list[np.ndarray], budget: float) -> list[int]:

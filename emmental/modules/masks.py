@@ -9,7 +9,6 @@ Outside a block, every forward of a masked model finds its own masks, which cost
 
 import threading
 import weakref
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,18 +135,15 @@ def find_masks(
         ones = method.counts(values, threshold)
     elif not method.ranks_together:
         raise ValueError(f"global_topk cannot rank all matrices together for {method.name}")
-    elif getattr(config, "structure_times", None):
-        kinds = [layer.granularity.structure for layer in layers.holders]
-        values = torch._foreach_abs(values) if method.absolute else values
-        fraction = check_fraction(threshold)
-        found = keep_within_time(values, kinds, config.structure_times, fraction)
     else:
-        sizes = Counter()
-        for layer in layers.layers:
-            sizes[layer.owner] += layer.weights_per_score
         values = torch._foreach_abs(values) if method.absolute else values
-        fraction = check_fraction(threshold)
-        found, cutoff = keep_largest_together(values, list(sizes.values()), fraction, cutoff)
+        fraction, times = check_fraction(threshold), getattr(config, "structure_times", None)
+        sizes = [sum(member.weights_per_score for member in x.group) for x in layers.holders]
+        if times:
+            kinds = [layer.granularity.structure for layer in layers.holders]
+            found = keep_within_time(values, sizes, kinds, times, fraction)
+        else:
+            found, cutoff = keep_largest_together(values, sizes, fraction, cutoff)
     owners = [layer.owner for layer in layers.holders]
     by_owner = dict(zip(owners, found, strict=True))
     ones = ones and dict(zip(owners, ones, strict=True))
