@@ -35,9 +35,10 @@ from emmental.training.runlog import set_up_logging
 MB = 1e6
 ENTROPY = """entropy: of the values as they are stored, and of masks whose weights remain
 independently of each other. A mask takes less where rows or columns are alike."""
-LENGTHS = "max_seq_length", "max_query_length", "doc_stride"
+LENGTHS = "max_seq_length", "max_query_length", "doc_stride", "stride"
 # Flags of a training that an evaluation of its model needs again.
 TASK_FLAGS = "task_name", *CUSTOM_ARGUMENTS, "version_2_with_negative", *LENGTHS
+TASK_FLAGS += "word_column", "tag_column"
 CHECKPOINT = "checkpoint", "folder of a masked, bertarized or dense model with a fine-tuned head"
 FILE = "file", "packed file"
 FOLDER = "folder", "folder to write"
@@ -133,7 +134,8 @@ def evaluation_flags(checkpoint: str, args: Namespace) -> dict[str, object] | No
     if head == "SequenceClassification" and not trained:
         raise UserError(f"{checkpoint} is a classifier of an unknown task: give its --task_name")
     is_squad = head == "QuestionAnswering" and (not trained or "doc_stride" in trained)
-    return flags if is_squad else None
+    is_tagger = head == "TokenClassification" and "tag_column" in trained
+    return flags if is_squad or is_tagger else None
 
 
 def evaluate(model: str, flags: dict[str, object], masks: dict[str, object]) -> dict[str, float]:
@@ -141,7 +143,8 @@ def evaluate(model: str, flags: dict[str, object], masks: dict[str, object]) -> 
 
     flags: see `evaluation_flags`. masks: flags of a masked model alone.
     """
-    script = "masked_run_glue" if flags["task_name"] else "masked_run_squad"
+    script = "masked_run_ner" if "tag_column" in flags else "masked_run_squad"
+    script = "masked_run_glue" if flags["task_name"] else script
     flags = flags | {"model_name_or_path": model, "model_type": "dense"}
     if is_masked(read_config(model)["model_type"]):
         flags |= masks | {"model_type": "masked"}

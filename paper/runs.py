@@ -112,6 +112,10 @@ def read_run(folder: Path) -> Run:
     if "doc_stride" in args:
         task = "squad_v2" if args["version_2_with_negative"] else "squad"
         scale = 1
+    elif "tag_column" in args:
+        data = args["data_dir"] and Path(args["data_dir"]).resolve().name
+        task = f"ner-{data or args['dataset_name']}"
+        scale = 100
     else:
         task = args.get("task_name")
         if task == CUSTOM:  # your tasks differ by their data

@@ -8,6 +8,7 @@ import tiny
 import bertarize
 import counts_parameters
 import masked_run_glue
+import masked_run_ner
 import masked_run_squad
 import paper_tables
 import saving_prunebert
@@ -27,6 +28,7 @@ RUN += (
 @pytest.mark.parametrize("parser, words", [
     (masked_run_squad.get_parser, f"{RUN} --train_file=~/h --predict_file ~/i"),
     (masked_run_glue.get_parser, f"{RUN} --task_name rte"),
+    (masked_run_ner.get_parser, RUN),
     (counts_parameters.get_parser, "--serialization_dir=~/a --json ~/b"),
     (bertarize.get_parser, "--model_name_or_path=~/a --target_model_path ~/b --onnx=~/c"),
     (saving_prunebert.get_parser, "pack ~/a ~/b --base_model=~/c"),

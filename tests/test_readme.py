@@ -12,6 +12,7 @@ from conftest import launch
 import bertarize
 import counts_parameters
 import masked_run_glue
+import masked_run_ner
 import masked_run_squad
 import paper_tables
 import saving_prunebert
@@ -21,8 +22,8 @@ ROOT = Path(__file__).parent.parent
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {str(file.relative_to(ROOT)): file.read_text(encoding="utf-8") for file in FILES}
 README, ALL = TEXTS["README.md"], "\n".join(TEXTS.values())
-SCRIPTS = [masked_run_squad, masked_run_glue, counts_parameters, bertarize, saving_prunebert]
-SCRIPTS = {script.__name__: script for script in [*SCRIPTS, paper_tables]}
+SCRIPTS = [masked_run_squad, masked_run_glue, masked_run_ner, counts_parameters, bertarize]
+SCRIPTS = {script.__name__: script for script in [*SCRIPTS, saving_prunebert, paper_tables]}
 BENCHMARKS = "training_step launches selection features scale storage inference compact".split()
 VARIABLES = {"SERIALIZATION_DIR": "runs/x", "SQUAD_DATA": "data/squad", "GLUE_DATA": "glue"}
 VARIABLES |= {"TEACHER": "runs/teacher"}
@@ -63,6 +64,8 @@ def test_commands_parse(name, flags, tmp_path, monkeypatch):
     if name == "masked_run_glue":
         Path(args.data_dir).mkdir(parents=True)
         assert masked_run_glue.Glue().check(args) == []
+    if name == "masked_run_ner":
+        assert masked_run_ner.Tagging().check(args) == []
 
 
 def test_benchmark_commands_parse(monkeypatch):

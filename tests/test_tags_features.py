@@ -1,4 +1,4 @@
-"""Features of tagged words: each counts once, at its first piece, in the window with most context."""
+"""Features of tagged words: each counts once, at its first piece, where it has most context."""
 
 import random
 
