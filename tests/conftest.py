@@ -126,7 +126,7 @@ def launch(*words, timeout=300, **variables):
 
 @pytest.fixture(scope="session")
 def on_two_ranks(tmp_path_factory):
-    """Runs commands of masked_run_squad.py, each a list of words, on two processes."""
+    """Runs commands, each a list of words as of two_ranks.py, on two processes."""
 
     def call(*commands):
         file = tmp_path_factory.mktemp("ranks") / "commands.json"

@@ -20,6 +20,7 @@ from tiny import (
     save,
     scalars,
     tokenizer_of,
+    weights,
     write,
 )
 from transformers import pipeline
@@ -234,9 +235,22 @@ def test_losses_are_means_over_words():
     torch.testing.assert_close(loss, expected)
 
 
+def test_two_processes_reach_the_weights_of_one(run, command, on_two_ranks, tmp_path):
+    """Whatever number of words each has."""
+    flags = f"{TRAIN} {ALL} --check_ranks"
+    two = command(flags, "--per_gpu_train_batch_size 2", output="two")
+    on_two_ranks(["masked_run_ner", *two])
+    one = run(flags, output="one")
+    torch.testing.assert_close(weights(tmp_path / "two"), weights(one), rtol=1e-3, atol=1e-5)
+    same_results(tmp_path / "two", one)
+
+
 def test_resume_is_bit_identical(run):
     flags = TRAIN, "--gradient_accumulation_steps 2 --save_steps 4"
-    whole = run(*flags, output="whole")
+    more = "--do_eval --eval_all_checkpoints --evaluate_during_training"
+    whole = run(*flags, more, output="whole")
+    assert {"f1", "f1_4", "f1_8", "f1_name_4"} <= results(whole).keys()
+    assert scalars(whole)["eval/f1"][4] == pytest.approx(results(whole)["f1_4"])
     resumed = run(*flags, f"--resume_from_checkpoint {whole / 'checkpoint-4'}", output="resumed")
     assert same(whole, resumed)
 

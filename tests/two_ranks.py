@@ -1,9 +1,11 @@
-"""Run commands of masked_run_squad.py on two processes: a torchrun that imports torch only once.
+"""Run commands of a script on two processes: a torchrun that imports torch only once.
 
-`python tests/two_ranks.py FILE`: FILE holds the words of each command, as JSON. Exit status 1, and
-no process left, if one of them fails.
+`python tests/two_ranks.py FILE`: FILE holds the words of each command, as JSON: a script, such as
+masked_run_ner (by default masked_run_squad), and its flags. Exit status 1, and no process left, if
+one of them fails.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -14,8 +16,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch.distributed as dist
-
-import masked_run_squad
 
 
 def run(rank: int, store: Path, commands: list[list[str]]) -> None:
@@ -29,7 +29,8 @@ def run(rank: int, store: Path, commands: list[list[str]]) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     dist.init_process_group = dist.destroy_process_group = lambda *_, **__: None
     for words in commands:
-        masked_run_squad.main(words)
+        script = "masked_run_squad" if words[0].startswith("--") else words.pop(0)
+        importlib.import_module(script).main(words)
 
 
 def main() -> int:

@@ -52,7 +52,8 @@ def read_examples(path: Path, columns: Columns, test: bool, cache_dir: str | Non
     """
     is_json = path.suffix in (".json", ".jsonl")
     read = functools.partial(_json_sentences if is_json else _sentences, path, columns, test)
-    return _cached(read, str(path), content_hash("tags", VERSION, path, columns, test), cache_dir)
+    key = content_hash("tags", VERSION, path, path.suffix, columns, test)
+    return _cached(read, str(path), key, cache_dir)
 
 
 def load_hub_examples(
