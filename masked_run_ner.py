@@ -13,24 +13,22 @@ it, --dataset_name comes from the hub. Entities in IO, BIO or BIOES get precisio
 the rules of conlleval, other tags the accuracy of each word.
 """
 
-import logging
+import argparse
 
+from datasets import Dataset
 from torch.nn import functional as F
 
 from emmental.checkpoints.labels import checkpoint_labels
 from emmental.data import tags
 from emmental.data.entities import entity_metrics, has_entities, tag_accuracy
 from emmental.data.padding import pad_batch, padding_of
-from emmental.data.reading import brief, name_outputs, take_first
+from emmental.data.reading import name_outputs, take_first
 from emmental.losses import distillation_loss
-from emmental.system.errors import UserError
 from emmental.system.files import write_json, write_text
 from emmental.training import run
 from emmental.training.flags import make_parser
 from emmental.training.parser import Parser, number
 from emmental.training.task import Task
-
-logger = logging.getLogger(__name__)
 
 PREDICTIONS, TEST_RESULTS = "predictions.txt", "test_results.json"
 
@@ -53,8 +51,9 @@ class Tagging(Task):
                  "lines and on the hub (default: words or tokens)")
         add("--tag_column",
             help="likewise of the tags (default: the last column; tags or ner_tags)")
-        add("--stride", type=number(int, at_least=1), default=64,
-            help="tokens between the starts of the windows over a long sentence")
+        add("--stride", type=number(int, at_least=1),
+            help="tokens between the starts of the windows over a long sentence (default: half of "
+                 "--max_seq_length)")
         add("--do_predict", action="store_true",
             help=f"write the tags of the test set to {PREDICTIONS}, and {TEST_RESULTS} if it has "
                  "tags")
@@ -73,42 +72,25 @@ class Tagging(Task):
         splits = ["train"] if args.do_train else []
         splits += ["dev"] if args.do_eval or args.evaluate_during_training else []
         splits += ["test"] if args.do_predict else []
-        columns = args.word_column, args.tag_column
-        hub = tuple(filter(None, (args.dataset_name, args.dataset_config)))
-        if hub:
-            self.data = self.dataset = args.dataset_name
-        self.examples, places = {}, {}
-        for split in splits:
-            if hub:
-                where = f"{', '.join(hub)} ({split})"
-                rows = tags.load_hub_examples(hub, split, columns, args.cache_dir)
-            else:
-                where = tags.split_file(args.data_dir, split)
-                rows = tags.read_examples(where, columns, split == "test", args.cache_dir)
-            if "tags" in rows.column_names:
-                places[split] = tags.tag_places(rows, where)
-            self.examples[split] = rows
-            if split == "train":
-                tags.check_labels(places["train"], where)
-                self.labels = tuple(places["train"])
-            elif split == splits[0]:
-                self.labels = checkpoint_labels(checkpoint, args.cache_dir)
-                self.labels = name_outputs(self.labels, tuple(places.get(split, ())), where)
-            if not tags.knows_tags(places.get(split, {}), self.labels, where):
-                named = ", ".join(places[split])
-                problem = f"{where}: has the tags {brief(named, 200)}, and the model "
-                problem += f"{brief(', '.join(self.labels), 200)}"
-                if split != "test":
-                    raise UserError(f"{problem}: give a model, or files, of one task")
-                logger.warning(f"{problem}: they are not compared")
-                self.examples[split] = rows.remove_columns("tags")
         limits = {"train": args.max_train_samples, "dev": args.max_eval_samples}
-        self.examples = {x: take_first(rows, limits.get(x)) for x, rows in self.examples.items()}
+        self.examples = {}
+        for split in splits:
+            examples, where = read_split(args, split)
+            places = tags.tag_places(examples, where)
+            if split == "train":
+                self.labels = tags.labels_of(places, where)
+            elif split == splits[0]:
+                outputs = checkpoint_labels(checkpoint, args.cache_dir)
+                self.labels = name_outputs(outputs, tuple(places), where)
+            examples = tags.compared(examples, places, self.labels, where, split == "test")
+            self.examples[split] = take_first(examples, limits.get(split))
+        if args.dataset_name:
+            self.data = self.dataset = args.dataset_name
 
     def make_features(self, args, tokenizer, model):
         self.padding = padding_of(tokenizer, model)
-        sizes = ("max_seq_length", "stride", "overwrite_cache")
-        options = {name: getattr(args, name) for name in sizes}
+        options = {name: getattr(args, name) for name in ("max_seq_length", "overwrite_cache")}
+        options["stride"] = args.stride or max(1, args.max_seq_length // 2)
         features = {
             split: tags.build_features(examples, tokenizer, self.labels, **options)
             for split, examples in self.examples.items()
@@ -145,6 +127,16 @@ class Tagging(Task):
         write_text(output_dir / PREDICTIONS, text)
         if "tags" in examples.column_names:
             write_json(output_dir / TEST_RESULTS, self.score(split, logits, None, output_dir))
+
+
+def read_split(args: argparse.Namespace, split: str) -> tuple[Dataset, str]:
+    """The sentences of a split, and the name of their file, or of the data set on the hub."""
+    columns = args.word_column, args.tag_column
+    if args.data_dir:
+        path = tags.split_file(args.data_dir, split)
+        return tags.read_examples(path, columns, split == "test", args.cache_dir), str(path)
+    name = tuple(filter(None, (args.dataset_name, args.dataset_config)))
+    return tags.load_hub_examples(name, split, columns, args.cache_dir), f"{name[0]} ({split})"
 
 
 def get_parser() -> Parser:

@@ -33,7 +33,7 @@ from paper.report import headline
 from paper.runs import find_runs
 
 TRAIN = f"{TOPK} --do_train --max_steps 8 --warmup_steps 2 --save_steps 0 --logging_steps 4"
-SIZES = "--max_seq_length 24 --stride 8 --per_gpu_train_batch_size 4 --no_cuda"
+SIZES = "--max_seq_length 12 --per_gpu_train_batch_size 4 --no_cuda"
 DENSE = "--model_type dense"
 ALL = "--do_eval --do_predict"
 PARTS = dict(enumerate(["NOUN", "VERB", "ADP", "PUNCT"]))

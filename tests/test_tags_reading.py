@@ -22,7 +22,7 @@ def read(path, words=None, named=None, test=False):
 
 COLUMNS = {
     "spaces": "Ada B-name\nlives O\n\nOslo B-place\n",
-    "tabs": "Ada\tB-name\nlives\tO\n\nOslo\tB-place\n",
+    "tabs": "Ada \tB-name \nlives\tO\n\nOslo\tB-place\n",
     "no end": "\n\nAda\tB-name\nlives\tO\n \t \n\t\nOslo\tB-place",
     "windows": "\ufeffAda\tB-name\r\nlives\tO\r\n\t\r\nOslo\tB-place\r\n",
     "documents": "-DOCSTART- -X- -X- O\n\nAda NN x B-name\nlives VB  x O\n-DOCSTART- -X- -X- O\n"
@@ -133,24 +133,30 @@ def test_refuses_bad_columns(tmp_path):
 
 
 def places(path, content):
-    return tags.tag_places(
-        tags.read_examples(write(path, content), (None, None), False, None), path
-    )
+    rows = tags.read_examples(write(path, content), (None, None), False, None)
+    return tags.tag_places(rows, path)
+
+
+def compared(path, content, labels, test=False):
+    rows = tags.read_examples(write(path, content), (None, None), test, None)
+    return tags.compared(rows, tags.tag_places(rows, path), labels, path, test)
 
 
 def test_tags_of_one_scheme(tmp_path):
     path = tmp_path / "train.conll"
-    tags.check_labels(places(path, "a B-x\nb I-x\nc E-x\nd S-x\ne O\n"), path)
-    tags.check_labels(places(path, "a NOUN\nb VERB\n"), path)
-    said = refusal(tags.check_labels, places(path, "a B-x\n\nb O\nc PER\n"), path)
+    tags.labels_of(places(path, "a B-x\nb I-x\nc E-x\nd S-x\ne O\n"), path)
+    tags.labels_of(places(path, "a NOUN\nb VERB\n"), path)
+    said = refusal(tags.labels_of, places(path, "a B-x\n\nb O\nc PER\n"), path)
     assert "train.conll:3: its sentence has the tag 'PER'" in said and "B-, I-, E- or S-" in said
-    said = refusal(tags.check_labels, places(path, "a O\nb O\n"), path)
+    said = refusal(tags.labels_of, places(path, "a O\nb O\n"), path)
     assert "train.conll: has 1 different tags" in said
 
 
 def test_tags_that_the_model_lacks_are_reported(tmp_path, caplog):
     path, labels = tmp_path / "dev.conll", ("B-x", "O")
-    assert tags.knows_tags(places(path, "a B-x\n\nb B-y\n"), labels, path)
+    compared(path, "a B-x\n\nb B-y\n", labels)
     assert "dev.conll:3: its sentence has the tag 'B-y'" in caplog.text
-    assert tags.knows_tags(places(path, "a O\n"), labels, path)
-    assert not tags.knows_tags(places(path, "a O\nb B-y\n"), labels, path)
+    compared(path, "a O\n", labels)
+    said = refusal(compared, path, "a O\nb B-y\n", labels)
+    assert "dev.conll: has the tags B-y, O, and the model B-x, O: give a model" in said
+    assert "tags" not in compared(path, "a O\nb B-y\n", labels, test=True).column_names

@@ -127,7 +127,7 @@ def _sentences(path: Path, columns: Columns, test: bool) -> Iterator[Sentence]:
                 raise UserError(
                     f"{path}:{line}: has {number}, and line {first} has {width}; correct it"
                 )
-            words.append(fields[word - 1])
+            words.append(fields[word - 1].strip(" "))
             if has_tags:
                 tags.append(_tag(fields[tag - 1], f"{path}:{line}"))
         yield rows[0][0], words, tags if has_tags else None
@@ -188,36 +188,47 @@ def _field(given: str | None, usual: tuple[str, ...], names) -> str:
 def tag_places(examples: Dataset, where: str) -> dict[str, str]:
     """The tags of examples in order, each with a place that has it. where: their file."""
     lines = {}
-    for line, tags in row_tuples(examples, ["line", "tags"]):
-        for tag in tags:
-            lines.setdefault(tag, line)
+    if "tags" in examples.column_names:
+        for line, tags in row_tuples(examples, ["line", "tags"]):
+            for tag in tags:
+                lines.setdefault(tag, line)
     return {tag: f"{where}:{lines[tag]}" for tag in in_order(lines)}
 
 
-def check_labels(places: dict[str, str], where: str) -> None:
-    """Raises UserError unless the tags of a training file are two or more, in one scheme."""
+def labels_of(places: dict[str, str], where: str) -> tuple[str, ...]:
+    """The tags of a training file; raises UserError unless they are several, in one scheme."""
     if len(places) < 2:
         raise UserError(f"{where}: has {len(places)} different tags; it must have two or more")
-    if has_entities(places):
-        for tag, place in places.items():
-            if not ENTITY_TAG.fullmatch(tag):
-                raise UserError(
-                    f"{place}: its sentence has the tag {brief(tag)!r}; beside tags such as "
-                    "B-name, tags must be O, or B-, I-, E- or S- and a type"
-                )
+    for tag, place in places.items():
+        if has_entities(places) and not ENTITY_TAG.fullmatch(tag):
+            raise UserError(
+                f"{place}: its sentence has the tag {brief(tag)!r}; beside tags such as B-name, "
+                "tags must be O, or B-, I-, E- or S- and a type"
+            )
+    return tuple(places)
 
 
-def knows_tags(places: dict[str, str], labels: tuple[str, ...], where: str) -> bool:
-    """Whether the labels of a model are those of a file's tags. Warns of tags that it lacks."""
+def compared(
+    examples: Dataset, places: dict[str, str], labels: tuple[str, ...], where: str, test: bool
+) -> Dataset:
+    """The examples; a test file loses its tags if they are of another task than the labels.
+
+    Other files are then refused with a UserError. Warns of tags that the labels lack.
+    """
     lacking = {tag: place for tag, place in places.items() if tag not in labels}
     if lacking and not (places.keys() & {*labels}) - {"O"}:
-        return False
+        given, known = (brief(", ".join(names), 200) for names in (places, labels))
+        problem = f"{where}: has the tags {given}, and the model {known}"
+        if not test:
+            raise UserError(f"{problem}: give a model, or files, of one task")
+        logger.warning(f"{problem}: they are not compared")
+        return examples.remove_columns("tags")
     for tag, place in lacking.items():
         logger.warning(
             f"{place}: its sentence has the tag {brief(tag)!r}, which the model does not have: it "
             "counts as an error"
         )
-    return True
+    return examples
 
 
 def build_features(
