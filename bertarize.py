@@ -11,6 +11,7 @@ checkpoint's config.json says which method and threshold it was trained with; ch
 model.
 """
 
+import shutil
 from argparse import Namespace
 from pathlib import Path
 
@@ -47,6 +48,8 @@ MODEL_FILES = set(
     tokenizer.json vocab.txt tokenizer_config.json special_tokens_map.json
     added_tokens.json""".split()
 )
+# What sentence-transformers has beside the model of an encoder; the folders are of its pooling.
+ENCODER_FILES = "modules.json sentence_bert_config.json config_sentence_transformers.json [0-9]_*"
 
 
 def get_parser() -> Parser:
@@ -74,13 +77,21 @@ def target_folder(checkpoint: Path, asked: str | None, kind: str) -> Path:
         raise UserError("--target_model_path is the checkpoint itself: choose another folder")
     if target.is_file():
         raise UserError(f"--target_model_path {target} is a file: choose a folder")
-    others = {file.name for file in target.glob("*")} - MODEL_FILES
+    known = MODEL_FILES | {file.name for file in encoder_files(target)}
+    others = {file.name for file in target.glob("*")} - known
     if others:
         raise UserError(
             f"--target_model_path {target} holds other files ({', '.join(sorted(others)[:3])}): "
             "choose another folder"
         )
     return target
+
+
+def encoder_files(folder: Path) -> list[Path]:
+    """The `ENCODER_FILES` in the folder of a sentence encoder; of another none."""
+    if not (folder / "modules.json").is_file():
+        return []
+    return [file for pattern in ENCODER_FILES.split() for file in sorted(folder.glob(pattern))]
 
 
 def load_plain(args: Namespace) -> PreTrainedModel:
@@ -93,7 +104,8 @@ def load_plain(args: Namespace) -> PreTrainedModel:
             given = [f"--{name}" for name, value in masks.items() if value is not None]
             if given:
                 raise UserError(f"{checkpoint} has no masks: leave out {', '.join(given)}")
-            return load_model(checkpoint, head_of(checkpoint, config), masked=False, trained=True)
+            head = head_of(checkpoint, config, base=True)
+            return load_model(checkpoint, head, masked=False, trained=True)
     return bertarize(load_masked(checkpoint, **masks))
 
 
@@ -178,6 +190,9 @@ def main(argv: list[str] | None = None) -> Path:
             model.save_pretrained(folder)
             if tokenizer:
                 tokenizer.save_pretrained(folder)
+            for file in encoder_files(checkpoint):
+                copy = shutil.copytree if file.is_dir() else shutil.copyfile
+                copy(file, folder / file.name)
             write_text(folder / CARD_FILE, card)
 
         write_folder(target, fill)

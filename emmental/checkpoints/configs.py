@@ -6,7 +6,7 @@ from dataclasses import fields
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from ..models.families import COMPACT, FAMILIES, HEADS, MASKED, is_masked, stock_type
+from ..models.families import COMPACT, FAMILIES, HEADS, MASKED, class_of, is_masked, stock_type
 from ..system.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
@@ -93,16 +93,21 @@ def saved_head(config: dict) -> str | None:
     return next((h for h in HEADS if any(name.endswith(f"For{h}") for name in names)), None)
 
 
-def head_of(checkpoint: str, config: dict) -> str:
-    """Which of `HEADS` a checkpoint was saved with. Raises UserError if it does not say."""
+def head_of(checkpoint: str, config: dict, base: bool = False) -> str:
+    """Which of `HEADS` a checkpoint was saved with; if `base`, also "", that of a base model.
+
+    Raises UserError for any other.
+    """
     head = saved_head(config)
-    if not head:
+    base_name = getattr(class_of(config["model_type"]), "__name__", None) if base else None
+    if not head and base_name not in _classes(config):
         classes = ", ".join(_classes(config)) or "no architectures"
+        others = "a masked-LM head" if base else "a base model or a masked-LM head"
         raise UserError(
             f"{checkpoint} has no head of a task ({classes} in its config.json): give a model "
-            f"fine-tuned for one of {', '.join(HEADS)}, not a base model or a masked-LM head"
+            f"fine-tuned for one of {', '.join(HEADS)}, not {others}"
         )
-    return head
+    return head or ""
 
 
 def _classes(config: dict) -> list[str]:

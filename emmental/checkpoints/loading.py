@@ -59,6 +59,7 @@ def load_model(
 
     trained: the checkpoint must hold the head and, if masked, the scores and the threshold.
         Otherwise they may start fresh.
+    head: one of `HEADS`; "" is that of a base model, which may lack a pooler.
     labels: the outputs of the head, by default the configuration's: their number or their names. No
         names mean a regression. The outputs of a trained head are put in the order of the names. A
         head with other names is refused if `trained`, and otherwise starts fresh.
@@ -99,6 +100,8 @@ def load_model(
     except Exception as error:  # of three libraries, for a broken file
         raise UserError(f"cannot load {checkpoint}: {first_line(error)}") from error
     fresh = _check_weights(checkpoint, model, info, trained)
+    if not head and any(key.startswith("pooler.") for key in fresh):
+        model.pooler = None
     if masked:
         _check_masks(checkpoint, model, trained)
     if fresh_scores:
@@ -124,7 +127,7 @@ def load_masked(
     threshold: float | None = None,
     global_topk: bool | None = None,
 ) -> PreTrainedModel:
-    """A fine-pruned masked model with any head, in evaluation mode.
+    """A fine-pruned masked model with any head or none, in evaluation mode.
 
     None means the value of the checkpoint's config.json; a value that contradicts it is used, with
     a warning. Raises UserError for a checkpoint without masks, method or threshold.
@@ -140,7 +143,7 @@ def load_masked(
             f"{folder} is a {kind} model, without masks: give the fine-pruned checkpoint that it "
             "was made from"
         )
-    head = head_of(folder, recorded)
+    head = head_of(folder, recorded, base=True)
     return load_model(folder, head, masked=True, trained=True, **overrides)
 
 
@@ -150,9 +153,10 @@ def load_plain(checkpoint: str, **masks) -> PreTrainedModel:
     masks: arguments of `load_masked`, for a masked checkpoint. Raises UserError.
     """
     recorded = read_config(checkpoint)
+    head = head_of(checkpoint, recorded)
     if is_masked(recorded["model_type"]):
         return bertarize(load_masked(checkpoint, **masks))
-    return load_model(checkpoint, head_of(checkpoint, recorded), masked=False, trained=True)
+    return load_model(checkpoint, head, masked=False, trained=True)
 
 
 def _check_kind(checkpoint: str, model_type: str, masked: bool, trained: bool) -> None:
@@ -209,11 +213,12 @@ def _check_weights(checkpoint: str, model: PreTrainedModel, info: dict, trained:
     for key in sorted(fresh):
         saved, needed = shapes.get(key, (None, None))
         are_scores = key.endswith(score_suffixes())
-        in_base = key.startswith(f"{model.base_model_prefix}.")
+        is_base = model.base_model is model
+        in_base = is_base or key.startswith(f"{model.base_model_prefix}.")
         if in_base and not HARMLESS.search(key) and (saved or not are_scores):
             problem = f"has another shape ({saved})" if saved else "is missing"
             raise UserError(f"{checkpoint} does not fit its configuration: {key} {problem}")
-        if not trained:
+        if not trained or (is_base and HARMLESS.search(key)):
             continue
         if are_scores:
             raise UserError(

@@ -142,6 +142,8 @@ def compacted(model: PreTrainedModel) -> PreTrainedModel:
         state_dict=small.state_dict(),
         dtype=model.dtype,
     )
+    if getattr(model, "pooler", True) is None:
+        result.pooler = None
     return result.to(model.device).train(model.training)
 
 
