@@ -12,6 +12,7 @@ import bertarize
 from emmental.checkpoints.corpus import batches_of, corpus_files
 from emmental.checkpoints.loading import load_plain
 from emmental.checkpoints.tokenizer import load_tokenizer
+from emmental.checkpoints.vocabulary import cut_vocabulary
 from emmental.packing.pack import load_packed, pack, unpack
 
 TEXTS = ["ada lives in oslo .", "Where does ben live?", "ben is who, in oslo", "ߐ ada漢x no"]
@@ -116,6 +117,16 @@ def test_ids_that_move_are_right_everywhere(tmp_path, corpus, case):
     assert content["padding"] is None or content["padding"]["pad_id"] == cut.pad_token_id
     one, two = load_plain(str(folder)), load_plain(str(target))
     assert torch.equal(outputs(one, load_tokenizer(str(folder))), outputs(two, cut))
+
+
+def test_shared_embeddings_stay_shared(tmp_path, corpus):
+    folder = saved(tmp_path / "whole", "bert")
+    model, tokenizer = load_plain(str(folder)), load_tokenizer(str(folder))
+    embeddings = model.get_input_embeddings()
+    model.decoder = torch.nn.Linear(32, len(embeddings.weight), bias=False)
+    model.decoder.weight = embeddings.weight
+    cut = cut_vocabulary(model, tokenizer, [corpus])
+    assert model.decoder.weight is embeddings.weight and len(embeddings.weight) == len(cut)
 
 
 def generic(model, pre_tokenizer=None, **special):

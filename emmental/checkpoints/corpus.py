@@ -41,7 +41,9 @@ def _texts(files: Sequence[Path]) -> Iterator[str]:
                     words.update(text.split())
                     yield text
         except (OSError, ValueError, RecursionError, csv.Error) as error:
-            raise UserError(f"{file} cannot be read as text: {first_line(error)}") from error
+            raise UserError(
+                f"{file} cannot be read as text ({first_line(error)}): leave it out, or correct it"
+            ) from error
     if not words:
         raise UserError(f"--keep_vocabulary_of: there is no text in {', '.join(map(str, files))}")
     for word in sorted(words):
