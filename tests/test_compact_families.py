@@ -21,7 +21,7 @@ from emmental.inference import compacted, sparsify
 from emmental.models.families import FAMILIES, HEADS, layers_of
 
 ROWS = [row for row, family in FAMILIES.items() if family.heads]
-KINDS = ("roberta", "distilbert", "mpnet", "albert", "deberta-v2")  # of attention
+KINDS = ("distilbert", "mpnet", "albert", "deberta-v2")  # of attention
 LAYERS = 3
 
 
@@ -86,7 +86,7 @@ def row(request):
     return request.param
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_outputs_are_those_of_the_model(row, seed):
     model = emptied(row, seed)
     small = compacted(model)
@@ -133,12 +133,17 @@ def test_a_run_becomes_a_folder_that_trains_and_packs(row, tmp_path, capsys):
     assert_same(small, auto.from_pretrained(tmp_path / "tuned"), 0.0)
 
 
-# One family for each kind of attention.
-@pytest.mark.parametrize("kind", ["distilbert", "mpnet", "albert", "deberta-v2"])
-def test_compile_and_onnx(kind, tmp_path):
+@pytest.mark.parametrize("kind", ["distilbert", "mpnet"])
+def test_compile(kind):
+    small = compacted(emptied(kind, 3))
+    assert 0 in small.config.layer_heads
+    assert_same(small, torch.compile(small, backend="eager"))
+
+
+@pytest.mark.parametrize("kind", ["mpnet", "albert", "deberta-v2"])  # BERT's kind: test_compact.py
+def test_onnx(kind, tmp_path):
     small = compacted(emptied(kind, 3))
     assert 0 in small.config.layer_heads or 0 in small.config.layer_neurons
-    assert_same(small, torch.compile(small, backend="eager"))
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     write_onnx(small, tmp_path / "model.onnx")  # which compares the outputs
