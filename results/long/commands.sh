@@ -28,3 +28,6 @@ run movement-3 $LONG --pruning_method topK --final_threshold 0.03 --final_warmup
 run movement-10-3000-magnitudes $SHORT --pruning_method topK --final_threshold 0.1 --final_warmup 4 \
   --mask_init magnitude --mask_scale 3
 run magnitude-10-3000 $SHORT --pruning_method magnitude --final_threshold 0.1 --final_warmup 4
+run movement-10-3000-magnitudes-s7 $SHORT --pruning_method topK --final_threshold 0.1 --final_warmup 4 \
+  --mask_init magnitude --mask_scale 3 --seed 7
+run magnitude-10-3000-s7 $SHORT --pruning_method magnitude --final_threshold 0.1 --final_warmup 4 --seed 7
