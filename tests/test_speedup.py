@@ -72,6 +72,12 @@ def test_an_interrupted_run_keeps_its_table(squad, monkeypatch):
     assert tiny.same(*(tiny.weights(squad.folder / name) for name in ("whole", "out")))
 
 
+def test_a_dense_model_is_not_measured(squad, monkeypatch):
+    monkeypatch.setattr(speed, "measure_table", lambda *args: pytest.fail("measured"))
+    squad(2, "--model_type bert")
+    assert "structure_times" not in tiny.read(squad.folder / "out" / "config.json")
+
+
 def test_what_cannot_be(squad, refused):
     for asked, words, said in (
         (9, "", "without any heads and neurons, the model is 9.0 times as fast"),

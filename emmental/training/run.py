@@ -118,7 +118,7 @@ def run(task: Task, args: argparse.Namespace, world: World) -> dict[str, float |
             if args.do_train and args.target_remaining:
                 remaining = f"{count(masks).overall:.2%} of the weights remain"
                 logger.info(f"--target_remaining {args.target_remaining:g}: {remaining}")
-            if args.do_train and args.target_speedup:
+            if args.do_train and args.target_speedup is not None:
                 results |= report_speedup(args, model)
         if args.do_eval:
             write_results(output_dir, results)

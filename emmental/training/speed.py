@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from ..checkpoints.export import bertarize
 from ..inference import compacted
 from ..inference.times import SpeedTable, measure_speedup, measure_table
-from ..models.families import class_of
+from ..models.families import class_of, is_masked
 from ..system.errors import UserError
 from .distributed import World
 
@@ -21,6 +21,8 @@ def plan_speedup(args: Namespace, model: PreTrainedModel, resumed: bool, world: 
     What heads and neurons cost is measured, or taken from the checkpoint of a resumed run, and set
     in the configuration of the model. Raises UserError for a speed that cannot be reached.
     """
+    if not is_masked(args.model_type):
+        return args
     if not resumed:
         model.config.structure_times = None
     if args.target_speedup is None:
