@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from tiny import assert_same, padded_batch
 
 import bertarize
 import emmental
@@ -61,26 +62,6 @@ def empty_some(model, layer, family, rng):
         second.weight[:, dead] = 0
 
 
-def batch_of(model, length=21):
-    ids = torch.randint(5, model.config.vocab_size, (3, length))
-    mask = torch.ones(3, length).long()
-    for row, size in enumerate((length, 9, 4)):
-        ids[row, size:] = model.config.pad_token_id
-        mask[row, size:] = 0
-    given = {"input_ids": ids, "attention_mask": mask}
-    if type(model).__name__.endswith("MultipleChoice"):
-        given = {name: tensor[None] for name, tensor in given.items()}
-    return given
-
-
-@torch.no_grad()
-def assert_same(model, other, tolerance=1e-4):
-    given = batch_of(model)
-    pairs = zip(model(**given).to_tuple(), other(**given).to_tuple(), strict=True)
-    for expected, outputs in pairs:
-        torch.testing.assert_close(outputs.float(), expected, rtol=tolerance, atol=tolerance / 5)
-
-
 @pytest.fixture(params=ROWS)
 def row(request):
     return request.param
@@ -126,7 +107,7 @@ def test_a_run_becomes_a_folder_that_trains_and_packs(row, tmp_path, capsys):
     if small.supports_gradient_checkpointing:
         small.gradient_checkpointing_enable()
     small.train()
-    small(**batch_of(small), labels=torch.tensor([0, 1, 1])).loss.backward()
+    small(**padded_batch(small), labels=torch.tensor([0, 1, 1])).loss.backward()
     trained = [parameter for parameter in small.parameters() if parameter.grad is not None]
     torch.optim.AdamW(trained).step()
     small.eval().save_pretrained(tmp_path / "tuned")

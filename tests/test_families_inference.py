@@ -7,7 +7,7 @@ import tiny
 import torch
 import transformers
 from test_compact_families import serve
-from tiny import config_of, model_of, tokenizer_of
+from tiny import assert_same, config_of, model_of, padded_batch, tokenizer_of
 from transformers import AutoTokenizer
 
 import saving_prunebert
@@ -55,27 +55,6 @@ def build(row, head="QuestionAnswering", density=0.2, seed=0, **settings):
         if family.neurons:  # neurons whose activation is constant
             layer.get_submodule(family.neurons[0]).weight[-NEURONS // 3 :] = 0
     return model
-
-
-def batch_of(model, padding=True):
-    """A batch of three lengths; without `padding` all tokens are seen."""
-    torch.manual_seed(1)
-    ids, mask = torch.randint(5, model.config.vocab_size, (3, 21)), torch.ones(3, 21).long()
-    for row, length in enumerate((21, 9, 4) if padding else ()):
-        ids[row, length:], mask[row, length:] = model.config.pad_token_id, 0
-    given = {"input_ids": ids, "attention_mask": mask}
-    if type(model).__name__.endswith("MultipleChoice"):
-        given = {name: tensor[None] for name, tensor in given.items()}
-    return given
-
-
-@torch.no_grad()
-def assert_same(model, other, tolerance=1e-4):
-    for padding in (True, False):
-        given = batch_of(model, padding)
-        pairs = zip(other(**given).to_tuple(), model(**given).to_tuple(), strict=True)
-        for found, expected in pairs:
-            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance / 5)
 
 
 def save_masked(row, folder, head="QuestionAnswering"):
@@ -197,7 +176,7 @@ def test_what_compaction_drops(row):
     assert [first.get_submodule(name).in_features for name in ends] == [24, 24]
     for layer in last:
         assert [layer.get_submodule(name).in_features for name in ends] == [0, 0]
-    small.train()(**batch_of(model)).start_logits.sum().backward()
+    small.train()(**padded_batch(model)).start_logits.sum().backward()
 
 
 @pytest.mark.parametrize("head", HEADS[1:])

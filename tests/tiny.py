@@ -124,6 +124,32 @@ def model_of(case, head="QuestionAnswering", prefix="", seed=0, **settings):
     return auto.from_config(config_of(case, prefix, **settings)).eval()
 
 
+def padded_batch(model, padding=True):
+    """A batch of three lengths for a model of any head; without `padding` all tokens are seen."""
+    torch.manual_seed(1)
+    ids = torch.randint(5, model.config.vocab_size, (3, 21))
+    mask = torch.ones(3, 21).long()
+    for row, length in enumerate((21, 9, 4) if padding else ()):
+        ids[row, length:] = model.config.pad_token_id
+        mask[row, length:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if type(model).__name__.endswith("MultipleChoice"):
+        batch = {name: tensor[None] for name, tensor in batch.items()}
+    return batch
+
+
+@torch.no_grad()
+def assert_same(model, other, tolerance=1e-4):
+    """Both models have the same outputs, with padding and without."""
+    for padding in (True, False):
+        batch = padded_batch(model, padding)
+        pairs = zip(other(**batch).to_tuple(), model(**batch).to_tuple(), strict=True)
+        for outputs, expected in pairs:
+            torch.testing.assert_close(
+                outputs.float(), expected, rtol=tolerance, atol=tolerance / 5
+            )
+
+
 # --- tokenizers ---
 
 NAMES = ["ada", "ben", "cleo", "dan", "eva", "finn", "gus", "hana"]
