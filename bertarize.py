@@ -4,11 +4,10 @@
     python bertarize.py --model_name_or_path OUT --compact   # without its empty heads and neurons
     python bertarize.py --model_name_or_path OUT --compact --onnx model.onnx   # for ONNX Runtime
 
-writes the folder bertarized_OUT (or compact_OUT) beside OUT. `BertForQuestionAnswering` and the
-Auto classes load the plain model as any other; for a compact one, import emmental first. The
-checkpoint's config.json says which method and threshold it was trained with; checkpoints of the
-2020 code need --threshold. --compact, --onnx and --keep_vocabulary_of also take a plain or compact
-model.
+writes the folder bertarized_OUT (or compact_OUT) beside OUT. transformers loads the plain model as
+any other, and the compact one with `trust_remote_code=True`, without this package. The checkpoint's
+config.json says which method and threshold it was trained with; checkpoints of the 2020 code need
+--threshold. --compact, --onnx and --keep_vocabulary_of also take a plain or compact model.
 """
 
 import shutil
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from emmental.checkpoints.card import CARD_FILE, derived_card, push_to_hub, read_card
+from emmental.checkpoints.card import CARD_FILE, derived_card, loading_of, push_to_hub, read_card
 from emmental.checkpoints.corpus import corpus_files
 from emmental.checkpoints.counts import plain_percents
 from emmental.checkpoints.export import bertarize
@@ -198,6 +197,7 @@ def main(argv: list[str] | None = None) -> Path:
         write_folder(target, fill)
         percent = plain_percents(model)[0]
         print(f"{type(model).__name__} with {percent:.2f} % of its encoder's weights: {target}")
+        print(f"load it anywhere, with torch and transformers: {loading_of(model, target)}")
         if args.onnx:
             write_onnx(model, Path(args.onnx))
             print(f"its outputs are the same in ONNX Runtime: {args.onnx}")

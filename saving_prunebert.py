@@ -35,6 +35,8 @@ from emmental.training.runlog import set_up_logging
 MB = 1e6
 ENTROPY = """entropy: of the values as they are stored, and of masks whose weights remain
 independently of each other. A mask takes less where rows or columns are alike."""
+LOADING = """load it elsewhere: `pip install .` in a clone of this project, then
+emmental.storage.load_packed("{file}"); or unpack it: its folder needs no more than transformers"""
 LENGTHS = "max_seq_length", "max_query_length", "doc_stride", "stride"
 # Flags of a training that an evaluation of its model needs again.
 TASK_FLAGS = "task_name", *CUSTOM_ARGUMENTS, "version_2_with_negative", *LENGTHS
@@ -202,6 +204,7 @@ def main(argv: list[str] | None = None) -> int:
             )
             size = packed.path.stat().st_size
             print(f"{args.file}: {size / MB:.2f} MB, {args.bits} bits")
+            print(LOADING.format(file=args.file))
         elif args.verb == "unpack":
             model = storage.unpack(args.file, args.folder, args.base_model)
             print(f"{type(model).__name__} is written to {args.folder}")
@@ -211,6 +214,7 @@ def main(argv: list[str] | None = None) -> int:
             if args.json:
                 write_json(Path(args.json), report)
             print_info(packed, report)
+            print(f"\n{LOADING.format(file=args.file)}")
     return 0
 
 

@@ -239,7 +239,9 @@ def test_packed_files(small, folder, tmp_path, capsys):
     file = str(tmp_path / "file.packed")
     assert saving_prunebert.main(["pack", str(folder), file, "--bits", "32"]) == 0
     assert saving_prunebert.main(["verify", file, str(folder)]) == 0
+    capsys.readouterr()
     assert saving_prunebert.main(["info", file]) == 0
+    assert f'emmental.storage.load_packed("{file}")' in capsys.readouterr().out
     assert saving_prunebert.main(["unpack", file, str(tmp_path / "unpacked")]) == 0
     for model in (
         load_packed(file),

@@ -41,8 +41,10 @@ def squad(tmp_path, tiny_bert, squad_dir, monkeypatch):
 
 
 @pytest.mark.parametrize("asked", [1.5, 3, 6])
-def test_the_compact_model_takes_the_time_that_was_asked_for(squad, asked):
+def test_the_compact_model_takes_the_time_that_was_asked_for(squad, asked, caplog, capsys):
+    caplog.set_level("INFO")
     results = squad(asked)
+    assert "bertarize.py --compact will make a smaller bert model" in caplog.text
     config = tiny.read(squad.folder / "out" / "config.json")
     assert config["structure_times"]["dense"] == 450.0
     assert config["threshold"] == pytest.approx((450 / asked - 50) / 400)
@@ -50,6 +52,8 @@ def test_the_compact_model_takes_the_time_that_was_asked_for(squad, asked):
     # One head costs up to 40 of the 450 microseconds, and neurons come in multiples of 8.
     assert 450 / results["speedup_predicted"] == pytest.approx(450 / asked, abs=40)
     folder = bertarize.main(["--model_name_or_path", str(squad.folder / "out"), "--compact"])
+    load = f'AutoModelForQuestionAnswering.from_pretrained("{folder}", trust_remote_code=True)'
+    assert f"load it anywhere, with torch and transformers: {load}" in capsys.readouterr().out
     small = AutoModelForQuestionAnswering.from_pretrained(folder).config
     predicted = 450 / TABLE.time_of(small.layer_heads, small.layer_neurons)
     assert predicted == pytest.approx(results["speedup_predicted"])

@@ -93,6 +93,14 @@ def read_card(folder: Path) -> str | None:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
 
+def loading_of(model: PreTrainedModel, name: str | Path) -> str:
+    """The call that loads the model from the folder `name`: the code of a compact one is in it."""
+    kind, trusted = type(model).__name__, ""
+    if model.config.model_type.startswith(COMPACT):
+        kind, trusted = f"AutoModel{''.join(kind.partition('For')[1:])}", ", trust_remote_code=True"
+    return f'{kind}.from_pretrained("{name}"{trusted})'
+
+
 def push_to_hub(folder: Path, repo_id: str) -> str:
     """Upload a saved model with its card, and return its URL. Raises TrainingError."""
     api = HfApi()
@@ -109,7 +117,7 @@ def push_to_hub(folder: Path, repo_id: str) -> str:
 def _card(metadata: ModelCardData, name: str, model: PreTrainedModel, made: str) -> str:
     kind = type(model).__name__
     config = model.config
-    package, trusted, note = "emmental", "", ""
+    note = ""
     if masked_layers(model):
         counts = remaining_weights(model)
         linear, published = counts.linear_percent, counts.published_percent
@@ -121,6 +129,7 @@ def _card(metadata: ModelCardData, name: str, model: PreTrainedModel, made: str)
             f"A `{kind}` after {method.title} pruning (`{config.pruning_method}`{at}, {PAPER}). "
             "It holds all weights, and the scores from which the masks follow."
         )
+        note = "\n\nInstall `emmental` with `pip install .` in a clone of its project."
     else:
         linear, published = plain_percents(model)
         if config.model_type.startswith(COMPACT):
@@ -129,13 +138,11 @@ def _card(metadata: ModelCardData, name: str, model: PreTrainedModel, made: str)
                 f"layers have {sum(config.layer_heads):,} heads and {sum(config.layer_neurons):,} "
                 "neurons in all."
             )
-            package, trusted = "transformers", ", trust_remote_code=True"
             note = (
                 "\n\nThe two files of code in the folder need nothing but torch and transformers. "
                 "After `import emmental` (`pip install .` in a clone), none of them runs."
             )
         else:
-            package = "transformers"
             intro = f"A plain `{kind}`, whose pruned weights are zero ({PAPER})."
             if linear == 100:
                 intro = f"A `{kind}` without pruned weights."
@@ -143,10 +150,10 @@ def _card(metadata: ModelCardData, name: str, model: PreTrainedModel, made: str)
         f"{linear:.1f}% of the weights of its encoder's linear layers remain "
         f"({published:.1f}% of the encoder, bias and LayerNorm included)."
     )
-    if trusted:
-        kind = f"AutoModel{''.join(kind.partition('For')[1:])}"
-    load = f"from {package} import {kind}\n\nmodel = {kind}"
+    package = "emmental" if masked_layers(model) else "transformers"
+    load = loading_of(model, name)
+    load = f"from {package} import {load.partition('.')[0]}\n\nmodel = {load}"
     return (
         f"---\n{metadata.to_yaml()}\n---\n\n# {name}\n\n{intro} {remain}\n\n"
-        f'## Load\n\n```python\n{load}.from_pretrained("{name}"{trusted})\n```{note}\n\n{made}'
+        f"## Load\n\n```python\n{load}\n```{note}\n\n{made}"
     )

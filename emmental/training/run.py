@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from ..checkpoints.card import write_run_card
 from ..checkpoints.configs import concrete_type
@@ -19,7 +19,7 @@ from ..checkpoints.counts import LayerCount, count_layers, mask_report
 from ..checkpoints.loading import load_model
 from ..inference import sparsify
 from ..inference.onnx_model import OnnxModel
-from ..models.families import is_masked, layers_of
+from ..models.families import family_of, is_masked, layers_of, stock_type
 from ..modules.masks import count, find_masks, masked
 from ..system.errors import fail, one_line_errors
 from ..system.files import reserved
@@ -166,6 +166,8 @@ def _train(
     args = plan_speedup(args, model.to(world.device), resumed is not None, world)
     total = args.max_steps if args.max_steps > 0 else plan.total_updates(args.num_train_epochs)
     check_training(args, total, model.config)
+    if is_masked(args.model_type):
+        logger.info(_what_follows(model.config))
     teacher = None
     if args.teacher_name_or_path:
         teacher = load_teacher(
@@ -216,6 +218,22 @@ def _train(
     batches = training_batches(plan, task, state)
     with masked(teacher) if teacher else nullcontext():  # its masks never change
         return train(state, passes, batches, log, predictor), state.seconds
+
+
+def _what_follows(config: PreTrainedConfig) -> str:
+    """What a model of this family and granularity can become after training."""
+    kind = stock_type(config.model_type)
+    if config.granularity in ("structure", "hybrid"):
+        return (
+            f"heads and neurons: bertarize.py --compact will make a smaller {kind} model, for "
+            "transformers and, with --onnx FILE --int8, for ONNX Runtime"
+        )
+    fast = "sparsify makes it fast on a CPU" if family_of(config).norms else "it stays as slow"
+    structures = "; --granularity structure makes it fast in every runtime"
+    return (
+        f"{config.granularity}s: saving_prunebert.py will make a small file of this {kind} model, "
+        f"and {fast}{structures if family_of(config).heads else ''}"
+    )
 
 
 def _warn_of_empty_layers(layers: list[LayerCount]) -> None:
