@@ -17,6 +17,7 @@ import masked_run_squad
 import paper_tables
 import saving_prunebert
 from emmental.training.checks import check_common_arguments
+from paper.points import TASKS, find_point
 
 ROOT = Path(__file__).parent.parent
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -48,10 +49,34 @@ COMMANDS = list(commands())
 
 
 def test_the_four_published_commands_are_there():
-    for sign in "--warmup_steps 5400", "--task_name mnli", "--task_name qqp":
-        pruning = [flags for _, flags in COMMANDS if sign in flags and "masked_bert" in flags]
-        methods = [re.search(r"--pruning_method (\w+)", flags)[1] for flags in pruning]
-        assert methods == ["topK", "sigmoied_threshold", "l0", "magnitude"]
+    sign = "--warmup_steps 5400"
+    pruning = [flags for _, flags in COMMANDS if sign in flags and "masked_bert" in flags]
+    methods = [re.search(r"--pruning_method (\w+)", flags)[1] for flags in pruning]
+    assert methods == ["topK", "sigmoied_threshold", "l0", "magnitude"]
+
+
+def test_the_points_of_paper_md_are_the_papers():
+    """Commands of MNLI and QQP are printed by paper_tables.py; the page names the points."""
+    titles = {"teacher": "dense", "L0": "l0"}
+    header, _, *rows = re.findall(r"^\|(.*)\|$", TEXTS["docs/paper.md"], re.M)[:5]
+    methods = [titles.get(name.strip(), name.strip()) for name in header.split("|")[1:]]
+    assert methods == ["dense", "movement", "soft movement", "l0", "magnitude"]
+    for row, task in zip(rows, TASKS, strict=True):
+        task_and_metrics, *cells = row.split("|")
+        assert task_and_metrics.strip().startswith(f"{task}, ")
+        for method, cell in zip(methods, cells, strict=True):
+            point = find_point(task, re.search("`(.*)`", cell)[1])
+            figures = "/".join(f"{value:.1f}" for value in point.metrics.values())
+            at = "" if method == "dense" else f" at {point.remaining:.1f}%"
+            assert cell.strip() == f"`{point.name}` {figures}{at}"
+            assert point.method == method and point.distil == (method != "dense")
+
+
+def test_the_commands_of_paper_md_are_those_that_are_printed(capsys):
+    paper_tables.main(["command", "mnli", "10D3", "--data_dir", "glue/MNLI"])
+    printed = capsys.readouterr().out.splitlines()
+    found = [split(flags) for name, flags in COMMANDS if "runs/mnli/" in flags]
+    assert found == [shlex.split(line)[2:] for line in printed]
 
 
 @pytest.mark.parametrize("name, flags", COMMANDS, ids=range(len(COMMANDS)))
