@@ -20,7 +20,7 @@ from emmental.training.checks import check_common_arguments
 from paper.points import TASKS, find_point
 
 ROOT = Path(__file__).parent.parent
-FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {str(file.relative_to(ROOT)): file.read_text(encoding="utf-8") for file in FILES}
 README, ALL = TEXTS["README.md"], "\n".join(TEXTS.values())
 SCRIPTS = [masked_run_squad, masked_run_glue, masked_run_ner, counts_parameters, bertarize]
