@@ -84,20 +84,14 @@ class Glue(Task):
             self.data = f"GLUE {args.task_name}"
             self.dataset = glue.HUB_NAME
         self.labels = self.task.labels
-        splits = ["train"] if args.do_train else []
-        if args.do_eval or args.evaluate_during_training:
-            splits += self.task.evaluation_splits
-        if args.do_predict:
-            splits += self.task.submissions
         if args.data_dir:
             read = functools.partial(glue.read_examples, self.task, args.data_dir)
         else:
             read = functools.partial(glue.load_hub_examples, self.task)
-        limits = dict.fromkeys(self.task.evaluation_splits, args.max_eval_samples)
-        limits["train"] = args.max_train_samples
+        splits = self.splits(args, self.task.evaluation_splits, self.task.submissions)
         self.examples = {
-            split: take_first(read(split, cache_dir=args.cache_dir), limits.get(split))
-            for split in splits
+            split: take_first(read(split, cache_dir=args.cache_dir), limit)
+            for split, limit in splits.items()
         }
 
     def make_features(self, args, tokenizer, model):
@@ -107,9 +101,7 @@ class Glue(Task):
             split: glue.build_features(examples, tokenizer, **options)
             for split, examples in self.examples.items()
         }
-        self.train_set = features.pop("train", None)
-        self.test_sets = {s: features.pop(s) for s in self.task.submissions if s in features}
-        self.evaluation_sets = features
+        self.set_features(features)
 
     def collate(self, features):
         return glue.collate(features, **self.padding)

@@ -69,21 +69,17 @@ class Tagging(Task):
         return problems + [f"--{name} is empty" for name in names if getattr(args, name) == ""]
 
     def load_examples(self, args, checkpoint):
-        splits = ["train"] if args.do_train else []
-        splits += ["dev"] if args.do_eval or args.evaluate_during_training else []
-        splits += ["test"] if args.do_predict else []
-        limits = {"train": args.max_train_samples, "dev": args.max_eval_samples}
         self.examples = {}
-        for split in splits:
+        for split, limit in self.splits(args).items():
             examples, where = read_split(args, split)
             places = tags.tag_places(examples, where)
             if split == "train":
                 self.labels = tags.labels_of(places, where)
-            elif split == splits[0]:
+            elif not self.examples:
                 outputs = checkpoint_labels(checkpoint, args.cache_dir)
                 self.labels = name_outputs(outputs, tuple(places), where)
             examples = tags.compared(examples, places, self.labels, where, split == "test")
-            self.examples[split] = take_first(examples, limits.get(split))
+            self.examples[split] = take_first(examples, limit)
         if args.dataset_name:
             self.data = self.dataset = args.dataset_name
 
@@ -95,9 +91,7 @@ class Tagging(Task):
             split: tags.build_features(examples, tokenizer, self.labels, **options)
             for split, examples in self.examples.items()
         }
-        self.train_set = features.pop("train", None)
-        self.test_sets = {split: features.pop(split) for split in ("test",) if split in features}
-        self.evaluation_sets = features
+        self.set_features(features)
 
     def collate(self, features):
         return pad_batch(features, columns={"tags": tags.IGNORED}, **self.padding)

@@ -126,8 +126,7 @@ class Squad(Task):
             )
             for split, examples in self.examples.items()
         }
-        self.train_set = features.pop("train", None)
-        self.evaluation_sets = features
+        self.set_features(features)
         if args.verbose_logging and self.train_set:
             logger.info("first feature: %s", tokenizer.decode(self.train_set[0]["input_ids"]))
 

@@ -1,5 +1,7 @@
-"""What a new method or family touches: its class or its row, and nothing else."""
+"""What a new method, family or task touches: its class or its row, and nothing else."""
 
+import importlib
+import random
 import re
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import launch
-from tiny import read, tokenizer_of
+from tiny import NAMES, PLACES, read, same, scalars, tokenizer_of, write
 
 import bertarize
 import counts_parameters
@@ -60,6 +62,7 @@ def test_a_row_makes_a_family(monkeypatch, flags, tmp_path, caplog):
 
 
 ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 METHOD = """
 import contextlib, io, json, sys
 from pathlib import Path
@@ -111,8 +114,7 @@ assert all((packed[name] == value).all() for name, value in plain.items())
 
 def test_a_class_makes_a_method(tmp_path, flags):
     """The page's method with a setting, state, penalty and gradient, in a process of its own."""
-    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", page.partition("## A granularity")[0], re.S)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.partition("## A granularity")[0], re.S)
     assert "class SteadyMovement" in blocks[-1]
     script = tmp_path / "steady.py"
     script.write_text("\n".join([*blocks, METHOD]), encoding="utf-8")
@@ -120,3 +122,57 @@ def test_a_class_makes_a_method(tmp_path, flags):
     words = flags("out", train)
     done = launch(script, tmp_path, *words, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def summaries(rows, seed):
+    """Rows of a text, a summary, and grades that depend on the two words of the summary."""
+    rng = random.Random(seed)
+    yield "text", "summary", "content", "wording"
+    for _ in range(rows):
+        name, place = rng.randrange(8), rng.randrange(8)
+        yield f"{NAMES[name]} lives in oslo .", f"{NAMES[name]} {PLACES[place]}", name + 0.5, -place
+
+
+def test_a_class_makes_a_task(tmp_path, tiny_bert, monkeypatch, refused):
+    """The page's task learns, also of a teacher; it resumes and predicts; its model is served."""
+    block = re.findall(r"```python\n(.*?)```", PAGE.partition("## A task")[2], re.S)[0]
+    write(tmp_path / "summaries_of_page.py", block)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("summaries_of_page")
+    for seed, split in enumerate(("train", "dev", "test")):
+        rows = [row[: 2 if split == "test" else 4] for row in summaries(48, seed)]
+        write(tmp_path / f"{split}.tsv", "".join("\t".join(map(str, x)) + "\n" for x in rows))
+
+    def run(name, *more, model=tiny_bert):
+        flags = f"--data_dir {tmp_path} --cache_dir {tmp_path / 'cache'} --max_seq_length 16"
+        flags += f" --model_name_or_path {model} --output_dir {tmp_path / name} --no_cuda "
+        return module.main([*flags.split(), *" ".join(more).split()])
+
+    train = "--do_train --logging_steps 4 --per_gpu_train_batch_size 16 --learning_rate 3e-3"
+    dense = "--model_type dense"
+    results = run("dense", dense, train, "--max_steps 60 --do_eval --save_steps 0")
+    assert results["pearson_content"] > 0.8 and results["pearson_wording"] > 0.8
+    teacher = tmp_path / "dense"
+    prune = f"--model_type masked --max_steps 8 --save_steps 4 --final_threshold 0.5 {train}"
+    prune += f" --teacher_type dense --teacher_name_or_path {teacher} --alpha_distil 1 --alpha_ce 1"
+    results = run("whole", prune, "--do_eval --do_predict", model=teacher)
+    whole = tmp_path / "whole"
+    assert scalars(whole)["loss/distil"][8] > 0
+    run("again", prune, f"--resume_from_checkpoint {whole / 'checkpoint-4'}", model=teacher)
+    assert same(whole, tmp_path / "again")
+    alone = run("alone", "--model_type masked --do_eval", model=whole)
+    assert alone == {name: results[name] for name in alone}
+
+    header, *rows = (whole / "predictions.tsv").read_text().splitlines()
+    assert header == "index\tcontent\twording" and len(rows) == 48
+    plain = bertarize.main(["--model_name_or_path", str(whole)])
+    serve = transformers.pipeline("text-classification", model=str(plain), top_k=None)
+    pair = (tmp_path / "test.tsv").read_text().splitlines()[1].split("\t")
+    served = {row["label"]: row["score"] for row in serve(dict(zip(("text", "text_pair"), pair)))}
+    index, *grades = rows[0].split("\t")
+    assert index == "0" and [served[name] for name in ("content", "wording")] == pytest.approx(
+        [*map(float, grades)], abs=1e-4
+    )
+    write(tmp_path / "dev.tsv", "text\tsummary\tcontent\twording\na\tb\t1\tgood\n")
+    said = refused(run, "bad", dense, "--do_eval", model=teacher)
+    assert "dev.tsv:2: the label 'good' is not a finite number" in said

@@ -159,6 +159,7 @@ def test_help_says_what_a_flag_is_for(capsys):
 
 EXTENDED = """
 import sys
+from pathlib import Path
 import transformers
 from emmental.modules import find_masks, masked_layers
 from emmental.training.flags import make_parser
@@ -174,7 +175,7 @@ for method in "sign_movement", "peak":
         assert layer.mask_scores.grad is None and not torch.equal(layer.mask_scores, before)
     else:
         assert layer.mask_scores.grad.abs().unique().tolist() == [1.0]
-assert make_parser(Tagging(), "x").parse_args(
+assert make_parser(Summaries(), "x").parse_args(
     '''--data_dir x --model_type masked_bert --model_name_or_path x --output_dir x
     --pruning_method peak'''.split()
 )
@@ -184,7 +185,7 @@ layer(torch.randn(5, 8), threshold=0.5).sum().backward()
 assert layer.mask_scores.shape == layer.mask_scores.grad.shape == (6,)
 assert model[0].mask_scores.grad.shape == (16,)
 
-parser = make_parser(Tagging(), "x")
+parser = make_parser(Summaries(), "x")
 words = "--data_dir x --model_type masked_bert --model_name_or_path x --output_dir x"
 assert parser.parse_args([*words.split(), "--granularity", "row"]).granularity == "row"
 
@@ -209,14 +210,15 @@ transformers.BertTokenizerFast(vocab=vocabulary).save_pretrained(place / "bert")
 sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
 config = transformers.BertConfig(vocab_size=len(words), max_position_embeddings=16, **sizes)
 transformers.BertModel(config).save_pretrained(place / "bert")
-text = "Ada/name lives/other in/other Oslo/place\\nBen/name lives/other in/other Rome/place\\n"
+rows = "text\\tsummary\\tcontent\\twording\\nada lives in oslo\\tada in rome\\t1\\t2.5\\n"
+rows += "ben lives in oslo\\tben lives\\t3\\t-2\\n"
 for split in "train", "dev":
-    (place / f"{split}.txt").write_text(text * 4)
+    (place / f"{split}.tsv").write_text(rows)
 flags = f'''--model_type masked_bert --do_train --do_eval --do_lower_case --max_seq_length 16
     --max_steps 3 --final_threshold 0.5 --pruning_method peak --no_cuda
     --data_dir {place} --model_name_or_path {place / "bert"} --output_dir {place / "out"}'''
 results = main(flags.split())
-assert 0 <= results["accuracy"] <= 1 and abs(results["remaining_percent_linear"] - 50) < 1
+assert -1 <= results["pearson_wording"] <= 1 and abs(results["remaining_percent_linear"] - 50) < 1
 """
 
 

@@ -1,6 +1,7 @@
 """What a script says of its task. `run` calls the methods in this order."""
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,8 @@ class Task:
     head: the head of its models, one of `families.HEADS`. result_files: patterns of the files that
     its evaluation writes to output_dir; a new run removes old ones. data, dataset: the name of its
     data, and their name on the hub, for the model card. labels, set by `load_examples`: the number
-    or the names of the head's outputs; none for a regression. train_set,
-    evaluation_sets, test_sets, set by `make_features`: the features, by split, with a column
-    `length` (tokens); None or empty if the flags do not ask for them.
+    or the names of the head's outputs; none for one number, of a regression. train_set,
+    evaluation_sets, test_sets: the features that `make_features` hands to `set_features`.
     """
 
     head: str
@@ -46,17 +46,44 @@ class Task:
         return []
 
     def load_examples(self, args: argparse.Namespace, source: str) -> None:
-        """Read the examples that the arguments ask for: `max_train_samples`, `max_eval_samples`.
+        """Read the examples that the arguments ask for: see `splits`.
 
         source: the model, which has labels.
         """
         raise NotImplementedError
 
+    @staticmethod
+    def splits(
+        args: argparse.Namespace,
+        evaluation: Iterable[str] = ("dev",),
+        tests: Iterable[str] = ("test",),
+    ) -> dict[str, int | None]:
+        """The splits that the arguments ask for, each with its greatest number of examples.
+
+        None: all. evaluation, tests: the splits for --do_eval and for a task's --do_predict.
+        """
+        splits = {"train": args.max_train_samples} if args.do_train else {}
+        if args.do_eval or args.evaluate_during_training:
+            splits |= dict.fromkeys(evaluation, args.max_eval_samples)
+        if getattr(args, "do_predict", False):
+            splits |= dict.fromkeys(tests)
+        return splits
+
     def make_features(
         self, args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
     ) -> None:
-        """Turn the examples into features for the model."""
+        """Turn the examples into features for the model, and hand them to `set_features`."""
         raise NotImplementedError
+
+    def set_features(self, features: dict[str, Dataset]) -> None:
+        """Set the features of each split: train, test (or test_...), and those to evaluate.
+
+        They have a column `length` (tokens).
+        """
+        self.train_set = features.get("train")
+        self.test_sets = {split: x for split, x in features.items() if split.startswith("test")}
+        others = {"train", *self.test_sets}
+        self.evaluation_sets = {split: x for split, x in features.items() if split not in others}
 
     def collate(self, features: list[dict]) -> Batch:
         """A batch as tensors (batch, ...): the inputs of the model and of the loss."""
