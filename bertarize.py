@@ -6,7 +6,7 @@
 
 writes the folder bertarized_OUT (or compact_OUT) beside OUT. transformers loads the plain model as
 any other, and the compact one with `trust_remote_code=True`, without this package. The checkpoint's
-config.json says which method and threshold it was trained with; checkpoints of the 2020 code need
+config.json says which method and threshold it was trained with. Checkpoints of the 2020 code need
 --threshold. --compact, --onnx and --keep_vocabulary_of also take a plain or compact model.
 """
 

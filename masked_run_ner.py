@@ -8,9 +8,9 @@ Movement pruning towards 15% of the encoder's weights:
         --warmup_ratio 0.1 --initial_threshold 1 --final_threshold 0.15 --pruning_method topK
 
 The dense teacher: --model_type bert. Several GPUs: torchrun --nproc_per_node 8 masked_run_ner.py
---data_dir holds train, dev (or valid) and test files: columns as of CoNLL, or JSON lines. Without
-it, --dataset_name comes from the hub. Entities in IO, BIO or BIOES get precision, recall and F1 by
-the rules of conlleval, other tags the accuracy of each word.
+--data_dir holds train, dev (or valid) and test files: CoNLL columns, or JSON lines. Without
+it, --dataset_name comes from the hub. Tags in IO, BIO, BIOES or BILOU mark entities: precision,
+recall and F1 follow the rules of conlleval. Other tags have the accuracy over words.
 """
 
 import argparse
@@ -45,12 +45,13 @@ class Tagging(Task):
         add = parser.add_argument_group("tagging").add_argument
         add("--data_dir", help="folder of the train, dev (or valid) and test files")
         add("--dataset_name", help="data set on the hub, without --data_dir")
-        add("--dataset_config", help="its configuration, if it has several")
+        add("--dataset_config", help="configuration of that data set, if it has several")
         add("--word_column",
-            help="of the words: a number from 1 (default: 1), or the name of the field in JSON "
-                 "lines and on the hub (default: words or tokens)")
+            help="column of the words: a number from 1 (default: 1), or the name of the field in "
+                 "JSON lines and on the hub (default: words or tokens)")
         add("--tag_column",
-            help="likewise of the tags (default: the last column; tags or ner_tags)")
+            help="column of the tags: a number (default: the last), or a name (default: tags or "
+                 "ner_tags)")
         add("--stride", type=number(int, at_least=1),
             help="tokens between the starts of the windows over a long sentence (default: half of "
                  "--max_seq_length)")
@@ -119,6 +120,7 @@ class Tagging(Task):
         examples = self.examples[split]
         text = tags.columns_of(examples, self.predicted(split, logits))
         write_text(output_dir / PREDICTIONS, text)
+        (output_dir / TEST_RESULTS).unlink(missing_ok=True)  # of another test set
         if "tags" in examples.column_names:
             write_json(output_dir / TEST_RESULTS, self.score(split, logits, None, output_dir))
 

@@ -67,7 +67,8 @@ def add_model_flags(parser: Parser, task: Task) -> None:
     add("--do_lower_case", action="store_true", help="lower-case, whatever the tokenizer says")
     add("--max_seq_length", type=COUNT, default=task.max_seq_length, help="longest input in tokens")
     add("--max_train_samples", type=COUNT, help="train on the first so many examples only")
-    add("--max_eval_samples", type=COUNT, help="evaluate the first so many examples of each set")
+    add("--max_eval_samples", type=COUNT,
+        help="evaluate on the first so many examples of each set only")
     add("--overwrite_cache", action="store_true", help="make the features again")
 
 
@@ -78,46 +79,49 @@ def add_pruning_flags(parser: Parser) -> None:
     # what one score stands for
     add("--granularity", type=choice(*GRANULARITIES),
         help=f"what one score stands for: {', '.join(GRANULARITIES)} (structure: heads and "
-             "neurons; hybrid: neurons, else blocks); weight if not given")
+             "neurons; hybrid: blocks in attention, and neurons); weight if not given")
     add("--block_rows", type=COUNT, help="rows of a block; 32 if not given")
     add("--block_columns", type=COUNT, help="columns of a block; 32 if not given")
     # the schedule of the threshold
     add("--initial_threshold", type=NUMBER, default=1.0,
-        help="threshold at the start, a fraction: of remaining weights (1 for topK), or on "
-             "sigmoid(score) (0 for sigmoied_threshold)")
+        help="threshold at the start: the fraction that remains (1 for topK), or the value that "
+             "the sigmoid of a score must exceed (0 for sigmoied_threshold)")
     add("--final_threshold", type=NUMBER, default=0.7,
-        help="threshold at the end; what remains, for methods that rank")
+        help="threshold at the end; for methods that rank, the fraction that remains")
     add("--initial_warmup", type=NOT_NEGATIVE, default=1,
-        help="updates at the first threshold, in warmup_steps")
+        help="updates at the initial threshold, as a multiple of --warmup_steps")
     add("--final_warmup", type=NOT_NEGATIVE, default=2,
-        help="updates at the last one, likewise; raise it if the metric still climbs at the end")
+        help="updates at the final threshold, as a multiple of --warmup_steps; raise it if the "
+             "metric still climbs at the end")
     add("--lr_cycles", type=COUNT, default=1,
         help="cycles of the learning rate; with several, the threshold steps down as each begins")
-    add("--first_cut", type=NUMBER, default=0.3, help="what remains after the first such step")
+    add("--first_cut", type=NUMBER, default=0.3, help="threshold in the second cycle")
     # scores at the start
     add("--mask_init", type=choice(*MASK_INITS), default="constant",
-        help="constant, uniform or kaiming scores, or those of magnitude pruning")
+        help="how scores start: constant, uniform, kaiming, or at the magnitudes of the weights")
     add("--mask_scale", type=NUMBER, default=0.0,
         help="value (constant), range (uniform) or root mean square (magnitude) of initial scores")
     # the penalty
     add("--regularization", type=read_penalty,
-        help=f"penalty on the scores: {', '.join(penalties())}, or null; l1 is of soft movement")
+        help=f"penalty on the scores: {', '.join(penalties())}, or null; soft movement takes l1")
     add("--final_lambda", type=NOT_NEGATIVE, default=0.0,
-        help="final weight of the penalty; raise it to prune more")
+        help="lambda, the weight of the penalty, at the end; raise it to prune more")
     add("--target_remaining", type=NUMBER,
-        help="fraction of the weights to keep: steers lambda, from --final_lambda or a usual value")
+        help="fraction of the weights that shall remain: lambda is adjusted, starting from "
+             "--final_lambda or a usual value")
     # a time to keep to
     add("--target_speedup", type=NUMBER,
         help="how many times as fast the compact model shall be; sets --final_threshold")
     add("--speedup_of", type=choice("torch", "onnx"), default="torch",
         help="runtime whose times count: torch, or ONNX Runtime on a CPU")
     add("--speedup_batch", type=COUNT, default=1, help="sequences of a forward that is timed")
-    add("--speedup_length", type=COUNT, default=128, help="their length in tokens")
+    add("--speedup_length", type=COUNT, default=128, help="tokens of a sequence that is timed")
     # one cut-off for all matrices
-    add("--global_topk", action="store_true", help="rank all matrices together, without a penalty; "
-        "each keeps at least 0.5%% of its weights")
+    together = ", ".join(name for name, method in METHODS.items() if method.ranks_together)
+    add("--global_topk", action="store_true",
+        help=f"rank all matrices together ({together}); each keeps at least 0.5%% of its weights")
     add("--global_topk_frequency_compute", type=COUNT, default=25,
-        help="updates between two global cut-offs")
+        help="updates between two cut-offs of --global_topk")
 
 
 def add_method_flags(parser: Parser) -> None:
@@ -136,28 +140,33 @@ def add_distillation_flags(parser: Parser) -> None:
     add("--alpha_ce", type=NOT_NEGATIVE, default=0.5, help="weight of the task's own loss")
     add("--alpha_distil", type=NOT_NEGATIVE, default=0.5, help="weight of the distillation loss")
     add("--alpha_hidden", type=NOT_NEGATIVE, default=0.0,
-        help="weight of the mean distance between hidden states of student and teacher")
-    add("--temperature", type=POSITIVE, default=2.0, help="softens both distributions")
+        help="weight of the mean squared error between hidden states of student and teacher")
+    add("--temperature", type=POSITIVE, default=2.0,
+        help="softens the predictions of student and teacher in the distillation loss")
 
 
 def add_optimisation_flags(parser: Parser) -> None:
     add = parser.add_argument_group("optimisation").add_argument
     add("--per_gpu_train_batch_size", type=COUNT, default=8, help="examples per device and batch")
-    add("--per_gpu_eval_batch_size", type=COUNT, default=8, help="the same in evaluation")
+    add("--per_gpu_eval_batch_size", type=COUNT, default=8,
+        help="examples per device and batch in evaluation")
     add("--gradient_accumulation_steps", type=COUNT, default=1, help="batches per update")
     add("--learning_rate", type=POSITIVE, default=5e-5, help="peak learning rate of the weights")
     add("--mask_scores_learning_rate", type=POSITIVE, default=1e-2,
-        help="that of the scores; raise it for short runs")
+        help="peak learning rate of the scores; raise it for short runs")
     add("--num_train_epochs", type=POSITIVE, default=3.0, help="epochs, may be fractional")
     add("--max_steps", type=int, default=-1, help="updates in all; overrides --num_train_epochs")
     add("--warmup_steps", type=COUNT_OR_0, default=0,
-        help="updates of learning-rate warm-up; unit of plateaus")
+        help="updates in which the learning rate warms up; unit of --initial_warmup and "
+             "--final_warmup")
     add("--warmup_ratio", type=RATIO,
-        help="fraction of all updates, in place of --warmup_steps: fits data of any size")
+        help="warm-up as a fraction of all updates, in place of --warmup_steps: fits data of any "
+             "size")
     add("--weight_decay", type=NOT_NEGATIVE, default=0.0,
-        help="decay of weights; none for scores, bias, LayerNorm")
+        help="weight decay, but none of scores, bias and LayerNorm")
     add("--adam_epsilon", type=POSITIVE, default=1e-8, help="epsilon of AdamW")
-    add("--max_grad_norm", type=NOT_NEGATIVE, default=1.0, help="clip gradients there; 0: never")
+    add("--max_grad_norm", type=NOT_NEGATIVE, default=1.0,
+        help="clip gradients to this norm; 0: never")
 
 
 def add_logging_flags(parser: Parser, task: Task) -> None:
@@ -166,7 +175,8 @@ def add_logging_flags(parser: Parser, task: Task) -> None:
         help="updates between points in TensorBoard, and between lines of a log")
     add("--save_steps", type=COUNT_OR_0, default=task.save_steps,
         help="updates between checkpoints; 0 for none")
-    add("--save_total_limit", type=COUNT, help="checkpoints to keep; 2, or all that are evaluated")
+    add("--save_total_limit", type=COUNT,
+        help="checkpoints to keep (default: 2; with --eval_all_checkpoints, all)")
 
 
 def add_hardware_flags(parser: Parser) -> None:
@@ -178,17 +188,19 @@ def add_hardware_flags(parser: Parser) -> None:
     add("--bf16", action="store_true", help="mixed precision in bfloat16 (GPU, recent CPUs)")
     add("--compile", action="store_true", help="compile the encoder; slow to start")
     add("--num_workers", type=COUNT_OR_0, default=0, help="processes that load batches")
-    add("--check_ranks", action="store_true", help="stop if masks or weights differ by rank")
+    add("--check_ranks", action="store_true",
+        help="stop if masks or weights differ between processes")
     add("--local_rank", type=int, default=-1, help="for old launchers; torchrun does not need it")
 
 
 def add_mask_flags(add: Callable) -> None:
     """The flags of the scripts that read a masked checkpoint; see `given_masks`."""
     default = "(default: from config.json)"
-    add("--pruning_method", type=read_method, help=f"method {default}")
-    add("--threshold", type=float, help=f"threshold {default}: a fraction in [0, 1], or a score")
+    add("--pruning_method", type=read_method, help=f"method of the checkpoint {default}")
+    add("--threshold", type=float,
+        help=f"threshold of the checkpoint {default}: a fraction in [0, 1], or a score")
     add("--global_topk", action="store_true", default=None,
-        help=f"all matrices were ranked together {default}")
+        help=f"all matrices of the checkpoint were ranked together {default}")
 # fmt: on
 
 
