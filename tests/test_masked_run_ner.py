@@ -306,6 +306,8 @@ def test_other_labels_start_a_fresh_head_and_are_not_compared_in_a_test_set(
     out = run(TRAIN, model=other)
     assert "has other labels (NOUN, VERB, ADP, PUNCT): it starts fresh" in caplog.text
     write(tmp_path / "test.conll", "ada\tNOUN\nlives\tVERB\n")
+    (tmp_path / "alone").mkdir()
+    write(tmp_path / "alone" / "test_results.json", "{}")  # of another test set: it goes
     alone = run("--do_predict", model=out, data=tmp_path, output="alone")
     assert "test.conll: has the tags NOUN, VERB, and the model B-name" in caplog.text
     assert [file.name for file in alone.iterdir()] == ["predictions.txt"]

@@ -42,6 +42,13 @@ def test_columns_by_number(tmp_path):
     assert read(path, "2", "3") == [(["Ada", "lives"], ["NN", "VB"])]
 
 
+def test_universal_dependencies(tmp_path):
+    rows = ["1-2\tAda's\t_", "1\tAda\tB-name", "1.1\tis\t_", "2\t's\tO", "3\t#\tO", ""]
+    text = "\n".join(["# text = Ada's #", *rows, "# text = Oslo", "1\tOslo\tB-place", ""])
+    path = write(tmp_path / "train.conllu", text)
+    assert read(path, "2") == [(["Ada", "'s", "#"], ["B-name", "O", "O"]), (["Oslo"], ["B-place"])]
+
+
 def test_words_may_be_empty_or_hold_spaces(tmp_path):
     path = write(tmp_path / "train.tsv", "New York\tB-place\n\tO\nx\u2028y\u00a0\tO\n\t\n")
     assert read(path) == [(["New York", "", "x\u2028y\u00a0"], ["B-place", "O", "O"])]
@@ -125,6 +132,8 @@ def test_refuses_bad_columns(tmp_path):
     said = "--tag_column tags: "
     assert said in refusal(read, path, None, "tags")
     assert "--word_column 0: " in refusal(read, path, "0")
+    assert "has 2 columns; a word and its tag need 3" in refusal(read, path, "2")  # tags are words
+    assert read(path, "2", test=True) == [["O"]]
     assert "train.conll:1: has 2 columns; a word and its tag need 3" in refusal(
         read, path, None, "3"
     )
@@ -148,6 +157,8 @@ def test_tags_of_one_scheme(tmp_path):
     tags.labels_of(places(path, "a NOUN\nb VERB\n"), path)
     said = refusal(tags.labels_of, places(path, "a B-x\n\nb O\nc PER\n"), path)
     assert "train.conll:3: its sentence has the tag 'PER'" in said and "B-, I-, E- or S-" in said
+    said = refusal(compared, path, "a B-x\n\nb M-x\n", ("B-x", "O"))
+    assert "train.conll:3: its sentence has the tag 'M-x'; beside tags such as B-name" in said
     said = refusal(tags.labels_of, places(path, "a O\nb O\n"), path)
     assert "train.conll: has 1 different tags" in said
 

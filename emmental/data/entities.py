@@ -4,27 +4,28 @@ import collections
 import re
 from collections.abc import Iterable
 
-ENTITY_TAG = re.compile(r"O|[BIES](-.*)?")  # IO, BIO and BIOES
+ENTITY_TAG = re.compile(r"O|[BIESLU](-.*)?")  # IO, BIO, BIOES and BILOU
+BIOES = {"L": "E", "U": "S"}  # what the letters of BILOU are in BIOES
 
 
 def has_entities(labels: Iterable[str]) -> bool:
     """Whether tags mark entities, as B-person does, and a bare B or I. Else each stands alone."""
     labels = set(labels)
-    bare = labels <= set("BIESO") and not labels.isdisjoint("BI")
-    return bare or any(tag[:1] in "BIES" and tag[1:2] == "-" for tag in labels)
+    bare = labels <= set("BIESLUO") and not labels.isdisjoint("BI")
+    return bare or any(tag[:1] in "BIESLU" and tag[1:2] == "-" for tag in labels)
 
 
 def entities(tags: Iterable[str]) -> set[tuple[str, int, int]]:
     """The entities of a sentence: (type, first word, last word).
 
     An entity starts at B and S, after O, E and S, and where the type changes: in IO and in broken
-    sequences, too, as for conlleval and for seqeval's default.
+    sequences, too, as for conlleval and for seqeval's default. L is read as E, and U as S.
     """
     spans = []
     before = "O"
     for place, tag in enumerate(tags):
         prefix, _, kind = tag.partition("-")
-        kind = kind or "_"
+        prefix, kind = BIOES.get(prefix, prefix), kind or "_"
         if prefix != "O":
             if before in ("O", "E", "S") or prefix in ("B", "S") or kind != spans[-1][0]:
                 spans.append([kind, place, place])

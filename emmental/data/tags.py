@@ -8,7 +8,7 @@ import functools
 import itertools
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from .windows import best_windows, windows_of
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # raise it when what the same input gives changes: old caches are then ignored
+VERSION = 2  # raise it when what the same input gives changes: old caches are then ignored
 STEMS = {"train": ("train",), "dev": ("dev", "valid"), "test": ("test",)}
 WORDS, TAGS = ("words", "tokens"), ("tags", "ner_tags")  # fields of JSON lines and of the hub
 IGNORED = -100  # a token that is no first piece of a word, or of one that another window shows best
@@ -105,9 +105,12 @@ def _sentences(path: Path, columns: Columns, test: bool) -> Iterator[Sentence]:
             )
         numbers.append(int(column or 0))
     word, tag = numbers[0] or 1, numbers[1]
-    needed = max(word, tag or 2)
+    needed = max(word, tag or word + 1)
     width = None
-    for is_sentence, rows in itertools.groupby(file_rows(path), key=_has_word):
+    lines = file_rows(path)
+    if path.suffix == ".conllu":  # without comments, ranges (1-2) and empty nodes (2.1)
+        lines = (row for row in lines if not re.match(r"#|\d+[-.]", row[1][0]))
+    for is_sentence, rows in itertools.groupby(lines, key=_has_word):
         if not is_sentence:
             continue
         rows = [*rows]
@@ -199,13 +202,19 @@ def labels_of(places: dict[str, str], where: str) -> tuple[str, ...]:
     """The tags of a training file; raises UserError unless they are several, in one scheme."""
     if len(places) < 2:
         raise UserError(f"{where}: has {len(places)} different tags; it must have two or more")
+    _check_scheme(places, places)
+    return tuple(places)
+
+
+def _check_scheme(places: dict[str, str], labels: Iterable[str]) -> None:
+    if not has_entities(labels):
+        return
     for tag, place in places.items():
-        if has_entities(places) and not ENTITY_TAG.fullmatch(tag):
+        if not ENTITY_TAG.fullmatch(tag):
             raise UserError(
                 f"{place}: its sentence has the tag {brief(tag)!r}; beside tags such as B-name, "
-                "tags must be O, or B-, I-, E- or S- and a type"
+                "tags must be O, or B-, I-, E- or S- (BILOU: L- or U-) and a type"
             )
-    return tuple(places)
 
 
 def compared(
@@ -213,7 +222,8 @@ def compared(
 ) -> Dataset:
     """The examples; a test file loses its tags if they are of another task than the labels.
 
-    Other files are then refused with a UserError. Warns of tags that the labels lack.
+    Other files are then refused with a UserError, and so is a tag that fits no scheme. Warns of
+    tags that the labels lack.
     """
     lacking = {tag: place for tag, place in places.items() if tag not in labels}
     if lacking and not (places.keys() & {*labels}) - {"O"}:
@@ -223,6 +233,7 @@ def compared(
             raise UserError(f"{problem}: give a model, or files, of one task")
         logger.warning(f"{problem}: they are not compared")
         return examples.remove_columns("tags")
+    _check_scheme(lacking, labels)
     for tag, place in lacking.items():
         logger.warning(
             f"{place}: its sentence has the tag {brief(tag)!r}, which the model does not have: it "
