@@ -57,12 +57,12 @@ def get_parser() -> Parser:
     add("--model_name_or_path", required=True, help="folder of the fine-pruned (masked) checkpoint")
     beside = "bertarized_<name>, or compact_<name>, beside it"
     add("--target_model_path", help=f"folder to write (default: {beside})")
-    compact = "drop empty heads and neurons: a smaller model, fast in any runtime"
+    compact = "drop empty heads and neurons: a smaller model, faster in any runtime"
     add("--compact", action="store_true", help=compact)
     pieces = "drop the pieces of the vocabulary that these texts (files, folders) do not need"
     add("--keep_vocabulary_of", nargs="+", metavar="PATH", help=pieces)
     add("--onnx", metavar="FILE", help="also write the model to this file, for ONNX Runtime")
-    int8 = "also write FILE's int8 form, FILE_int8, for a kind of CPU (default: this one)"
+    int8 = "also write the int8 form of FILE, FILE_int8, for a kind of CPU (default: this CPU)"
     add("--int8", nargs="?", const="this", choices=["this", *PRESETS], help=int8)
     add("--push_to_hub", metavar="ID", help="also upload the folder to this repository of the hub")
     add_mask_flags(add)
@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> Path:
         kind = "compact" if args.compact else "bertarized"
         target = target_folder(checkpoint, args.target_model_path, kind)
         if args.int8 and not args.onnx:
-            raise UserError("--int8 is of an ONNX file: give --onnx FILE, too")
+            raise UserError("--int8 needs an ONNX file: give --onnx FILE, too")
         if args.onnx:
             check_onnx(Path(args.onnx))
         corpus = corpus_files(args.keep_vocabulary_of or ())

@@ -6,8 +6,8 @@
     python saving_prunebert.py unpack FILE FOLDER       # a normal from_pretrained folder
 
 From Python, `emmental.storage.load_packed(FILE)` returns the model. The file contains the
-embeddings, with one step per row; `pack --base_model NAME` leaves them out if they are still those
-of NAME.
+embeddings, with one step per row. `pack --base_model NAME` leaves them out, if NAME has the same
+ones.
 """
 
 import io
@@ -180,7 +180,7 @@ def verify(args: Namespace) -> int:
     bound = f"all weights within the error bound of {header['bits']} bits"
     print("\n".join(problems) or f"all masks are equal, and {bound}")
     if with_data and not flags:
-        print(f"metrics are not compared: {args.checkpoint} is of a task that no script here has")
+        print(f"metrics are not compared: no script here has the task of {args.checkpoint}")
     if flags:
         masks["final_threshold"] = masks.pop("threshold")
         before = evaluate(args.checkpoint, flags, masks)

@@ -113,7 +113,7 @@ def test_what_cannot_be(folders, squad_dir, tmp_path, refused):
     assert "cannot be read" in said("--onnx_file", str(tmp_path / "bad.onnx"))
     assert "drop --do_train" in said("--onnx_file", "x.onnx", "--sparse_inference")
     words = ["--model_name_or_path", str(folders / "run"), "--int8"]
-    assert "--int8 is of an ONNX file: give --onnx FILE, too" in refused(bertarize.main, words)
+    assert "--int8 needs an ONNX file: give --onnx FILE, too" in refused(bertarize.main, words)
 
 
 def test_a_file_of_another_model_is_refused(folders, small, tmp_path):

@@ -44,8 +44,8 @@ def number(
 class Parser(argparse.ArgumentParser):
     """An argument parser with one-line errors that name the nearest flag.
 
-    Flags may have dashes in place of underscores, as torch.distributed.launch writes them. Values
-    without a type may be paths, in which ~ is a home folder, whether or not the shell says so.
+    Flags may have dashes in place of underscores, as torch.distributed.launch writes them. A value
+    without a type may be a path: a ~ at its start is the home folder, as in a shell.
     """
 
     def __init__(self, **kwargs):
@@ -87,7 +87,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Shows the default of a flag unless that is None or False, or the help says it."""
+    """Shows the default of a flag, unless it is None or False, or stands in the help."""
 
     def _get_help_string(self, action):
         if action.required:
