@@ -2,6 +2,7 @@
 and neurons of each layer that remain: those through which an input reaches the layer's output.
 
     python counts_parameters.py --serialization_dir OUT
+    python counts_parameters.py --serialization_dir OUT --plot remaining.png
 
 The checkpoint's config.json says which method and threshold it was trained with. Checkpoints of the
 2020 code need --threshold, and some need --pruning_method.
@@ -32,14 +33,19 @@ def get_parser() -> Parser:
     add("--serialization_dir", required=True, help="folder of the fine-pruned (masked) checkpoint")
     add_mask_flags(add)
     add("--json", metavar="FILE", help="write the counts to this file too")
+    add("--plot", metavar="FILE", help="draw them as a grid of layers: .png, .pdf, .svg")
     return parser
 
 
-def print_report(counts: RemainingWeights, layers: list[LayerCount], depth: int) -> None:
+def described(counts: RemainingWeights) -> str:
     method, threshold, global_topk, granularity = counts.settings.values()
     ranked = ", all matrices ranked together" if global_topk else ""
     at = f" at threshold {threshold:g}{ranked}" if METHODS[method].threshold_is else ""
-    print(f"{method}{at}, granularity {granularity}")
+    return f"{method}{at}, granularity {granularity}"
+
+
+def print_report(counts: RemainingWeights, layers: list[LayerCount], depth: int) -> None:
+    print(described(counts))
     width = max(len(matrix.name) for matrix in counts.matrices)
     print(f"{'matrix':<{width}}  {'remaining %':>11}  {'remaining':>12}")
     for matrix in counts.matrices:
@@ -62,12 +68,19 @@ def main(argv: list[str] | None = None) -> RemainingWeights:
     args = get_parser().parse_args(argv)
     set_up_logging()
     with one_line_errors(), advising("give --threshold"):
+        if args.plot:
+            from paper.plots import check_picture, layer_figure, save_figure  # slow to import
+
+            check_picture("--plot", Path(args.plot))
         model = load_masked(args.serialization_dir, **given_masks(args))
         masks = find_masks(model)
         counts = remaining_weights(model, masks)
         layers = count_layers(model, masks)
         if args.json:
             write_json(Path(args.json), counts.as_dict() | {"layers": list(map(asdict, layers))})
+        if args.plot:
+            title = f"{described(counts)}: {counts.published_percent:.1f}% remaining"
+            save_figure(layer_figure(counts, layers, title), Path(args.plot))
         print_report(counts, layers, model.config.num_hidden_layers)
     return counts
 

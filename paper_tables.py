@@ -5,6 +5,7 @@
     python paper_tables.py run squad 10D3 3E2 --data_dir data/squad        # run them; restartable
     python paper_tables.py report runs                                     # tables: paper and ours
     python paper_tables.py plot runs                                       # figures: paper and ours
+    python paper_tables.py figure                                          # that of the README
 
 `--scale 0.1` gives a run a tenth of the paper's updates and warm-up, for smaller data. Flags after
 `--` go to the scripts and override the point's settings: `... -- --no_cuda --learning_rate 1e-4`,
@@ -27,7 +28,7 @@ from emmental.system.files import followed, write_text
 from emmental.training.checkpoint import SUMMARY_FILE
 from emmental.training.parser import Parser
 from emmental.training.runlog import set_up_logging
-from paper.points import GLOBAL, METHODS, TASKS, commands, find_point, load_points
+from paper.points import GLOBAL, METHODS, ROOT, TASKS, commands, find_point, load_points
 from paper.report import headline, run_rows, to_markdown
 from paper.runs import RESULTS, find_runs
 
@@ -35,7 +36,7 @@ from paper.runs import RESULTS, find_runs
 def get_parser() -> Parser:
     parser = Parser(description=__doc__)
     # fmt: off
-    metavar = "list | command | run | report | plot"
+    metavar = "list | command | run | report | plot | figure"
     verbs = parser.add_subparsers(required=True, metavar=metavar, help="what to do")
 
     def verb(name: str, function: Callable[[argparse.Namespace], None], summary: str):
@@ -72,6 +73,8 @@ def get_parser() -> Parser:
     add("--to", help="folder for the PNG files (default: that of the runs)")
     speeds = "draw the metric against the speed-ups in this file of benchmarks/compact.py"
     add("--speed", metavar="FILE", help=speeds)
+    add = verb("figure", figure, "draw the figures that CSV files of this repository make")
+    add("--to", default=ROOT, help="folder to write them to (default: this repository)")
     # fmt: on
     return parser
 
@@ -194,6 +197,15 @@ def plot(args: argparse.Namespace) -> None:
     figures = draw(runs, Path(args.to or args.runs_dir), speeds)
     lines = [f"left out: {folder}: {reason}" for folder, reason in left_out.items()]
     print(*lines, *figures, sep="\n")
+
+
+def figure(args: argparse.Namespace) -> None:
+    from paper.front import figures
+    from paper.plots import save_figure
+
+    for name, drawn in figures().items():
+        save_figure(drawn, Path(args.to) / name)
+        print(Path(args.to) / name)
 
 
 def main(argv: list[str] | None = None) -> None:

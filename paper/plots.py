@@ -1,55 +1,85 @@
-"""The paper's figures with our runs in them, and our metrics against measured speed-ups."""
+"""The paper's figures with our runs in them, our metrics against measured speed-ups, and pictures
+of one run.
+
+All figures share a style. A page shows them 600 pixels wide; colours differ in grey; a name beside
+the end of a line takes the place of a legend.
+"""
 
 import itertools
 import json
 import re
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
 import torch
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from PIL import Image
+from transformers import PreTrainedModel
 
-from emmental.checkpoints.counts import remaining_weights
+from emmental.checkpoints.counts import (
+    LayerCount,
+    RemainingWeights,
+    count_layers,
+    remaining_weights,
+)
 from emmental.checkpoints.loading import load_masked, load_model, read_config
 from emmental.models.families import COMPACT
 from emmental.modules.granularity import GRANULARITIES
 from emmental.modules.masks import find_masks, masked_layers
 from emmental.system.errors import UserError
+from emmental.system.files import write_file
 
-from .points import GLOBAL, paper_line
+from .curves import read_curves
+from .points import GLOBAL, TASKS, paper_line
 from .runs import TITLES, Run, methods_of
 
-PALETTE = "blue green orange red purple brown pink olive cyan".split()
-COLOURS = {title: f"tab:{name}" for title, name in zip(TITLES, itertools.cycle(PALETTE))}
+WIDTH = 6  # inches, of 100 pixels on a page
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 9,
+    "font.size": 9,
+    "grid.color": "0.9",
+    "savefig.dpi": 150,
+}
+matplotlib.rcParams.update(STYLE)
+PALETTE = ("#757575", "#f2ae3d", "#52a5dd", "#08306b", "#5d7f3b", "#b5123f")
+COLOURS = dict(zip(TITLES, itertools.cycle(PALETTE)))
+LINES = ("-", "--", ":", "-.")
 MARKERS = "os^Dv"
 SMALLER = ("fewer layers", "compact, fine-tuned")  # dense models
-KIND_MARKERS = dict(zip([*SMALLER, *GRANULARITIES], itertools.cycle("x*" + MARKERS)))
+KIND_MARKERS = dict(zip(["dense", *SMALLER, *GRANULARITIES], itertools.cycle("Px*" + MARKERS)))
+TICKS = (1, 2, 3, 5, 10, 20, 30, 50, 100)
+OVERALL = "remaining/overall"
 SAMPLE = 4000  # remaining weights in a scatter, and as many pruned ones
 
 
 def draw(runs: list[Run], folder: Path, speeds: "Speeds | None" = None) -> list[str]:
     """Save all figures as PNG files. Returns a line for each: its path, or why there is none."""
-    folder.mkdir(parents=True, exist_ok=True)
     lines = []
 
-    def save(figure: Figure, name: str) -> None:
-        figure.savefig(folder / name, dpi=120)
-        lines.append(str(folder / name))
+    def save(name: str, make: Callable[..., Figure], *of_what) -> None:
+        try:
+            figure = make(*of_what)
+        except UserError as error:
+            lines.append(f"not drawn: {name}: {error}")
+        else:
+            save_figure(figure, folder / name)
+            lines.append(str(folder / name))
 
     for task in sorted({run.task for run in runs}):
         of_task = [run for run in runs if run.task == task and run.metrics]
-        if not of_task:
-            lines.append(f"not drawn: {task}-metric.png: its runs have no metric")
-            continue
-        save(metric_figure(task, of_task), f"{task}-metric.png")
-        if not speeds:
-            continue
-        if figure := speed_figure(task, of_task, speeds):
-            save(figure, f"{task}-speed.png")
-        else:
-            lines.append(f"not drawn: {task}-speed.png: no speed of its runs was measured")
+        save(f"{task}-metric.png", metric_figure, task, of_task)
+        if of_task and speeds:
+            save(f"{task}-speed.png", speed_figure, task, of_task, speeds)
     depth = 2  # of the folders in a file's name: enough to tell the runs apart
     while len({run.folder.parts[-depth:] for run in runs}) < len(runs):
         depth += 1
@@ -57,38 +87,72 @@ def draw(runs: list[Run], folder: Path, speeds: "Speeds | None" = None) -> list[
         if run.method == "dense":
             continue
         name = "-".join(run.folder.parts[-depth:])
-        save(layer_figure(run), f"{name}-layers.png")
-        try:
-            save(scatter_figure(run), f"{name}-weights.png")
-        except UserError as error:
-            lines.append(f"not drawn: {name}-weights.png: {error}")
+        model = load_masked(str(run.folder))
+        masks = find_masks(model)
+        counts, layers = remaining_weights(model, masks), count_layers(model, masks)
+        save(f"{name}-layers.png", layer_figure, counts, layers, _title(run))
+        save(f"{name}-weights.png", scatter_figure, run, model)
+        save(f"{name}-curves.png", curves_figure, run)
     return lines
 
 
+def check_picture(flag: str, file: Path) -> None:
+    """Raises UserError for a picture that cannot be written: its ending, or no folder."""
+    endings = sorted(FigureCanvasBase.get_supported_filetypes())
+    if file.suffix.lower().removeprefix(".") not in endings:
+        raise UserError(f"{flag} {file}: the name must end in one of .{' .'.join(endings)}")
+    if not file.parent.is_dir():
+        raise UserError(f"{flag} {file}: there is no folder {file.parent}: make it first")
+
+
+def save_figure(figure: Figure, file: Path) -> None:
+    """Write a figure. A PNG has 128 colours, and a third of the bytes."""
+
+    def fill(aside: Path) -> None:
+        figure.savefig(aside)
+        if aside.suffix.lower() == ".png":
+            Image.open(aside).convert("RGB").quantize(128).save(aside, optimize=True)
+
+    write_file(file, fill)
+
+
+# ------------------------------------------------------------------------------------ many runs
+
+
 def metric_figure(task: str, runs: list[Run]) -> Figure:
-    """Metric against remaining weights, by method: the paper as lines, ours as points."""
+    """Metric against remaining weights, by method: the paper as lines, ours as points.
+
+    The title has what our pruned models have in common. Raises UserError without runs.
+    """
+    if not runs:
+        raise UserError("its runs have no metric")
     metric = _metric(task, runs)
-    figure, axes = _panel("remaining weights, % of the encoder", f"{metric}, %", task)
-    extras = sorted({_extras(run) for run in runs} | {""})
+    pruned = [run for run in runs if run.method != "dense"]
+    common = set.intersection(*(set(_extras(run)) for run in pruned)) if pruned else set()
+    shared = [extra for extra in _extras(pruned[0]) if extra in common] if common else []
+    title = f"{task} (ours: {', '.join(shared)})" if shared else task
+    figure, axes = panel("remaining weights, % of the encoder", f"{metric}, %", title)
     for method, distil in itertools.product(methods_of(runs), (False, True)):
-        name = method + ", distilled" * distil
         line = paper_line(task, metric, method, distil)
-        _plot(axes, method, line, label=f"{name} (paper)", linestyle="-" if distil else ":")
-        for extra, marker in zip(extras, itertools.cycle(MARKERS)):
-            ours = [
-                (run.remaining, run.metrics[metric])
-                for run in runs
-                if (run.method, run.distil, _extras(run)) == (method, distil, extra)
-            ]
-            style = {"marker": marker, "fillstyle": "full" if distil else "none"}
-            _plot(axes, method, ours, label=f"{name}{extra} (ours)", linestyle="none", **style)
+        label = method + ", distilled" * distil + " (paper)"
+        linestyle = LINES[2 * (not distil) + (GLOBAL in method)]
+        _plot(axes, method, line, label=label, linestyle=linestyle)
+    series, whose = {}, " (ours)" * (task in TASKS)
+    for run in pruned:
+        extras = ", ".join(extra for extra in _extras(run) if extra not in common)
+        points = series.setdefault((run.method, extras), [])
+        points.append((run.remaining, run.metrics[metric], run.distil))
+    markers = dict(zip(sorted({extras for _, extras in series}), itertools.cycle(MARKERS)))
+    for (method, extras), points in series.items():
+        style = {"marker": markers[extras], "fillstyle": "full" if points[0][2] else "none"}
+        label = ", ".join(filter(None, (method, extras))) + whose
+        points = [point[:2] for point in points]
+        _plot(axes, method, points, label=label, linestyle="none", **style)
     for run in runs:
         if run.method == "dense" and not run.distil:  # not a model with fewer layers
-            axes.axhline(run.metrics[metric], color="black", ls="--", label="dense (ours)")
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
-    axes.legend(fontsize=7)
+            axes.axhline(run.metrics[metric], color="black", lw=0.8, label=f"dense{whose}")
+    remaining_axis(axes)
+    name_ends(axes)
     return figure
 
 
@@ -111,8 +175,9 @@ def read_speeds(file: Path) -> Speeds:
         results = json.loads(file.read_text(encoding="utf-8"))
         dense = Path(results["dense"]).resolve()
         for row in results["rows"]:
-            model = Path(row["model"]).resolve()
-            gains.setdefault(row["runtime"], {})[model] = float(row["gain"])
+            by_folder = gains.setdefault(row["runtime"], {})
+            is_dense = row["model"] == "dense" and is_int8(row["runtime"])  # measured unasked
+            by_folder[dense if is_dense else Path(row["model"]).resolve()] = float(row["gain"])
         setting, *others = {f"{row['batch']} x {row['length']}" for row in results["rows"]}
     except (KeyError, TypeError, ValueError) as error:
         problem = "does not hold speeds of models in folders, measured by benchmarks/compact.py"
@@ -122,70 +187,95 @@ def read_speeds(file: Path) -> Speeds:
     return Speeds(gains, dense, setting)
 
 
-def speed_figure(task: str, runs: list[Run], speeds: Speeds) -> Figure | None:
-    """Metric against speed-up, by method and granularity; None if no run's speed was measured."""
+def speed_figure(task: str, runs: list[Run], speeds: Speeds) -> Figure:
+    """Metric against speed-up, a line for each method, granularity and runtime.
+
+    The metric is that of the float32 model, in int8 too. Raises UserError if no run's speed was
+    measured.
+    """
     metric = _metric(task, runs)
     series = {}
-    for run, runtime in itertools.product(runs, speeds.gains):
+    for run, (runtime, gains) in itertools.product(runs, speeds.gains.items()):
         folder = run.folder.resolve()
-        if folder != speeds.dense and folder in speeds.gains[runtime]:
-            points = series.setdefault((run.method, _kind(run), runtime), [])
-            points.append((speeds.gains[runtime][folder], run.metrics[metric]))
+        kind = "dense" if folder == speeds.dense else _kind(run)
+        if folder in gains and (kind != "dense" or is_int8(runtime)):  # else 1 by definition
+            points = series.setdefault((run.method, kind, runtime), [])
+            points.append((gains[folder], run.metrics[metric]))
     if not series:
-        return None
-    xlabel = f"times as fast as the dense model (batch x length {speeds.setting})"
-    figure, axes = _panel(xlabel, f"{metric}, %", task)
-    runtimes = list(speeds.gains)
+        raise UserError("no speed of its runs was measured")
+    xlabel = f"times as fast as dense in float32 (batch x length {speeds.setting})"
+    figure, axes = panel(xlabel, f"{metric}, %", task)
+    styles = dict(zip(speeds.gains, itertools.cycle(LINES)))
     for (method, kind, runtime), points in sorted(series.items()):
         label = kind if method == "dense" else f"{method}, {kind}"
-        label += f", {runtime}" if len(runtimes) > 1 else ""
-        linestyle = ("-", "--", ":", "-.")[runtimes.index(runtime)]
-        style = {"marker": KIND_MARKERS[kind], "linestyle": linestyle}
+        label += f", {runtime}" if len(speeds.gains) > 1 else ""
+        style = {"marker": KIND_MARKERS[kind], "linestyle": styles[runtime]}
+        style["fillstyle"] = "none" if is_int8(runtime) else "full"
         _plot(axes, method, sorted(points), label=label, **style)
     for run in runs:
         if run.folder.resolve() == speeds.dense:
-            axes.axhline(run.metrics[metric], color="black", ls="--", lw=0.8, label="dense")
-    axes.legend(fontsize=7)
+            axes.axhline(run.metrics[metric], color="black", lw=0.8, label="dense")
+    name_ends(axes)
     return figure
 
 
-def layer_figure(run: Run) -> Figure:
-    """Remaining weights by layer and kind of matrix; kinds that are equal share a line."""
-    by_kind = {}
-    for matrix in remaining_weights(load_masked(str(run.folder))).matrices:
-        kind = re.split(r"\.\d+\.", matrix.name)[-1]
-        kind = kind.replace("attention.self.", "").removesuffix(".dense")
-        by_kind.setdefault(kind, []).append(matrix.percent)
-    lines = {}
-    for kind, percents in by_kind.items():
-        lines.setdefault(tuple(percents), []).append(kind)
-    figure, axes = _panel("layer", "remaining weights, %", _title(run))
-    for (percents, kinds), marker in zip(lines.items(), itertools.cycle(MARKERS)):
-        axes.plot(percents, marker=marker, fillstyle="none", label=", ".join(kinds))
-    axes.set_xticks(range(max(map(len, lines))))
-    axes.set_ylim(bottom=0)
-    figure.legend(loc="outside lower center", ncols=3)
+def is_int8(runtime: str) -> bool:
+    return "int8" in runtime
+
+
+# ------------------------------------------------------------------------------------- one model
+
+
+def layer_figure(counts: RemainingWeights, layers: list[LayerCount], title: str) -> Figure:
+    """A grid: of each layer the remaining weights of each matrix, the heads and the neurons."""
+    columns = {}  # by title, the percentage and the text of each layer
+    for matrix in counts.matrices:
+        kind = _place(matrix.name)[0].replace(".", "\n") + "\n%"
+        columns.setdefault(kind, []).append((matrix.percent, f"{matrix.percent:.3g}"))
+    matrices = len(columns)
+    for layer in layers:
+        for name, left, total in (
+            ("heads", layer.heads, layer.all_heads),
+            ("neurons", layer.neurons, layer.all_neurons),
+        ):
+            columns.setdefault(f"{name}\nof {total}", []).append((100 * left / total, f"{left}"))
+    rows = max(map(len, columns.values()))
+    figure = Figure(figsize=(WIDTH, 1.2 + 0.28 * rows), layout="constrained")
+    axes = figure.subplots()
+    percents = torch.full((rows, len(columns)), torch.nan)
+    for x, cells in enumerate(columns.values()):
+        for y, (percent, text) in enumerate(cells):
+            percents[y, x] = percent
+            colour = "white" if percent > 25 else "black"
+            axes.text(x, y, text, ha="center", va="center", color=colour)
+    axes.imshow(percents.sqrt(), cmap="Blues", vmin=0, vmax=10, aspect="auto")  # 1% can be seen
+    axes.set_xticks(range(len(columns)), columns, fontsize=8)
+    axes.set_yticks(range(rows))
+    axes.tick_params(length=0, labeltop=True, labelbottom=False)
+    axes.spines[:].set_visible(False)
+    axes.grid(False)
+    axes.axvline(matrices - 0.5, color="white", linewidth=6)
+    axes.set(ylabel="layer", title=textwrap.fill(title, 80))
     return figure
 
 
 @torch.no_grad()
-def scatter_figure(run: Run) -> Figure:
+def scatter_figure(run: Run, model: PreTrainedModel) -> Figure:
     """Final against first weight, and the move from zero, of remaining and of pruned weights.
 
-    Raises UserError when the model that the run started from cannot be loaded.
+    model: of the run. Raises UserError when the model that the run started from cannot be loaded.
     """
-    model = load_masked(str(run.folder))
     head = type(model).__name__.partition("For")[2]
     start = run.args["model_name_or_path"]
     first = load_model(start, head, masked=False, cache_dir=run.args["cache_dir"])
     layers = masked_layers(model)
     masks = find_masks(model).by_layer
     generator = torch.Generator().manual_seed(0)
-    figure = Figure(figsize=(9, 8), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 5.5), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True, sharey="row")
     for remain, title, colour, (above, below) in (
-        (True, "kept", "tab:orange", panels[:, 0]),
-        (False, "pruned (its weight before the mask)", "tab:gray", panels[:, 1]),
+        (True, "kept", PALETTE[1], panels[:, 0]),
+        (False, "pruned (its weight before the mask)", PALETTE[0], panels[:, 1]),
     ):
         sample = []
         for name, layer in layers.items():
@@ -203,25 +293,104 @@ def scatter_figure(run: Run) -> Figure:
         above.set(title=title)
         below.set(xlabel=f"{run.start} weight")
     panels[0, 0].set(ylabel="final weight")
-    panels[1, 0].set(ylabel="moved away from zero (negative: towards zero)")
-    figure.suptitle(_title(run))
+    panels[1, 0].set(ylabel="moved away from zero\n(negative: towards zero)")
+    figure.suptitle(_title(run), fontsize=STYLE["axes.titlesize"])
     return figure
 
 
-def _panel(xlabel: str, ylabel: str, title: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+def curves_figure(run: Run) -> Figure:
+    """Threshold, remaining weights and loss along a run. Raises UserError without its events."""
+    curves = read_curves(run.folder)
+    figure = Figure(figsize=(WIDTH, 5.5), layout="constrained")
+    threshold, remaining, loss = figure.subplots(3, sharex=True)
+
+    def plot(axes: Axes, tag: str, scale: float = 1, **style) -> None:
+        values = curves.get(tag, {})
+        axes.plot([*values], [scale * value for value in values.values()], **style)
+
+    plot(threshold, "threshold", color="black", label="_")
+    matrices = [tag for tag in curves if tag.startswith("remaining/") and tag != OVERALL]
+    matrices.sort(key=lambda tag: [*curves[tag].values()][-1])
+    for tag in matrices:
+        label = "{}, layer {}".format(*_place(tag)) if tag in matrices[:1] + matrices[-1:] else "_"
+        plot(remaining, tag, 100, color=PALETTE[2], lw=0.6, label=label)
+    plot(remaining, OVERALL, 100, color="black", label="overall")
+    parts = sorted(tag for tag in curves if tag.startswith("loss"))
+    for tag, colour, linestyle in zip(parts, ("black", *PALETTE), itertools.cycle(LINES)):
+        plot(loss, tag, color=colour, linestyle=linestyle, label=tag)
+    threshold.set(ylabel="threshold", title=_title(run))
+    remaining.set(ylabel="remaining weights, %")
+    loss.set(ylabel="loss", xlabel="updates", yscale="log")
+    for axes in figure.axes:
+        name_ends(axes)
+    return figure
+
+
+# ----------------------------------------------------------------------------------- the drawing
+
+
+def panel(xlabel: str, ylabel: str, title: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, 4), layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    axes.grid(alpha=0.3)
     return figure, axes
 
 
+def remaining_axis(axes: Axes) -> None:
+    """Make the x axis one of remaining weights: log, from dense at the left to sparse."""
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.set_xlim(high, low)
+    axes.set_xticks(ticks := [x for x in TICKS if low <= x <= high], ticks)
+    axes.set_xticks([], minor=True)
+
+
+def name_ends(axes: Axes, width: int = 26) -> None:
+    """Write the name of each line beside the axes, with a leader from the line's right end.
+
+    Names keep at least the height of their text apart. width: in characters.
+    """
+    axes.autoscale_view()
+    to_axes = axes.transAxes.inverted()
+    row = 1.2 * STYLE["font.size"] / 72 * axes.figure.dpi / axes.get_window_extent().height
+    names = []
+    for line in axes.lines:
+        if not line.get_label().startswith("_"):
+            points = to_axes.transform(line.get_transform().transform(line.get_xydata()))
+            x, y = max(map(tuple, points))
+            text = textwrap.fill(line.get_label(), width)
+            colour = [0.7 * part for part in to_rgb(line.get_color())]  # darker, to be read
+            names.append([y, row * (text.count("\n") + 1), (x, y), text, colour])
+    names.sort(key=lambda name: name[0])
+    for _ in range(300):
+        for below, above in itertools.pairwise(names):
+            overlap = max(0, (below[1] + above[1]) / 2 - (above[0] - below[0]))
+            below[0] -= overlap / 2
+            above[0] += overlap / 2
+    for place, _, end, text, colour in names:
+        axes.annotate(
+            text,
+            end,
+            (1.06, place),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            va="center",
+            color=colour,
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "shrinkA": 0, "shrinkB": 4},
+        )
+
+
 def _plot(axes: Axes, method: str, points: list[tuple[float, float]], **style) -> None:
-    """Plot in the method's colour, paler if it ranks all matrices together."""
+    """Plot in the method's colour; that of a dense model is black."""
     if points:
         colour = COLOURS.get(method.removesuffix(GLOBAL), "black")
-        alpha = 0.5 if GLOBAL in method else 1
-        axes.plot(*zip(*points, strict=True), color=colour, alpha=alpha, **style)
+        axes.plot(*zip(*points, strict=True), color=colour, **style)
+
+
+def _place(name: str) -> tuple[str, str]:
+    """The kind of a matrix and the number of its layer."""
+    number, kind = re.fullmatch(r".*\.(\d+)\.(.*)", name).groups()
+    return kind.replace("attention.self.", "").removesuffix(".dense"), number
 
 
 def _metric(task: str, runs: list[Run]) -> str:
@@ -234,16 +403,17 @@ def _kind(run: Run) -> str:
     return run.granularity or SMALLER[compact]
 
 
-def _extras(run: Run) -> str:
-    """What the paper's runs did not have: ", structure, fine-tuned start, alpha_hidden 1"."""
+def _extras(run: Run) -> list[str]:
+    """What may tell a run from others of its method: distilled, structure, fine-tuned start."""
     hidden = run.args.get("alpha_hidden")
-    extras = f", {run.granularity}" if run.granularity not in ("", "weight") else ""
-    extras += ", fine-tuned start" * (run.start == "fine-tuned")
-    return extras + (f", alpha_hidden {hidden:g}" if hidden else "")
+    granularity = run.granularity if run.granularity != "weight" else ""
+    start = "fine-tuned start" * (run.start == "fine-tuned")
+    hidden = f"alpha_hidden {hidden:g}" if hidden else ""
+    return list(filter(None, ("distilled" * run.distil, granularity, start, hidden)))
 
 
 def _title(run: Run) -> str:
     """What the run was, in lines that fit a figure."""
-    method = run.method + ", distilled" * run.distil + _extras(run)
+    method = ", ".join([run.method, *_extras(run)])
     title = f"{run.task}: {method}, {run.remaining:.1f}% remaining, seed {run.args['seed']}"
-    return textwrap.fill(title, 60)
+    return textwrap.fill(title, 80)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from test_points import SCRIPTS, tables
 from tiny import SHORT, edit, read, rewrite, write_split
@@ -184,7 +185,7 @@ def test_a_reader_that_leaves_loses_no_table(runs, unread, tmp_path):
     unread(paper_tables.main, "plot", runs, "--to", tmp_path / "plots")
     unread(paper_tables.main, "list")
     assert all(file.exists() for file in files)
-    assert len(list((tmp_path / "plots").glob("*.png"))) == 3
+    assert len(list((tmp_path / "plots").glob("*.png"))) == 4
 
 
 def spoil_weights(folder):
@@ -310,13 +311,20 @@ def test_headline_of_seeds_with_an_undefined_metric(runs):
 def test_plot(runs, capsys, tmp_path):
     tables("plot", runs, "--to", tmp_path / "figures")
     drawn = {path.name: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
-    assert set(drawn) == {"squad-metric.png", "squad-10D3-layers.png", "squad-10D3-weights.png"}
+    of_run = {f"squad-10D3-{kind}.png" for kind in ("layers", "weights", "curves")}
+    assert set(drawn) == {"squad-metric.png"} | of_run
     assert all(content.startswith(b"\x89PNG") and len(content) > 5000 for content in drawn.values())
     edit(runs / "squad" / "10D3" / "training_args.json", model_name_or_path="gone")
+    next((runs / "squad" / "10D3").glob("events.out.tfevents.*")).unlink()
     capsys.readouterr()
     tables("plot", runs, "--to", tmp_path / "again")
-    assert "not drawn: squad-10D3-weights.png: " in capsys.readouterr().out
-    assert not (tmp_path / "again" / "squad-10D3-weights.png").exists()
+    said = capsys.readouterr().out
+    assert "not drawn: squad-10D3-weights.png: no usable checkpoint at 'gone'" in said
+    assert f"not drawn: squad-10D3-curves.png: {runs / 'squad' / '10D3'} has no Tensor" in said
+    assert {path.name for path in (tmp_path / "again").iterdir()} == {
+        "squad-metric.png",
+        "squad-10D3-layers.png",
+    }
 
 
 @pytest.fixture
@@ -335,7 +343,9 @@ def measured(runs, monkeypatch):
     return file
 
 
-def test_the_metric_against_measured_speed(measured, capsys, tmp_path):
+def test_the_metric_against_measured_speed(measured, tmp_path, monkeypatch):
+    for other in ("layer_figure", "scatter_figure", "curves_figure"):
+        monkeypatch.setattr(plots, other, lambda *_: Figure(figsize=(1, 1)))
     tables("plot", ".", "--speed", measured, "--to", tmp_path / "figures")
     assert (tmp_path / "figures" / "squad-speed.png").read_bytes().startswith(b"\x89PNG")
     found = find_runs(str(measured.parent))[0]  # another spelling of the folders
@@ -355,13 +365,25 @@ def test_the_metric_against_measured_speed(measured, capsys, tmp_path):
     speeds.gains["sparse"] = {found[0].folder.resolve(): 9.0}
     labels = set(lines(plots.speed_figure("squad", found, speeds)))
     assert labels >= {"movement, weight, eager", "movement, weight, sparse"}
-    metrics = lines(plots.metric_figure("squad", found))
-    assert {"movement, distilled (ours)", "movement, distilled, structure (ours)"} < set(metrics)
+
+    where = {"runtime": "onnx-int8", "batch": 32, "length": 128}
+    int8 = [{"model": model, **where, "gain": 4} for model in ("dense", "squad/heads")]
+    edit(measured, rows=read(measured)["rows"] + int8)
+    figure = plots.speed_figure("squad", found, plots.read_speeds(measured))
+    assert lines(figure)["movement, structure, onnx-int8"] == (4, 30)
+    assert lines(figure)["dense, onnx-int8"] == (4, 40)
+    open_markers = {x.get_label() for x in figure.axes[0].lines if x.get_fillstyle() == "none"}
+    assert open_markers == {"movement, structure, onnx-int8", "dense, onnx-int8"}
+    figure = plots.metric_figure("squad", found)
+    metrics = lines(figure)
+    assert {"movement (ours)", "movement, structure (ours)"} < set(metrics)
+    assert figure.axes[0].get_title() == "squad (ours: distilled)"
     assert [row["granularity"] for row in run_rows(found)] == ["", "", "weight", "structure"]
     assert metrics["dense (ours)"] == (0, 1, 40, 40)  # not the one with fewer layers
 
 
-def test_speeds_that_cannot_be_drawn(measured, refused, capsys, tmp_path):
+def test_speeds_that_cannot_be_drawn(measured, refused, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "save_figure", lambda *_: None)
     whole = json.loads(measured.read_text())
     flags = ["plot", ".", "--to", tmp_path / "figures", "--speed", measured]
     edit(measured, rows=[row | {"model": "gone"} for row in whole["rows"]])
@@ -436,12 +458,12 @@ def test_methods_and_starts_that_the_paper_does_not_have(beyond):
     (axes,) = plots.metric_figure("sst-2", found).axes
     lines = {line.get_label(): line for line in axes.lines}
     assert set(lines) == {
-        "dense (ours)",
-        "sensitivity, distilled, alpha_hidden 2 (ours)",
-        "PLATON, fine-tuned start (ours)",
-        "PLATON, distilled (ours)",
-        "PLATON, distilled, fine-tuned start (ours)",
-        "PLATON, global, distilled (ours)",
+        "dense",
+        "sensitivity, distilled, alpha_hidden 2",
+        "PLATON, fine-tuned start",
+        "PLATON, distilled",
+        "PLATON, distilled, fine-tuned start",
+        "PLATON, global, distilled",
     }
     assert len({line.get_color() for line in lines.values()}) == 3
     assert len({method.title for method in METHODS.values()}) == len(set(plots.COLOURS.values()))
@@ -456,12 +478,14 @@ def test_a_global_method_of_the_paper_is_beside_its_figures(runs):
     assert paper[8] == "/".join(f"{value:.1f}" for value in expected)
 
 
-def test_figures_of_other_methods(beyond, tmp_path):
+def test_figures_of_other_methods(beyond, tmp_path, monkeypatch):
     """Runs of the same point in several folders have figures of their own."""
+    monkeypatch.setattr(plots, "save_figure", lambda figure, file: file.touch())  # saves 5 seconds
     tables("plot", beyond, "--to", tmp_path)
     names = [f"{x}-sst-2-10D3" for x in "platon sensitivity global start".split()]
     names.append("alone-sst-2-10D1")
-    own = {f"{name}-{kind}.png" for name in names for kind in ("layers", "weights")}
+    kinds = ("layers", "weights", "curves")
+    own = {f"{name}-{kind}.png" for name in names for kind in kinds}
     assert {path.name for path in tmp_path.iterdir()} == own | {"sst-2-metric.png"}
 
 
