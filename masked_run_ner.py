@@ -65,7 +65,7 @@ class Tagging(Task):
         if bool(args.data_dir) == bool(args.dataset_name):
             problems.append("give --data_dir, or --dataset_name for data from the hub")
         if args.dataset_config and not args.dataset_name:
-            problems.append("--dataset_config is of a --dataset_name: give both")
+            problems.append("--dataset_config needs --dataset_name: give both")
         names = ("word_column", "tag_column")
         return problems + [f"--{name} is empty" for name in names if getattr(args, name) == ""]
 

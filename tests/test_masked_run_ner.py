@@ -280,7 +280,7 @@ def test_refuses_what_does_not_fit(command, refused, tmp_path, tiny_bert, tiny_t
 
     assert "give --data_dir, or --dataset_name" in says(ALL, data=None)
     assert "give --data_dir, or --dataset_name" in says(ALL, "--dataset_name x")
-    assert "--dataset_config is of a --dataset_name" in says(ALL, "--dataset_config x")
+    assert "--dataset_config needs --dataset_name" in says(ALL, "--dataset_config x")
     assert "must hold exactly one file train.*" in says(TRAIN, data=tmp_path)
     assert "--max_seq_length is 2, but must be at least 3" in says(TRAIN, "--max_seq_length 2")
     other = plain_bert("TokenClassification", id2label=PARTS)
