@@ -235,9 +235,10 @@ def test_losses_are_means_over_words():
     torch.testing.assert_close(loss, expected)
 
 
-def test_two_processes_reach_the_weights_of_one(run, command, on_two_ranks, tmp_path):
+def test_two_processes_reach_the_weights_of_one(run, command, on_two_ranks, tmp_path, pruned):
     """Whatever number of words each has."""
-    flags = f"{TRAIN} {ALL} --check_ranks"
+    teach = f"--alpha_hidden 1 --teacher_type masked --teacher_name_or_path {pruned}"
+    flags = f"{TRAIN} {ALL} {teach} --check_ranks"
     two = command(flags, "--per_gpu_train_batch_size 2", output="two")
     on_two_ranks(["masked_run_ner", *two])
     one = run(flags, output="one")
