@@ -44,7 +44,7 @@ class RemainingWeights:
 
     @property
     def linear_percent(self) -> float:
-        """Of the masked weights alone."""
+        """The percentage of the masked weights alone."""
         return 100 * self.remaining / self.total
 
     @property

@@ -1,8 +1,8 @@
 """The tokenizer of a checkpoint, cased or uncased as its files say.
 
-Without a word of them, transformers lower-cases for every BERT. Here a tokenizer.json, or
-`do_lower_case` in tokenizer_config.json, decides; a vocab.txt alone is cased unless asked. Only the
-word pieces of BERT and its kin can be asked for: bytes and SentencePiece are as they were made.
+Where the files do not say, transformers lower-cases for every BERT. Here a tokenizer.json, or
+`do_lower_case` in tokenizer_config.json, decides. A vocab.txt alone is cased, unless the caller
+asks for lower case. Only WordPiece tokenizers can be asked: others stay as they were made.
 """
 
 import logging
@@ -91,9 +91,9 @@ def load_tokenizer(
 
 
 def put_spaces_before_words(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Have it read each word of a list as it does in a text, behind a space, also as saved.
+    """Make the tokenizer, also as saved, read each word of a list as in a text, behind a space.
 
-    Else bytes, and some SentencePiece, take it for the rest of the word before.
+    Otherwise byte-level and some SentencePiece tokenizers take a word for the end of the last one.
     """
     backend = tokenizer.backend_tokenizer
     if backend.encode(["a", "a"], is_pretokenized=True).ids == backend.encode("a a").ids:
@@ -109,7 +109,7 @@ def put_spaces_before_words(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def fit_to_model(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> None:
-    """Have it give, as saved, what the scripts give a model: its inputs, padded on the right."""
+    """Make the tokenizer, also as saved, give the inputs of the model, padded on the right."""
     for name, value in (("model_input_names", input_names(model)), ("padding_side", "right")):
         setattr(tokenizer, name, value)
         tokenizer.init_kwargs[name] = value  # which is saved

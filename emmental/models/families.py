@@ -157,6 +157,6 @@ def encoder_of(model: nn.Module) -> nn.Module:
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The layers of its encoder."""
+    """The layers of the encoder of a model."""
     pattern = family_of(model.config).layers.replace(".", r"\.").replace("*", r"\d+") + r"\.\d+"
     return [x for name, x in model.base_model.named_modules() if re.fullmatch(pattern, name)]

@@ -9,7 +9,7 @@ MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def input_names(model: PreTrainedModel) -> list[str]:
-    """Those of `MODEL_INPUTS` that make a difference to its forward.
+    """The names of `MODEL_INPUTS` that make a difference to the forward of a model.
 
     DistilBERT, MPNet and ModernBERT take no token types; RoBERTa and DeBERTa do not tell two apart.
     """
@@ -25,7 +25,7 @@ def _parameters(function) -> tuple[str, ...]:
 
 
 def longest_input(model: PreTrainedModel) -> int | None:
-    """The most tokens that it takes; None for any number (DeBERTa, by relative positions alone)."""
+    """The most tokens that a model takes; None for any number (DeBERTa with relative positions)."""
     if not getattr(model.config, "position_biased_input", True):
         return None
     padding = padding_of_positions(model)

@@ -1,10 +1,11 @@
 """What one score stands for: a weight, as in the paper, a block of weights, a head or a neuron.
 
-A pruned neuron has no weights in its row of the first matrix and in its column of the second. What
-its bias makes of it meets a column of zeros, so it adds nothing. The same holds for a pruned head,
-whose value is its bias, and its columns of the attention output. Biases therefore need no mask.
-The columns alone decide what a head or neuron adds. So training masks them and leaves the rows as
-they are: the gradient of a score is that of a gate on the head or neuron, also when it is closed.
+A pruned neuron has zeros in its row of the first matrix and in its column of the second. It still
+has a bias, but the column of zeros lets nothing of it through. A pruned head likewise has its bias
+as its value, and zeros in its columns of the attention output. Biases therefore need no mask.
+The columns alone decide what a head or neuron adds. So training masks the columns and leaves the
+rows as they are. A score then has the gradient of a gate on its head or neuron, also when the gate
+is closed.
 """
 
 from collections.abc import Sequence

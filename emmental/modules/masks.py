@@ -31,9 +31,9 @@ _LOCKS: weakref.WeakKeyDictionary[MaskedLinear, threading.RLock] = weakref.WeakK
 class MaskedLayers(dict[str, MaskedLinear]):
     """The masked layers of a model by name, in the order of its modules, found once for many calls.
 
-    All functions of this file take it in place of its model. config: that of the model, also below
-    a wrapper, or None. layers: the layers. holders: of the layers that share their scores, the one
-    that holds them. observed: those whose method observes gradients.
+    All functions of this file take this object in place of the model. config: that of the model,
+    also inside a wrapper, or None. layers: the layers. holders: of the layers that share their
+    scores, the one that holds them. observed: the layers whose method observes gradients.
     """
 
     def __init__(self, model: nn.Module):

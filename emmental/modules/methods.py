@@ -156,9 +156,7 @@ class Platon(Sensitivity):
     state = ("mask_uncertainty",)
     settings = (
         *Sensitivity.settings,
-        Setting(
-            "uncertainty_beta", 0.95, "weight of the past in the running mean of its changes", 0, 1
-        ),
+        Setting("uncertainty_beta", 0.95, "weight of the past in the mean uncertainty", 0, 1),
     )
 
     def observe(self, layers, grads):

@@ -1,8 +1,8 @@
 """Files that are whole or absent: written to a folder aside, synced to the disk, then renamed.
 
-A target that is a link is followed: what it points to is written, if it is there or not. The
-functions raise TrainingError, with the reason in one line, when they cannot write, and then leave
-nothing behind.
+A target that is a link is followed: the file that it points to is written, or made. The functions
+raise TrainingError, with the reason in one line, when they cannot write. They then leave nothing
+behind.
 """
 
 import contextlib

@@ -1,9 +1,9 @@
 """Hidden-state distillation: the layers of the student follow those of its teacher.
 
 The loss of TinyBERT (Jiao et al. 2020, equation 8) on every layer but the embeddings, which are
-frozen; the mean over the layers, where TinyBERT takes the sum. A teacher of another width is met
-through one projection for all layers, which is trained with the student, kept in checkpoints, and
-no part of the saved model.
+frozen. It is the mean over the layers, where TinyBERT takes the sum. A teacher of another width
+needs one projection for all layers. The projection is trained with the student and kept in
+checkpoints. It is no part of the saved model.
 """
 
 import math
