@@ -1,4 +1,4 @@
-"""Figures that CSV files of this repository make: of the first page, and of results/long."""
+"""Figures that CSV files of this repository make: that of the first page, and some of results/."""
 
 import csv
 import itertools
@@ -34,6 +34,9 @@ def figures(results: Path = ROOT / "results") -> dict[str, Figure]:
     """By their file in this repository. Raises UserError for CSV files that do not fit."""
     return {
         "docs/figure.png": front_figure(results),
+        "results/from-dense-cpu/figures/sst-2-speed.png": speeds_figure(
+            results / "from-dense-cpu" / "speed.csv"
+        ),
         "results/long/figures/accuracy.png": accuracy_figure(results / "long" / "curves.csv"),
     }
 
@@ -47,6 +50,13 @@ def front_figure(results: Path) -> Figure:
     left, right = figure.subplots(1, 2, width_ratios=(5, 4))
     _draw_remaining(left, best_of_ours(results))
     _draw_speed(right, results / "speed.csv")
+    right.set_title("Ours: smaller models", loc="left")
+    return figure
+
+
+def speeds_figure(file: Path) -> Figure:
+    figure, axes = panel("", "", "")
+    _draw_speed(axes, file)
     return figure
 
 
@@ -77,7 +87,7 @@ def best_of_ours(results: Path) -> dict[tuple[str, str, int], tuple[float, float
 
 def _draw_remaining(axes: Axes, best: dict[tuple[str, str, int], tuple[float, float]]) -> None:
     dense = load_points("squad")[0].metrics["f1"]
-    for place, (method, marker) in enumerate(zip(SHOWN, MARKERS, strict=True)):
+    for place, (method, marker) in enumerate(zip(SHOWN, MARKERS)):
         style = {"color": COLOURS[method], "marker": marker}
         line = [(x, 100 * y / dense) for x, y in paper_line("squad", "f1", method, True)]
         if line:
@@ -119,10 +129,9 @@ def _draw_speed(axes: Axes, file: Path) -> None:
         label = name if len(runtimes) == 1 else f"{name}, {runtime}"
         axes.plot(*_columns(sorted(points)), label=label, **style)
     alone = f", {runtimes[0]}" if len(runtimes) == 1 else ""
-    axes.set_title("Ours: smaller models", loc="left")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel=f"times as fast as dense{alone}", ylabel="SST-2 accuracy, %")
-    name_ends(axes, width=18)
+    name_ends(axes, width=20)
 
 
 def accuracy_figure(file: Path) -> Figure:

@@ -54,7 +54,7 @@ matplotlib.rcParams.update(STYLE)
 PALETTE = ("#757575", "#f2ae3d", "#52a5dd", "#08306b", "#5d7f3b", "#b5123f")
 COLOURS = dict(zip(TITLES, itertools.cycle(PALETTE)))
 LINES = ("-", "--", ":", "-.")
-MARKERS = "os^Dv"
+MARKERS = "os^DvP"
 SMALLER = ("fewer layers", "compact, fine-tuned")  # dense models
 KIND_MARKERS = dict(zip(["dense", *SMALLER, *GRANULARITIES], itertools.cycle("Px*" + MARKERS)))
 TICKS = (1, 2, 3, 5, 10, 20, 30, 50, 100)
@@ -140,14 +140,15 @@ def metric_figure(task: str, runs: list[Run]) -> Figure:
     series, whose = {}, " (ours)" * (task in TASKS)
     for run in pruned:
         extras = ", ".join(extra for extra in _extras(run) if extra not in common)
-        points = series.setdefault((run.method, extras), [])
-        points.append((run.remaining, run.metrics[metric], run.distil))
-    markers = dict(zip(sorted({extras for _, extras in series}), itertools.cycle(MARKERS)))
-    for (method, extras), points in series.items():
-        style = {"marker": markers[extras], "fillstyle": "full" if points[0][2] else "none"}
+        points = series.setdefault((run.method, extras, run.distil), [])
+        points.append((run.remaining, run.metrics[metric]))
+    kinds = sorted({(GLOBAL in method, extras) for method, extras, _ in series})
+    markers = dict(zip(kinds, itertools.cycle(MARKERS)))
+    for (method, extras, distil), points in series.items():
+        style = {"marker": markers[GLOBAL in method, extras], "linestyle": "none"}
+        style["fillstyle"] = "full" if distil else "none"
         label = ", ".join(filter(None, (method, extras))) + whose
-        points = [point[:2] for point in points]
-        _plot(axes, method, points, label=label, linestyle="none", **style)
+        _plot(axes, method, points, label=label, **style)
     for run in runs:
         if run.method == "dense" and not run.distil:  # not a model with fewer layers
             axes.axhline(run.metrics[metric], color="black", lw=0.8, label=f"dense{whose}")
@@ -301,6 +302,8 @@ def scatter_figure(run: Run, model: PreTrainedModel) -> Figure:
 def curves_figure(run: Run) -> Figure:
     """Threshold, remaining weights and loss along a run. Raises UserError without its events."""
     curves = read_curves(run.folder)
+    if OVERALL not in curves:
+        raise UserError("its TensorBoard events hold no remaining weights")
     figure = Figure(figsize=(WIDTH, 5.5), layout="constrained")
     threshold, remaining, loss = figure.subplots(3, sharex=True)
 
@@ -309,18 +312,24 @@ def curves_figure(run: Run) -> Figure:
         axes.plot([*values], [scale * value for value in values.values()], **style)
 
     plot(threshold, "threshold", color="black", label="_")
-    matrices = [tag for tag in curves if tag.startswith("remaining/") and tag != OVERALL]
-    matrices.sort(key=lambda tag: [*curves[tag].values()][-1])
-    for tag in matrices:
-        label = "{}, layer {}".format(*_place(tag)) if tag in matrices[:1] + matrices[-1:] else "_"
+    at_end = {tag: [*curves[tag].values()][-1] for tag in curves if tag.startswith("remaining/")}
+    lowest, highest = min(at_end, key=at_end.get), max(at_end, key=at_end.get)
+    differ = at_end[highest] - at_end[lowest] > 0.01
+    for tag in filter(lambda tag: tag != OVERALL, at_end):
+        named = differ and tag in (lowest, highest)
+        label = "{}, layer {}".format(*_place(tag)) if named else "_"
         plot(remaining, tag, 100, color=PALETTE[2], lw=0.6, label=label)
     plot(remaining, OVERALL, 100, color="black", label="overall")
     parts = sorted(tag for tag in curves if tag.startswith("loss"))
     for tag, colour, linestyle in zip(parts, ("black", *PALETTE), itertools.cycle(LINES)):
         plot(loss, tag, color=colour, linestyle=linestyle, label=tag)
+    losses = [value for tag in parts for value in curves[tag].values() if value > 0]
+    if losses and max(losses) > 10 * min(losses):
+        loss.set_yscale("log")
+        loss.yaxis.set_major_formatter("{x:g}")
     threshold.set(ylabel="threshold", title=_title(run))
     remaining.set(ylabel="remaining weights, %")
-    loss.set(ylabel="loss", xlabel="updates", yscale="log")
+    loss.set(ylabel="loss", xlabel="updates")
     for axes in figure.axes:
         name_ends(axes)
     return figure
@@ -345,10 +354,10 @@ def remaining_axis(axes: Axes) -> None:
     axes.set_xticks([], minor=True)
 
 
-def name_ends(axes: Axes, width: int = 26) -> None:
+def name_ends(axes: Axes, width: int = 27) -> None:
     """Write the name of each line beside the axes, with a leader from the line's right end.
 
-    Names keep at least the height of their text apart. width: in characters.
+    A leader is dashed like its line. Names keep apart. width: in characters.
     """
     axes.autoscale_view()
     to_axes = axes.transAxes.inverted()
@@ -359,15 +368,19 @@ def name_ends(axes: Axes, width: int = 26) -> None:
             points = to_axes.transform(line.get_transform().transform(line.get_xydata()))
             x, y = max(map(tuple, points))
             text = textwrap.fill(line.get_label(), width)
-            colour = [0.7 * part for part in to_rgb(line.get_color())]  # darker, to be read
-            names.append([y, row * (text.count("\n") + 1), (x, y), text, colour])
-    names.sort(key=lambda name: name[0])
+            names.append([y, row * (text.count("\n") + 1), (x, y), text, line])
+    names.sort(key=lambda name: name[2][::-1])
     for _ in range(300):
         for below, above in itertools.pairwise(names):
             overlap = max(0, (below[1] + above[1]) / 2 - (above[0] - below[0]))
             below[0] -= overlap / 2
             above[0] += overlap / 2
-    for place, _, end, text, colour in names:
+        for lowest, highest in zip(names[:1], names[-1:]):
+            lowest[0], highest[0] = max(lowest[0], 0), min(highest[0], 1)
+    for place, _, end, text, line in names:
+        colour = [0.7 * part for part in to_rgb(line.get_color())]  # darker, to be read
+        leader = {"arrowstyle": "-", "color": colour, "lw": 0.6, "shrinkA": 0, "shrinkB": 4}
+        leader |= {"relpos": (0, 0.5), "linestyle": line.get_linestyle().replace("None", "-")}
         axes.annotate(
             text,
             end,
@@ -376,7 +389,7 @@ def name_ends(axes: Axes, width: int = 26) -> None:
             textcoords="axes fraction",
             va="center",
             color=colour,
-            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "shrinkA": 0, "shrinkB": 4},
+            arrowprops=leader,
         )
 
 
@@ -387,9 +400,9 @@ def _plot(axes: Axes, method: str, points: list[tuple[float, float]], **style) -
         axes.plot(*zip(*points, strict=True), color=colour, **style)
 
 
-def _place(name: str) -> tuple[str, str]:
+def _place(name: str) -> tuple[str, str | None]:
     """The kind of a matrix and the number of its layer."""
-    number, kind = re.fullmatch(r".*\.(\d+)\.(.*)", name).groups()
+    number, kind = re.fullmatch(r"(?:.*\.(\d+)\.)?(.*)", name).groups()
     return kind.replace("attention.self.", "").removesuffix(".dense"), number
 
 

@@ -124,7 +124,7 @@ def test_the_curves_of_a_run(tmp_path):
                 "threshold": 1 / step,
                 "loss": step,
                 "loss/task": step,
-                "remaining/overall": 0.5,
+                "remaining/overall": 3 / 8 / step,
             }
             values |= {f"remaining/{x}": number / 4 / step for number, x in enumerate(names)}
             for tag, value in values.items():
@@ -137,8 +137,8 @@ def test_the_curves_of_a_run(tmp_path):
     assert [*remaining.lines[3].get_ydata()] == pytest.approx([75, 37.5, 25])
     assert [text.get_text() for text in remaining.texts] == [
         "query, layer 0",
-        "key, layer 1",
         "overall",
+        "key, layer 1",
     ]
     assert {text.get_text() for text in loss.texts} == {"loss", "loss/task"}
 
