@@ -247,7 +247,7 @@ def layer_figure(counts: RemainingWeights, layers: list[LayerCount], title: str)
     for x, cells in enumerate(columns.values()):
         for y, (percent, text) in enumerate(cells):
             percents[y, x] = percent
-            colour = "white" if percent > 25 else "black"
+            colour = "white" if percent > 35 else "black"
             axes.text(x, y, text, ha="center", va="center", color=colour)
     axes.imshow(percents.sqrt(), cmap="Blues", vmin=0, vmax=10, aspect="auto")  # 1% can be seen
     axes.set_xticks(range(len(columns)), columns, fontsize=8)

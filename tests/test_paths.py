@@ -29,12 +29,13 @@ RUN += (
     (masked_run_squad.get_parser, f"{RUN} --train_file=~/h --predict_file ~/i"),
     (masked_run_glue.get_parser, f"{RUN} --task_name rte"),
     (masked_run_ner.get_parser, RUN),
-    (counts_parameters.get_parser, "--serialization_dir=~/a --json ~/b"),
+    (counts_parameters.get_parser, "--serialization_dir=~/a --json ~/b --plot=~/c"),
     (bertarize.get_parser, "--model_name_or_path=~/a --target_model_path ~/b --onnx=~/c"),
     (saving_prunebert.get_parser, "pack ~/a ~/b --base_model=~/c"),
     (saving_prunebert.get_parser, "verify ~/a ~/b --data-dir=~/c --predict_file ~/d"),
     (paper_tables.get_parser, "run squad 10D3 --data_dir=~/a --runs_dir ~/b --teacher=~/c"),
     (paper_tables.get_parser, "plot ~/a --to=~/b --speed ~/c"),
+    (paper_tables.get_parser, "figure --to=~/a"),
     (lambda: report.make_parser(""), "--json=~/a"),
 ])  # fmt: skip
 def test_a_tilde_is_a_home_folder_in_every_flag(monkeypatch, parser, words):
