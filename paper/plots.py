@@ -367,7 +367,7 @@ def name_ends(axes: Axes, width: int = 27) -> None:
         if not line.get_label().startswith("_"):
             points = to_axes.transform(line.get_transform().transform(line.get_xydata()))
             x, y = max(map(tuple, points))
-            text = textwrap.fill(line.get_label(), width)
+            text = textwrap.fill(line.get_label(), width, break_on_hyphens=False)
             names.append([y, row * (text.count("\n") + 1), (x, y), text, line])
     names.sort(key=lambda name: name[2][::-1])
     for _ in range(300):
