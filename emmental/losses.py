@@ -11,8 +11,8 @@ from .modules.methods import METHODS
 def regularization(model: nn.Module | MaskedLayers, mode: str) -> Tensor:
     """The penalty on the scores, averaged over the matrices that they mask: a scalar in [0, 1].
 
-    mode: the name of the penalty of a method, such as `l1` (of soft movement) or `l0`. That of the
-    model's own method comes first. Raises ValueError for an unknown one, or without scores.
+    mode: the name of a penalty, such as `l1` (of soft movement) or `l0`; the penalty of the model's
+    method comes first. Raises ValueError for an unknown name, and for a model without scores.
     """
     layers = masked_layers(model).layers
     methods = [*(layer.method for layer in layers[:1]), *METHODS.values()]
@@ -27,7 +27,7 @@ def regularization(model: nn.Module | MaskedLayers, mode: str) -> Tensor:
 
 
 def penalties() -> list[str]:
-    """The names of the penalties of all methods: those for `--regularization`."""
+    """The names of the penalties of all methods: the choices of `--regularization`."""
     return sorted({method.penalty for method in METHODS.values() if method.penalty})
 
 

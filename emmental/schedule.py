@@ -5,8 +5,8 @@ its initial value for `initial_warmup * warmup_steps` updates, then moves, and h
 for the last `final_warmup * warmup_steps` updates, in which the model recovers. Lambda, the weight
 of the penalty, is proportional to the threshold. The learning rate warms up and decays linearly.
 
-With cycles, as in Kurtic et al. (2022), the learning rate falls to a tenth in each, and the
-threshold moves in steps: at the start of each cycle but the first.
+With cycles, as in Kurtic et al. (2022), the learning rate falls to a tenth in each cycle. The
+threshold then changes only when a cycle begins, from the second one on.
 """
 
 from dataclasses import dataclass
@@ -58,10 +58,10 @@ def cycle_threshold(
     first_cut: float,
     final_threshold: float,
 ) -> float:
-    """The threshold of the cycle in which the update after `step` updates lies.
+    """The threshold for the update after `step` updates: one threshold for each cycle.
 
-    It is the initial one in the first cycle, `first_cut` in the second, and the final one in the
-    last. Between them, it follows the cubic.
+    The first cycle has the initial threshold, the second `first_cut`, the last the final threshold.
+    The cycles between follow the cubic.
     """
     cycle = min(step, total_step - 1) * cycles // total_step
     if cycle == 0:
@@ -112,7 +112,7 @@ class Schedule:
         )
 
     def learning_rate(self, step: int) -> float:
-        """The factor of the learning rates for that update."""
+        """The factor of the learning rates for the update after `step` updates."""
         if self.cycles > 1:
             lengths = self.total_step, self.warmup_steps, self.cycles
             return cycle_learning_rate_factor(step, *lengths)

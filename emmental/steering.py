@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass
 class LambdaSteering:
-    """A PI controller of log(lambda): a fraction `target`, in (0, 1), of the weights shall remain.
+    """A PI controller of log(lambda): a fraction `target`, in (0, 1), of the weights is to remain.
 
     At the end, the weights with scores above `last_cut` remain. `reference` moves from `first_cut`,
     where all scores start, to `last_cut` along the threshold's cubic. The error is the fraction of

@@ -9,8 +9,8 @@ from .methods import METHODS, find_method
 class TopKBinarizer(torch.autograd.Function):
     """Movement pruning: `TopKBinarizer.apply(scores, threshold)` (paper, eq. 2).
 
-    Ones on exactly `int(threshold * n)` largest scores, also when scores tie. The gradient goes
-    straight through to the scores. Raises ValueError for a threshold outside [0, 1].
+    The mask is 1 for exactly the `int(threshold * n)` largest scores, also when scores tie. The
+    gradient goes straight through to the scores. Raises ValueError for a threshold outside [0, 1].
     """
 
     @staticmethod
@@ -25,9 +25,9 @@ class TopKBinarizer(torch.autograd.Function):
 class ThresholdBinarizer(torch.autograd.Function):
     """Soft movement pruning: `ThresholdBinarizer.apply(scores, threshold, sigmoid)` (section 4.2).
 
-    Ones where scores, or with `sigmoid` their sigmoids, are above the threshold, and at least
-    `int(0.005 * n) + 1` ones. The gradient goes straight through to the scores, without the
-    sigmoid's derivative. Raises ValueError for `sigmoid` with a threshold outside [0, 1].
+    The mask is 1 where scores, or with `sigmoid` their sigmoids, are above the threshold, and for
+    at least `int(0.005 * n) + 1` scores. The gradient goes straight through to the scores, without
+    the sigmoid's derivative. Raises ValueError for `sigmoid` with a threshold outside [0, 1].
     """
 
     @staticmethod
@@ -43,8 +43,8 @@ class ThresholdBinarizer(torch.autograd.Function):
 class MagnitudeBinarizer:
     """Magnitude pruning: `MagnitudeBinarizer.apply(weight, threshold)`.
 
-    Ones on the `int(threshold * n)` largest absolute weights. No gradient flows through the mask.
-    Raises ValueError for a threshold outside [0, 1].
+    The mask is 1 for the `int(threshold * n)` largest absolute weights. No gradient flows through
+    it. Raises ValueError for a threshold outside [0, 1].
     """
 
     @staticmethod
@@ -62,7 +62,7 @@ def compute_mask(
 ) -> Tensor:
     """The mask of one matrix with a score per weight: boolean, or float in [0, 1] for l0.
 
-    threshold: a fraction in [0, 1], for the method `threshold` a cut on the scores; unused by l0.
+    threshold: a fraction in [0, 1]; for the method `threshold`, any number; without use for l0.
     Raises ValueError for an unknown method or a fraction outside [0, 1].
     """
     method = find_method(pruning_method)

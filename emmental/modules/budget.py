@@ -10,18 +10,18 @@ Times = dict[str, list[list[float]]]  # for "heads" and "neurons": numbers, and 
 def keep_within_time(
     scores: list[Tensor], sizes: list[int], kinds: list[str], times: Times, fraction: float
 ) -> list[Tensor]:
-    """Boolean masks of the heads and neurons of all layers that take a fraction of their time.
+    """Boolean masks that keep the heads and neurons for which a fraction of the time suffices.
 
-    scores: those of the heads, or of the neurons, of a layer, one-dimensional. sizes: the weights
-    that each stands for. A score counts for every one of them, as where all matrices are ranked
-    together. kinds: "heads" or "neurons" for each. times: what a layer with so many of them takes;
-    between the numbers it is interpolated. fraction: in [0, 1], of the time with nothing pruned.
+    scores: one-dimensional tensors, each for the heads, or the neurons, of a layer. sizes: for each
+    tensor, the weights that a score stands for; the score counts for every weight, as with
+    `--global_topk`. kinds: "heads" or "neurons", for each tensor. times: the time of a layer with
+    so many heads or neurons, interpolated. fraction: in [0, 1], of the time with nothing pruned.
 
     A microsecond has a price. At a price, a layer keeps the n highest scores for which
-    sum(scores) - price * time(n) is largest: it loses all of them if together they are not worth
-    what the first one costs. The price is the lowest for which the time suffices, the Lagrange
-    multiplier of the knapsack problem. What then is left of the time goes to the first layer that
-    would keep more at a lower price. Scores count from the lowest of all, as a rank has no zero.
+    sum(scores) - price * time(n) is largest: a layer loses all scores if together they are not
+    worth what the first one costs. The price is the lowest for which the time suffices, the
+    Lagrange multiplier of the knapsack problem. The time that is then left goes to the first layer
+    that would keep more at a lower price. If scores are negative, the lowest one counts as 0.
     """
     ranked = [score.detach().double().cpu().sort(descending=True, stable=True) for score in scores]
     sums = _gains([values.numpy() for values, _ in ranked], sizes)

@@ -1,11 +1,11 @@
 """What one score stands for: a weight, as in the paper, a block of weights, a head or a neuron.
 
-A pruned neuron has zeros in its row of the first matrix and in its column of the second. It still
-has a bias, but the column of zeros lets nothing of it through. A pruned head likewise has its bias
-as its value, and zeros in its columns of the attention output. Biases therefore need no mask.
-The columns alone decide what a head or neuron adds. So training masks the columns and leaves the
-rows as they are. A score then has the gradient of a gate on its head or neuron, also when the gate
-is closed.
+A pruned neuron has zeros in its row of the first matrix and in its column of the second. The neuron
+still has a bias, but the column of zeros lets nothing of this bias through. A pruned head likewise
+has its bias as its value, and zeros in its columns of the attention output. So biases need no mask.
+The columns alone decide what a head or neuron adds. Training therefore masks the columns and leaves
+the rows as they are. A score then has the gradient of a gate on its head or neuron, also when the
+gate is closed.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ class Weight:
     """
 
     name = "weight"
-    shared: tuple[str, ...] = ()  # "heads", "neurons": have one score each, for all their matrices
+    shared: tuple[str, ...] = ()  # of "heads", "neurons": those with one score for all matrices
 
     def sized(self, rows: int, columns: int) -> "Weight":
         """This granularity with blocks of another size, if it has blocks."""
@@ -124,7 +124,7 @@ GRANULARITIES = {g.name: g for g in (Weight(), Block(), Structure(), Hybrid())}
 
 
 def find_granularity(name: str | Weight) -> Weight:
-    """The granularity of this name; an object is returned. Raises ValueError for an unknown one."""
+    """The granularity of this name, or the object itself. Raises ValueError for an unknown name."""
     if isinstance(name, str) and name not in GRANULARITIES:
         known = ", ".join(GRANULARITIES)
         raise ValueError(f"unknown granularity {name!r}: choose one of {known}")
@@ -136,7 +136,7 @@ def apply_each(
 ) -> list[Tensor]:
     """`function` ("expand", "reduce" or "rank") of each granularity, with its tensor and arguments.
 
-    On a GPU, those of equal shapes, granularity and arguments are stacked and go together.
+    On a GPU, tensors of the same shape, granularity and arguments are stacked and go together.
     """
     calls = list(zip(granularities, tensors, *arguments, strict=True))
     if not together(tensors[0]) or is_traced() or torch.compiler.is_compiling():
@@ -144,7 +144,7 @@ def apply_each(
     alike: dict[tuple, list[int]] = {}
     for place, (granularity, tensor, *rest) in enumerate(calls):
         alike.setdefault((granularity, tensor.shape, *rest), []).append(place)
-    results = list(tensors)  # which are right for a score per weight
+    results = list(tensors)  # right for a score per weight
     for (granularity, _, *rest), places in alike.items():
         if type(granularity) is not Weight:
             stack = torch.stack([tensors[place] for place in places])

@@ -1,8 +1,8 @@
 """Elementwise work on many matrices: together on a GPU, one by one on a CPU.
 
-A GPU pays for each operation that is started, and a step starts thousands. So it gets one operation
-for a list of tensors (`torch._foreach_*`), or for a stack of those of one size. A CPU pays for
-memory, and its cache holds one matrix.
+A GPU pays for each operation that is started, and a step starts thousands. Therefore a GPU gets one
+operation for a list of tensors (`torch._foreach_*`), or for a stack of tensors of one size. A CPU
+pays for memory, and its cache holds one matrix.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-ONE_BY_ONE = {"cpu"}  # kinds of devices. benchmarks/launches.py empties it, to count on a CPU
+ONE_BY_ONE = {"cpu"}  # kinds of devices. benchmarks/launches.py empties the set, to count on a CPU
 
 
 def together(tensor: Tensor) -> bool:
@@ -38,7 +38,7 @@ def stacks(tensors: list[Tensor]) -> list[tuple[list[int], Tensor]]:
 
 
 def by_stack(function: Callable[[Tensor], Tensor], tensors: list[Tensor]) -> list[Tensor]:
-    """`function` of each stack, which returns rows of the same size, as a list like `tensors`."""
+    """The rows that `function` makes of each stack, of the same size, as a list like `tensors`."""
     results = [None] * len(tensors)
     for places, stack in stacks(tensors):
         for place, row in zip(places, function(stack), strict=True):
@@ -47,7 +47,7 @@ def by_stack(function: Callable[[Tensor], Tensor], tensors: list[Tensor]) -> lis
 
 
 def cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The tensors in this dtype: new ones, if they have another."""
+    """The tensors in this dtype: copies, unless they have this dtype already."""
     if tensors[0].dtype == dtype:
         return tensors
     if is_traced() or torch.compiler.is_compiling():
@@ -62,7 +62,7 @@ def apply_masks(tensors: list[Tensor], masks: list[Tensor]) -> list[Tensor]:
     dtype = tensors[0].dtype
     if masks[0].dtype != torch.bool:
         return torch._foreach_mul(tensors, cast(masks, dtype))
-    if is_traced() or torch.compiler.is_compiling():  # which lack views of another dtype
+    if is_traced() or torch.compiler.is_compiling():  # these lack views of another dtype
         return [tensor * mask.to(dtype) for tensor, mask in zip(tensors, masks, strict=True)]
     # A CPU converts bytes ten times as fast as booleans.
     factors = cast([mask.view(torch.int8) for mask in masks], dtype)

@@ -24,8 +24,8 @@ MASK_INITS = ("constant", "uniform", "kaiming", "magnitude")
 class MaskInForce:
     """The mask that a layer uses inside a `masked` block, or for one forward.
 
-    sampled: whether it is a random sample (l0 in training).
-    lasting: whether it serves many forwards. In evaluation the layer then keeps `masked_weight`.
+    sampled: whether the mask is a random sample (l0 in training).
+    lasting: whether many forwards use the mask. In evaluation the layer then keeps `masked_weight`.
     expanded: on a GPU, the mask of all weights, found once like the mask.
     masked_weight: W * M for a forward of the encoder layer, or for the evaluation of a block.
     """
@@ -47,13 +47,13 @@ class MaskInForce:
 class MaskedLinear(nn.Linear):
     """An `nn.Linear` with a mask over its weights.
 
-    `mask_scores` (None for magnitude pruning) has the shape of `weight`, or of the granularity. It
-    starts `constant` at `mask_scale`, `uniform` in +-`mask_scale`, `kaiming`, or at the `magnitude`
-    of the weights: `mask_scale` * |W| / root mean square of W, as in HYDRA (Sehwag et al. 2020),
-    shifted to a mean of 0 for methods that cut at a value. With `scores_of`, a layer has no scores
-    of its own but those of that layer. The last layer that shares them `is_gate`: it alone is
-    masked, as that is enough. `settings` are those of the method. Raises ValueError for an unknown
-    name, and what does not fit.
+    `mask_scores` (None for magnitude pruning) has the shape of `weight`, or of the granularity. The
+    scores start `constant` at `mask_scale`, `uniform` in +-`mask_scale`, `kaiming`, or at the
+    `magnitude` of the weights: `mask_scale` * |W| / root mean square of W, as in HYDRA (Sehwag et
+    al. 2020), shifted to a mean of 0 for methods that compare scores with a value. With
+    `scores_of`, a layer shares the scores of that layer. Of the layers that share scores, only the
+    last is masked (`is_gate`), which is enough. `settings` are those of the method. Raises
+    ValueError for unknown names and settings.
 
     `layer(x, threshold=v)` finds its mask for the threshold v. `layer(x)` uses the mask of the
     `masked` block around the call, and raises RuntimeError outside a block.
@@ -79,7 +79,7 @@ class MaskedLinear(nn.Linear):
         self.method, self.pruning_method = find_method(pruning_method), pruning_method
         self.granularity = find_granularity(granularity)
         self.is_gate = True
-        self._group = [] if scores_of is None else scores_of._group  # empty if it shares nothing
+        self._group = [] if scores_of is None else scores_of._group  # empty if it shares no scores
         if scores_of is not None:
             self._group += [self] if self._group else [scores_of, self]
             self._group[-2].is_gate = False
@@ -118,7 +118,7 @@ class MaskedLinear(nn.Linear):
     def _start_from_magnitudes(self) -> None:
         ranks = magnitudes([self])[0].abs().to(self.mask_scores.dtype)
         scores = ranks * (self.mask_scale / ranks.square().mean().sqrt())
-        if self.method.threshold_is != "remains":  # where 0 is the usual start
+        if self.method.threshold_is != "remains":  # 0 is the usual start of these scores
             scores -= scores.mean()
         self.mask_scores.copy_(scores)
 
@@ -129,7 +129,7 @@ class MaskedLinear(nn.Linear):
 
     @property
     def scores(self) -> Tensor | None:
-        """The scores that the mask follows from, of this layer or of another."""
+        """The scores that the mask follows from: those of this layer or of another."""
         return self.group[0].mask_scores
 
     @property
@@ -149,13 +149,13 @@ class MaskedLinear(nn.Linear):
 
     def expand(self, mask: Tensor) -> Tensor:
         """The mask of each weight, in a shape that broadcasts to that of the weights."""
-        mask = mask if self.is_gate else mask > 0  # of l0, M acts once
+        mask = mask if self.is_gate else mask > 0  # a fractional M (l0) acts once
         return self.granularity.expand(mask, self.weight.shape)
 
     def forward(self, input: Tensor, threshold: float | None = None) -> Tensor:
         if threshold is None and self.in_force is None:
             raise RuntimeError("no mask: use `with masked(model, threshold):`, or threshold=...")
-        if not self.is_gate:  # so that what is pruned has a gradient, and can return
+        if not self.is_gate:  # so that pruned weights have a gradient, and can return
             weight = self.weight
         elif threshold is None:
             weight = self._weight_in_force(self.in_force)
@@ -166,7 +166,7 @@ class MaskedLinear(nn.Linear):
     def _weight_in_force(self, current: MaskInForce) -> Tensor:
         keeps, weight = current.keeps(self), current.masked_weight
         if weight is not None and weight.dtype == _computing_dtype(self.weight):
-            if keeps or together(weight):  # of this block, or of this forward
+            if keeps or together(weight):  # made for this block, or for this forward
                 return weight
         weight = masked_weights([self], [current])[0]
         if keeps:
@@ -187,7 +187,7 @@ class MaskedLinear(nn.Linear):
         return super().train(mode)
 
     def _apply(self, function, recurse: bool = True) -> "MaskedLinear":
-        """Scores keep their precision in `half()` and `to(dtype)`: ranks would change with it."""
+        """Scores keep their precision in `half()` and `to(dtype)`: others would change ranks."""
         scores = [x for x in (self.mask_scores, *self.buffers(recurse=False)) if x is not None]
         scores += [x.grad for x in scores]
 
@@ -234,7 +234,7 @@ def _computing_dtype(weight: Tensor) -> torch.dtype:
 
 def make_masked_weights(module: nn.Module, args: tuple) -> None:
     """A forward pre-hook of an encoder layer: W * M of its matrices in one operation, on a GPU."""
-    module.products = []  # what is made for this forward alone
+    module.products = []  # made for this forward alone
     layers = [x for x in module.modules() if isinstance(x, MaskedLinear) and x.is_gate]
     masks = [layer.in_force for layer in layers]
     if not all(masks) or not together(layers[0].weight) or masks[0].keeps(layers[0]):
@@ -247,7 +247,7 @@ def make_masked_weights(module: nn.Module, args: tuple) -> None:
 
 
 def drop_masked_weights(module: nn.Module, args: tuple, output) -> None:
-    """A forward hook of an encoder layer: what was made for this forward ends with it."""
+    """A forward hook of an encoder layer: drops what was made for this forward."""
     for mask in module.products:
         mask.masked_weight = None
     module.products = []

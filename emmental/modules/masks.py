@@ -31,9 +31,9 @@ _LOCKS: weakref.WeakKeyDictionary[MaskedLinear, threading.RLock] = weakref.WeakK
 class MaskedLayers(dict[str, MaskedLinear]):
     """The masked layers of a model by name, in the order of its modules, found once for many calls.
 
-    All functions of this file take this object in place of the model. config: that of the model,
-    also inside a wrapper, or None. layers: the layers. holders: of the layers that share their
-    scores, the one that holds them. observed: the layers whose method observes gradients.
+    All functions of this file take this object in place of the model. config: the configuration of
+    the model, also inside a wrapper, or None. layers: the layers. holders: the layers that hold
+    scores; others share these. observed: the layers whose method observes gradients.
     """
 
     def __init__(self, model: nn.Module):
@@ -61,8 +61,8 @@ class Masks:
 
     sizes: how many weights one score of each layer stands for.
     cutoff: the lowest score that is kept, with `global_topk`.
-    threshold: what the masks were found for.
-    ones: how many scores each mask keeps, if the method knows it.
+    threshold: the threshold of the masks.
+    ones: how many scores each mask keeps, if the method knows this number.
     """
 
     by_layer: dict[str, Tensor]
@@ -105,12 +105,12 @@ def find_masks(
 ) -> Masks:
     """Find the masks of all layers; with `config.global_topk`, rank all matrices together.
 
-    threshold: by default `config.threshold`. With `global_topk`, the fraction of all that remains,
-        beside what the floor of a matrix adds.
-    cutoff: of an earlier call, with `global_topk`: keep the scores above it, without a selection.
-    sampled, generator: whether masks are random (l0 in training), and their noise, alike on ranks.
-    above: if given, keep the weights with higher scores instead.
-    Raises ValueError for what has no masks, and for a threshold that is unknown or out of range.
+    threshold: by default `config.threshold`. With `global_topk`, the fraction of all weights that
+        remains; the floor of a matrix may add more.
+    cutoff: with `global_topk`, that of an earlier call, in place of a selection.
+    sampled: whether masks are random (l0 in training). generator: of their noise, alike on ranks.
+    above: if given, keep the weights with scores above this one instead.
+    Raises ValueError for a model without masks, and for a threshold unknown or out of range.
     """
     layers = masked_layers(model)
     if not layers:
@@ -134,7 +134,7 @@ def find_masks(
         found = method.masks(values, threshold, sampled, generator)
         ones = method.counts(values, threshold)
     elif not method.ranks_together:
-        raise ValueError(f"global_topk cannot rank all matrices together for {method.name}")
+        raise ValueError(f"{method.name} cannot rank matrices together: set global_topk to False")
     else:
         values = torch._foreach_abs(values) if method.absolute else values
         fraction, times = check_fraction(threshold), getattr(config, "structure_times", None)
@@ -180,7 +180,7 @@ def masked(
 
     In training mode the masks are samples. The threshold becomes `config.threshold`, which
     `save_pretrained` records. In evaluation without gradients, a `lasting` block keeps W * M too.
-    New weights or scores do not change the masks of a block. A dense model has none: None.
+    New weights or scores do not change the masks of a block. For a dense model, the masks are None.
     """
     layers = masked_layers(model)
     if not layers:
@@ -201,7 +201,7 @@ def masked(
 
 
 def _expand(layers: MaskedLayers, masks: list[MaskInForce]) -> None:
-    """Find the masks of all weights, if a GPU shall have them once for all forwards."""
+    """On a GPU, find the masks of all weights once, for all forwards."""
     gates = [(layer, mask) for layer, mask in zip(layers.layers, masks) if layer.is_gate]
     if not together(layers.layers[0].weight) or torch.compiler.is_compiling():
         return
@@ -229,6 +229,6 @@ def lock_of(layer: MaskedLinear) -> threading.RLock:
     """The lock of the model whose first masked layer this is.
 
     Threads may share a model: in evaluation, their forwards run side by side in a block. Outside a
-    block, each forward puts its own masks in force, and holds the lock for as long.
+    block, each forward puts its own masks in force, and meanwhile holds the lock.
     """
     return _LOCKS.setdefault(layer, threading.RLock())

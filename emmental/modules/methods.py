@@ -1,12 +1,12 @@
-"""The pruning methods, one class each: which mask M follows from the scores S, and S's gradient.
+"""The pruning methods, one class each: the mask M that follows from scores S, and their gradient.
 
 A masked layer computes y = (W * M) x + b. A mask has no derivative. All methods but `l0` therefore
 use the straight-through estimator, which takes the mask for the scores (paper, section 4):
 
     dL/dS = dL/dM = dL/d(W * M) * W
 
-So a score falls when training moves its weight towards zero, and rises when it moves it away.
-To add a method, write a class and add an object of it to `METHODS`. Its flags, the fields of
+So a score falls while its weight moves towards zero, and rises while its weight moves away.
+To add a method, write a class and add an object of it to `METHODS`. The flags, the fields of
 `config.json`, and what is saved and resumed follow from the class.
 """
 
@@ -26,7 +26,7 @@ from .topk import keep_above, keep_largest
 class Setting:
     """A number of a method: a flag, a field of `config.json`, and an attribute of the layers.
 
-    above, below: bounds that it must not reach.
+    above, below: bounds that the number must not reach.
     """
 
     name: str
@@ -39,19 +39,19 @@ class Setting:
 class Method:
     """What every pruning method defines.
 
-    name, title: its spelling for `--pruning_method`; its name in reports.
-    scores: "learned" by the optimizer, "observed" by `observe`, or None: it ranks the weights.
+    name, title: the word after `--pruning_method`; the name in reports.
+    scores: "learned" by the optimizer, "observed" by `observe`, or None: weights are ranked.
     threshold_is: the fraction that "remains", a cut on the "sigmoid" of the scores (both in
         [0, 1]), a cut on the "score" itself, or None: the method has no threshold.
     penalty: the name, for `--regularization`, of the penalty that makes the model sparse, or None.
-    absolute: whether it ranks absolute values.
+    absolute: whether the method ranks absolute values.
     ranks_together: whether `global_topk` can rank all matrices together.
     has_floor: whether every matrix keeps at least 0.5% of its weights.
-    settings: its numbers. state: names of tensors in the shape of the scores that a layer has too.
-        They begin at 0, and are saved and resumed like the scores.
+    settings: the numbers of the method. state: names of further tensors of a layer, in the shape of
+        its scores. These tensors begin at 0, and are saved and resumed like the scores.
     observe: None, or a method `observe(layers, grads)` that updates tensors of the layers in place,
-        once per update, from the straight-through dL/dS of each, which it may overwrite. It must do
-        the same on every rank.
+        once per update. `grads` are the straight-through dL/dS, and may be overwritten. All ranks
+        must get the same results.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Method:
     state: tuple[str, ...] = ()
 
     def sources(self, layers) -> list[Tensor]:
-        """What the masks of `MaskedLinear`s that hold their scores follow from, in their shape.
+        """For layers that hold scores, what their masks follow from, in the shape of the scores.
 
         Raises ValueError where there are no values to compare: in a trace, and for sharded layers.
         """
@@ -78,9 +78,9 @@ class Method:
     def masks(
         self, sources: list[Tensor], threshold: float, sampled=False, generator=None
     ) -> list[Tensor]:
-        """One mask for each matrix of scores (or weights), of its shape: booleans, or in [0, 1].
+        """One mask for each matrix of scores (or weights), in its shape: booleans, or in [0, 1].
 
-        sampled: in training, when a mask may be random, with noise from `generator`.
+        sampled: whether masks may be random, as in training, with noise from `generator`.
         Raises ValueError for a fraction outside [0, 1].
         """
         raise NotImplementedError
@@ -90,13 +90,13 @@ class Method:
         return keep_above(sources, score)
 
     def counts(self, sources: list[Tensor], threshold: float) -> list[int] | None:
-        """How many scores `masks` keeps of each matrix, if that is known without looking."""
+        """How many scores `masks` keeps of each matrix, if the method knows without looking."""
         return None
 
     def scores_gradient(self, scores: Tensor, mask: Tensor, grad: Tensor, sampled: bool) -> Tensor:
         """dL/dS from `grad` = dL/dM, which may be overwritten. By default straight through.
 
-        It goes entry by entry: the tensors are a matrix, or the entries of several in a row.
+        Works entry by entry: the tensors are a matrix, or the entries of several in a row.
         """
         return grad
 
@@ -269,7 +269,7 @@ METHODS = {method.name: method for method in _ALL}
 
 
 def find_method(name: str) -> Method:
-    """The method of this name. Raises ValueError for an unknown one."""
+    """The method of this name. Raises ValueError for an unknown name."""
     if name not in METHODS:
         raise ValueError(f"unknown pruning_method {name!r}: choose one of {', '.join(METHODS)}")
     return METHODS[name]
@@ -281,6 +281,6 @@ def all_settings() -> dict[str, Setting]:
 
 
 def score_suffixes() -> tuple[str, ...]:
-    """How names of scores, and of what else a method keeps for them, end in a state dict."""
+    """The endings of the names of scores, and of methods' further tensors, in a state dict."""
     state = dict.fromkeys(name for method in METHODS.values() for name in method.state)
     return ".mask_scores", *(f".{name}" for name in state)

@@ -15,7 +15,7 @@ NOT_IN_GRAPHS = (
 
 
 def check_values(weight: Tensor, scores: Tensor | None) -> None:
-    """Raises ValueError where a mask cannot be found, as there are no values to compare."""
+    """Raises ValueError where a mask cannot be found, because there are no values to compare."""
     if is_traced():
         raise ValueError(NOT_IN_GRAPHS)
     stored = weight if scores is None else scores
@@ -40,7 +40,7 @@ def uniform_noise(scores: Tensor, generator: torch.Generator | None = None, marg
 class MeanSigmoid(torch.autograd.Function):
     """mean(sigmoid(S - shift)) of each matrix, averaged over the matrices: a scalar.
 
-    It saves the scores for the backward, and no sigmoids.
+    For the backward, the scores are saved, and no sigmoids.
     """
 
     @staticmethod

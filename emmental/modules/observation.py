@@ -1,4 +1,4 @@
-"""Scores that are observed, not learned: running means over what the gradients of updates say."""
+"""Scores that are observed, not learned: they follow from the gradients of the updates."""
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,13 @@ def observe_scores(
 ) -> None:
     """Pass the gradients of scores to a method that observes them, such as `platon`.
 
-    Call it once per update, after `backward()` and before `optimizer.step()`; it does nothing for
-    other methods. Gradients of observed scores are dropped, so that an optimizer learns nothing
-    from them. scaler: what has scaled the loss, if anything. skipped: whether it skips the update,
-    as a gradient is infinite; then nothing is observed.
+    Call this function once per update, after `backward()` and before `optimizer.step()`. For other
+    methods, nothing happens. Gradients of observed scores are dropped, so that no optimizer learns
+    from them. scaler: the gradient scaler of the loss, if there is one. skipped: whether the scaler
+    skips the update because of an infinite gradient; then nothing is observed.
 
-    The gradients are divided by the root of the number of weights that a score stands for, so that
-    scores of all sizes compare: the square of a gradient, as in Fisher information, grows with it.
+    The gradients are divided by the square root of the number of weights of a score, so that scores
+    of all sizes compare: like Fisher information, the squared gradient grows with this number.
     """
     observed = masked_layers(model).observed
     if not observed:

@@ -27,8 +27,8 @@ def _select_largest(values: np.ndarray, count: int) -> np.ndarray:
     """Boolean mask of the `count` largest entries of a vector; among equal ones, the first.
 
     Two order statistics of a sample almost surely enclose the `count`-th largest entry. Entries
-    above them are kept, and only those between them are partitioned. If they do not enclose it
-    (values that depend on their position, NaNs), the whole vector is partitioned.
+    above the two are kept, and only those between are partitioned. Where the two do not enclose the
+    `count`-th (values that depend on their position, NaNs), the whole vector is partitioned.
     """
     if not 0 < count < values.size:
         return np.full(values.size, count > 0)
@@ -63,7 +63,7 @@ def _enclosing_ranks(size: int, fraction: float) -> tuple[int, int]:
 def largest_in_rows(rows: Tensor, count: int) -> Tensor:
     """Boolean mask of the `count` largest entries of each row, of equal ones the first.
 
-    It does not wait for a GPU, except for rows too long for `torch.topk`.
+    Only rows too long for `torch.topk` make the host wait for a GPU.
     """
     if not 0 < count < rows.shape[1]:
         return torch.full_like(rows, count > 0, dtype=torch.bool)

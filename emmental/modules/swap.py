@@ -12,7 +12,7 @@ def swap_linears(
 ) -> None:
     """Replace every `nn.Linear` of `module` whose dotted name passes `where` by a `MaskedLinear`.
 
-    The new layers share weights and biases with the old ones. `options` are those of the new ones.
+    The new layers share weights and biases with the old ones. options: of `MaskedLinear`.
     """
     for name, old in list(module.named_modules()):
         if type(old) is nn.Linear and where(name):

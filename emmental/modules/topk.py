@@ -37,7 +37,7 @@ def keep_largest_together(
 
     An entry of `values[i]` stands for `sizes[i]` weights. The first entries with `fraction`, in
     [0, 1], of all weights are kept; or, with a `cutoff` of an earlier call, those at or above it.
-    Where the floor binds, more are.
+    Where the floor binds, more entries are kept.
     """
     if cutoff is not None:
         return keep_above(values, cutoff, torch.ge), cutoff
@@ -72,7 +72,7 @@ def keep_above(
 
 
 def keep_floor(values: list[Tensor], masks: list[Tensor]) -> list[Tensor]:
-    """Replace each mask with fewer than `floor_count(n)` ones by that of the largest entries."""
+    """Replace each mask with fewer than `floor_count(n)` ones by a mask of the largest entries."""
     floors = [floor_count(value.numel()) for value in values]
     short = [i for i, ones in enumerate(count_ones(masks)) if ones < floors[i]]
     largest = keep_largest([values[i] for i in short], [floors[i] for i in short])
