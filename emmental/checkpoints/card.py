@@ -42,8 +42,8 @@ def write_run_card(
 ) -> None:
     """Write the card of the model that a training run saved to `folder`.
 
-    base: the model that it started from. data, dataset: what it was trained on, and the name of
-    this on the hub. metrics: of its evaluation. command: the words of the command of the run.
+    base: the model that the run started from. data, dataset: the training data, and their name on
+    the hub. metrics: of the evaluation. command: the words of the command of the run.
     """
     head = type(model).__name__.partition("For")[2]
     scores = [
@@ -77,8 +77,8 @@ def write_run_card(
 def derived_card(card: str | None, name: str, model: PreTrainedModel, origin: str) -> str:
     """The card of a plain model made from a fine-pruned one.
 
-    card: that of the fine-pruned model, if it has one. name: of the plain model. origin: a sentence
-    that says what it was made from.
+    card: the card of the fine-pruned model, if there is one. name: of the plain model. origin: a
+    sentence that says what the plain model was made from.
     """
     metadata = ModelCard(card).data if card else ModelCardData(library_name="transformers")
     if metadata.eval_results:
@@ -94,7 +94,7 @@ def read_card(folder: Path) -> str | None:
 
 
 def loading_of(model: PreTrainedModel, name: str | Path) -> str:
-    """The call that loads the model from the folder `name`: the code of a compact one is in it."""
+    """The call that loads the model from the folder `name`, which has the code of a compact one."""
     kind, trusted = type(model).__name__, ""
     if model.config.model_type.startswith(COMPACT):
         kind, trusted = f"AutoModel{''.join(kind.partition('For')[1:])}", ", trust_remote_code=True"

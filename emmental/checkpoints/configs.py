@@ -11,17 +11,18 @@ from ..system.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
-# What becomes of a setting of a config.json, unless it is 0, false or null.
-# It makes another task: refused, as `quantization_config` is.
+# What happens to the settings of a config.json, unless they are 0, false or null.
+# Settings that make another task: refused, as `quantization_config` is.
 DECODER = ("is_decoder", "is_encoder_decoder", "add_cross_attention", "is_causal", "causal_mask")
-# It says what is returned beside the outputs of the head, or how they are computed: dropped.
+# Settings of what is returned beside the outputs of the head, or how it is computed: dropped.
 DROPPED = (
     "output_attentions", "output_hidden_states", "chunk_size_feed_forward", "attn_implementation",
     "_attn_implementation", "experts_implementation", "_experts_implementation",
     "distributed_config", "_auto_class",
 )  # fmt: skip
-# No model here computes it, but for the values that change nothing: refused, in training dropped.
-# (They are of other encoders, such as nn_pruning's; the code of `auto_map` is never run.)
+# Settings that no model here computes, and their values that change nothing: refused with any other
+# value, or dropped in training. (Other encoders, such as nn_pruning's, have them. The code of
+# `auto_map` is never run.)
 FOREIGN = {
     "position_embedding_type": ("absolute",),
     "layer_norm_type": ("layer_norm",),
@@ -32,7 +33,7 @@ FOREIGN = {
     "per_layer_config": (),
     "auto_map": (),
 }
-# All others are kept: the model computes them, or they are only a record.
+# All other settings are kept: the model computes them, or they are only a record.
 
 
 def read_config(checkpoint: str, cache_dir: str | None = None) -> dict:
@@ -71,7 +72,7 @@ def read_config(checkpoint: str, cache_dir: str | None = None) -> dict:
 def concrete_type(asked: str, checkpoint: str, cache_dir: str | None = None) -> str:
     """The model type for a checkpoint: `masked` and `dense` take its family.
 
-    Raises UserError if it is not of the family that is asked for.
+    Raises UserError for a checkpoint of another family than the one that is asked for.
     """
     recorded = read_config(checkpoint, cache_dir)["model_type"]
     family = stock_type(recorded)
@@ -123,7 +124,7 @@ def computed_settings(checkpoint: str, config: dict, trained: bool) -> dict:
     computed |= {"auto_map"} if model_type.startswith(COMPACT) else set()
     for name, neutral in (FOREIGN | {"embedding_size": (config.get("hidden_size"),)}).items():
         if (name, family) == ("position_embedding_type", "modernbert"):
-            neutral += ("sans_pos",)  # its positions are rotations
+            neutral += ("sans_pos",)  # ModernBERT's positions are rotations
         value = config.get(name)
         if value and value not in neutral and name not in computed:
             setting = f"{checkpoint}/config.json has {name} {value!r}"
@@ -141,14 +142,14 @@ def computed_settings(checkpoint: str, config: dict, trained: bool) -> dict:
 
 
 def bare_config(model_type: str, recorded: dict) -> PreTrainedConfig:
-    """A configuration for what needs no model: of a `config.json` only what is always kept."""
+    """A configuration for what needs no model: only the settings that are always kept."""
     without = {*DROPPED, *FOREIGN, "model_type"}
     settings = {name: value for name, value in recorded.items() if name not in without}
     return CONFIG_MAPPING[model_type].from_dict(settings)
 
 
 def refuse_or_warn(problem: str, trained: bool) -> None:
-    """Refuse what the model cannot compute of a checkpoint or, before a training, warn of it."""
+    """Refuse a checkpoint that the model cannot compute whole; before a training, only warn."""
     if trained:
-        raise UserError(f"{problem}: its results would be wrong; give a checkpoint without it")
+        raise UserError(f"{problem}: results would be wrong; give a checkpoint without it")
     logger.warning("%s: training goes on without it", problem)

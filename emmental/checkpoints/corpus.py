@@ -1,4 +1,4 @@
-"""The texts of a corpus: of files of text, of tables, and of JSON."""
+"""Read the texts of a corpus: from text files, tables and JSON."""
 
 import csv
 import itertools
@@ -32,7 +32,7 @@ def batches_of(files: Sequence[Path]) -> Iterator[list[str]]:
 
 
 def _texts(files: Sequence[Path]) -> Iterator[str]:
-    """The texts of files, then their words, alone and behind a space: so they may be placed."""
+    """The texts of files, then their words, alone and behind a space, as words stand in texts."""
     words = set()
     for file in files:
         try:

@@ -12,7 +12,7 @@ from ..modules.topk import floor_count
 
 @dataclass
 class MatrixCount:
-    """Remaining weights of a matrix. floored: only the floor (0.5%, or one score) kept it."""
+    """Remaining weights of a matrix. floored: whether only the floor (0.5%, or a score) is left."""
 
     name: str
     remaining: int
@@ -25,9 +25,8 @@ class MatrixCount:
 class RemainingWeights:
     """Remaining weights of a masked model.
 
-    settings: its pruning_method, threshold, global_topk and granularity. matrices: its masked
-    matrices. encoder_others: the number of parameters of the encoder without a mask (bias,
-    LayerNorm).
+    settings: pruning_method, threshold, global_topk and granularity. matrices: the masked matrices.
+    encoder_others: the number of parameters of the encoder without a mask (bias, LayerNorm).
     """
 
     settings: dict[str, float | str | bool]
@@ -93,7 +92,7 @@ def mask_report(model: nn.Module, masks: Masks | None = None) -> dict[str, float
         "remaining_percent_linear": counts.linear_percent,
     }
     settings = counts.settings
-    if settings["granularity"] == "weight":  # as published: older results do not say it
+    if settings["granularity"] == "weight":  # as published, and unsaid in older results
         del settings["granularity"]
     return percents | settings
 
@@ -117,7 +116,7 @@ class LayerCount:
 def count_layers(model: nn.Module, masks: Masks | None = None) -> list[LayerCount]:
     """Count what remains of each layer; see `remaining_weights`.
 
-    Empty if the model's family does not say where its heads and neurons are.
+    The list is empty if the model's family does not say where heads and neurons are.
     """
     family = family_of(model.config)
     if not (family.heads and family.neurons):
@@ -148,9 +147,9 @@ def count_layers(model: nn.Module, masks: Masks | None = None) -> list[LayerCoun
 
 @torch.no_grad()
 def plain_percents(model: nn.Module) -> tuple[float, float]:
-    """Percentages of the weights of a plain or compact model that are left, i.e. not zero.
+    """How much of a plain or compact model is not zero, in percent of the weights before pruning.
 
-    The first is of the encoder's Linears, the second of the whole encoder, each before pruning.
+    The first number is for the encoder's Linears, the second for the whole encoder.
     """
     encoder = whole = encoder_of(model)
     if model.config.model_type.startswith(COMPACT):

@@ -1,4 +1,4 @@
-"""The embeddings of a model: fine-pruning leaves them as they were in its base model."""
+"""The embeddings of a model, which fine-pruning leaves as they were in the base model."""
 
 import hashlib
 import inspect
@@ -12,7 +12,7 @@ from .configs import bare_config, read_config
 
 
 def base_embeddings(base_model: str) -> dict[str, Tensor]:
-    """The embeddings of any model, by their names in one with a head. Raises UserError."""
+    """The embeddings of any model, by their names in a model with a head. Raises UserError."""
     recorded = read_config(base_model)
     model_type = stock_type(recorded["model_type"])
     model_class = class_of(model_type)

@@ -17,7 +17,7 @@ from .onnx_file import check_onnx, sample_inputs
 PRESETS = {"avx2": True, "avx512": True, "avx512_vnni": False, "arm64": False}
 BATCH, LENGTH = 1, 128  # of the inputs that are timed
 CALLS = 15
-DEVIATION = 0.2  # a higher one is warned of. MiniLM on SST-2 has 0.04 and loses no accuracy
+DEVIATION = 0.2  # above this, a warning. MiniLM on SST-2 has 0.04 and loses no accuracy
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Comparison:
 
 
 def preset_of_this_cpu() -> str:
-    """The preset that fits this machine: `avx2` where nothing more is known of it."""
+    """The preset that fits this machine: `avx2` if its CPU is not known."""
     if platform.machine().lower() in ("arm64", "aarch64"):
         return "arm64"
     try:
@@ -55,7 +55,7 @@ def int8_file(file: Path) -> Path:
 def quantize(file: Path, preset: str) -> Path:
     """Write the int8 form of an ONNX file beside it.
 
-    Weights have a scale per output channel; activations get theirs as they come. Raises UserError
+    Weights have a scale per output channel; activations get a scale as they come. Raises UserError
     where `check_onnx` does.
     """
     check_onnx(file)
@@ -63,7 +63,7 @@ def quantize(file: Path, preset: str) -> Path:
 
     def fill(path: Path) -> None:
         logged = logging.root.manager.disable
-        logging.disable(logging.WARNING)  # it asks for a step of preparation that changes nothing
+        logging.disable(logging.WARNING)  # ONNX Runtime asks for a preparation that has no effect
         try:
             quantize_dynamic(file, path, per_channel=True, reduce_range=PRESETS[preset])
         finally:

@@ -16,9 +16,9 @@ logger = logging.getLogger(__name__)
 
 
 def label_settings(labels: int | Sequence[str] | None) -> dict:
-    """What a configuration says of the outputs: their number, their names, none for a regression.
+    """The settings for outputs with these labels: their number or names; no names: a regression.
 
-    None: nothing, so that the configuration stays as it is.
+    None: no settings, so that the configuration stays as it is.
     """
     if labels is None:
         return {}
@@ -59,7 +59,7 @@ def align_labels(
     wanted: Sequence[str],
     trained: bool,
 ) -> None:
-    """Put the outputs of a checkpoint's head, which have `names`, in the order of `wanted` ones.
+    """Put the outputs of a checkpoint's head, which have these `names`, in the order of `wanted`.
 
     A head with other names starts fresh or, if it has to be `trained`, is refused.
     """
@@ -86,6 +86,6 @@ def align_labels(
 
 def head_linear(model: PreTrainedModel) -> tuple[str, nn.Linear]:
     """The last `nn.Linear` of a model's head, and its name."""
-    base = f"{model.base_model_prefix}."  # whose modules come last in some classes
+    base = f"{model.base_model_prefix}."  # in some classes, these modules come last
     linears = [item for item in model.named_modules() if isinstance(item[1], nn.Linear)]
     return [item for item in linears if not item[0].startswith(base)][-1]

@@ -1,7 +1,7 @@
 """Load a checkpoint, and refuse in one line what does not fit.
 
-transformers starts from random values what a checkpoint lacks. A researcher who does not notice
-that a head or scores were random loses a day. So everything that is missing is checked here.
+transformers fills what a checkpoint lacks with random values. A researcher who does not notice that
+a head or scores were random loses a day. So everything that is missing is checked here.
 """
 
 import logging
@@ -37,7 +37,7 @@ class NoThreshold(UserError):
 
 @contextmanager
 def advising(advice: str) -> Iterator[None]:
-    """Have a NoThreshold that leaves the block say what helps, such as a flag of the script."""
+    """Add advice, such as a flag of the script, to a NoThreshold that leaves the block."""
     try:
         yield
     except NoThreshold as error:
@@ -59,7 +59,7 @@ def load_model(
 
     trained: the checkpoint must hold the head and, if masked, the scores and the threshold.
         Otherwise they may start fresh.
-    head: one of `HEADS`; "" is that of a base model, which may lack a pooler.
+    head: one of `HEADS`; or "" for a base model, which may lack a pooler.
     labels: the outputs of the head, by default the configuration's: their number or their names. No
         names mean a regression. The outputs of a trained head are put in the order of the names. A
         head with other names is refused if `trained`, and otherwise starts fresh.
@@ -114,7 +114,7 @@ def load_model(
 
 
 def _warn_of_other_code(folder: Path) -> None:
-    """Warn of code in the folder of a compact model that is not the package's, which is used."""
+    """Warn if the code in the folder of a compact model differs from that of the package."""
     for module in (compact.configuration, compact.modeling):
         file, code = folder / Path(module.__file__).name, Path(module.__file__)
         if file.is_file() and file.read_bytes() != code.read_bytes():
@@ -133,7 +133,7 @@ def load_masked(
     a warning. Raises UserError for a checkpoint without masks, method or threshold.
     """
     if not Path(folder).is_dir():
-        raise UserError(f"{folder} is not a folder: give that of a fine-pruned checkpoint")
+        raise UserError(f"{folder} is not a folder: give one of a fine-pruned checkpoint")
     given = {"pruning_method": pruning_method, "threshold": threshold, "global_topk": global_topk}
     overrides = {name: value for name, value in given.items() if value is not None}
     recorded = read_config(folder)
@@ -187,7 +187,7 @@ def _mask_settings(recorded: dict, asked: dict, trained: bool) -> tuple[dict, bo
         old = recorded.get(name, default)
         if asked.get(name, old) != old:
             raise UserError(
-                f"{name} {asked[name]} contradicts {old} of the checkpoint: go on with its own, or "
+                f"{name} {asked[name]} contradicts {old} of the checkpoint: drop the flag, or "
                 "convert it with bertarize.py and start from the result"
             )
     methods = {settings.get("pruning_method") for settings in (recorded, asked)} - {None}
@@ -227,8 +227,8 @@ def _check_weights(checkpoint: str, model: PreTrainedModel, info: dict, trained:
             )
         if saved and not in_base:
             raise UserError(
-                f"the head of {checkpoint} has {saved[0]} outputs, and {needed[0]} are needed: is "
-                "it of another task?"
+                f"the head of {checkpoint} has {saved[0]} outputs, and {needed[0]} are needed: "
+                "give a model of this task"
             )
         raise UserError(
             f"{checkpoint} has no trained {type(model).__name__} head ({key} is missing): "
@@ -241,7 +241,7 @@ def _check_weights(checkpoint: str, model: PreTrainedModel, info: dict, trained:
 def _check_extra_weights(
     checkpoint: str, model: PreTrainedModel, keys: Sequence[str], trained: bool
 ) -> None:
-    """Refuse, or warn of, weights in parts of the model that have no place for them."""
+    """Refuse a checkpoint with weights that parts of the model do not have; or warn of them."""
     parts = {name for m in (model, model.base_model) for name, _ in m.named_children()}
     extra = sorted(k for k in keys if k.split(".")[0] in parts and not HARMLESS.search(k))
     if is_masked(model.config.model_type):  # a method without scores leaves them
@@ -264,7 +264,7 @@ def _check_masks(checkpoint: str, model: PreTrainedModel, trained: bool) -> None
             f"{checkpoint}/config.json does not record the threshold that it was trained at"
         )
     if not all(x.source.isfinite().all() for x in layers if x.mask_scores is not None):
-        raise UserError(f"{checkpoint} holds scores that are not finite: its training diverged")
+        raise UserError(f"{checkpoint} has scores that are not finite: give an earlier checkpoint")
     try:
         find_masks(model)
     except ValueError as error:

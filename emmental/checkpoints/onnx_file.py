@@ -32,9 +32,9 @@ def check_onnx(file: Path) -> None:
 def write_onnx(model: PreTrainedModel, file: Path) -> None:
     """Write a stock or compact model, in float32 on the CPU, to an ONNX file.
 
-    Its inputs are `input_ids`, `attention_mask` and, if it tells them apart, `token_type_ids`
-    (int64, batch x length, for multiple choice batch x choices x length), of any size; its outputs
-    are those of the model, by their names. The file is kept only if ONNX Runtime computes what
+    The inputs are `input_ids`, `attention_mask` and, if the model tells them apart,
+    `token_type_ids` (int64, batch x length, for multiple choice batch x choices x length), of any
+    size; the outputs have the model's names. The file is kept only if ONNX Runtime computes what
     torch does. Raises UserError as `check_onnx` does, and TrainingError for a model that cannot be
     exported or computes something else.
     """
@@ -43,7 +43,7 @@ def write_onnx(model: PreTrainedModel, file: Path) -> None:
     def fill(path: Path) -> None:
         training = model.training
         logged = logging.root.manager.disable
-        logging.disable(logging.WARNING)  # the exporter tells of every node
+        logging.disable(logging.WARNING)  # the exporter logs every node
         model.eval()
         try:
             with warnings.catch_warnings():
@@ -93,8 +93,8 @@ def _export(model: PreTrainedModel, path: Path) -> None:
 def _compare(model: PreTrainedModel, path: Path) -> None:
     """Raises TrainingError unless ONNX Runtime has the outputs of torch for two shapes.
 
-    Those of padding are not compared: they are of no use, and where a window of ModernBERT holds
-    nothing else, attention sums to another number.
+    Outputs of padding are not compared: they are of no use, and where a window of ModernBERT holds
+    only padding, attention sums to another number.
     """
     import onnxruntime  # optional
 

@@ -59,9 +59,9 @@ def declared_casing(checkpoint: str, cache_dir: str | None) -> bool | None:
 def load_tokenizer(
     checkpoint: str, do_lower_case: bool = False, cache_dir: str | None = None
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer of a checkpoint: uncased if its files say so, or if `do_lower_case` and it can.
+    """The tokenizer of a checkpoint: uncased by its files, or by `do_lower_case` if it can be.
 
-    Raises UserError when there is none, for which transformers makes up an empty one.
+    Raises UserError when there is none; transformers would make up an empty one.
     """
     options = {"cache_dir": cache_dir, "use_fast": True, "trust_remote_code": False}
     try:
@@ -116,7 +116,7 @@ def fit_to_model(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> 
 
 
 def tokenizer_to_copy(checkpoint: str, model: PreTrainedModel) -> PreTrainedTokenizerFast | None:
-    """The tokenizer to write beside `model`, made from a checkpoint; says so if there is none."""
+    """The checkpoint's tokenizer, to write beside `model`. Warns if there is none."""
     if not has_tokenizer(checkpoint):
         logger.warning("%s has no tokenizer: none is written", checkpoint)
         return None

@@ -5,11 +5,11 @@ pieces that remain get new ids in the order of their old ones, in the tokenizer 
 the corpus the pieces are the same, and so are the outputs. Other text falls back to smaller pieces.
 
 The corpus needs more than the pieces that it is split into:
-- WordPiece takes the longest piece each time, and gives a word up where none fits. What it took
-  of such a word stays, as shorter pieces could fit after all.
-- BPE merges. Each merge whose result stays is kept, with both its parts.
+- WordPiece takes the longest piece each time, and gives a word up where no piece fits. The pieces
+  that were taken of such a word stay: without them, shorter pieces might fit.
+- BPE merges pieces. Each merge whose result stays is kept, with both its parts.
 - Unigram maximizes a sum of scores. An unknown character costs a fixed amount more than the lowest
-  score, whose piece stays.
+  score, so the piece with this score stays.
 """
 
 import itertools
@@ -29,7 +29,7 @@ from ..system.errors import TrainingError, UserError
 from .corpus import batches_of
 
 KINDS = ("WordPiece", "BPE", "Unigram")
-BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # to which unknown characters fall back
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # unknown characters fall back to these
 
 
 def cut_vocabulary(
@@ -51,7 +51,7 @@ def cut_vocabulary(
     token_ids = {n: i for n, i in model.config.to_dict().items() if n.endswith("_token_id")}
     token_ids = {n: i for n, i in token_ids.items() if type(i) is int and 0 <= i < rows}
     tokens = {*tokenizer.all_special_ids, *token_ids.values()}
-    tokens |= {*range((padding_of_positions(model) or 0) + 1)}  # positions are numbered from there
+    tokens |= {*range((padding_of_positions(model) or 0) + 1)}  # positions begin after padding
     needed = _needed(whole, content, files, tokens)
     if max(needed) >= rows:
         raise UserError(
@@ -62,7 +62,7 @@ def cut_vocabulary(
     cut = _renumbered(tokenizer, content, number)
     pieces = {piece: number[i] for piece, i in whole.get_vocab().items() if i in number}
     if _bare(cut).get_vocab() != pieces or not _agree(whole, _bare(cut), number, files):
-        raise TrainingError("this tokenizer cannot be cut: it would split the corpus otherwise")
+        raise TrainingError("this tokenizer cannot be cut: it would split the corpus differently")
     _cut_embeddings(model, number)
     for name, old in token_ids.items():
         setattr(model.config, name, number[old])
@@ -70,7 +70,7 @@ def cut_vocabulary(
 
 
 def _bare(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """A copy of its backend that returns every token of a text, and no padding."""
+    """A copy of a tokenizer's backend that returns every token of a text, and no padding."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
@@ -78,7 +78,7 @@ def _bare(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
 
 
 def _agree(whole: Tokenizer, cut: Tokenizer, number: dict[int, int], files: Sequence[Path]) -> bool:
-    """Whether both have the same pieces for the texts of `files`."""
+    """Whether both tokenizers split the texts of `files` into the same pieces."""
     return all(
         [number[i] for i in before.ids] == after.ids
         for texts in batches_of(files)
@@ -87,9 +87,9 @@ def _agree(whole: Tokenizer, cut: Tokenizer, number: dict[int, int], files: Sequ
 
 
 def _needed(backend: Tokenizer, content: dict, files: Sequence[Path], tokens: set[int]) -> set[int]:
-    """These ids, and those that a tokenizer needs for texts, for characters and for its tokens.
+    """The ids `tokens`, and those that a tokenizer needs for them, for texts and for characters.
 
-    Drops the merges of `content` that give no such piece.
+    Drops the merges of `content` that make no needed piece.
     """
     vocabulary, part = backend.get_vocab(), content["model"]
     prefix = part.get("continuing_subword_prefix") or ""
@@ -118,7 +118,7 @@ def _needed(backend: Tokenizer, content: dict, files: Sequence[Path], tokens: se
 
 
 def _keep_merges(part: dict, vocabulary: dict[str, int], needed: set[int], prefix: int) -> None:
-    """Add the parts of every needed piece, and their parts; drop the merges of other pieces."""
+    """Add the parts of every needed piece, down to characters; drop the merges of other pieces."""
     results = [first + second[prefix:] for first, second in part["merges"]]
     sources = {}
     for result, pair in zip(results, part["merges"]):
