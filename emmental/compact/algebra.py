@@ -5,13 +5,13 @@ Attention computes softmax(Q K^T / sqrt(d)) V, then W_O:
   its bias for every key, and softmax sums to 1, so W_O times this bias moves to the bias of W_O.
 - An empty row of W_K adds the same to the scores of all keys, which softmax ignores: it goes with
   its row of W_Q. So does a row whose row of W_Q is empty and has no bias.
-- A head without values goes as a whole. In families where the scale of the scores is the number of
-  a head's rows, or positions have rows too, only whole heads go.
+- A head without values goes as a whole. In families where the scale of the scores depends on the
+  number of a head's rows, or positions have rows too, only whole heads go.
 In the feed-forward part, a neuron goes if its row of W_1 or its column of W_2 is empty. If the row
 is empty, W_2 times the neuron's constant activation moves to the bias of W_2.
 
-This is exact wherever softmax sums to 1: not for a sequence of nothing but padding, and not under
-dropout of attention.
+Compaction is exact wherever softmax sums to 1: not for a sequence of nothing but padding, and not
+under dropout of attention.
 """
 
 from collections.abc import Callable
@@ -105,10 +105,10 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 def compact(layer: Layer, activation: str) -> Layer:
-    """A layer with the same output, without what it does not need; `activation` is between
-    `first` and `second`.
+    """A layer with the same output, without the parts that its output does not depend on.
 
-    A remaining head keeps at least one row of query and key. The given layer is not changed.
+    activation: between `first` and `second`. A remaining head keeps at least one row of query and
+    key. The given layer is not changed.
     """
     query, key, value, output = layer.query, layer.key, layer.value, layer.output
     constant = _empty_rows(value)
@@ -141,7 +141,7 @@ def compact_heads(value: Affine, output: Affine, heads: int) -> tuple[np.ndarray
 
 
 def compact_neurons(first: Affine, second: Affine, activation: str) -> tuple[Affine, Affine]:
-    """A feed-forward part with the same output, without the neurons that it does not need."""
+    """A feed-forward part with the same output, without the neurons that need not be there."""
     constant = _empty_rows(first)
     values = ACT2FN[activation](torch.from_numpy(first.bias)).numpy()
     second = second.fold(constant, values)

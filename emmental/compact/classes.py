@@ -8,7 +8,7 @@ from . import configuration, modeling
 
 
 def make_compact(model_type: str) -> dict[str, type]:
-    """Make and register the compact classes of a row of `FAMILIES`; returned by name."""
+    """Make and register the compact classes of a row of `FAMILIES`. Returns them by name."""
     config = getattr(configuration, f"Compact{CONFIG_MAPPING[model_type].__name__}")
     stock = filter(None, (class_of(model_type, head) for head in ("", *HEADS)))
     models = [getattr(modeling, f"Compact{model_class.__name__}") for model_class in stock]

@@ -1,8 +1,8 @@
 """Encoders without the heads and neurons that pruning emptied: stock classes, smaller Linears.
 
 The configuration says what remains of each layer. The state dict has the keys of the stock class;
-where a layer has no heads, or no neurons, of that part only the last bias remains. A compact model
-trains, and goes through any tool, as its stock class does. See `configuration.py` for its folder.
+of a part without heads, or without neurons, it has only the last bias. A compact model trains, and
+goes through any tool, as its stock class does. `configuration.py` describes the folder.
 """
 
 import re
@@ -20,7 +20,7 @@ from .configuration import CompactSettings
 class Headless:
     """Attention without heads, mixed into the stock class of a layer's attention.
 
-    Its output projection is a `Bias`: `projection` names it where it is a part of this module.
+    The output projection is a `Bias`. `projection` names it where it is a part of this module.
     """
 
     num_attention_heads = n_heads = attention_head_size = all_head_size = 0
@@ -163,7 +163,7 @@ class Compact:
 
 
 def _check_sizes(config: CompactSettings, name: str, whole: list[int]) -> None:
-    """Set what the configuration leaves out. Raises ValueError for other numbers."""
+    """Set the numbers that the configuration leaves out. Raises ValueError for impossible ones."""
     sizes = getattr(config, name)
     if sizes is None:
         setattr(config, name, whole)

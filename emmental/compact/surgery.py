@@ -76,7 +76,7 @@ def _shrink_rows(block: nn.Module, family: Family, layer: Layer) -> None:
 
 
 def _drop_heads(block: nn.Module, family: Family, indices: np.ndarray) -> np.ndarray:
-    """Drop the heads that no output depends on; returns the others of `indices`."""
+    """Drop the heads that no output depends on. Returns the `indices` of the others."""
     if not len(indices):
         return indices
     *inputs, value, output = family.heads
@@ -107,10 +107,10 @@ def _shrink_neurons(block: nn.Module, family: Family, first: Affine, second: Aff
 
 
 def compacted(model: PreTrainedModel) -> PreTrainedModel:
-    """The compact model with the outputs of a plain encoder, or compact one, with a stock head.
+    """The compact model with the outputs of a plain or compact encoder with a stock head.
 
-    Unlike the result of `compact_model` it can be saved. `model` is not changed. Raises ValueError
-    for another architecture.
+    Unlike the result of `compact_model`, this model can be saved. `model` is not changed. Raises
+    ValueError for another architecture.
     """
     family_name = stock_type(model.config.model_type)
     compact_class = None
@@ -148,7 +148,7 @@ def compacted(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def compact_config(config: PreTrainedConfig, **sizes: list) -> CompactSettings:
-    """The compact configuration of a stock or compact one, with these sizes of its layers."""
+    """The compact form of a stock or compact configuration, with these sizes of the layers."""
     family_name = stock_type(config.model_type)
     config_class = class_of(COMPACT + family_name).config_class
     of_class = ("model_type", "architectures", "transformers_version")

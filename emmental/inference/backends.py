@@ -1,9 +1,9 @@
 """Two backends for a sparse model on a CPU: our own kernels (kernels.cpp), and torch's CSR product.
 
 A backend keeps the activations of one forward feature-major, in its own layout:
-- `Native`: [tiles][features][T], tiles of T tokens (see kernels.cpp). Compiled at first use with
-  the C++ compiler of the machine ($CXX, c++, g++ or clang++) and kept in the cache folder.
-- `Library`: [features][tokens]. Nothing to compile. The same results, up to float32 rounding.
+- `Native`: [tiles][features][T], tiles of T tokens. kernels.cpp is compiled at first use with the
+  C++ compiler of the machine ($CXX, c++, g++ or clang++) and kept in the cache folder.
+- `Library`: [features][tokens]. Nothing is compiled; results are the same up to float32 rounding.
 """
 
 import math
@@ -167,7 +167,7 @@ class Library:
     def prepare(affine: Affine, sparse: bool) -> Matrix:
         matrix = Native.prepare(affine, sparse)
         matrix.weight = matrix.values
-        if sparse:  # 32-bit indices, as MKL would convert others at every product
+        if sparse:  # 32-bit indices: MKL would convert others at every product
             matrix.indices = torch.from_numpy(affine.weight.indices.astype(np.int32))
             parts = matrix.starts, matrix.indices, matrix.values
             shape = matrix.rows, matrix.columns

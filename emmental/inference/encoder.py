@@ -1,5 +1,6 @@
-"""The encoder of a pruned model on sparse matrices, for families whose layer computes what BERT's
-does. It replaces the encoder of any of their stock models.
+"""The encoder of a pruned model on sparse matrices.
+
+`SparseEncoder` replaces the stock encoder in families whose layers compute what BERT's do.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +37,7 @@ class SparseLayer:
         self.norms = [tensor.detach().clone() for tensor in norms]
 
     def __deepcopy__(self, memo: dict) -> "SparseLayer":
-        return self  # it is never changed
+        return self  # a layer is never changed
 
     def matrices(self) -> list[Matrix]:
         return [self.qkv, self.output, self.first, self.second]
@@ -50,8 +51,8 @@ class SparseLayer:
 class SparseEncoder(nn.Module):
     """The outputs of the stock encoder with these layers, up to float32 rounding.
 
-    For the CPU, float32 and evaluation only. Its weights are not parameters: the model cannot be
-    trained, moved or saved with them.
+    For the CPU, float32 and evaluation only. The weights are not parameters, so the model cannot be
+    trained, moved or saved.
     """
 
     def __init__(

@@ -14,8 +14,7 @@ from ..system.errors import UserError
 class OnnxModel(nn.Module):
     """The ONNX file of `model`, float32 or int8, with the inputs and outputs of `model`.
 
-    Raises UserError for a file that cannot be read, or is of a model with other inputs, outputs, or
-    labels.
+    Raises UserError for a file that cannot be read, or that has other inputs, outputs or labels.
     """
 
     def __init__(self, file: Path, model: PreTrainedModel):
@@ -28,7 +27,7 @@ class OnnxModel(nn.Module):
         if lacking:
             raise UserError(
                 f"--onnx_file {file} takes {', '.join(sorted(lacking))}, which "
-                f"{type(model).__name__} does not: it is of another model"
+                f"{type(model).__name__} does not: give the file of this model"
             )
         example = torch.ones(2, 3, 8) if _has_choices(model) else torch.ones(2, 8)
         inputs = {name: example.long() for name in input_names(model)}
@@ -42,8 +41,8 @@ class OnnxModel(nn.Module):
         if given != shapes:
             raise UserError(
                 f"--onnx_file {file} has the outputs {_described(given)}, and "
-                f"{type(model).__name__} has {_described(shapes)}: it is of another task, or of "
-                "other labels"
+                f"{type(model).__name__} has {_described(shapes)}: the file is of another task, or "
+                "of other labels"
             )
 
     def forward(

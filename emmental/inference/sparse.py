@@ -3,8 +3,8 @@
 The encoder is first compacted: heads, neurons and rows that no output depends on are removed
 exactly (`compact/algebra.py`). On a CPU, matrices with few weights then become sparse (CSR), and
 the encoder computes with them (`encoder.py`, `backends.py`). Embeddings and head stay the stock
-modules, so any head works. So it goes for BERT and the families whose layer computes what BERT's
-does (those with `norms` in `families.FAMILIES`). Others are only compacted.
+modules, so any head works. There are kernels for BERT and the families whose layers compute what
+BERT's do (those with `norms` in `families.FAMILIES`). Other families are only compacted.
 
     model = sparsify(BertForQuestionAnswering.from_pretrained("bertarized"))
     with torch.inference_mode():
@@ -50,8 +50,8 @@ def sparsify(
         "compact" (dense products, made smaller by compaction), or "auto": compact for an encoder
         whose density is not below `csr_below`, else native, or library without a C++ compiler.
     csr_below: density, in [0, 1], below which a matrix becomes CSR.
-    On a GPU and in training mode CSR does not pay, and some families have no kernels: then "auto"
-    only compacts what it can, with a warning.
+    On a GPU and in training mode, CSR does not pay, and some families have no kernels. "auto" then
+    only compacts what can be compacted, with a warning.
     Raises ValueError for another architecture, an unknown kernel, or a kernel that cannot be used.
     """
     if kernel not in KERNELS:
@@ -81,7 +81,7 @@ def sparsify(
         heads = head_count(block, family)
         layers.append(_sparse_layer(model.config, heads, fetch, backend, csr_below))
     sparse = copy.deepcopy(model, {id(encoder): SparseEncoder(model.config, backend, layers)})
-    sparse.config._attn_implementation = "sdpa"  # then the base model makes the mask it takes
+    sparse.config._attn_implementation = "sdpa"  # the base model then makes a mask that fits
     return _without_saving(sparse)
 
 
@@ -94,8 +94,8 @@ def sparse_model(
 ) -> PreTrainedModel:
     """The sparse model of these tensors, by their names in `model_class`.
 
-    For families with kernels. The encoder's matrices are csr_arrays; one with a density below
-    `csr_below` is never made dense.
+    Only for families with kernels. The encoder's matrices are csr_arrays; those with a density
+    below `csr_below` are never made dense.
     """
     backend = _backend(kernel)
     family = family_of(config)
@@ -199,6 +199,6 @@ def _without_saving(model: PreTrainedModel) -> PreTrainedModel:
 
 def _refuse_to_save(*args, **kwargs):
     raise ValueError(
-        "a model of sparsify cannot be saved: save the model that it was made from, or what "
-        "emmental.inference.compacted makes of it"
+        "a model of sparsify cannot be saved: save the model that it was made from, or the result "
+        "of emmental.inference.compacted"
     )

@@ -26,8 +26,8 @@ COARSE = (1 / 16, 1 / 4, 1)  # for ONNX Runtime, where each model is exported
 class SpeedTable:
     """Microseconds of a forward of `batch` sequences of `length` tokens by a runtime.
 
-    heads, neurons: numbers of them, and what a layer with so many takes. rest: embeddings, head,
-    and what layers without heads and neurons take. dense: the whole model.
+    heads, neurons: two lists: numbers of heads or neurons, and the times of a layer with so many.
+    rest: the time of embeddings, head, and layers without heads and neurons. dense: of the model.
     """
 
     heads: list[list[float]]
@@ -47,7 +47,7 @@ class SpeedTable:
         return time
 
     def fraction(self, speedup: float) -> float:
-        """The fraction of the layers' time with which a model is so many times as fast."""
+        """The fraction of the layers' time that may remain in a model that is so much faster."""
         return (self.dense / speedup - self.rest) / (self.dense - self.rest)
 
     @property
@@ -60,10 +60,10 @@ class SpeedTable:
 
 
 def measure_table(model: PreTrainedModel, runtime: str, batch: int, length: int) -> SpeedTable:
-    """Measure what the heads and neurons of a stock or masked model with a stock head take.
+    """Measure how much time the heads and neurons of a stock or masked model take.
 
-    Compact models with random weights, whose layers all have as many heads or neurons, are timed in
-    turns, on the device of `model`. runtime: torch, or ONNX Runtime on the CPU.
+    Compact models with random weights are timed in turns, on the device of `model`. All layers of
+    such a model have the same number of heads or neurons. runtime: torch, or onnx on the CPU.
     """
     layers, family = layers_of(model), family_of(model.config)
     second = layers[0].get_submodule(family.neurons[1])
@@ -81,7 +81,7 @@ def measure_table(model: PreTrainedModel, runtime: str, batch: int, length: int)
         times = time_in_turns(calls)
     rest, *of_heads = times[: 1 + len(heads)]
     of_neurons, dense = times[1 + len(heads) : -1], times[-1]
-    # What the two parts take together is what the whole takes; caches make them differ a little.
+    # The two parts together take as long as the whole; because of caches, they differ a little.
     scale = (dense - rest) / (of_heads[-1] + of_neurons[-1] - 2 * rest) / len(layers)
     return SpeedTable(
         heads=[[0, *heads], [0.0, *((t - rest) * scale for t in of_heads)]],
@@ -134,7 +134,7 @@ def forward_of(
 
 
 def time_in_turns(calls: list[Callable[[], object]], rounds: int = ROUNDS) -> list[float]:
-    """The median microseconds of each call; all are called once in each round."""
+    """The median microseconds of each call. Each round makes every call once."""
     seconds: list[list[float]] = [[] for _ in calls]
     for number in range(rounds + 2):
         for call, times in zip(calls, seconds):

@@ -21,14 +21,14 @@ class Family:
 
     encoder: the module whose `nn.Linear` are masked. layers: the list of its layers; a star stands
     for every module of a list of such lists. embeddings: the module that is frozen.
-    heads: the `nn.Linear` of a layer that have rows for each head (query, key, last value), and the
-        one that has columns (output). neurons: likewise the two of the feed-forward part. Without
-        them a model has no granularity of heads and neurons.
-    head_rows: whether single rows of a head can go: the scale of its scores is not their number.
+    heads: the `nn.Linear` of a layer that have rows for each head (query and key, then value), and
+        the one that has columns (output). neurons: likewise the two of the feed-forward part. A
+        family without these names has no granularity of heads and neurons.
+    head_rows: whether single rows of a head can go: the scale of scores does not depend on them.
     bias_per_head: whether attention adds a bias that has a part for each head.
     norms: the LayerNorm after attention and the one at the end, if a layer computes what BERT's
-        does: then there are sparse kernels for it. activation: the setting of the feed-forward
-        part's activation.
+        does: sparse kernels then fit. activation: the setting that names the activation of the
+        feed-forward part.
     """
 
     encoder: str
@@ -108,7 +108,7 @@ FAMILIES = {
         neurons=("intermediate.dense", "output.dense"),
     ),
     # Query, key and value are one matrix, and so are inputs and gates: the rows of a head, or of a
-    # neuron, do not lie together. So there are weights and blocks, but no heads and neurons.
+    # neuron, do not lie together. So scores stand for weights or blocks, not for heads and neurons.
     "modernbert": Family(encoder="layers", layers="layers"),
 }
 
@@ -141,7 +141,7 @@ def stock_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def prefix_of(model_class: type[PreTrainedModel], part: str = "embeddings") -> str:
-    """How the names of the tensors of a `Family`'s part start in a class with a head."""
+    """The start of the names of the tensors of a `Family`'s part, in a class with a head."""
     family = FAMILIES[stock_type(model_class.config_class.model_type)]
     return f"{model_class.base_model_prefix}.{getattr(family, part)}."
 

@@ -1,4 +1,4 @@
-"""What an encoder takes, as the model itself says: the names of its inputs, and how many tokens."""
+"""The inputs of an encoder, as the model itself says: their names, and how many tokens it takes."""
 
 import functools
 import inspect
@@ -33,6 +33,6 @@ def longest_input(model: PreTrainedModel) -> int | None:
 
 
 def padding_of_positions(model: PreTrainedModel) -> int | None:
-    """The id of padding if tokens are numbered from after it: RoBERTa has 514 rows for 512."""
+    """The id of padding, if positions begin after it: RoBERTa has 514 rows for 512 tokens."""
     positions = getattr(model.base_model.embeddings, "position_embeddings", None)
     return getattr(positions, "padding_idx", None)

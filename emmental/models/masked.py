@@ -11,8 +11,8 @@ plain checkpoint loads with fresh scores, a checkpoint of the 2020 code with its
 `forward` takes the arguments of the stock model and `threshold` (default: the configuration's).
 Every forward finds its own masks; in a block of `emmental.modules.masked` they are found once.
 
-`make_masked` makes the classes of a family, and gives them the names of the stock classes after
-"Masked", and their `model_type` after "masked_". For BERT it does what these statements say:
+`make_masked` makes the classes of a family. Their names are those of the stock classes with
+`Masked` in front; `model_type` has `masked_` in front. For BERT, these statements do the same:
 
     class MaskedBertConfig(MaskSettings, BertConfig):
         model_type = "masked_bert"
@@ -58,7 +58,7 @@ from .families import (
 
 
 def register(config_class: type[PreTrainedConfig], model_classes: Iterable[type]) -> None:
-    """Have the Auto classes load the base model and the heads of a configuration."""
+    """Let the Auto classes load the base model and the heads of a configuration."""
     stock = CONFIG_MAPPING[stock_type(config_class.model_type)]
     transformers.AutoConfig.register(config_class.model_type, config_class)
     transformers.AutoTokenizer.register(config_class, transformers.TOKENIZER_MAPPING[stock])
@@ -211,7 +211,7 @@ def _with_threshold(stock: Callable) -> Callable:
 
 @contextmanager
 def _forward_masks(model: nn.Module, threshold: float | None) -> Iterator[None]:
-    """The masks of one forward: those of the block around it, else its own.
+    """The masks of one forward: those of the block around it, or else masks of its own.
 
     Raises ValueError for another threshold than the block's.
     """
@@ -223,12 +223,15 @@ def _forward_masks(model: nn.Module, threshold: float | None) -> Iterator[None]:
                 yield
             return
     if first.method.threshold_is and threshold not in (None, given.threshold):
-        raise ValueError(f"threshold={threshold} inside a block masked at {given.threshold}")
+        raise ValueError(
+            f"threshold={threshold} inside a block masked at {given.threshold}: leave it out, or "
+            "call the model outside the block"
+        )
     yield
 
 
 def _checkpoint_with_masks(model: nn.Module, checkpoint: Callable, function: Callable, *args):
-    """Checkpoint a layer so that its second run, in the backward, has the masks of its first."""
+    """Checkpoint a layer so that its second run, in the backward, has the masks of the first."""
     layers = masked_layers(model).layers
     masks = [layer.in_force for layer in layers]
 
@@ -245,13 +248,13 @@ class MaskSettings:
 
     pruning_method: the name of one of `emmental.modules.methods.METHODS`.
     mask_init, mask_scale: the initial scores, see `MaskedLinear`.
-    threshold: the last threshold that was used: a fraction in [0, 1], for the method `threshold` a
-        cut on the scores. None if unknown, as in checkpoints of the 2020 code.
+    threshold: the last threshold that was used: a fraction in [0, 1]; for the method `threshold`,
+        any number. None if unknown, as in checkpoints of the 2020 code.
     global_topk: whether all matrices are ranked together.
     granularity: what one score stands for, a name in `emmental.modules.granularity.GRANULARITIES`.
     block_rows, block_columns: the size of a block, for granularities with blocks.
-    structure_times: with `global_topk` and the granularity `structure`, what a layer with so many
-        heads, or neurons, takes: see `keep_within_time`. The threshold is then a fraction of time.
+    structure_times: with `global_topk` and the granularity `structure`, the times of a layer with
+        so many heads or neurons: see `keep_within_time`. The threshold is then a fraction of time.
     The settings of a method are fields, too, in the models of this method.
     """
 
@@ -267,14 +270,14 @@ class MaskSettings:
 
 
 def mask_fields() -> tuple[str, ...]:
-    """The fields of a configuration that speak of masks, with the settings of all methods."""
+    """The fields of a configuration that concern masks, with the settings of all methods."""
     return *(field.name for field in fields(MaskSettings)), *all_settings()
 
 
 def make_masked(model_type: str) -> dict[str, type]:
-    """Make and register the masked classes of a row of `FAMILIES`; returned by name.
+    """Make and register the masked classes of a row of `FAMILIES`. Returns them by name.
 
-    They are attributes of this module, where pickles look for them.
+    The classes are attributes of this module, where pickles look for them.
     """
     config = _derive(MaskSettings, CONFIG_MAPPING[model_type], model_type=MASKED + model_type)
     stock = class_of(model_type)

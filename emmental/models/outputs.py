@@ -1,4 +1,4 @@
-"""Which output of a model a label means: that of its name, else the only one of a similar name."""
+"""Which output of a model a label means: that of the same name, else the only similar one."""
 
 import collections
 import re
@@ -23,7 +23,7 @@ class Outputs(dict):
         self._alone = {self._similar(name): self[name] for name in once}
 
     def find(self, label: str) -> int | None:
-        """The index of a label; case and the .0 of a whole number differ where that is clear."""
+        """The index of a label. Case and the .0 of whole numbers may differ if one output fits."""
         return self[label] if label in self else self._alone.get(self._similar(label))
 
     @staticmethod
