@@ -288,7 +288,7 @@ def test_refuses_what_does_not_fit(command, refused, tmp_path, tiny_bert, tiny_t
     other = save(other, tmp_path / "other", tiny_tokenizer)
     said = says(DENSE, "--do_eval", model=other)
     assert "valid.conll: has the tags B-name, B-place, I-place, O" in said
-    assert "the model NOUN, VERB, ADP, PUNCT: give a model, or files, of one task" in said
+    assert "the model NOUN, VERB, ADP, PUNCT: give a model and files of the same task" in said
     teach = f"--teacher_type dense --teacher_name_or_path {other}"
     assert "has the labels NOUN, VERB, ADP, PUNCT, but those of the task are" in says(TRAIN, teach)
     assert "the model has 2 outputs without names" in says(DENSE, "--do_eval", model=tiny_bert)

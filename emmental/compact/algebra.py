@@ -141,7 +141,7 @@ def compact_heads(value: Affine, output: Affine, heads: int) -> tuple[np.ndarray
 
 
 def compact_neurons(first: Affine, second: Affine, activation: str) -> tuple[Affine, Affine]:
-    """A feed-forward part with the same output, without the neurons that need not be there."""
+    """A feed-forward part with the same output, without the neurons that it does not depend on."""
     constant = _empty_rows(first)
     values = ACT2FN[activation](torch.from_numpy(first.bias)).numpy()
     second = second.fold(constant, values)

@@ -1,7 +1,7 @@
 """The cache of examples and features.
 
-Both are memory-mapped Arrow files in the cache of `datasets`, named by hashes of all that they
-depend on: a cache is never stale. Without a writable cache they stay in memory.
+Examples and features are memory-mapped Arrow files in the cache of `datasets`, named by hashes of
+all that they depend on: a cache is never stale. Without a writable cache, they stay in memory.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ def ragged(pieces: list[np.ndarray], lengths: list[int]) -> pa.ListArray:
 
 
 def content_hash(*parts) -> str:
-    """Hash of values that JSON can hold, and of the content of files (`Path`)."""
+    """A hash of values that JSON can hold, and of the content of files (`Path`)."""
     values = [file_digest(part) if isinstance(part, Path) else part for part in parts]
     text = json.dumps(values, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
@@ -52,7 +52,7 @@ def content_hash(*parts) -> str:
 def cached_rows(
     rows: Callable[[], Iterator[dict]], features: Features, key: str, cache_dir: str | None
 ) -> Dataset:
-    """The rows that `rows()` yields, from the cache if it holds them under this key."""
+    """The rows that `rows()` yields, from the cache if the cache has them under this key."""
     path = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "emmental" / f"{key}.arrow"
 
     def write(target: Path) -> None:
@@ -85,8 +85,8 @@ def cached_map(
 ) -> Dataset:
     """Map batches of these columns to Arrow tables of features, cached beside the examples.
 
-    key: hash of everything else that the features depend on. One process makes them: tokenizers
-    use all cores by themselves.
+    key: hash of everything else that the features depend on. One process makes the features,
+    because tokenizers use all cores by themselves.
     """
     fingerprint = content_hash(examples._fingerprint, key)
     build = functools.partial(
@@ -116,8 +116,8 @@ def cached_map(
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes left half-written in a cache, if it is unchanged for a day."""
+    """Remove half-written files of killed processes from a cache, if unchanged for a day."""
     for aside in folder.glob(".writing-*"):
-        with contextlib.suppress(OSError):  # another process removes it, or may not
+        with contextlib.suppress(OSError):  # another process removes the file, or nobody may
             if max(p.stat().st_mtime for p in (aside, *aside.rglob("*"))) < time.time() - DAY:
                 shutil.rmtree(aside)

@@ -9,7 +9,7 @@ BIOES = {"L": "E", "U": "S"}  # what the letters of BILOU are in BIOES
 
 
 def has_entities(labels: Iterable[str]) -> bool:
-    """Whether tags mark entities, as B-person does, and a bare B or I. Else each stands alone."""
+    """Whether tags mark entities, as B-person and a bare B or I do. Other tags stand alone."""
     labels = set(labels)
     bare = labels <= set("BIESLUO") and not labels.isdisjoint("BI")
     return bare or any(tag[:1] in "BIESLU" and tag[1:2] == "-" for tag in labels)
@@ -37,7 +37,7 @@ def entities(tags: Iterable[str]) -> set[tuple[str, int, int]]:
 def entity_metrics(gold: list[list[str]], predicted: list[list[str]]) -> dict[str, float]:
     """Precision, recall and F1 of entities, of all (micro) and of each type: precision_person, ...
 
-    gold, predicted: the tags of each sentence. What has no entity to be counted is 0.
+    gold, predicted: the tags of each sentence. A metric without an entity to count is 0.
     """
     right, wanted, given = counters = [collections.Counter() for _ in range(3)]
     for pair in zip(gold, predicted, strict=True):

@@ -1,8 +1,8 @@
 """GLUE and your own tasks: reading, features, submissions.
 
 A sentence becomes `[CLS] text_a [SEP]`, a pair `[CLS] text_a [SEP] text_b [SEP]`. GLUE (Wang et al.
-2018) comes from the hub or as tab-separated files, in which quotes are text. The two number the
-labels differently, so labels are matched by name: a class index is an index into `Task.labels`.
+2018) comes from the hub or as tab-separated files, in which quotes are text. Hub and files number
+the labels differently, so labels are matched by name. A class index is an index into `Task.labels`.
 """
 
 import collections
@@ -30,7 +30,7 @@ from .reading import LABEL, brief, file_rows, in_order, json_field, load_hub
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2  # raise it when what the same input gives changes: old caches are then ignored
+VERSION = 2  # raise it when the features of the same input change: old caches are then ignored
 HUB_NAME = "nyu-mll/glue"
 
 
@@ -125,7 +125,7 @@ def _count_labels(path: Path, task: Task) -> collections.Counter:
 def _cached(
     records: Callable, task: Task, labelled: bool, data: Path | str, cache_dir: str | None
 ) -> Dataset:
-    """The examples made of records, from the cache if it holds them. data: what they depend on."""
+    """The examples made of records, from the cache if they are there. data: what they depend on."""
     ids = "string" if task.name == CUSTOM and not labelled else "int64"
     kinds = {"index": Value(ids), "text_a": Value("string"), "text_b": Value("string")}
     if labelled:
@@ -193,7 +193,7 @@ def _class_name(record: dict, task: Task, where: str) -> str:
 def _label(record: dict, task: Task, where: str, spellings: dict) -> int | float:
     """The class index of a record, or its number in a regression.
 
-    spellings: of the classes so far. M and m in one file are two classes, or an error.
+    spellings: those of the classes so far. M and m in one file are two classes, or an error.
     """
     if task.is_regression:
         label = record.get(task.label_column)

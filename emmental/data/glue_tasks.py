@@ -14,7 +14,7 @@ CUSTOM_SUBMISSION = "predictions.tsv"
 
 @dataclass(frozen=True)
 class Task:
-    """What distinguishes a task. Splits are named as their files: train, dev_matched, test, ..."""
+    """What distinguishes a task. Splits have the names of files: train, dev_matched, test, ..."""
 
     name: str
     labels: tuple[str, ...]  # in the order of the model's outputs; empty for a regression
@@ -25,7 +25,7 @@ class Task:
     metrics: tuple[str, ...] = ("acc",)  # keys of `glue_metrics`; the last compares runs
     evaluation_splits: tuple[str, ...] = ("dev",)
     submissions: dict[str, str] = field(default_factory=dict)  # test split: file of predictions
-    numbered: bool = False  # submissions hold class indices, not names
+    numbered: bool = False  # submissions have class indices, not names
     score_range: tuple[float, float] = (-math.inf, math.inf)  # of a regression's labels
     headerless: tuple[str, ...] = ()  # columns of the labelled files, if they have no header
     short_rows: bool = False  # labelled files have broken rows, with too few fields

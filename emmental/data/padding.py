@@ -26,9 +26,9 @@ def fast_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
 def padding_of(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> dict:
     """The options of `pad_batch` for a model.
 
-    There are token types if the tokenizer has them, for a teacher that takes them too: a forward
-    of `training` gives each model its own inputs. The id of padding is the model's: RoBERTa numbers
-    its positions by it. Raises UserError for token types that `pad_batch` does not give.
+    There are token types if the tokenizer has them, also for a teacher that takes them: a forward
+    of `training` gives each model its own inputs. The id of padding is the model's, because RoBERTa
+    counts positions from there. Raises UserError for token types that `pad_batch` does not give.
     """
     padding = model.get_input_embeddings().padding_idx
     pair = fast_backend(tokenizer).encode("a", "b")
@@ -58,8 +58,8 @@ def pad_batch(
 
     second_starts: index of the first token of type 1 for each feature; None if there is none.
     columns: further lists of a feature, such as tags, and what they are padded with. A list with an
-    entry for each token gets the length of the inputs, any other the length of the longest.
-    Returns those of `MODEL_INPUTS` that are in `input_names`, int64 (batch, tokens), and columns.
+    entry for each token gets the length of the inputs, any other list the length of the longest.
+    Returns the `MODEL_INPUTS` that are in `input_names`, int64 (batch, tokens), and the columns.
     """
     ids = [torch.as_tensor(feature["input_ids"]) for feature in features]
     lengths = torch.tensor([[len(row)] for row in ids])

@@ -1,4 +1,4 @@
-"""Reading examples: rows of a file, checks of a field, the hub, the first rows; names of labels."""
+"""Read examples: the rows of a file, fields and their checks, the hub, names of labels."""
 
 import csv
 import json
@@ -119,9 +119,9 @@ def in_order(labels: Iterable[str]) -> list[str]:
 def name_outputs(
     outputs: tuple[str, ...], labels: tuple[str, ...], where: Path | str
 ) -> tuple[str, ...]:
-    """The names of a model's outputs, or if they are only LABEL_0, ..., those that a file has.
+    """The names of a model's outputs; if these are only LABEL_0, ..., the labels of a file.
 
-    labels: of the file, in order; names or indices. Raises UserError if they do not fit.
+    labels: of the file, in order; names or indices. Raises UserError if they do not fit the model.
     """
     if outputs != tuple(f"LABEL_{index}" for index in range(len(outputs))):
         return outputs

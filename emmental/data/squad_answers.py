@@ -24,9 +24,10 @@ def postprocess(
     """Logits -> answers, by BERT's n-best search.
 
     features: those of `build_features(training=False)`; logits: a float array of at least `length`
-    for each. A candidate pairs one of the `n_best_size` best starts in a window with one of its
-    best ends. It has at most `max_answer_length` tokens, and its start has its maximum context in
-    this window. The earlier wins a tie. The null score is the lowest score of [CLS] in all windows.
+    for each. A candidate pairs one of the `n_best_size` best starts in a window with one of the
+    best ends. A candidate has at most `max_answer_length` tokens, and its start has its maximum
+    context in this window. The earlier one wins a tie. The null score is the lowest score of [CLS]
+    in all windows.
 
     Returns, ready for JSON: predictions {id: text}, the n best {id: list of {text, probability,
     start_logit, end_logit}} and, for v2.0, null odds {id: null score - best score}. A prediction is

@@ -30,8 +30,8 @@ SPACES = [place for place in range(0x3001) if chr(place).isspace()]  # all that 
 def drop_misaligned(examples: Dataset) -> tuple[Dataset, dict[str, list[str]]]:
     """Drop the questions that cannot be trained on; returns (the others, {reason: dropped ids}).
 
-    These are questions of v1.1 without an answer, and those whose first answer is blank or not at
-    its `answer_start`.
+    Dropped are questions of v1.1 without an answer, and questions whose first answer is blank or
+    not at its `answer_start`.
     """
     usable = []
     dropped = collections.defaultdict(list)
@@ -143,22 +143,22 @@ def _featurize(ids, questions, contexts, answers, rows, *, backend, frame, sizes
 def _spans(offsets, text):
     """Characters [start, end) of each token, without white space around: int32 (tokens, 2).
 
-    Both ascend. A token of white space alone ends before it starts.
+    Starts and ends ascend. A token of white space alone ends before it starts.
     """
     spans = np.array(offsets, np.int32).reshape(-1, 2)
     if not text.isascii() and any(unicodedata.category(char) == "Mn" for char in text):
-        # The normaliser strips combining accents: extend each token over those that follow it.
+        # The normaliser strips combining accents: extend each token over accents that follow.
         for span, limit in zip(spans, [*spans[1:, 0], len(text)]):
             while span[1] < limit and unicodedata.category(text[span[1]]) == "Mn":
                 span[1] += 1
-    # The space that add_prefix_space puts after a special token is said to follow the next word.
+    # With add_prefix_space, the place of the space after a special token is that of the next word.
     spans[:, 0] = np.minimum.accumulate(spans[::-1, 0])[::-1]
     is_space = np.isin(np.frombuffer(text.encode("utf-32-le"), np.uint32), SPACES)
     places = np.arange(len(text), dtype=np.int32)
     begins = np.append(np.where(is_space, len(text), places), len(text))
     ends = np.append(0, np.where(is_space, 0, places + 1))
-    begins = np.minimum.accumulate(begins[::-1])[::-1]  # of the next character that is no space
-    ends = np.maximum.accumulate(ends)  # of the last one before
+    begins = np.minimum.accumulate(begins[::-1])[::-1]  # from each place, the next non-space
+    ends = np.maximum.accumulate(ends)  # before each place, the end of the last non-space
     return np.stack([begins[spans[:, 0]], ends[spans[:, 1]]], axis=1).astype(np.int32)
 
 

@@ -39,8 +39,8 @@ def read_examples(
 
     Returns the columns id, title, context, question, answers {text: list of str, answer_start:
     list of int, in characters} and is_impossible. Predictions are keyed by id, so an evaluation
-    needs `unique_ids`; training does not. A text or a list that is null counts as absent, and so
-    does what needs it, with a warning. Raises UserError for errors in the file.
+    needs `unique_ids`; training does not. Texts and lists that are null count as absent, and so
+    does all that needs them, with a warning. Raises UserError for errors in the file.
     """
     path = Path(path)
     key = content_hash("squad", VERSION, version_2_with_negative, unique_ids, path)
@@ -66,7 +66,7 @@ def load_hub_examples(
 
 
 def is_unanswerable(answers: dict[str, list]) -> bool:
-    """Whether a question has no answer: in v2.0 that is right, v1.1 cannot train on it."""
+    """Whether a question has no answer. v2.0 has such questions; v1.1 cannot train on them."""
     return not any(text.strip() for text in answers["text"])
 
 
@@ -145,5 +145,5 @@ def _items(record: dict, name: str, where: str, **default) -> Iterator[tuple[obj
 
 
 def _has_null(record: object, *names: str) -> bool:
-    """Whether one of these is null, as other tools write what is absent."""
+    """Whether one of these fields is null, as other tools write absent values."""
     return isinstance(record, dict) and any(record.get(name, ...) is None for name in names)

@@ -25,10 +25,10 @@ from .windows import best_windows, windows_of
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2  # raise it when what the same input gives changes: old caches are then ignored
+VERSION = 2  # raise it when the features of the same input change: old caches are then ignored
 STEMS = {"train": ("train",), "dev": ("dev", "valid"), "test": ("test",)}
 WORDS, TAGS = ("words", "tokens"), ("tags", "ner_tags")  # fields of JSON lines and of the hub
-IGNORED = -100  # a token that is no first piece of a word, or of one that another window shows best
+IGNORED = -100  # tag of tokens that do not count: not the first piece, or another window is better
 
 Columns = tuple[str | None, str | None]  # of the word and of its tag; None: the usual ones
 Sentence = tuple[int, list[str], list[str] | None]  # line, words, tags
@@ -48,7 +48,8 @@ def split_file(data_dir: Path | str, split: str) -> Path:
 def read_examples(path: Path, columns: Columns, test: bool, cache_dir: str | None) -> Dataset:
     """The sentences of a file: words, their tags, and line, where they begin.
 
-    test: the file may lack tags, and the sentences then do. Raises UserError for errors in it.
+    test: the file may lack tags, and so do the sentences then. Raises UserError for errors in the
+    file.
     """
     is_json = path.suffix in (".json", ".jsonl")
     read = functools.partial(_json_sentences if is_json else _sentences, path, columns, test)
@@ -59,7 +60,7 @@ def read_examples(path: Path, columns: Columns, test: bool, cache_dir: str | Non
 def load_hub_examples(
     name: tuple[str, ...], split: str, columns: Columns, cache_dir: str | None
 ) -> Dataset:
-    """A split of a data set (name, configuration) on the hub, as of `read_examples`."""
+    """A split of a data set (name, configuration) on the hub, in the columns of `read_examples`."""
     hub_split = split.replace("dev", "validation")
     hub = load_hub(*name, split=hub_split, cache_dir=cache_dir)
     where = f"{', '.join(name)} ({hub_split})"
@@ -96,7 +97,7 @@ def _cached(read: Callable, where: str, key: str, cache_dir: str | None) -> Data
 
 
 def _sentences(path: Path, columns: Columns, test: bool) -> Iterator[Sentence]:
-    """Those of a file of columns, which tabs separate if its first row has one, else spaces."""
+    """The sentences of a file of columns, split at tabs if the first row has one, or at spaces."""
     numbers = []
     for name, column in zip(("word", "tag"), columns):
         if column is not None and not (column.isdecimal() and int(column)):
@@ -220,18 +221,18 @@ def _check_scheme(places: dict[str, str], labels: Iterable[str]) -> None:
 def compared(
     examples: Dataset, places: dict[str, str], labels: tuple[str, ...], where: str, test: bool
 ) -> Dataset:
-    """The examples; a test file loses its tags if they are of another task than the labels.
+    """The examples. A test file with tags of another task than the labels loses its tags.
 
-    Other files are then refused with a UserError, and so is a tag that fits no scheme. Warns of
-    tags that the labels lack.
+    Any other file of another task is refused with a UserError, and so is a tag that fits no scheme.
+    Warns of tags that are not among the labels.
     """
     lacking = {tag: place for tag, place in places.items() if tag not in labels}
     if lacking and not (places.keys() & {*labels}) - {"O"}:
         given, known = (brief(", ".join(names), 200) for names in (places, labels))
         problem = f"{where}: has the tags {given}, and the model {known}"
         if not test:
-            raise UserError(f"{problem}: give a model, or files, of one task")
-        logger.warning(f"{problem}: they are not compared")
+            raise UserError(f"{problem}: give a model and files of the same task")
+        logger.warning(f"{problem}: these tags are not compared")
         return examples.remove_columns("tags")
     _check_scheme(lacking, labels)
     for tag, place in lacking.items():
@@ -256,8 +257,8 @@ def build_features(
     Returns, in the order of the words: input_ids (list of `length` int32, unpadded), length, tags:
     for each token the index of its word's tag in `labels` (0 if there is none), if it is the first
     piece of a word that no other window shows with more context, else IGNORED. So each word counts
-    once. A word without pieces, such as a control character, is an unknown token. `caching` are
-    options of `cached_map`. Raises UserError for a length that leaves no room for words.
+    once. A word without pieces, such as a control character, is an unknown token. caching: options
+    of `cached_map`. Raises UserError for a length that leaves no room for words.
     """
     backend = fast_backend(tokenizer)
     framed = backend.encode(["a"], is_pretokenized=True)
@@ -318,7 +319,7 @@ def predicted_tags(
 
 
 def columns_of(examples: Dataset, predicted: list[list[str]]) -> str:
-    """The words, their tags if they have some, and the predicted ones, as a file of columns."""
+    """The words, their tags if there are some, and the predicted tags, as a file of columns."""
     names = [name for name in ("words", "tags") if name in examples.column_names]
     text = ""
     for *columns, tags in zip(*(examples[name] for name in names), predicted, strict=True):

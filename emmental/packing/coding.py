@@ -13,8 +13,8 @@ and 32 bits, values are IEEE floats, coded byte by byte. Levels and bytes are co
 frequencies, except for bytes that are noise, such as the last byte of a float32.
 
 A stream consists of the number of words of the range coder (constriction), these words, and the
-bytes that are noise. It decodes only with exactly the distributions that it was coded with. These
-are therefore computed by additions, products and powers of two alone, which are the same on every
+bytes that are noise. Decoding needs exactly the distributions of the encoding. Distributions are
+therefore computed by additions, products and powers of two alone, which are the same on every
 machine.
 """
 
@@ -172,7 +172,7 @@ def _gap_model(density: np.float32) -> tuple[np.ndarray, int]:
 
 
 def _encode_block(encoder: _Encoder, block: np.ndarray) -> None:
-    """Store the positions of the kept entries of a boolean vector, or of the zeros if fewer."""
+    """Store the positions of the ones in a boolean vector, or of the zeros if they are fewer."""
     inverted = 2 * np.count_nonzero(block) > block.size
     places = np.flatnonzero(~block if inverted else block)
     encoder.number(int(inverted), 1)
@@ -290,8 +290,9 @@ def _encode_levels(
 ) -> float:
     """Store the steps and the levels of a matrix's non-zero values; return the levels' entropy.
 
-    At 8 bits the levels reach up to the largest magnitude (of the row, or of the whole). With fewer
-    bits they reach up to a fraction of it: the one with the least squared error, the same for all.
+    At 8 bits, the levels reach up to the largest magnitude (of the row, or of the whole). With
+    fewer bits, the levels reach up to a fraction of this magnitude, the same fraction for all rows:
+    the one with the least squared error.
     """
     if by_row:
         largest = np.abs(tensor).max(1)

@@ -1,7 +1,7 @@
 """The format of packed files: a fine-pruned model close to the entropy of its weights.
 
 A file holds the plain (bertarized) model: its configuration, any tokenizer and model card, and each
-tensor as one stream of `coding.py`. Nothing of it is executed. Integers are little-endian:
+tensor as one stream of `coding.py`. Nothing in a file is executed. Integers are little-endian:
 
     offset  size  content
     0       8     b"PRUNBERT"
@@ -17,8 +17,8 @@ The header has `architecture`, `config`, `bits`, `base_model` (None, or {name, d
 ({name, bytes, size, digest}) and `tensors` ({name, shape, kept, by_row, bytes, digest,
 position_entropy, value_entropy}, entropies in bits). A digest is the BLAKE2b (8 bytes) of the
 stored bytes. A file with a base model does not contain the embeddings: they are loaded from the
-base model, whose embeddings must have the recorded digest (16 bytes). The class to load is that of
-`architecture`, if the `model_type` of `config` is one of `FAMILIES`, or compact, and has it.
+base model, whose embeddings must have the recorded digest (16 bytes). `architecture` names the
+class to load. The `model_type` of `config` must be one of `FAMILIES`, or compact, and have it.
 """
 
 import hashlib
@@ -50,7 +50,7 @@ TEXT_FILES = re.compile(
 
 @dataclass
 class Packed:
-    """An opened packed file: its header, and the offset of the first byte after it."""
+    """An opened packed file: its header, and the offset of the first byte after the header."""
 
     path: Path
     header: dict
@@ -90,7 +90,7 @@ class Packed:
     def tensors(self, csr: str | None = None) -> Iterator[tuple[dict, np.ndarray | csr_array]]:
         """The entries of `tensors` with their arrays. Raises UserError for damage.
 
-        csr: what the names start with of matrices that come as csr_array, without ever being dense.
+        csr: the start of the names of matrices that come as csr_array, and are never made dense.
         """
         for entry, content in self.streams("tensors"):
             shape = tuple(entry["shape"])
@@ -156,7 +156,7 @@ def open_packed(file: str) -> Packed:
 
 
 def _check_header(packed: Packed) -> None:
-    """Raises an exception unless names and shapes are those of the model of the configuration."""
+    """Raises an exception unless names and shapes fit the configuration."""
     header = packed.header
     for entry in header["files"]:
         if not TEXT_FILES.fullmatch(entry["name"]):

@@ -1,4 +1,4 @@
-"""Packed files: write one, load it, unpack it, describe it, compare it with its checkpoint."""
+"""Write, load, unpack and describe packed files, and compare one with its checkpoint."""
 
 import lzma
 import tempfile
@@ -109,8 +109,8 @@ def load_packed(file: str, base_model: str | None = None, sparse: bool = False) 
     """The stock or compact model of a packed file, in evaluation mode.
 
     base_model: where to find the embeddings that the file leaves out, if not under the recorded
-    name. sparse: return the model as `emmental.inference.sparsify` would, for a CPU, without ever
-    making matrices dense that its kernels take. Raises UserError.
+    name. sparse: return what `emmental.inference.sparsify` would make of the model, for a CPU, but
+    never make sparse matrices dense. Raises UserError.
     """
     packed = open_packed(file)
     model_class = packed.model_class
@@ -214,7 +214,7 @@ def compare(file: str, checkpoint: str, base_model: str | None = None, **masks) 
     for name, tensor in exact.items():
         wanted = tensor.float().numpy()
         coded = wanted
-        if name in by_row:  # else of the embeddings of a base model
+        if name in by_row:  # others are embeddings of a base model
             words = _encode(checkpoint, name, tensor, bits, by_row[name]).words
             coded = coding.decode(words, wanted.shape, bits, by_row[name])
         restored = stored[name].numpy()

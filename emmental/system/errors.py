@@ -34,7 +34,7 @@ class Interrupted(UserError):
 class Terminated(SystemExit):
     """SIGTERM outside the training loop: files written aside are removed on the way out.
 
-    As a SystemExit it passes every `except Exception`, and forked processes end silently.
+    A SystemExit passes every `except Exception`, and ends forked processes silently.
     """
 
 
@@ -62,8 +62,8 @@ def fail(problems: list[str], status: int = 2):
 def one_line_errors(advice: str = "") -> Iterator[None]:
     """End the script with one line, not a traceback, when an expected error leaves the block.
 
-    SIGTERM ends it in the same way. If nobody reads the output any more (`| head -1`), the script
-    ends silently. advice: how to go on after an interruption.
+    SIGTERM also ends the script with one line. If nobody reads the output any more (`| head -1`),
+    the script ends silently. advice: how to go on after an interruption.
     """
     try:
         with handled_signals(_stop, signal.SIGTERM):
@@ -95,7 +95,7 @@ def _stop(number: int, frame) -> None:
 
 @contextmanager
 def handled_signals(handler, *numbers: int) -> Iterator[None]:
-    """Have `handler` handle signals inside the block, in the main thread: others may not."""
+    """Let `handler` handle signals inside the block. Only the main thread can have handlers."""
     in_main = threading.current_thread() is threading.main_thread()
     previous = {number: signal.signal(number, handler) for number in numbers if in_main}
     try:
@@ -116,6 +116,6 @@ def _is_unread() -> bool:
 
 
 def _lost_connection(error: RuntimeError) -> bool:
-    """Whether another process no longer answers. Gloo has no exception type of its own for this."""
+    """Whether another process no longer answers, for which Gloo has no exception type."""
     types = {base.__name__ for base in type(error).__mro__}
     return "DistError" in types or (read_launch().size > 1 and "gloo" in str(error).lower())

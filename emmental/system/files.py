@@ -1,8 +1,7 @@
 """Files that are whole or absent: written to a folder aside, synced to the disk, then renamed.
 
-A target that is a link is followed: the file that it points to is written, or made. The functions
-raise TrainingError, with the reason in one line, when they cannot write. They then leave nothing
-behind.
+A target that is a link is followed: the file that it points to is written, or made. Functions that
+cannot write raise TrainingError, with the reason in one line, and leave nothing behind.
 """
 
 import contextlib
@@ -52,22 +51,23 @@ def write_json(path: Path, value) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a folder, or a link, but not what it points to."""
+    """Remove a file, a folder, or a link without its target."""
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 @contextlib.contextmanager
 def reserved(folder: Path) -> Iterator[None]:
-    """Make a folder, if need be, and have it alone in the block; if it stays empty, it goes again.
+    """Make a folder, if need be, and reserve it for the block. An empty new folder goes again.
 
-    Raises UserError if another process has it. The system frees it when a process ends in any way.
+    Raises UserError if another process has reserved the folder. However a process ends, the system
+    frees its folders.
     """
     place = followed(folder)
     is_new = not place.exists()
     place.mkdir(parents=True, exist_ok=True)
     handle = os.open(place, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # of a file system without locks
+        with contextlib.suppress(OSError):  # the file system has no locks
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -121,14 +121,14 @@ def _write(target: Path, parent: Path, fill: Callable[[Path], None]) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Have a file's content, or a folder's list of files, on the disk."""
+    """Sync a file's content, or a folder's list of files, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
 
 
 def _reason(error: BaseException | None) -> str:
-    """What the system said, below the errors that libraries raise over it; else the error."""
+    """The error of the system beneath those that libraries raise, or else the error itself."""
     link = error
     while link:
         if isinstance(link, OSError) and link.strerror:

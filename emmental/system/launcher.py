@@ -1,10 +1,10 @@
-"""This process among those of its launcher, as torchrun's environment describes them."""
+"""The rank of this process among those of its launcher, from the variables that torchrun sets."""
 
 import os
 from dataclasses import dataclass
 
 NEEDED = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
-OPTIONAL = "LOCAL_RANK", "LOCAL_WORLD_SIZE"  # LOCAL_RANK may be a flag, or 0: one on each node
+OPTIONAL = "LOCAL_RANK", "LOCAL_WORLD_SIZE"  # LOCAL_RANK is else the flag, or 0
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class Launch:
 
 
 def read_launch(local_rank: int = -1) -> Launch:
-    """What the environment says. A set of variables that is incomplete or wrong is ignored.
+    """Read the launcher's variables. Variables that are incomplete or wrong are ignored.
 
-    local_rank: the flag of old launchers; -1 if it is not given. The environment wins.
+    local_rank: the flag of old launchers; -1 if it is not given. The variables win.
     """
     values = {name: os.environ.get(name, "").strip() for name in NEEDED + OPTIONAL}
     values = {name: value for name, value in values.items() if value}
