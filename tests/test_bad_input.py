@@ -184,8 +184,8 @@ def test_evaluation_wants_a_trained_model(says, tmp_path, tiny_tokenizer):
 
 def test_teachers_that_do_not_fit(says, tmp_path, tiny_bert, tiny_tokenizer):
     for name, model, said in (
-        ("larger", plain_bert(vocab_size=130), "vocab_size 130 against 120"),
-        ("labels", plain_bert(num_labels=3), "num_labels 3 against 2"),
+        ("larger", plain_bert(vocab_size=130), "its vocab_size is 130, and 120 is needed"),
+        ("labels", plain_bert(num_labels=3), "it has 3 labels, not 2"),
         ("short", plain_bert(max_position_embeddings=40), "it takes 40 tokens, and 48 are needed"),
         ("words", plain_bert(), "vocabularies differ"),
     ):

@@ -70,7 +70,7 @@ class BatchPlan:
 def training_batches(
     plan: BatchPlan, task: Task, state: TrainingState
 ) -> Iterator[tuple[Iterator[Batch], list[float]]]:
-    """For each update to come, this rank's batches and their shares of its examples."""
+    """For each update to come, this rank's batches and their shares of the update's examples."""
     world, workers = state.world, state.settings.num_workers
     steps = range(state.step, state.settings.schedule.total_step)
     local = functools.partial(plan.local, rank=world.rank, world_size=world.size)
@@ -104,7 +104,7 @@ def load_batches(
 def evaluation_batches(
     lengths: np.ndarray, batch_size: int, rank: int, world_size: int
 ) -> list[list[int]]:
-    """A rank's batches of an evaluation: each example once, the longest first."""
+    """The batches of a rank in an evaluation: each example once, the longest first."""
     order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     return batches[rank::world_size]

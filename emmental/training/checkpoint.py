@@ -2,9 +2,9 @@
 
 A `checkpoint-<step>` folder is a normal model folder with `training_args.json` and
 `training_state.pt`: optimiser, gradient scaler, random states of every rank, global cut-off,
-projection to the teacher's width, completed updates. It is read with `weights_only=True`; nothing
-in it is ever executed. `files.json` lists the files with their sizes and SHA-256: a checkpoint is
-whole if they match.
+projection to the teacher's width, completed updates. The state is read with `weights_only=True`;
+nothing in it is ever executed. `files.json` lists the files with their sizes and SHA-256: a
+checkpoint is whole if they match.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ SUMMARY_FILE = "training_summary.json"
 MANIFEST_FILE = "files.json"
 WEIGHTS_FILE = "model.safetensors"
 
-# Arguments that may differ in a resumed run, because its weights do not depend on them.
+# Arguments that may differ in a resumed run, because the weights do not depend on them.
 FREE_ARGUMENTS = {
     "output_dir", "model_name_or_path", "config_name", "tokenizer_name", "cache_dir", "data_dir",
     "train_file", "predict_file", "do_eval", "do_predict", "evaluate_during_training",
@@ -66,7 +66,7 @@ def save_checkpoint(state: TrainingState, seconds: float) -> None:
 def save_trained(state: TrainingState, seconds: float) -> dict[str, float]:
     """Write the trained model, after `seconds` of training. Returns the figures of the run.
 
-    `training_summary.json` holds them, what they were measured on, and the hash of the weights.
+    `training_summary.json` has the figures, the hardware of the run, and the hash of the weights.
     """
     state.check_weights()
     state.model.eval()
@@ -99,7 +99,7 @@ def _save_model(state: TrainingState, folder: Path) -> None:
 def load_checkpoint(state: TrainingState, folder: Path) -> None:
     """Continue from the checkpoint `folder`, from which the model's weights are loaded already.
 
-    Raises UserError if it is damaged, or has other arguments, data or number of processes.
+    Raises UserError for a checkpoint that is damaged, or of other arguments, data or processes.
     """
     try:
         arguments = json.loads((folder / ARGS_FILE).read_text(encoding="utf-8"))
@@ -109,14 +109,14 @@ def load_checkpoint(state: TrainingState, folder: Path) -> None:
             state.load_state_dict(values)
     except Exception as error:  # a broken file may raise anything
         raise UserError(
-            f"{folder} is damaged, or not by these scripts: continue from another checkpoint"
+            f"{folder} is damaged, or of another program: continue from another checkpoint"
         ) from error
     if problems:
         raise UserError(f"cannot continue {folder} exactly: {'; '.join(problems)}")
 
 
 def _differences(arguments: dict, values: dict, state: TrainingState) -> list[str]:
-    """What differs in the run that wrote a checkpoint, and changes the weights of this one."""
+    """How the run that wrote a checkpoint differs from this one in what the weights depend on."""
     problems = []
     for name, value in sorted(state.settings.arguments.items()):
         old = arguments.get(name)  # older runs lack newer flags
@@ -217,7 +217,7 @@ def remove_old_checkpoints(output_dir: Path, limit: int | None) -> None:
     if limit is None:
         return
     for folder in find_checkpoints(output_dir)[:-limit]:
-        remove(folder.rename(folder.with_name(f".{folder.name}-old")))  # never half there
+        remove(folder.rename(folder.with_name(f".{folder.name}-old")))  # whole or absent
 
 
 def clean_output(output_dir: Path, result_files: Iterable[str], resumes_in_place: bool) -> None:

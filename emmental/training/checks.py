@@ -66,7 +66,7 @@ def check_common_arguments(args: Namespace) -> list[str]:
 
 
 def check_training(args: Namespace, total_step: int, config: PreTrainedConfig) -> None:
-    """What can be said once the model and the number of updates are known.
+    """The checks that need the model and the number of updates.
 
     Raises UserError for plateaus that overlap. Warns of a layer without heads.
     """
@@ -110,7 +110,7 @@ def _check_pruning(args: Namespace) -> list[str]:
             "choose constant or uniform"
         )
     if args.mask_init == "magnitude" and args.mask_scale <= 0 and method.scores:
-        problems.append("--mask_init magnitude needs a --mask_scale above 0: give 3, say")
+        problems.append("--mask_init magnitude needs a --mask_scale above 0, such as 3")
     if args.lr_cycles > 1:
         problems += _check_cycles(args)
     if args.target_remaining is not None:
@@ -157,7 +157,7 @@ def _check_target(args: Namespace) -> list[str]:
 def _check_speedup(args: Namespace) -> list[str]:
     problems = []
     if args.target_speedup <= 1:
-        problems.append("--target_speedup must be above 1: how many times as fast")
+        problems.append("--target_speedup must be above 1: 4 means 4 times as fast as dense")
     if args.granularity != "structure" or not args.global_topk:
         problems.append("--target_speedup needs --granularity structure --global_topk: add them")
     if "final_threshold" in args.given:
@@ -215,7 +215,7 @@ def _check_output_dir(args: Namespace) -> list[str]:
         return ["--output_dir is empty: is its variable set?"]
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        return [f"--output_dir {folder} cannot be written to: see {existing}"]
+        return [f"--output_dir {folder} cannot be written to: check {existing}"]
     may_exist = args.overwrite_output_dir or resumes_in_place(args) or not args.do_train
     if existing == folder and any(folder.iterdir()) and not may_exist:
         return [
@@ -226,7 +226,7 @@ def _check_output_dir(args: Namespace) -> list[str]:
 
 
 def _warn_of_no_effect(args: Namespace) -> None:
-    """Warn of flags that need another one."""
+    """Warn of flags without effect, because they need another flag."""
 
     def warn(names: list[str], needed: str) -> None:
         if idle := [f"--{name}" for name in names if name in args.given]:
@@ -253,7 +253,7 @@ def _names(add_flags: Callable[[ArgumentParser], None]) -> list[str]:
 
 
 def _warn_of_no_pruning(args: Namespace) -> None:
-    """Warn of soft movement and l0 that would hardly prune."""
+    """Warn of settings with which soft movement or l0 hardly prunes."""
     method = METHODS[args.pruning_method]
     if not (is_masked(args.model_type) and args.do_train and method.penalty):
         return

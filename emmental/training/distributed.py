@@ -34,7 +34,7 @@ class World:
 
     @contextmanager
     def main_first(self):
-        """Rank 0 runs the block, and fills the caches, before the others do."""
+        """Rank 0 runs the block, and fills the caches, before the other ranks do."""
         if not self.is_main:
             with handled_signals(*KILLED):
                 self.barrier()
@@ -114,8 +114,8 @@ def keep_freed_memory() -> None:
     """Have the C library keep the memory of freed tensors for the rest of the process.
 
     glibc returns every large block to the kernel, which zeroes it page by page when it is used
-    again: slow in training on a CPU, which allocates all gradients at each step. With one heap for
-    all threads, they share what is kept. Other C libraries stay as they are.
+    again: slow in training on a CPU, which allocates all gradients at each step. With one heap, all
+    threads share the kept memory. Other C libraries stay as they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt:  # with the constants of <malloc.h>

@@ -62,7 +62,7 @@ class Predictor:
             return None
         results = {index: logits for part in parts for index, logits in part.items()}
         if not all(np.isfinite(part).all() for logits in results.values() for part in logits):
-            raise UserError("the outputs of the model are not finite: its training had diverged")
+            raise UserError("the outputs of the model are not finite: train it again")
         return [results[index] for index in range(len(dataset))]
 
     def evaluate(self, model: nn.Module, step: int | None = None) -> dict[str, float]:

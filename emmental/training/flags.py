@@ -22,7 +22,7 @@ NOT_NEGATIVE = number(float, at_least=0)
 RATIO = number(float, at_least=0, below=1)
 SEED = number(int, at_least=0, below=2**32)
 
-# Flags of the scripts of 2020 that do nothing; lang_id is of SQuAD alone, which adds it itself.
+# Flags of the 2020 scripts that do nothing. Only the SQuAD script has lang_id, and adds it itself.
 OBSOLETE = ("fp16_opt_level", "server_ip", "server_port", "threads", "lang_id")
 
 
@@ -210,7 +210,7 @@ def given_masks(args: argparse.Namespace) -> dict:
 
 
 def read_model_type(text: str) -> str:
-    """An argparse type: masked or dense of any family, or a family of models, masked or plain."""
+    """An argparse type: masked or dense for any family, or a masked or plain family."""
     families = (prefix + family for family in FAMILIES for prefix in (MASKED, ""))
     return choice("masked", "dense", *families)(text)
 

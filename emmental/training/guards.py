@@ -25,7 +25,7 @@ EXCHANGE = 4  # updates after which the ranks tell each other of signals
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT inside the block; one that follows later interrupts at once."""
+    """Collect SIGTERM and SIGINT inside the block. A second, later signal interrupts at once."""
     signals = []
     first = 0.0
 
@@ -43,7 +43,7 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 def agreed_signal(signals: list[int], step: int, world: World) -> int:
-    """The signal that stops all ranks after `step` updates, of any of them; or 0."""
+    """The signal to any rank that stops all ranks after `step` updates; or 0."""
     if world.size > 1 and step % EXCHANGE:
         return 0
     return world.largest(signals[0] if signals else 0)
@@ -61,7 +61,7 @@ def interruption(number: int, step: int, total: int) -> Interrupted:
 class GradientGuard:
     """Stops a run with a non-finite gradient; with a gradient scaler, after many in a row.
 
-    skipped: updates in a row. loss: that of the last update, on this rank.
+    skipped: skipped updates in a row. loss: that of the last update, on this rank.
     """
 
     def __init__(self, scaled: bool, world: World):
@@ -73,7 +73,7 @@ class GradientGuard:
     def skips(self, step: int, norms: list[Tensor], losses: dict[str, Tensor]) -> bool:
         """Whether the gradient scaler skips this update. Raises TrainingError to stop.
 
-        norms: of the gradients. Here the host waits for the device, once in an update.
+        norms: of the gradients. The host waits for the device here, once in each update.
         """
         self.loss, *values = torch.stack([losses["loss"].float(), *norms]).tolist()
         if all(map(math.isfinite, values)):

@@ -1,9 +1,9 @@
 """Hidden-state distillation: the layers of the student follow those of its teacher.
 
-The loss of TinyBERT (Jiao et al. 2020, equation 8) on every layer but the embeddings, which are
-frozen. It is the mean over the layers, where TinyBERT takes the sum. A teacher of another width
+The loss is that of TinyBERT (Jiao et al. 2020, equation 8) on every layer but the embeddings, which
+are frozen; here it is the mean over the layers, in TinyBERT the sum. A teacher of another width
 needs one projection for all layers. The projection is trained with the student and kept in
-checkpoints. It is no part of the saved model.
+checkpoints, but is no part of the saved model.
 """
 
 import math
@@ -42,7 +42,7 @@ def hidden_distillation_loss(
 
 
 def add_projection(model: PreTrainedModel, teacher: PreTrainedModel, seed: int) -> None:
-    """Give the model a projection to the teacher's width, if that is another one."""
+    """Give the model a projection to the teacher's width, if the widths differ."""
     widths = [config.hidden_size for config in (model.config, teacher.config)]
     if widths[0] != widths[1]:
         torch.manual_seed(seed)  # the same on all ranks

@@ -1,8 +1,8 @@
 """AdamW with the update of the paper's runs, in three groups.
 
 That update is  lr * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps).  torch adds eps after the
-bias correction of v: the same update with eps scaled by 1 / sqrt(1 - b2^t). For weights the two
-agree; gradients of scores are as small as eps, and there they do not.
+bias correction of v: the same update with eps scaled by 1 / sqrt(1 - b2^t). The two updates agree
+for weights, but not for scores, whose gradients are as small as eps.
 """
 
 import torch
@@ -38,7 +38,7 @@ def build_optimizer(
     """AdamW over the trainable parameters, in the groups `scores`, `weights` and `no_decay`.
 
     Only weights are decayed: neither scores nor bias and LayerNorm, which have one dimension.
-    Scores that the pruning method observes are left to it. `peak_lr` keeps the rate of a group.
+    Scores that the pruning method observes are left out. `peak_lr` keeps the rate of a group.
     """
     layers = masked_layers(model).layers
     observed = {id(layer.scores) for layer in layers if layer.method.scores == "observed"}

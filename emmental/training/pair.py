@@ -1,4 +1,4 @@
-"""The models of a run: the student, with its tokenizer, and the teacher that fits it."""
+"""The models of a run: the student, with its tokenizer, and a teacher that fits the student."""
 
 import logging
 
@@ -51,7 +51,7 @@ def load_student(
     if highest >= vocab_size:
         raise UserError(
             f"the tokenizer at {tokenizer_name} does not fit the model: it has ids up to {highest}"
-            f", the model's vocabulary has {vocab_size} entries"
+            f", and the model has {vocab_size} embeddings; give the tokenizer of this model"
         )
     longest = longest_input(model)
     if longest and max_seq_length > longest:
@@ -97,7 +97,7 @@ def load_teacher(
             casing = "cased" if uncased else "uncased"
             logger.warning(f"the teacher {checkpoint} is {casing}, unlike the tokenizer in use")
         words = max(vocabulary.values()) + 1
-        fits = size >= words  # a model may have more, as padding
+        fits = size >= words  # a model may have more embeddings, as padding
     else:
         logger.warning(
             f"the teacher {checkpoint} has no tokenizer: its vocabulary cannot be compared"
@@ -105,10 +105,10 @@ def load_teacher(
         words = student.config.vocab_size
         fits = size == words
     if not fits:
-        raise UserError(f"{misfit}vocab_size {size} against {words}")
+        raise UserError(f"{misfit}its vocab_size is {size}, and {words} is needed")
     if teacher.config.num_labels != student.config.num_labels:
         raise UserError(
-            f"{misfit}num_labels {teacher.config.num_labels} against {student.config.num_labels}"
+            f"{misfit}it has {teacher.config.num_labels} labels, not {student.config.num_labels}"
         )
     needed = max_seq_length or longest_input(student)
     longest = longest_input(teacher)

@@ -18,7 +18,7 @@ from .task import Batch, Logits, Task
 
 
 class Passes:
-    """Forward and backward of a model, which the ranks share, and forward of its teacher."""
+    """Forward and backward of a model that the ranks share, and forward of the teacher."""
 
     def __init__(self, task: Task, state: TrainingState, teacher: nn.Module | None):
         self.settings, self.world, self.scaler = state.settings, state.world, state.scaler
@@ -33,8 +33,8 @@ class Passes:
     ) -> dict[str, Tensor]:
         """Add the gradients of one update to the parameters; returns its losses on this rank.
 
-        shares: the part of the update's examples in each batch, which weighs its hidden states, and
-        its other losses unless `task.weight` does: an update is a mean over all its examples.
+        shares: the part of the update's examples in each batch. It weighs the loss on hidden
+        states, and other losses unless `task.weight` does: an update is a mean over its examples.
         """
         penalty, alpha = self.settings.regularization, self.settings.alpha_hidden
         if self.task.weight:
@@ -51,7 +51,7 @@ class Passes:
                     hidden = share * self.world.size * losses.pop("loss/hidden")
                     objective = objective + alpha * hidden
                     sums["loss/hidden"] += hidden.detach()
-                if last and penalty:  # depends on the scores alone: once per update
+                if last and penalty:  # once per update, because it depends on the scores alone
                     loss = regularization(self.layers, penalty)
                     objective = objective + penalty_weight * loss
                     sums["loss/penalty"] = loss.detach()
@@ -116,7 +116,7 @@ class Means:
                 self.sums[name] += value
 
     def take(self) -> dict[str, float]:
-        """The means over all ranks; they start again from nothing."""
+        """Return the means over all ranks, and start again from nothing."""
         values = {"skipped_updates": self.skipped} if self.skipped else {}
         if self.count:
             means = torch.stack(list(self.sums.values())) / (self.count * self.world.size)

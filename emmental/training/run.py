@@ -131,7 +131,7 @@ def run(task: Task, args: argparse.Namespace, world: World) -> dict[str, float |
 
 
 def prepare_of(args: argparse.Namespace) -> Callable[[PreTrainedModel], nn.Module] | None:
-    """What makes the model that is evaluated, for --sparse_inference and --onnx_file."""
+    """What makes the model for an evaluation with --sparse_inference or --onnx_file."""
     if args.onnx_file:
         return functools.partial(OnnxModel, Path(args.onnx_file))
     return sparsify if args.sparse_inference else None
@@ -157,8 +157,8 @@ def _train(
 ) -> tuple[dict[str, float], float]:
     """Train the model in place, and save it to output_dir.
 
-    Returns the figures of the training, and how many of its seconds earlier processes took.
-    resumed: the checkpoint to continue from, whose weights the model has already.
+    Returns the figures of the training, and how many seconds of it earlier processes took. resumed:
+    the checkpoint to continue from, whose weights the model has already.
     """
     lengths = task.train_set["length"]
     batch_size = args.per_gpu_train_batch_size * world.size
@@ -228,7 +228,7 @@ def _what_follows(config: PreTrainedConfig) -> str:
             f"heads and neurons: bertarize.py --compact will make a smaller {kind} model, for "
             "transformers and, with --onnx FILE --int8, for ONNX Runtime"
         )
-    fast = "sparsify makes it fast on a CPU" if family_of(config).norms else "it stays as slow"
+    fast = "sparsify makes it fast on a CPU" if family_of(config).norms else "it gets no faster"
     structures = "; --granularity structure makes it fast in every runtime"
     return (
         f"{config.granularity}s: saving_prunebert.py will make a small file of this {kind} model, "
@@ -265,7 +265,7 @@ def _write_card(
 def _evaluate_checkpoints(
     task: Task, args: argparse.Namespace, predictor: Predictor
 ) -> dict[str, float]:
-    """Metrics of every checkpoint, with its step at the end of their names."""
+    """The metrics of every checkpoint. The names of metrics end in the step."""
     results = {}
     options = {"masked": is_masked(args.model_type), "trained": True, "labels": task.labels}
     for folder in find_checkpoints(

@@ -23,7 +23,7 @@ from .distributed import World
 
 logger = logging.getLogger(__name__)
 
-HISTOGRAM_SAMPLE = 10_000  # the most scores of a matrix
+HISTOGRAM_SAMPLE = 10_000  # scores of a matrix, at most
 
 
 def set_up_logging() -> None:
@@ -39,7 +39,7 @@ def set_up_logging() -> None:
     logging.getLogger().setLevel(logging.INFO if is_main else logging.ERROR)
     for name in ("datasets", "httpx", "httpx2", "fsspec", "filelock", "torch"):
         logging.getLogger(name).setLevel(logging.WARNING if is_main else logging.ERROR)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of every retry
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # no warning for every retry
     transformers.utils.logging.set_verbosity_error()  # loading.py reports what matters
     transformers.utils.logging.disable_progress_bar()
     if not sys.stderr.isatty():
@@ -91,7 +91,7 @@ class RunLog:
             logger.info(self._line(step, values))
 
     def _line(self, step: int, values: dict[str, float]) -> str:
-        """Where the run is, how it goes and how long it will take."""
+        """Progress, loss, threshold, remaining weights, speed and the time left, in a line."""
         parts = [f"loss {values['loss']:.3f}"] if "loss" in values else ["all updates skipped"]
         if "remaining/overall" in values:
             parts.append(f"threshold {values['threshold']:.3f}")
@@ -139,7 +139,7 @@ def progress_bar(world: World, **kwargs) -> tqdm:
 def show_progress(bar: tqdm, step: int, loss: float, threshold: float, masks: Masks | None) -> None:
     """Show loss, threshold and remaining weights beside the bar, at every tenth update.
 
-    Remaining weights that must be counted, for which a GPU is waited for, at every hundredth.
+    Remaining weights that must be counted, which waits for a GPU, are shown at every hundredth.
     """
     if bar.disable or step % 10:
         return

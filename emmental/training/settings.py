@@ -1,4 +1,4 @@
-"""What the arguments of a training script amount to, for functions that do not see them."""
+"""The settings of a training, which follow from the arguments of its script."""
 
 import math
 from argparse import Namespace
@@ -18,9 +18,9 @@ from ..system.errors import UserError
 
 @dataclass(frozen=True)
 class Settings:
-    """What the training loop needs to know; functions below `run` do not see the command line.
+    """What the training loop needs to know. Functions below `run` do not see the command line.
 
-    Fields without a comment are the flags of the same name.
+    Fields without a comment are flags of the same name.
     """
 
     arguments: dict  # the command line, saved with every checkpoint, compared when one is resumed
@@ -81,7 +81,7 @@ def make_steering(
 ) -> LambdaSteering | None:
     """What steers lambda to --target_remaining, if it is given.
 
-    Raises UserError for a target below what the floor leaves, as with few heads.
+    Raises UserError for a target below what the floor leaves, which is much if there are few heads.
     """
     target = args.target_remaining
     if target is None or not masked_layers(model):
@@ -89,8 +89,8 @@ def make_steering(
     lowest = count(find_masks(model, above=math.inf)).overall
     if target <= lowest:
         raise UserError(
-            f"--target_remaining {target:g}: {lowest:.4f} of the weights remain at least, as every "
-            "matrix keeps 0.5% of its scores, at least one: give more"
+            f"--target_remaining {target:g}: {lowest:.4f} of the weights remain at least, because "
+            "every matrix keeps 0.5% of its scores, at least one: give more"
         )
     config, method = model.config, METHODS[model.config.pruning_method]
     return LambdaSteering(
@@ -107,8 +107,8 @@ def make_steering(
 def student_options(args: Namespace, resumed: bool) -> dict:
     """Options of `load_student`.
 
-    Only flags on the command line replace the settings of masks in evaluation, and those of scores
-    ever: their defaults are the configuration's.
+    In evaluation, settings of masks come from the configuration, unless flags are given. Settings
+    of scores always do so.
     """
     options = {
         "masked": is_masked(args.model_type),
@@ -152,5 +152,5 @@ def resumes_in_place(args: Namespace) -> bool:
     checkpoint = args.resume_from_checkpoint
     if not checkpoint or checkpoint == "latest":
         return bool(checkpoint)
-    folders = Path(checkpoint).resolve().parent, Path(checkpoint).parent.resolve()  # of a link
+    folders = Path(checkpoint).resolve().parent, Path(checkpoint).parent.resolve()  # for links
     return Path(args.output_dir).resolve() in folders

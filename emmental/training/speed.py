@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 def plan_speedup(args: Namespace, model: PreTrainedModel, resumed: bool, world: World) -> Namespace:
     """The arguments with the final threshold of --target_speedup, a fraction of the layers' time.
 
-    What heads and neurons cost is measured, or taken from the checkpoint of a resumed run, and set
-    in the configuration of the model. Raises UserError for a speed that cannot be reached.
+    The cost of heads and neurons is measured, or taken from the checkpoint of a resumed run, and
+    set in the configuration of the model. Raises UserError for a speed that cannot be reached.
     """
     if not is_masked(args.model_type):
         return args

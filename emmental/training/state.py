@@ -16,10 +16,10 @@ from .settings import Settings
 
 @dataclass
 class TrainingState:
-    """What training changes, and what it needs to save it.
+    """What training changes, and what a checkpoint needs beside it.
 
-    data: what describes the training data, see `describe_data`. mask_generator: draws the same
-    masks on all ranks. step: completed updates. cutoff: the global cut-off in force, see
+    data: describes the training data, see `describe_data`. mask_generator: draws the same masks on
+    all ranks. step: completed updates. cutoff: the global cut-off in force, see
     --global_topk_frequency_compute. seconds: of training, before this process.
     """
 
@@ -54,7 +54,7 @@ class TrainingState:
         }
 
     def load_state_dict(self, values: dict) -> None:
-        """Continue from a `state_dict`, with `seconds`. A damaged one may raise any exception."""
+        """Continue from a `state_dict` with `seconds`. A damaged one may raise any exception."""
         self.step = int(values["step"])
         self.cutoff = values["cutoff"]
         self.seconds = values["seconds"]

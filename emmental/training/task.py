@@ -1,4 +1,4 @@
-"""What a script says of its task. `run` calls the methods in this order."""
+"""What a script defines: its task. `run` calls the methods in this order."""
 
 import argparse
 from collections.abc import Iterable
@@ -18,11 +18,11 @@ Logits = tuple[Tensor, ...]
 class Task:
     """A task: its flags, data, loss and metrics.
 
-    head: the head of its models, one of `families.HEADS`. result_files: patterns of the files that
-    its evaluation writes to output_dir; a new run removes old ones. data, dataset: the name of its
+    head: the head of the models, one of `families.HEADS`. result_files: patterns of the files that
+    an evaluation writes to output_dir; a new run removes old ones. data, dataset: the name of the
     data, and their name on the hub, for the model card. labels, set by `load_examples`: the number
-    or the names of the head's outputs; none for one number, of a regression. train_set,
-    evaluation_sets, test_sets: the features that `make_features` hands to `set_features`.
+    or the names of the head's outputs; no names for a regression. train_set, evaluation_sets,
+    test_sets: the features that `make_features` hands to `set_features`.
     """
 
     head: str
@@ -42,7 +42,7 @@ class Task:
         """Add the task's own flags."""
 
     def check(self, args: argparse.Namespace) -> list[str]:
-        """The task's problems with the arguments, one line each. `args.given`: flags that are."""
+        """The task's problems with the arguments, one line each. `args.given`: the flags given."""
         return []
 
     def load_examples(self, args: argparse.Namespace, source: str) -> None:
@@ -78,7 +78,7 @@ class Task:
     def set_features(self, features: dict[str, Dataset]) -> None:
         """Set the features of each split: train, test (or test_...), and those to evaluate.
 
-        They have a column `length` (tokens).
+        Features have a column `length` (tokens).
         """
         self.train_set = features.get("train")
         self.test_sets = {split: x for split, x in features.items() if split.startswith("test")}
@@ -104,13 +104,13 @@ class Task:
     def distillation_loss(
         self, student: Logits, teacher: Logits, batch: Batch, temperature: float
     ) -> Tensor:
-        """The loss between student and teacher, a mean over the same as `loss`."""
+        """The loss between student and teacher, a mean as in `loss`."""
         return distillation_loss(student, teacher, temperature)
 
     def score(
         self, split: str, logits: list[tuple[np.ndarray, ...]], step: int | None, output_dir: Path
     ) -> dict[str, float]:
-        """Write the predictions, return the metrics. step: of a checkpoint; None for the end."""
+        """Write the predictions, return the metrics. step: a checkpoint's; None for the end."""
         raise NotImplementedError
 
     def submit(self, split: str, logits: list[tuple[np.ndarray, ...]], output_dir: Path) -> None:
