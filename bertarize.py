@@ -47,7 +47,7 @@ MODEL_FILES = set(
     tokenizer.json vocab.txt tokenizer_config.json special_tokens_map.json
     added_tokens.json""".split()
 )
-# What sentence-transformers has beside the model of an encoder; the folders are of its pooling.
+# Files of sentence-transformers beside the model of an encoder. The folders are those of pooling.
 ENCODER_FILES = "modules.json sentence_bert_config.json config_sentence_transformers.json [0-9]_*"
 
 
@@ -70,7 +70,7 @@ def get_parser() -> Parser:
 
 
 def target_folder(checkpoint: Path, asked: str | None, kind: str) -> Path:
-    """The folder of the plain model. Raises UserError for one that holds anything else."""
+    """The folder of the plain model. Raises UserError for a folder with other files."""
     target = Path(asked or checkpoint.resolve().with_name(f"{kind}_{checkpoint.resolve().name}"))
     if target.resolve() == checkpoint.resolve():
         raise UserError("--target_model_path is the checkpoint itself: choose another folder")
@@ -87,14 +87,14 @@ def target_folder(checkpoint: Path, asked: str | None, kind: str) -> Path:
 
 
 def encoder_files(folder: Path) -> list[Path]:
-    """The `ENCODER_FILES` in the folder of a sentence encoder; of another none."""
+    """The `ENCODER_FILES` in the folder of a sentence encoder. Other folders have none."""
     if not (folder / "modules.json").is_file():
         return []
     return [file for pattern in ENCODER_FILES.split() for file in sorted(folder.glob(pattern))]
 
 
 def load_plain(args: Namespace) -> PreTrainedModel:
-    """The plain model of a masked checkpoint; with other things to do also of a plain one."""
+    """The plain model of a masked checkpoint. If flags ask for more, a plain one is loaded, too."""
     checkpoint = args.model_name_or_path
     masks = given_masks(args)
     if (args.compact or args.onnx or args.keep_vocabulary_of) and Path(checkpoint).is_dir():

@@ -1,5 +1,5 @@
-"""Count the remaining weights of a fine-pruned encoder, of each matrix and in total, and the heads
-and neurons of each layer that remain: those through which an input reaches the layer's output.
+"""Count the remaining weights of a fine-pruned encoder, by matrix and in total, and the remaining
+heads and neurons of each layer: those through which an input reaches the output of the layer.
 
     python counts_parameters.py --serialization_dir OUT
     python counts_parameters.py --serialization_dir OUT --plot remaining.png

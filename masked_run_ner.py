@@ -10,7 +10,7 @@ Movement pruning towards 15% of the encoder's weights:
 The dense teacher: --model_type bert. Several GPUs: torchrun --nproc_per_node 8 masked_run_ner.py
 --data_dir holds train, dev (or valid) and test files: CoNLL columns, or JSON lines. Without
 it, --dataset_name comes from the hub. Tags in IO, BIO, BIOES or BILOU mark entities: precision,
-recall and F1 follow the rules of conlleval. Other tags have the accuracy over words.
+recall and F1 follow the rules of conlleval. For other tags, the metric is the accuracy over words.
 """
 
 import argparse

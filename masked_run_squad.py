@@ -37,7 +37,7 @@ PADDING_LOGIT = -1e9
 
 
 class Squad(Task):
-    """SQuAD v1.1 and v2.0: spans of a context that answer a question."""
+    """SQuAD v1.1 and v2.0: an answer is a span of a context."""
 
     head, labels = "QuestionAnswering", 2
     max_seq_length, logging_steps, save_steps = 384, 500, 500

@@ -5,7 +5,7 @@
     python paper_tables.py run squad 10D3 3E2 --data_dir data/squad        # run them; restartable
     python paper_tables.py report runs                                     # tables: paper and ours
     python paper_tables.py plot runs                                       # figures: paper and ours
-    python paper_tables.py figure                                          # that of the README
+    python paper_tables.py figure                                          # the README's figure
 
 `--scale 0.1` gives a run a tenth of the paper's updates and warm-up, for smaller data. Flags after
 `--` go to the scripts and override the point's settings: `... -- --no_cuda --learning_rate 1e-4`,
@@ -102,7 +102,7 @@ def list_points(args: argparse.Namespace) -> None:
 
 
 def plan(args: argparse.Namespace) -> dict[Path, list[str]]:
-    """The commands of all points, by output folder; a teacher comes once, before its students."""
+    """The commands of all points, by output folder. A teacher comes once, before its students."""
     planned = {}
     for name in args.points:
         planned |= commands(find_point(args.task, name), args)

@@ -6,8 +6,8 @@
     python saving_prunebert.py unpack FILE FOLDER       # a normal from_pretrained folder
 
 From Python, `emmental.storage.load_packed(FILE)` returns the model. The file contains the
-embeddings, with one step per row. `pack --base_model NAME` leaves them out, if NAME has the same
-ones.
+embeddings, with one step per row. `pack --base_model NAME` leaves them out, if those of NAME are
+the same.
 """
 
 import io
@@ -33,7 +33,7 @@ from emmental.training.parser import Parser
 from emmental.training.runlog import set_up_logging
 
 MB = 1e6
-ENTROPY = """entropy: of the values as they are stored, and of masks whose weights remain
+ENTROPY = """entropy: that of the stored values, and of masks whose weights remain
 independently of each other. A mask takes less where rows or columns are alike."""
 LOADING = """load it elsewhere: `pip install .` in a clone of this project, then
 emmental.storage.load_packed("{file}"); or unpack it: its folder needs no more than transformers"""
@@ -116,15 +116,15 @@ def print_info(packed: storage.Packed, report: dict) -> None:
 
 
 def evaluation_flags(checkpoint: str, args: Namespace) -> dict[str, object] | None:
-    """The flags of an evaluation: those given, and those of the training if the task is its own.
+    """The flags of an evaluation: those given, and those of the training if it had the same task.
 
-    None for a task that none of the scripts has. Raises UserError for a classifier without a task.
+    None for a task that no script has. Raises UserError for a classifier of an unknown task.
     """
     file = Path(checkpoint, ARGS_FILE)
     try:
         trained = dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
     except (TypeError, ValueError) as error:
-        raise UserError(f"{file} is damaged: remove it, and name the task and its data") from error
+        raise UserError(f"{file} is damaged: remove it, and give --task_name") from error
     names = *TASK_FLAGS, "data_dir", "predict_file"
     flags = {name: value for name in names if (value := getattr(args, name, None))}
     task = trained.get("task_name")
@@ -172,7 +172,7 @@ def verify(args: Namespace) -> int:
     with_data = args.data_dir or args.predict_file
     if with_data and {entry["name"] for entry in header["files"]}.isdisjoint(VOCABULARIES):
         raise UserError(
-            f"{args.file} has no tokenizer, and cannot be evaluated: leave out the data"
+            f"{args.file} has no tokenizer, and cannot be evaluated: leave out --data_dir"
         )
     masks = given_masks(args)
     flags = evaluation_flags(args.checkpoint, args) if with_data else None
