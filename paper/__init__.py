@@ -1,1 +1,1 @@
-"""The paper's data points, runs that reproduce them, and what the two have in common."""
+"""The paper's data points, runs that reproduce them, and the tables and figures of both."""

@@ -8,7 +8,7 @@ EVENTS = "events.out.tfevents.*"
 
 
 def read_curves(folder: Path) -> dict[str, dict[int, float]]:
-    """By tag, the values by update. Raises UserError when the run has no events."""
+    """The values of each tag, by update. Raises UserError when the run has no events."""
     if not any(folder.glob(EVENTS)):
         raise UserError(f"{folder} has no TensorBoard events: give the output folder of a training")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # slow

@@ -22,9 +22,10 @@ logger = logging.getLogger(__name__)
 def bag_of_words(args: dict) -> dict[str, float] | None:
     """The metrics in percent of logistic regression on the words of each text, in lower case.
 
-    args: training_args.json of a run. Trains on the whole train file in its `data_dir`, evaluates
-    on the development set. Words are what spaces separate; those of the two texts of a pair are
-    told apart. Returns None for a regression and SQuAD. Raises UserError without readable data.
+    args: training_args.json of a run. The model is trained on the whole train file in `data_dir`,
+    and evaluated on the development set. Spaces separate words; the words of the two texts of a
+    pair are told apart. Returns None for a regression and SQuAD. Raises UserError without readable
+    data.
     """
     name = args.get("task_name")  # SQuAD's runs have none
     folder = args["data_dir"]

@@ -1,4 +1,4 @@
-"""Figures that CSV files of this repository make: that of the first page, and some of results/."""
+"""Figures from CSV files of this repository: that of the first page, and some of results/."""
 
 import csv
 import itertools
@@ -27,11 +27,11 @@ from .runs import TITLES
 SHOWN = (*METHODS, "PLATON")
 METRICS = {"squad": "f1", "sst-2": "acc"}
 LOWEST = 60  # percent of the dense model, at the foot of the axis
-BESIDE = 1.1  # ratio of the places at which our methods stand beside each other
+BESIDE = 1.1  # ratio of neighbouring places, where our methods stand beside each other
 
 
 def figures(results: Path = ROOT / "results") -> dict[str, Figure]:
-    """By their file in this repository. Raises UserError for CSV files that do not fit."""
+    """The figures, by their file in this repository. Raises UserError for unfit CSV files."""
     return {
         "docs/figure.png": front_figure(results),
         "results/from-dense-cpu/figures/sst-2-speed.png": speeds_figure(
@@ -135,7 +135,7 @@ def _draw_speed(axes: Axes, file: Path) -> None:
 
 
 def accuracy_figure(file: Path) -> Figure:
-    """The accuracy along the longest runs of `curves.csv`, by the names of the runs."""
+    """The accuracy along the longest runs of `curves.csv`, with the names of the runs."""
     curves = {}
     for row in read_rows(file, "run", "updates", "accuracy"):
         point = _number(file, row["updates"]), 100 * _number(file, row["accuracy"])

@@ -161,7 +161,7 @@ def metric_figure(task: str, runs: list[Run]) -> Figure:
 class Speeds:
     """Measured speed-ups over the dense model, at one batch and length.
 
-    gains: by runtime, those of the models by their folders. dense: the folder of the dense model.
+    gains: for each runtime, the speed-ups of models, by folder. dense: the dense model's folder.
     """
 
     gains: dict[str, dict[Path, float]]
@@ -191,8 +191,8 @@ def read_speeds(file: Path) -> Speeds:
 def speed_figure(task: str, runs: list[Run], speeds: Speeds) -> Figure:
     """Metric against speed-up, a line for each method, granularity and runtime.
 
-    The metric is that of the float32 model, in int8 too. Raises UserError if no run's speed was
-    measured.
+    The metric is that of the float32 model, at speeds of int8, too. Raises UserError if the speed
+    of no run was measured.
     """
     metric = _metric(task, runs)
     series = {}
@@ -228,7 +228,7 @@ def is_int8(runtime: str) -> bool:
 
 
 def layer_figure(counts: RemainingWeights, layers: list[LayerCount], title: str) -> Figure:
-    """A grid: of each layer the remaining weights of each matrix, the heads and the neurons."""
+    """A grid: for each layer, the remaining weights of each matrix, the heads and the neurons."""
     columns = {}  # by title, the percentage and the text of each layer
     for matrix in counts.matrices:
         kind = _place(matrix.name)[0].replace(".", "\n") + "\n%"
@@ -264,7 +264,7 @@ def layer_figure(counts: RemainingWeights, layers: list[LayerCount], title: str)
 def scatter_figure(run: Run, model: PreTrainedModel) -> Figure:
     """Final against first weight, and the move from zero, of remaining and of pruned weights.
 
-    model: of the run. Raises UserError when the model that the run started from cannot be loaded.
+    model: the run's. Raises UserError when the model that the run started from cannot be loaded.
     """
     head = type(model).__name__.partition("For")[2]
     start = run.args["model_name_or_path"]
@@ -394,7 +394,7 @@ def name_ends(axes: Axes, width: int = 27) -> None:
 
 
 def _plot(axes: Axes, method: str, points: list[tuple[float, float]], **style) -> None:
-    """Plot in the method's colour; that of a dense model is black."""
+    """Plot in the colour of the method; dense models are black."""
     if points:
         colour = COLOURS.get(method.removesuffix(GLOBAL), "black")
         axes.plot(*zip(*points, strict=True), color=colour, **style)

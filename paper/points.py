@@ -77,7 +77,7 @@ def load_points(task: str) -> list[Point]:
 
 
 def find_point(task: str, name: str) -> Point:
-    """Raises UserError for an unknown point, with the nearest names."""
+    """The point of this name. Raises UserError for an unknown one, with the nearest names."""
     points = {point.name: point for point in load_points(task)}
     if name not in points:
         near = difflib.get_close_matches(name.upper(), points, cutoff=0.5)

@@ -26,8 +26,8 @@ HEADLINE = {  # as printed in the paper, with a teacher; the authors interpolate
 def headline(runs: list[Run]) -> list[list[str]]:
     """Rows of the headline table: by task, teacher and level, the paper's results and ours.
 
-    Runs that are near no level have rows of their own. A task's last row is what a bag of words
-    reaches, in the column of the dense model.
+    Runs that are near no level have rows of their own. In the last row of a task, the column of the
+    dense model has what a bag of words reaches.
     """
     methods = methods_of(runs)
     titles = [method.replace("l0", "L0") for method in methods]
@@ -122,7 +122,7 @@ def _joined(metrics: Iterable[float | None]) -> str:
 
 
 def run_rows(runs: list[Run]) -> list[dict]:
-    """A row per run. "paper there" interpolates between the paper's two nearest points."""
+    """A row per run. The column "paper there" interpolates between the paper's nearest points."""
     rows = []
     methods = ["dense", *methods_of(runs)]
     runs = sorted(
@@ -156,7 +156,7 @@ def run_rows(runs: list[Run]) -> list[dict]:
 
 
 def _loss_weights(run: Run) -> str:
-    """Of a run with a teacher: "ce 0.1, distil 0.9"."""
+    """The loss weights of a run with a teacher: "ce 0.1, distil 0.9"."""
     weights = {flag: value for flag, value in run.args.items() if flag.startswith("alpha_")}
     parts = [f"{flag.removeprefix('alpha_')} {value:g}" for flag, value in weights.items() if value]
     return ", ".join(parts) if run.distil else ""

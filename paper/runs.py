@@ -56,7 +56,7 @@ class Run:
 
     @property
     def start(self) -> str:
-        """What the training started from: a run's model or its teacher is fine-tuned."""
+        """fine-tuned, if the run started from its teacher or from another run; or pre-trained."""
         model = Path(self.args["model_name_or_path"])
         teacher = self.args["teacher_name_or_path"]
         is_teacher = teacher and model.resolve() == Path(teacher).resolve()
@@ -64,7 +64,7 @@ class Run:
 
     @property
     def settings(self) -> dict[str, str]:
-        """What the result depends on, without the seed. An old run lacks newer flags: unset."""
+        """What the result depends on, without the seed. Old runs have newer flags unset."""
         ignored = FREE_ARGUMENTS - {"model_name_or_path", "max_eval_samples"} | {"seed", *BATCH}
         values = {k: v for k, v in self.args.items() if k not in ignored and v not in UNSET}
         return {k: str(v) for k, v in sorted((values | {"batch": self.batch}).items())}
