@@ -8,8 +8,8 @@ same examples, in one process. Their ids are compared.
 
 Epoch: two copies of the model are fine-tuned on the same examples, with alternating updates. One
 trains on batches of similar lengths, as the scripts do, the other on random batches padded to
---max_seq_length, as the 2020 scripts did. Reported are the time of an epoch and the metric after
-it.
+--max_seq_length, as the 2020 scripts did. The report has the time of an epoch and the metric after
+that.
 """
 
 import argparse

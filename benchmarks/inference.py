@@ -9,7 +9,7 @@ dynamic quantisation by torch, `ours` is `sparsify(model)`. They take turns with
 without padding. A time is the median of all turns. The gain is the median over turns of the time of
 the faster of dense and compiled, divided by ours. `bound` is the time that ours would take if its
 remaining multiply-adds (products and attention) ran at the speed of this machine's dense product.
-Differences are the largest of the logits, compared with dense.
+A difference is the largest one between logits and those of dense.
 """
 
 import argparse

@@ -6,10 +6,10 @@
 torch's dispatcher counts the operations that an update of a masked model starts (masks, forward,
 penalty, backward, clipping, observed scores, optimizer), and those of the stock model. Views and
 allocations are left out. The tensors are on the CPU, but take the way of a GPU: lists of tensors in
-one operation (see `emmental/modules/lists.py`). An operation on a list counts once. It counts once
-for each tensor where a GPU has no kernel for the list: for tensors of unlike types or shapes, and
-on broadcast factors. "waits" counts the values that the host waits for: one in the stock model's
-own forward, and one of the guard against gradients that are not finite.
+one operation (see `emmental/modules/lists.py`). An operation on a list counts once, or once for
+each tensor where a GPU has no kernel for the list: for tensors of unlike types or shapes, and on
+broadcast factors. "waits" counts the values that the host waits for: one in the stock model's own
+forward, and one of the guard against gradients that are not finite.
 """
 
 import argparse
@@ -50,7 +50,7 @@ class Launches(TorchDispatchMode):
 
 
 def _kernels(name: str, args: tuple) -> int:
-    """How many kernels a GPU starts for it."""
+    """How many kernels a GPU starts for an operation."""
     tensors = [
         x for x in args if isinstance(x, list | tuple) and x and isinstance(x[0], torch.Tensor)
     ]
@@ -63,7 +63,7 @@ def _kernels(name: str, args: tuple) -> int:
 
 
 def count(method: str, args: argparse.Namespace) -> Launches:
-    """Those of the second update of a side: "dense", or a pruning method."""
+    """The operations of the second update of a side: "dense", or a pruning method."""
     side = Side(method, args)
     batch = make_batch(args.shape, args.device)
     side.step(batch, lambda phase: None)

@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: their flags and frame, models, turns, and tables."""
+"""What the benchmarks share: flags, the frame of a script, models, turns, and tables."""
 
 import argparse
 import os
@@ -26,7 +26,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def make_parser(doc: str) -> Parser:
-    """A parser with this help, and --json."""
+    """A parser with this help, and the flag --json."""
     parser = Parser(description=doc)
     parser.add_argument("--json", help="file for the results")
     return parser

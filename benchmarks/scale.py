@@ -3,11 +3,11 @@
     python benchmarks/scale.py      # 10,000 and 100,000 questions, BERT-large: 5 min on 2 cores
     python benchmarks/scale.py --questions 10000 1000000 --layers 0
 
-Data: a separate process reads, checks and makes features of a generated SQuAD file (paragraphs of
-120 words with five questions each, 50 paragraphs per article). Memory is counted above that of the
-process after its imports. "held" is the peak of anonymous memory, sampled every 5 ms. "with mapped
-files" is the peak of the resident set, which includes pages of Arrow files that the system can take
-back.
+Data: a separate process reads and checks a generated SQuAD file (paragraphs of 120 words with five
+questions each, 50 paragraphs per article), and makes its features. Memory is counted above that of
+the process after its imports. "held" is the peak of anonymous memory, sampled every 5 ms. "with
+mapped files" is the peak of the resident set, which includes pages of Arrow files that the system
+can take back.
 
 Model: for all matrices of a model as large as BERT-large, the time of our masks and of sorting each
 matrix, which must give the same masks; and packing that model.

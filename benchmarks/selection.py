@@ -48,7 +48,7 @@ def by_topk(rows: Tensor, count: int) -> Tensor:
 
 
 def in_numpy(values: list[Tensor], counts: list[int]) -> list[Tensor]:
-    """The way of a CPU, on one thread."""
+    """The candidate of the package on a CPU, on one thread."""
     return [select_largest(value.cpu(), count) for value, count in zip(values, counts, strict=True)]
 
 
@@ -63,7 +63,7 @@ CANDIDATES: dict[str, Select] = {
 
 
 def measure(values: list[Tensor], fraction: float, args: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of each candidate. Raises UserError if its masks are others."""
+    """Median seconds of each candidate. Raises UserError if its masks differ from ours."""
     counts = [int(fraction * value.numel()) for value in values]
     wanted = keep_largest(values, counts)
     for name, select in CANDIDATES.items():

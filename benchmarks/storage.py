@@ -5,8 +5,8 @@
 
 Sizes are those of encoder and head, without the embeddings, like the published 11.28 MB for
 BERT-base at 6.16%. "notebook" is the method of the published notebook, rewritten: int8, CSR with
-16-bit columns, gzip in HDF5. "entropy" is that of what our files store: masks whose entries are
-kept independently with their matrix's density, and values at their own frequencies.
+16-bit columns, gzip in HDF5. "entropy" is the entropy of what our files store: masks whose entries
+are kept independently with their matrix's density, and values at their own frequencies.
 """
 
 import argparse

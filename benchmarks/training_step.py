@@ -219,7 +219,7 @@ def _measure_peak(args: argparse.Namespace) -> float:
 
 
 def allowed_memory(masked: Side) -> float:
-    """MiB that masks need: see the top of this file."""
+    """The MiB that masks need: see the top of this file."""
     copied = sum(layer.weight.numel() for layer in masked.layers.layers if layer.is_gate)
     copied *= 2 if masked.args.bf16 else 4
     method = METHODS[masked.method]
