@@ -1,6 +1,6 @@
-"""Fixtures: small data and models that the tests make themselves, scripts that run on them.
+"""Fixtures: small data and models that the tests make themselves, and scripts that run on them.
 
-No network, and nothing from outside. What the fixtures are made of is in tiny.py.
+Nothing comes from the network. tiny.py has what the fixtures are made of.
 """
 
 import json
@@ -79,7 +79,7 @@ def run(flags, tmp_path):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """A cache of data sets of one test's own: it sees that of no other, nor the user's."""
+    """A cache of data sets for one test alone, apart from those of other tests and of the user."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -88,7 +88,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Puts a data set, or a function, in the place of the hub; returns what it was asked for."""
+    """Puts a data set, or a function, in the place of the hub; returns the calls of the hub."""
     import datasets
 
     def put(data):
@@ -102,7 +102,7 @@ def hub(monkeypatch):
 
 @pytest.fixture
 def refused(capsys):
-    """Calls what refuses with one line (or so many) and this status; returns what is said."""
+    """Calls a function that must end with this status and so many lines; returns the lines."""
 
     def call(function, *args, status=2, lines=1, **options):
         capsys.readouterr()
@@ -126,7 +126,7 @@ def launch(*words, timeout=300, **variables):
 
 @pytest.fixture(scope="session")
 def on_two_ranks(tmp_path_factory):
-    """Runs commands, each a list of words as of two_ranks.py, on two processes."""
+    """Runs commands, each a list of words for two_ranks.py, on two processes."""
 
     def call(*commands):
         file = tmp_path_factory.mktemp("ranks") / "commands.json"
@@ -139,7 +139,7 @@ def on_two_ranks(tmp_path_factory):
 
 @pytest.fixture(params=[1, -1], ids=["line by line", "at the end"])
 def unread(request, capsys):
-    """Calls a script that prints to a pipe nobody reads, as after `| head -1`: it ends silently."""
+    """Calls a script that prints to an unread pipe, as after `| head -1`, and must end silently."""
 
     def call(main, *words):
         capsys.readouterr()

@@ -1,4 +1,4 @@
-"""The one home of what the tests make small: sizes, models, tokenizers, data, command lines."""
+"""The small things of all tests: sizes, models, tokenizers, data, command lines."""
 
 import dataclasses
 import json
@@ -58,11 +58,11 @@ def make(method="topK", suffix="Model", seed=1, **settings):
 
 
 def observed(model):
-    """The model; scores that training would observe are positive and distinct, as after it."""
+    """The model, with observed scores that are positive and distinct, as after a training."""
     for module in model.modules():
         if getattr(getattr(module, "method", None), "scores", None) != "observed":
             continue
-        if module.mask_scores is not None:  # else they are those of another layer
+        if module.mask_scores is not None:  # others share those of another layer
             for tensor in (module.mask_scores.data, *module.buffers(recurse=False)):
                 tensor.uniform_(0.1, 1.0)
     return model
@@ -98,7 +98,7 @@ CASES = {  # case: model_type, and settings such as published checkpoints have
 
 
 def config_of(case, prefix="", **settings):
-    """A tiny configuration of a family, without dropout; it takes the settings that it has."""
+    """A tiny configuration of a family, without dropout; without settings that it does not have."""
     from transformers import CONFIG_MAPPING
 
     model_type, own = CASES[case]
@@ -125,7 +125,7 @@ def model_of(case, head="QuestionAnswering", prefix="", seed=0, **settings):
 
 
 def padded_batch(model, padding=True):
-    """A batch of three lengths for a model of any head; without `padding` all tokens are seen."""
+    """A batch of three lengths for a model of any head; without `padding`, of whole sequences."""
     torch.manual_seed(1)
     ids = torch.randint(5, model.config.vocab_size, (3, 21))
     mask = torch.ones(3, 21).long()
@@ -209,8 +209,8 @@ TOKENIZERS = {  # model_type: its class in transformers, its vocabulary and spec
 def tokenizer_of(model_type, **options):
     """A small tokenizer of the class, algorithm and frame that the models of a type have.
 
-    It knows NAMES, PLACES, WORDS and some letters; options are those of its class. The padding id
-    is 1 where the model's is.
+    The vocabulary is NAMES, PLACES, WORDS and some letters. options: of the class. The padding id
+    is 1 where that of the model is.
     """
     import transformers
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -258,7 +258,7 @@ def make_squad(path, questions=24, seed=0, unanswerable=0):
 
 
 def refusal(call, *args, **options):
-    """The one line that a call refuses with."""
+    """The one line of the UserError that a call raises."""
     import pytest
 
     from emmental.system.errors import UserError
@@ -458,7 +458,7 @@ def same(a, b):
 
 
 def events(folder):
-    """What TensorBoard reads of a run."""
+    """The events that TensorBoard reads of a run."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     found = EventAccumulator(str(folder))
