@@ -24,6 +24,7 @@ run() { # run NAME FLAGS...
 run movement-10-fast $LONG --pruning_method topK --final_threshold 0.1 --final_warmup 5
 run movement-10 $LONG --pruning_method topK --final_threshold 0.1 --final_warmup 3
 run magnitude-10 $LONG --pruning_method magnitude --final_threshold 0.1 --final_warmup 3
+run magnitude-3 $LONG --pruning_method magnitude --final_threshold 0.03 --final_warmup 3
 run movement-3 $LONG --pruning_method topK --final_threshold 0.03 --final_warmup 3
 run movement-10-3000-magnitudes $SHORT --pruning_method topK --final_threshold 0.1 --final_warmup 4 \
   --mask_init magnitude --mask_scale 3
