@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> Path:
         print(f"load it anywhere, with torch and transformers: {loading_of(model, target)}")
         if args.onnx:
             write_onnx(model, Path(args.onnx))
-            print(f"its outputs are the same in ONNX Runtime: {args.onnx}")
+            print(f"ONNX Runtime computes the same outputs: {args.onnx}")
         if args.int8:
             preset = preset_of_this_cpu() if args.int8 == "this" else args.int8
             print_int8(Path(args.onnx), preset, write_int8(model, Path(args.onnx), preset))

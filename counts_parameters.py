@@ -32,8 +32,8 @@ def get_parser() -> Parser:
     add = parser.add_argument
     add("--serialization_dir", required=True, help="folder of the fine-pruned (masked) checkpoint")
     add_mask_flags(add)
-    add("--json", metavar="FILE", help="write the counts to this file too")
-    add("--plot", metavar="FILE", help="draw them as a grid of layers: .png, .pdf, .svg")
+    add("--json", metavar="FILE", help="also write the counts to this file")
+    add("--plot", metavar="FILE", help="draw the counts as a grid of layers: .png, .pdf, .svg")
     return parser
 
 

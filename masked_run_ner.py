@@ -120,7 +120,7 @@ class Tagging(Task):
         examples = self.examples[split]
         text = tags.columns_of(examples, self.predicted(split, logits))
         write_text(output_dir / PREDICTIONS, text)
-        (output_dir / TEST_RESULTS).unlink(missing_ok=True)  # of another test set
+        (output_dir / TEST_RESULTS).unlink(missing_ok=True)  # may be of another test set
         if "tags" in examples.column_names:
             write_json(output_dir / TEST_RESULTS, self.score(split, logits, None, output_dir))
 

@@ -35,8 +35,8 @@ from emmental.training.runlog import set_up_logging
 MB = 1e6
 ENTROPY = """entropy: that of the stored values, and of masks whose weights remain
 independently of each other. A mask takes less where rows or columns are alike."""
-LOADING = """load it elsewhere: `pip install .` in a clone of this project, then
-emmental.storage.load_packed("{file}"); or unpack it: its folder needs no more than transformers"""
+LOADING = """load the file elsewhere: `pip install .` in a clone of this project, then
+emmental.storage.load_packed("{file}"); or unpack it, to a folder that needs only transformers"""
 LENGTHS = "max_seq_length", "max_query_length", "doc_stride", "stride"
 # Flags of a training that an evaluation of its model needs again.
 TASK_FLAGS = "task_name", *CUSTOM_ARGUMENTS, "version_2_with_negative", *LENGTHS
@@ -68,7 +68,7 @@ def get_parser() -> Parser:
     add = verb("unpack", "write a normal model folder", FILE, FOLDER)
     add("--base_model", help=base)
     add = verb("info", "print the size of each matrix and of the whole", FILE)
-    add("--json", help="file for the figures")
+    add("--json", help="also write the figures to this file")
     add = verb("verify", "compare a packed file with its checkpoint", FILE, CHECKPOINT)
     add("--base_model", help=base)
     add("--data_dir", help="folder of the data for evaluating both")

@@ -35,7 +35,7 @@ from emmental.inference import compacted, sparsify
 from emmental.models.families import layers_of
 from emmental.system.errors import UserError
 
-REACHED = 0.9  # of the promised gain: lower ones are listed at the end
+REACHED = 0.9  # fraction of the promised gain: lower gains are listed at the end
 CHECKED = 2  # sequences of a batch whose logits are compared
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 Side = Callable[[Tensor], Sequence[Tensor]]  # from ids, batch x length, to outputs
@@ -86,7 +86,7 @@ RUNTIMES = {
     "onnx-int8": onnx_int8,
     "sparse": sparse,
 }
-BASELINES = {"sparse": eager, "onnx-int8": onnx}  # of the dense model; others: the runtime itself
+BASELINES = {"sparse": eager, "onnx-int8": onnx}  # runtimes of the dense model, if not the same
 
 
 @functools.cache
@@ -186,19 +186,19 @@ def get_parser() -> argparse.ArgumentParser:
     add("--layers", type=report.positive, default=12,
         help="layers of the random BERTs (default: 12)")
     add("--hidden", type=report.hidden_size, default=768,
-        help="their hidden size, a multiple of 64 (default: 768)")
+        help="hidden size of the random BERTs, a multiple of 64 (default: 768)")
     add("--models", nargs="+", default=[],
-        help="in their place: folders of models, masked, bertarized, compact, or with fewer layers")
-    add("--dense", help="folder of the dense model to compare those with")
+        help="folders of models in place of random ones: masked, plain, compact, with fewer layers")
+    add("--dense", help="folder of the dense model to compare --models with")
     add("--runtimes", nargs="+", choices=RUNTIMES, default=["eager", "compiled", "onnx"],
         help="default: eager compiled onnx")
     add("--batches", type=report.positive, nargs="+", default=[1, 8, 32], help="default: 1 8 32")
     add("--lengths", type=report.positive, nargs="+", default=[128, 384],
-        help="in tokens (default: 128 384)")
+        help="lengths in tokens (default: 128 384)")
     add("--device", type=report.device, default="cpu", help="cpu or cuda (default: cpu)")
     add("--dtype", choices=DTYPES, default="float32", help="default: float32")
     add("--repeats", type=report.positive, default=5, help="measured turns (default: 5)")
-    add("--warmup", type=report.positive, default=1, help="turns before those (default: 1)")
+    add("--warmup", type=report.positive, default=1, help="unmeasured turns at first (default: 1)")
     # fmt: on
     return parser
 

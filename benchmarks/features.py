@@ -256,7 +256,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--model", required=True, help="BERT to fine-tune, with its tokenizer")
     add("--slice", type=int, default=4000,
         help="examples per measurement of the features (default: 4000)")
-    add("--slices", type=int, default=3, help="number of these measurements (default: 3)")
+    add("--slices", type=int, default=3, help="measurements of the features (default: 3)")
     add("--epoch_examples", type=int, default=4000,
         help="examples of the epoch; 0 skips it (default: 4000)")
     add("--batch", type=int, default=16, help="examples per update (default: 16)")

@@ -5,7 +5,7 @@
     python benchmarks/inference.py --family roberta     # the default size of another family
 
 `dense` is the stock model in float32 with SDPA, `compiled` the same under torch.compile, `int8` its
-dynamic quantisation by torch, `ours` is `sparsify(model)`. They take turns with the same inputs,
+dynamic quantisation by torch, `ours` is `sparsify(model)`. The four take turns with the same inputs
 without padding. A time is the median of all turns. The gain is the median over turns of the time of
 the faster of dense and compiled, divided by ours. `bound` is the time that ours would take if its
 remaining multiply-adds (products and attention) ran at the speed of this machine's dense product.
@@ -154,20 +154,20 @@ def get_parser() -> argparse.ArgumentParser:
     # fmt: off
     add("--densities", type=report.fraction, nargs="*", default=[0.15, 0.1, 0.06, 0.03],
         help="densities of the random models (default: 0.15 0.1 0.06 0.03)")
-    add("--family", choices=FAMILIES, default="bert", help="of the random models (default: bert)")
+    add("--family", choices=FAMILIES, default="bert", help="family of the random models")
     add("--models", nargs="*", default=[],
         help="folders of fine-pruned checkpoints, masked or bertarized")
     add("--batches", type=report.positive, nargs="+", default=[1, 8, 32], help="default: 1 8 32")
     add("--lengths", type=report.positive, nargs="+", default=[32, 128, 384],
-        help="in tokens (default: 32 128 384)")
+        help="lengths in tokens (default: 32 128 384)")
     add("--layers", type=report.positive,
         help="layers of the random models (default: the family's, 12 for bert)")
     add("--hidden", type=report.hidden_size,
-        help="their hidden size, a multiple of 64 (default: the family's, 768 for bert)")
+        help="hidden size of these models, a multiple of 64 (default: the family's, 768 for bert)")
     add("--csr_below", type=float,
         help="density below which a matrix becomes CSR, to check the limit (default: sparsify's)")
     add("--repeats", type=report.positive, default=5, help="measured turns (default: 5)")
-    add("--warmup", type=report.positive, default=1, help="turns before those (default: 1)")
+    add("--warmup", type=report.positive, default=1, help="unmeasured turns at first (default: 1)")
     add("--without", nargs="*", choices=("compiled", "int8"), default=[], help="sides to leave out")
     # fmt: on
     return parser

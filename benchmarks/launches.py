@@ -92,7 +92,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--family", choices=FAMILIES, default="bert", help="default: bert")
     add("--layers", type=report.positive, default=12, help="layers of the model (default: 12)")
     add("--hidden", type=report.hidden_size, default=64,
-        help="its hidden size, a multiple of 64 (default: 64: the number is the same for all)")
+        help="hidden size, a multiple of 64; it changes no number (default: 64)")
     add("--float32", action="store_true", help="without autocast to bfloat16")
     add("--by_name", action="store_true", help="print each operation, too")
     # fmt: on

@@ -79,8 +79,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser = report.make_parser(__doc__)
     add = parser.add_argument
     add("--layers", type=report.positive, default=12, help="layers of the BERT (default: 12)")
-    add("--hidden", type=report.positive, default=768, help="its hidden size (default: 768)")
-    add("--repeats", type=report.positive, default=3, help="turns of each way (default: 3)")
+    add("--hidden", type=report.positive, default=768, help="hidden size (default: 768)")
+    add("--repeats", type=report.positive, default=3, help="measured turns (default: 3)")
     device = "cpu or cuda (default: a GPU if there is one)"
     add("--device", type=report.device, default=report.DEVICE, help=device)
     return parser

@@ -153,8 +153,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--remaining", type=report.fraction, nargs="*", default=[0.1, 0.0616, 0.03],
         help="densities of the random BERTs (default: 0.1 0.0616 0.03)")
     add("--model", help="folder of a fine-pruned checkpoint")
-    add("--data_dir", help="folder of the data for evaluating it")
-    add("--predict_file", help="SQuAD file for evaluating it")
+    add("--data_dir", help="folder of the data to evaluate --model with")
+    add("--predict_file", help="SQuAD file to evaluate --model with")
     add("--task_name", help="GLUE task (default: that of the checkpoint's run, else SQuAD)")
     add("--max_seq_length", type=int, help="default: that of the checkpoint's run")
     # fmt: on

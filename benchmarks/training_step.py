@@ -65,7 +65,7 @@ class Side:
         size = report.size_of(args.family, args.layers, args.hidden)
         config = CONFIG_MAPPING[args.family](**size)
         self.model = AutoModelForQuestionAnswering.from_config(config)
-        MaskedModel.freeze_embeddings(self.model)  # which serves stock models too
+        MaskedModel.freeze_embeddings(self.model)  # the function also serves stock models
         if method != "dense":
             config = CONFIG_MAPPING[MASKED + args.family](
                 **size,
@@ -253,10 +253,10 @@ def get_parser() -> argparse.ArgumentParser:
     add("--layers", type=report.positive,
         help="layers of the model (default: the family's, 12 for bert)")
     add("--hidden", type=report.hidden_size,
-        help="its hidden size, a multiple of 64 (default: the family's, 768 for bert)")
+        help="hidden size, a multiple of 64 (default: the family's, 768 for bert)")
     add("--repeats", type=report.positive, default=7,
         help="measured steps of each side (default: 7)")
-    add("--warmup", type=report.at_least(0), default=2, help="steps before those (default: 2)")
+    add("--warmup", type=report.at_least(0), default=2, help="first steps, unmeasured (default: 2)")
     add("--device", type=report.device, default=report.DEVICE,
         help="cpu or cuda (default: a GPU if there is one)")
     add("--bf16", action="store_true", help="autocast to bfloat16, like --bf16 of the scripts")

@@ -5,8 +5,8 @@
 **Data** (DIR/train.json and DIR/dev.json, in the format of SQuAD v1.1). A paragraph states four or
 five facts about three people. A fact is a person, a relation and a value. Relations come in pairs
 with values of the same type: where someone lives or was born (cities), what they do or want to
-become (jobs), and so on. A paragraph contains both relations of a pair. It therefore has several
-spans of the right type, and the answer depends on both the person and the relation of the question.
+become (jobs), and so on. A paragraph contains both relations of a pair, and therefore several spans
+of the right type: the answer depends on both the person and the relation of the question.
 Each relation has several wordings in both orders ("Anna Berg lives in Oslo", "Oslo is home to Anna
 Berg"), and half of the questions ask for the person. Values are drawn anew for each paragraph, so
 no answer can be memorised. The people of dev.json never occur in train.json: their first names and
@@ -14,12 +14,12 @@ last names do, but not the combinations.
 
 **Pre-training** (DIR/bert, a `from_pretrained` folder). Movement pruning is about transfer: weights
 from one task are pruned while the model learns another. The encoder is therefore first trained on
-text alone, without questions. It reads a fact in other words, often with a gap ("[MASK] hails from
-Oslo"), then a paragraph. For each word of the paragraph it predicts whether the fact contains it,
-and whether it is in the sentence that states the fact. Reading comprehension builds on this skill,
-which the model learns within a minute; predicting masked words took a model of this size several
-times as long. Queries and keys start equal and positions start as sinusoids, so attention to equal
-words does not have to be discovered first.
+text alone, without questions. The encoder reads a fact in other words, often with a gap ("[MASK]
+hails from Oslo"), then a paragraph. For each word of the paragraph, the encoder predicts whether it
+is in the fact, and whether it is in the sentence that states the fact. Reading comprehension builds
+on this skill, which the model learns within a minute; predicting masked words took a model of this
+size several times as long. Queries and keys start equal and positions start as sinusoids, so
+attention to equal words does not have to be discovered first.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Schedules as pure functions of the number of completed updates.
 
-The threshold follows the cubic of Zhu & Gupta (2017, eq. 1; paper, section 5 and appendix). It has
-its initial value for `initial_warmup * warmup_steps` updates, then moves, and has its final value
-for the last `final_warmup * warmup_steps` updates, in which the model recovers. Lambda, the weight
+The threshold follows the cubic of Zhu & Gupta (2017, eq. 1; paper, section 5 and appendix), after
+its initial value for `initial_warmup * warmup_steps` updates, and before its final value for the
+last `final_warmup * warmup_steps` updates, in which the model recovers. Lambda, the weight
 of the penalty, is proportional to the threshold. The learning rate warms up and decays linearly.
 
 With cycles, as in Kurtic et al. (2022), the learning rate falls to a tenth in each cycle. The
@@ -47,7 +47,7 @@ def learning_rate_factor(step: int, total_step: int, warmup_steps: int) -> float
     return max(0.0, (total_step - step) / max(1, total_step - warmup_steps))
 
 
-CYCLE_END = 0.1  # of the peak learning rate
+CYCLE_END = 0.1  # fraction of the peak learning rate at the end of a cycle
 
 
 def cycle_threshold(

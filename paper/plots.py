@@ -80,7 +80,7 @@ def draw(runs: list[Run], folder: Path, speeds: "Speeds | None" = None) -> list[
         save(f"{task}-metric.png", metric_figure, task, of_task)
         if of_task and speeds:
             save(f"{task}-speed.png", speed_figure, task, of_task, speeds)
-    depth = 2  # of the folders in a file's name: enough to tell the runs apart
+    depth = 2  # folders in a file's name: enough to tell the runs apart
     while len({run.folder.parts[-depth:] for run in runs}) < len(runs):
         depth += 1
     for run in runs:

@@ -109,7 +109,7 @@ def paper_value(
 
 
 def commands(point: Point, args: argparse.Namespace) -> dict[Path, list[str]]:
-    """The arguments of `python` that reproduce a point, by output folder. Its teacher comes first.
+    """The arguments of `python` that reproduce a point, by output folder, the teacher's first.
 
     args: of `paper_tables.py command`. Raises UserError for options that do not fit the point.
     """

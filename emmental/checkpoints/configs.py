@@ -42,7 +42,7 @@ def read_config(checkpoint: str, cache_dir: str | None = None) -> dict:
         config = dict(PreTrainedConfig.get_config_dict(checkpoint, cache_dir=cache_dir)[0])
         if not config:
             raise ValueError("there is no config.json")
-    except Exception as error:  # of the hub, of JSON, of transformers
+    except Exception as error:  # errors of the hub, JSON and transformers
         raise UserError(
             f"no usable checkpoint at {checkpoint!r} ({first_line(error)}): give a folder with a "
             "valid config.json, or the name of a model on the hub"

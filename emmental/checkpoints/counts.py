@@ -92,7 +92,7 @@ def mask_report(model: nn.Module, masks: Masks | None = None) -> dict[str, float
         "remaining_percent_linear": counts.linear_percent,
     }
     settings = counts.settings
-    if settings["granularity"] == "weight":  # as published, and unsaid in older results
+    if settings["granularity"] == "weight":  # older results, as published, do not say it
         del settings["granularity"]
     return percents | settings
 

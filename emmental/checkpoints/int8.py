@@ -15,7 +15,7 @@ from .onnx_file import check_onnx, sample_inputs
 
 # Kinds of CPUs, and whether weights have 7 bits there: without VNNI, sums of products saturate.
 PRESETS = {"avx2": True, "avx512": True, "avx512_vnni": False, "arm64": False}
-BATCH, LENGTH = 1, 128  # of the inputs that are timed
+BATCH, LENGTH = 1, 128  # size of the inputs that are timed
 CALLS = 15
 DEVIATION = 0.2  # above this, a warning. MiniLM on SST-2 has 0.04 and loses no accuracy
 

@@ -97,7 +97,7 @@ def load_model(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # `_check_weights` reports them
         )
-    except Exception as error:  # of three libraries, for a broken file
+    except Exception as error:  # broken files raise errors of three libraries
         raise UserError(f"cannot load {checkpoint}: {first_line(error)}") from error
     fresh = _check_weights(checkpoint, model, info, trained)
     if not head and any(key.startswith("pooler.") for key in fresh):

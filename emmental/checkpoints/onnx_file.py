@@ -14,7 +14,7 @@ from ..system.errors import TrainingError, UserError
 from ..system.files import write_file
 
 PACKAGES = ("onnx==1.23.2", "onnxruntime==1.32.0", "onnxscript==0.7.2")
-ROUNDING = 1e-4  # of float32: the most that an output may differ by, relative to the largest one
+ROUNDING = 1e-4  # the most that an output may differ by (float32), relative to the largest one
 
 
 def check_onnx(file: Path) -> None:

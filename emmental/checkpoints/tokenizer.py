@@ -25,7 +25,7 @@ from .configs import bare_config
 
 logger = logging.getLogger(__name__)
 
-VOCABULARIES = (  # those that need no further package come first
+VOCABULARIES = (  # files that need no further package come first
     "tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model",
     "spm.model",
 )  # fmt: skip
@@ -85,7 +85,7 @@ def load_tokenizer(
         if do_lower_case and has_pieces and not lower_cases(backend):  # a class without the option
             parts = [normalizers.BertNormalizer(lowercase=True), backend.normalizer]
             backend.normalizer = normalizers.Sequence([part for part in parts if part])
-    except Exception as error:  # of the hub, of tokenizers, of transformers
+    except Exception as error:  # errors of the hub, tokenizers and transformers
         raise UserError(f"no usable tokenizer at {checkpoint!r} ({first_line(error)})") from error
     return tokenizer
 

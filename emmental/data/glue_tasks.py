@@ -26,7 +26,7 @@ class Task:
     evaluation_splits: tuple[str, ...] = ("dev",)
     submissions: dict[str, str] = field(default_factory=dict)  # test split: file of predictions
     numbered: bool = False  # submissions have class indices, not names
-    score_range: tuple[float, float] = (-math.inf, math.inf)  # of a regression's labels
+    score_range: tuple[float, float] = (-math.inf, math.inf)  # range of a regression's labels
     headerless: tuple[str, ...] = ()  # columns of the labelled files, if they have no header
     short_rows: bool = False  # labelled files have broken rows, with too few fields
 

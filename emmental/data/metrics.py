@@ -95,7 +95,7 @@ def _best_threshold(scores, predictions, null_odds, has_answer):
     return 100.0 * best / len(scores), threshold
 
 
-GLUE_METRICS = {  # of labels and predictions
+GLUE_METRICS = {  # functions of labels and predictions
     "acc": accuracy_score,
     "f1": f1_score,
     "mcc": matthews_corrcoef,

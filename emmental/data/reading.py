@@ -96,7 +96,7 @@ def load_hub(*name: str, split: str, cache_dir: str | None) -> Dataset:
     """Load a split of a data set (name, configuration) from the hub; raises UserError."""
     try:
         return datasets.load_dataset(*name, split=split, cache_dir=cache_dir)
-    except Exception as error:  # of many types: no network, offline mode, no cache
+    except Exception as error:  # many types: no network, offline mode, no cache
         reason = brief(f"{type(error).__name__}: {error}", 300)
         raise UserError(
             f"{', '.join(name)} ({split}): cannot be loaded from the hub ({reason}); "

@@ -30,7 +30,7 @@ STEMS = {"train": ("train",), "dev": ("dev", "valid"), "test": ("test",)}
 WORDS, TAGS = ("words", "tokens"), ("tags", "ner_tags")  # fields of JSON lines and of the hub
 IGNORED = -100  # tag of tokens that do not count: not the first piece, or another window is better
 
-Columns = tuple[str | None, str | None]  # of the word and of its tag; None: the usual ones
+Columns = tuple[str | None, str | None]  # columns of word and tag; None: the usual ones
 Sentence = tuple[int, list[str], list[str] | None]  # line, words, tags
 
 
@@ -66,7 +66,7 @@ def load_hub_examples(
     where = f"{', '.join(name)} ({hub_split})"
     fields = [_field(column, usual, hub.features) for column, usual in zip(columns, (WORDS, TAGS))]
     kind = getattr(hub.features.get(fields[1]), "feature", None)
-    names = dict(enumerate(getattr(kind, "names", None) or ()))  # of a ClassLabel
+    names = dict(enumerate(getattr(kind, "names", None) or ()))  # a ClassLabel has names
 
     def read() -> Iterator[Sentence]:
         for row, record in enumerate(hub.select_columns([x for x in fields if x in hub.features])):

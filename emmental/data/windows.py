@@ -1,4 +1,4 @@
-"""Windows over a text that is longer than a model's input. They overlap."""
+"""Overlapping windows over a text that is longer than a model's input."""
 
 import numpy as np
 

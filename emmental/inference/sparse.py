@@ -45,7 +45,7 @@ def sparsify(
 ) -> PreTrainedModel:
     """A faster model with the outputs of the pruned `model`, up to float32 rounding.
 
-    model: a bertarized, compact or masked encoder with any head. It is not changed.
+    model: a bertarized, compact or masked encoder with any head; not changed.
     kernel: "native" (our C++ kernels, compiled at first use), "library" (torch's CSR product),
         "compact" (dense products, made smaller by compaction), or "auto": compact for an encoder
         whose density is not below `csr_below`, else native, or library without a C++ compiler.

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Times = dict[str, list[list[float]]]  # for "heads" and "neurons": numbers, and microseconds
+Times = dict[str, list[list[float]]]  # by "heads" and "neurons": numbers, and microseconds
 
 
 def keep_within_time(

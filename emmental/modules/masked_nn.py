@@ -87,7 +87,7 @@ class MaskedLinear(nn.Linear):
         for setting in self.method.settings:
             setattr(self, setting.name, settings.pop(setting.name, setting.default))
         if settings:
-            raise ValueError(f"{pruning_method} has no setting {', '.join(settings)}")
+            raise ValueError(f"{pruning_method} has no setting {', '.join(settings)}: leave it out")
         self.in_force: MaskInForce | None = None
         self.unobserved = 0  # masks found in training since scores were observed
         shape = self.granularity.shape(self.weight.shape)
@@ -173,7 +173,7 @@ class MaskedLinear(nn.Linear):
             current.masked_weight = weight
         return weight
 
-    @torch.compiler.disable(reason=NOT_IN_GRAPHS)  # they would be compiled for each threshold
+    @torch.compiler.disable(reason=NOT_IN_GRAPHS)  # graphs would be compiled for each threshold
     def _find_mask(self, threshold: float) -> MaskInForce:
         mask = self.method.masks([self.source], threshold, self.training)[0]
         return MaskInForce(mask, threshold, self.training, lasting=False)

@@ -92,7 +92,7 @@ def count(masks: Masks) -> Counts:
     return Counts(remaining, {n: mask.numel() * sizes[n] for n, mask in masks.by_layer.items()})
 
 
-@torch.compiler.disable(reason=NOT_IN_GRAPHS)  # they would be compiled for each threshold
+@torch.compiler.disable(reason=NOT_IN_GRAPHS)  # graphs would be compiled for each threshold
 @torch.no_grad()
 def find_masks(
     model: nn.Module | MaskedLayers,

@@ -26,7 +26,7 @@ from .flags import (
     add_pruning_flags,
     methods_with,
 )
-from .settings import resumes_in_place, warmup_updates
+from .settings import first_cut_of, resumes_in_place, warmup_updates
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def _check_pruning(args: Namespace) -> list[str]:
         if is_fraction and not 0 <= value <= 1:
             problems.append(f"--{name} is a fraction and must lie in [0, 1], got {value}")
     if args.regularization and method.scores != "learned":
-        problems.append(f"--regularization needs learned scores, and {method.name} has none")
+        problems.append(f"--regularization needs learned scores: {method.name} has none")
     if args.do_train and args.final_lambda and not args.regularization:
         problems.append("--final_lambda has no effect without --regularization: add it (l1 or l0)")
     if args.global_topk and not method.ranks_together:
@@ -111,7 +111,7 @@ def _check_pruning(args: Namespace) -> list[str]:
         )
     if args.mask_init == "magnitude" and args.mask_scale <= 0 and method.scores:
         problems.append("--mask_init magnitude needs a --mask_scale above 0, such as 3")
-    if args.lr_cycles > 1:
+    if (args.lr_cycles or 1) > 1:
         problems += _check_cycles(args)
     if args.target_remaining is not None:
         problems += _check_target(args)
@@ -127,10 +127,9 @@ def _check_cycles(args: Namespace) -> list[str]:
         return ["--lr_cycles needs a method that ranks: topK, magnitude, platon, ..."]
     problems = []
     first = max(args.initial_threshold, args.final_threshold)
-    if not args.final_threshold <= args.first_cut <= first:
+    if not args.final_threshold <= (cut := first_cut_of(args)) <= first:
         problems.append(
-            f"--first_cut {args.first_cut:g} must lie between --final_threshold and "
-            "--initial_threshold"
+            f"--first_cut {cut:g} must lie between --final_threshold and --initial_threshold"
         )
     return problems
 
@@ -175,7 +174,7 @@ def _plateau_problem(args: Namespace, total_step: int) -> str | None:
 
     total_step: not positive if it is not known yet.
     """
-    if args.lr_cycles > 1:
+    if (args.lr_cycles or 1) > 1:
         return None  # the threshold moves in steps
     has_target = args.target_remaining is not None or args.target_speedup is not None
     if args.initial_threshold == args.final_threshold and not has_target:

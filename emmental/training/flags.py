@@ -93,9 +93,9 @@ def add_pruning_flags(parser: Parser) -> None:
     add("--final_warmup", type=NOT_NEGATIVE, default=2,
         help="updates at the final threshold, as a multiple of --warmup_steps; raise it if the "
              "metric still climbs at the end")
-    add("--lr_cycles", type=COUNT, default=1,
+    add("--lr_cycles", type=COUNT,
         help="cycles of the learning rate; with several, the threshold steps down as each begins")
-    add("--first_cut", type=NUMBER, default=0.3, help="threshold in the second cycle")
+    add("--first_cut", type=NUMBER, help="threshold in the second cycle; 0.3 if not given")
     # scores at the start
     add("--mask_init", type=choice(*MASK_INITS), default="constant",
         help="how scores start: constant, uniform, kaiming, or at the magnitudes of the weights")
@@ -112,10 +112,10 @@ def add_pruning_flags(parser: Parser) -> None:
     # a time to keep to
     add("--target_speedup", type=NUMBER,
         help="how many times as fast the compact model shall be; sets --final_threshold")
-    add("--speedup_of", type=choice("torch", "onnx"), default="torch",
-        help="runtime whose times count: torch, or ONNX Runtime on a CPU")
-    add("--speedup_batch", type=COUNT, default=1, help="sequences of a forward that is timed")
-    add("--speedup_length", type=COUNT, default=128, help="tokens of a sequence that is timed")
+    add("--speedup_of", type=choice("torch", "onnx"),
+        help="runtime whose times count: torch, or onnx (ONNX Runtime on a CPU); torch if not given")
+    add("--speedup_batch", type=COUNT, help="sequences of a forward that is timed; 1 if not given")
+    add("--speedup_length", type=COUNT, help="tokens of a sequence that is timed; 128 if not given")
     # one cut-off for all matrices
     together = ", ".join(name for name, method in METHODS.items() if method.ranks_together)
     add("--global_topk", action="store_true",

@@ -1,6 +1,6 @@
 """AdamW with the update of the paper's runs, in three groups.
 
-That update is  lr * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps).  torch adds eps after the
+The update is  lr * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps).  torch adds eps after the
 bias correction of v: the same update with eps scaled by 1 / sqrt(1 - b2^t). The two updates agree
 for weights, but not for scores, whose gradients are as small as eps.
 """

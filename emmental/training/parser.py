@@ -37,7 +37,7 @@ def number(
             raise argparse.ArgumentTypeError(f"must be {bounds or 'finite'}, got {text}")
         return value
 
-    parse.__name__ = kind.__name__  # for argparse's message: invalid int value
+    parse.__name__ = kind.__name__  # argparse then says: invalid int value
     return parse
 
 

@@ -33,8 +33,8 @@ class Passes:
     ) -> dict[str, Tensor]:
         """Add the gradients of one update to the parameters; returns its losses on this rank.
 
-        shares: the part of the update's examples in each batch. It weighs the loss on hidden
-        states, and other losses unless `task.weight` does: an update is a mean over its examples.
+        shares: the part of the update's examples in each batch, which weighs the loss on hidden
+        states, and other losses unless `task.weight` does. So an update is a mean over examples.
         """
         penalty, alpha = self.settings.regularization, self.settings.alpha_hidden
         if self.task.weight:

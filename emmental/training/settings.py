@@ -26,7 +26,7 @@ class Settings:
     arguments: dict  # the command line, saved with every checkpoint, compared when one is resumed
     output_dir: Path
     schedule: Schedule
-    precision: torch.dtype | None  # of mixed precision; None for float32. Parameters stay float32
+    precision: torch.dtype | None  # for mixed precision; None for float32. Parameters stay float32
     keep: int | None  # checkpoints to keep, None for all
     max_grad_norm: float  # infinite for no clipping
     alpha_ce: float
@@ -42,6 +42,11 @@ class Settings:
     check_ranks: bool
 
 
+def first_cut_of(args: Namespace) -> float:
+    """The threshold in the second cycle of --lr_cycles."""
+    return 0.3 if args.first_cut is None else args.first_cut
+
+
 def training_settings(args: Namespace, total_step: int) -> Settings:
     """The settings of a training of `total_step` updates."""
     return Settings(
@@ -54,8 +59,8 @@ def training_settings(args: Namespace, total_step: int) -> Settings:
             final_threshold=args.final_threshold,
             initial_warmup=args.initial_warmup,
             final_warmup=args.final_warmup,
-            cycles=args.lr_cycles,
-            first_cut=args.first_cut,
+            cycles=args.lr_cycles or 1,
+            first_cut=first_cut_of(args),
             # with a target, the schedule scales the lambda of the steering
             final_lambda=args.final_lambda if args.target_remaining is None else 1.0,
         ),

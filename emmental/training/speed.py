@@ -29,7 +29,7 @@ def plan_speedup(args: Namespace, model: PreTrainedModel, resumed: bool, world: 
         return args
     if not model.config.structure_times:
         logger.info("measuring what heads and neurons cost")
-        shape = args.speedup_of, args.speedup_batch, args.speedup_length
+        shape = args.speedup_of or "torch", args.speedup_batch or 1, args.speedup_length or 128
         table = measure_table(model, *shape) if world.is_main else None
         model.config.structure_times = world.gather(table and table.as_dict())[0]
     table = SpeedTable(**model.config.structure_times)
