@@ -21,6 +21,7 @@ from emmental.modules import masks
 from emmental.training.distributed import World
 from emmental.training.passes import Means
 from emmental.training.settings import warmup_updates
+from paper.runs import UNSET
 
 RATES = "--learning_rate 5e-5 --per_gpu_train_batch_size 4"
 LENGTH = "--max_steps 12 --warmup_steps 2"
@@ -128,6 +129,18 @@ def test_latest_takes_the_newest_checkpoint_and_starts_anew_without_one(run):
     flags = TRAIN, "--save_steps 5 --resume_from_checkpoint latest"
     first = weights(run("out", *flags))
     assert same(first, weights(run("out", *flags)))  # from checkpoint-10
+
+
+def test_a_flag_that_is_newer_than_version_2_is_unset_by_default():
+    """Checkpoints and runs from before the flag lack it: they go on, and are the same settings."""
+    older = """adam_epsilon alpha_ce alpha_distil doc_stride final_threshold final_warmup
+        global_topk_frequency_compute gradient_accumulation_steps initial_threshold initial_warmup
+        learning_rate logging_steps mask_init mask_scores_learning_rate max_answer_length
+        max_grad_norm max_query_length max_seq_length n_best_size num_train_epochs
+        per_gpu_eval_batch_size per_gpu_train_batch_size pruning_method save_steps seed
+        temperature""".split()
+    actions = masked_run_squad.get_parser()._actions
+    assert [x.dest for x in actions if x.default not in UNSET and x.dest not in older] == ["help"]
 
 
 def test_resume_refuses_another_run_and_changed_answers(run, refused, squad_dir, tmp_path):

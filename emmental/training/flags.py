@@ -113,7 +113,7 @@ def add_pruning_flags(parser: Parser) -> None:
     add("--target_speedup", type=NUMBER,
         help="how many times as fast the compact model shall be; sets --final_threshold")
     add("--speedup_of", type=choice("torch", "onnx"),
-        help="runtime whose times count: torch, or onnx (ONNX Runtime on a CPU); torch if not given")
+        help="runtime whose times count: torch, or onnx (on a CPU); torch if not given")
     add("--speedup_batch", type=COUNT, help="sequences of a forward that is timed; 1 if not given")
     add("--speedup_length", type=COUNT, help="tokens of a sequence that is timed; 128 if not given")
     # one cut-off for all matrices
