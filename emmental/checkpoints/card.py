@@ -127,7 +127,7 @@ def _card(metadata: ModelCardData, name: str, model: PreTrainedModel, made: str)
             at += f", granularity {config.granularity}"
         intro = (
             f"A `{kind}` after {method.title} pruning (`{config.pruning_method}`{at}, {PAPER}). "
-            "It holds all weights, and the scores from which the masks follow."
+            "The files hold all weights, and the scores from which masks follow."
         )
         note = "\n\nInstall `emmental` with `pip install .` in a clone of its project."
     else:
