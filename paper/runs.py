@@ -67,7 +67,13 @@ class Run:
         """What the result depends on, without the seed. Old runs have newer flags unset."""
         ignored = FREE_ARGUMENTS - {"model_name_or_path", "max_eval_samples"} | {"seed", *BATCH}
         values = {k: v for k, v in self.args.items() if k not in ignored and v not in UNSET}
-        return {k: str(v) for k, v in sorted((values | {"batch": self.batch}).items())}
+        return {k: _text(v) for k, v in sorted((values | {"batch": self.batch}).items())}
+
+
+def _text(value: object) -> str:
+    """A value of a setting; 1 and 1.0 are the same."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return f"{value:g}" if is_number else str(value)
 
 
 def methods_of(runs: list[Run]) -> list[str]:
