@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 
 from emmental.checkpoints.int8 import preset_of_this_cpu, quantize
 from emmental.checkpoints.loading import load_plain
-from emmental.checkpoints.onnx_file import check_onnx, write_onnx
+from emmental.checkpoints.onnx_file import check_onnx, open_session, write_onnx
 from emmental.inference import compacted, sparsify
 from emmental.models.families import layers_of
 from emmental.system.errors import UserError
@@ -54,18 +54,12 @@ def sparse(model: PreTrainedModel) -> Side:
 
 
 def onnx(model: PreTrainedModel, int8: bool = False) -> Side:
-    import onnxruntime  # optional
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    # The threads of a session would otherwise wait busily through the turn of the next side.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         write_onnx(model, file)
         if int8:
             file = quantize(file, preset_of_this_cpu())
-        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        session = open_session(file)
 
     def run(ids: Tensor) -> list[Tensor]:
         batch = {"input_ids": ids, "attention_mask": ids * 0 + 1, "token_type_ids": ids * 0}

@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from ..system.files import write_file
-from .onnx_file import check_onnx, sample_inputs
+from .onnx_file import check_onnx, open_session, sample_inputs
 
 # Kinds of CPUs, and whether weights have 7 bits there: without VNNI, sums of products saturate.
 PRESETS = {"avx2": True, "avx512": True, "avx512_vnni": False, "arm64": False}
@@ -88,10 +88,8 @@ def write_int8(model: PreTrainedModel, file: Path, preset: str) -> Comparison:
 
 
 def _compare(model: PreTrainedModel, file: Path) -> Comparison:
-    from onnxruntime import InferenceSession
-
     files = file, int8_file(file)
-    sessions = [InferenceSession(path, providers=["CPUExecutionProvider"]) for path in files]
+    sessions = [open_session(path) for path in files]
     error, total = 0.0, 0.0
     for batch, length in ((1, 16), (4, 64)):
         inputs = _arrays(model, batch, length)

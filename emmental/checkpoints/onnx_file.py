@@ -57,6 +57,19 @@ def write_onnx(model: PreTrainedModel, file: Path) -> None:
     write_file(file, fill)
 
 
+def open_session(file: Path):
+    """A session of ONNX Runtime on the CPU, with as many threads as torch.
+
+    They do not spin between calls: sessions that take turns would slow each other down.
+    """
+    from onnxruntime import InferenceSession, SessionOptions  # optional
+
+    options = SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+
 def sample_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, Tensor]:
     """Inputs with padding and, if the model has them, two token types."""
     length = min(length, longest_input(model) or length)
@@ -96,9 +109,7 @@ def _compare(model: PreTrainedModel, path: Path) -> None:
     Outputs of padding are not compared: they are of no use, and where a window of ModernBERT holds
     only padding, attention sums to another number.
     """
-    import onnxruntime  # optional
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = open_session(path)
     for batch, length in ((1, 9), (3, 40)):
         inputs = sample_inputs(model, batch, length)
         outputs = model(**inputs)

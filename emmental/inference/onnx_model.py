@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from ..checkpoints.onnx_file import open_session
 from ..models.inputs import MODEL_INPUTS, input_names
 from ..system.errors import UserError
 
@@ -58,14 +59,12 @@ class OnnxModel(nn.Module):
 
 
 def _open(file: Path):
-    try:
-        from onnxruntime import InferenceSession
-    except ImportError as error:
-        raise UserError("--onnx_file needs onnxruntime: run pip install onnxruntime") from error
     if not file.is_file():
         raise UserError(f"--onnx_file {file} does not exist: bertarize.py --onnx writes one")
     try:
-        return InferenceSession(file, providers=["CPUExecutionProvider"])
+        return open_session(file)
+    except ImportError as error:
+        raise UserError("--onnx_file needs onnxruntime: run pip install onnxruntime") from error
     except Exception as error:  # ONNX Runtime's have no common class
         raise UserError(
             f"--onnx_file {file} cannot be read: {str(error).splitlines()[0]}"

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..checkpoints.export import bertarized_config
-from ..checkpoints.onnx_file import check_onnx, sample_inputs, write_onnx
+from ..checkpoints.onnx_file import open_session, sample_inputs, write_onnx
 from ..compact.surgery import compact_config
 from ..models.families import COMPACT, class_of, family_of, layers_of
 from ..modules.budget import cost_table
@@ -114,11 +114,8 @@ def forward_of(
     inputs = sample_inputs(model, batch, length)
     inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
     if runtime == "onnx":
-        check_onnx(file)
-        from onnxruntime import InferenceSession
-
         write_onnx(model.cpu(), file)
-        session = InferenceSession(file, providers=["CPUExecutionProvider"])
+        session = open_session(file)
         arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
         return lambda: session.run(None, arrays)
     model.eval()
