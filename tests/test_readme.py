@@ -1,7 +1,9 @@
 """What README and docs say can be typed, can be typed."""
 
 import argparse
+import csv
 import importlib
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -130,6 +132,36 @@ def test_every_flag_of_the_readme_exists():
     page = TEXTS["docs/coming-from.md"]  # the first column of its tables has the flags of others
     text = ALL.replace(page, re.sub(r"^\|[^|]*", "", page, flags=re.M))
     assert set(re.findall(r"--[a-z_0-9]+", text)) <= known
+
+
+def table_of(text, start):
+    """The rows of the first Markdown table after `start`, as lists of cells without bold."""
+    lines = text[text.index(start) :].splitlines()
+    first = next(n for n, line in enumerate(lines) if line.startswith("|"))
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[first:])
+    return [[c.strip(" *") for c in row.strip("|").split("|")] for row in rows if "---" not in row]
+
+
+def test_the_readme_is_short_and_its_figures_are_those_of_results():
+    assert len(README.splitlines()) <= 160
+    header, *rows = table_of(README, "Ours on SST-2")
+    short = table_of((ROOT / "results" / "README.md").read_text(), "## From the dense model")
+    methods = {"magnitude": 0, "movement": 1, "soft movement": 2, "recipe": 3}
+    short = {row[0]: row[1:] for row in short if row[0] in methods}
+    for level, row in enumerate(rows[:2]):
+        assert row[1:] == [short[name][level] for name in methods], row
+    with open(ROOT / "results" / "long" / "runs.csv", newline="") as file:
+        runs = [run for run in csv.DictReader(file) if not run["folder"].endswith("fast")]
+    for level, row in zip((10, 3), rows[2:], strict=True):
+        for name, cell in zip(header[1:], row[1:], strict=True):
+            figures = [
+                float(run["metrics"].removeprefix("acc "))
+                for run in runs
+                if (run["method"], run["updates"]) == (name, "30000")
+                and float(run["of the Linears %"]) == level
+            ]
+            shown = [float(figure) for figure in cell.split(",") if figure]
+            assert shown == pytest.approx(figures, abs=0.0501), (name, level)
 
 
 def test_the_file_tree_is_true():
