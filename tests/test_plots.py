@@ -188,11 +188,11 @@ def test_a_new_row_is_drawn(results):
     changed = {key for key in after if after[key] != before.get(key)}
     assert changed == {("sst-2", "PLATON", 10)}
     assert after["sst-2", "PLATON", 10] == (10.3, pytest.approx(100 * 88.5 / 89.45))
-    add("speed.csv", name="heads and neurons", metric=88, runtime="ONNX Runtime int8", times=5.5)
+    add("speed.csv", name="blocks", metric=88, runtime="ONNX Runtime int8", times=5.5)
     lines = {line.get_label(): line for line in front.front_figure(folder).axes[1].lines}
-    int8 = lines["heads and neurons, ONNX Runtime int8"]
+    int8 = lines["blocks, ONNX Runtime int8"]
     assert [*map(float, (*int8.get_xdata(), *int8.get_ydata()))] == [5.5, 88]
-    assert int8.get_fillstyle() == "none" != lines["fewer layers, torch float32"].get_fillstyle()
+    assert int8.get_fillstyle() == "none" != lines["dense, torch float32"].get_fillstyle()
     add("long/curves.csv", run="soft-10", updates=30000, accuracy=0.85)
     figure = front.accuracy_figure(folder / "long" / "curves.csv")
     assert "soft-10" in {text.get_text() for text in figure.axes[0].texts}

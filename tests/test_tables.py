@@ -452,7 +452,7 @@ def test_methods_and_starts_that_the_paper_does_not_have(beyond):
     assert weights["platon"] == "ce 0.1, distil 0.9" and not weights["alone"]
 
     next(run for run in found if run.method == "sensitivity").args["alpha_hidden"] = 2.0
-    assert headline(found)[1][8] == "80.0 at 10.0%, alpha_hidden 2.0"
+    assert headline(found)[1][8] == "80.0 at 10.0%, alpha_hidden 2"
     hidden = {row["loss weights"] for row in run_rows(found)}
     assert "ce 0.1, distil 0.9, hidden 2" in hidden
     (axes,) = plots.metric_figure("sst-2", found).axes

@@ -1,8 +1,8 @@
 """Configurations of models whose layers differ in their heads and neurons.
 
 The folder of a compact model has a copy of this file and of `modeling.py`, so that it loads without
-this package: `AutoModel.from_pretrained(folder, trust_remote_code=True)`. Therefore both files
-import nothing but torch and transformers.
+this package: `AutoModel.from_pretrained(folder, trust_remote_code=True)`. Therefore torch and
+transformers are all that the two files import.
 """
 
 from dataclasses import dataclass, field
