@@ -35,8 +35,9 @@ from emmental.training.runlog import set_up_logging
 MB = 1e6
 ENTROPY = """entropy: that of the stored values, and of masks whose weights remain
 independently of each other. A mask takes less where rows or columns are alike."""
-LOADING = """load the file elsewhere: `pip install .` in a clone of this project, then
-emmental.storage.load_packed("{file}"); or unpack it, to a folder that needs only transformers"""
+LOADING = """load it elsewhere: `pip install .` in a clone of this project, and then
+emmental.storage.load_packed("{file}"); or, for transformers alone, here:
+python saving_prunebert.py unpack {file} FOLDER"""
 LENGTHS = "max_seq_length", "max_query_length", "doc_stride", "stride"
 # Flags of a training that an evaluation of its model needs again.
 TASK_FLAGS = "task_name", *CUSTOM_ARGUMENTS, "version_2_with_negative", *LENGTHS
