@@ -7,7 +7,8 @@
 writes the folder bertarized_OUT (or compact_OUT) beside OUT. transformers loads the plain model as
 any other, and the compact one with `trust_remote_code=True`, without this package. The checkpoint's
 config.json says which method and threshold it was trained with. Checkpoints of the 2020 code need
---threshold. --compact, --onnx and --keep_vocabulary_of also take a plain or compact model.
+--threshold. --compact, --onnx and --keep_vocabulary_of also take a plain or compact model; of such
+a model, --onnx alone writes no copy.
 """
 
 import shutil
@@ -97,15 +98,18 @@ def load_plain(args: Namespace) -> PreTrainedModel:
     """The plain model of a masked checkpoint. If flags ask for more, a plain one is loaded, too."""
     checkpoint = args.model_name_or_path
     masks = given_masks(args)
-    if (args.compact or args.onnx or args.keep_vocabulary_of) and Path(checkpoint).is_dir():
-        config = read_config(checkpoint)
-        if not is_masked(config["model_type"]):
-            given = [f"--{name}" for name, value in masks.items() if value is not None]
-            if given:
-                raise UserError(f"{checkpoint} has no masks: leave out {', '.join(given)}")
-            head = head_of(checkpoint, config, base=True)
-            return load_model(checkpoint, head, masked=False, trained=True)
+    if (args.compact or args.onnx or args.keep_vocabulary_of) and is_plain(checkpoint):
+        given = [f"--{name}" for name, value in masks.items() if value is not None]
+        if given:
+            raise UserError(f"{checkpoint} has no masks: leave out {', '.join(given)}")
+        head = head_of(checkpoint, read_config(checkpoint), base=True)
+        return load_model(checkpoint, head, masked=False, trained=True)
     return bertarize(load_masked(checkpoint, **masks))
+
+
+def is_plain(checkpoint: str) -> bool:
+    """Whether this is the folder of a model without masks."""
+    return Path(checkpoint).is_dir() and not is_masked(read_config(checkpoint)["model_type"])
 
 
 def drop(model: PreTrainedModel) -> PreTrainedModel:
@@ -194,10 +198,14 @@ def main(argv: list[str] | None = None) -> Path:
                 copy(file, folder / file.name)
             write_text(folder / CARD_FILE, card)
 
-        write_folder(target, fill)
-        percent = plain_percents(model)[0]
-        print(f"{type(model).__name__} with {percent:.2f} % of its encoder's weights: {target}")
-        print(f"load it anywhere, with torch and transformers: {loading_of(model, target)}")
+        copied = args.compact or corpus or args.target_model_path or args.push_to_hub
+        if copied or not is_plain(args.model_name_or_path):
+            write_folder(target, fill)
+            percent = plain_percents(model)[0]
+            print(f"{type(model).__name__} with {percent:.2f} % of its encoder's weights: {target}")
+            print(f"load it anywhere, with torch and transformers: {loading_of(model, target)}")
+        else:
+            target = checkpoint
         if args.onnx:
             write_onnx(model, Path(args.onnx))
             print(f"ONNX Runtime computes the same outputs: {args.onnx}")

@@ -51,6 +51,8 @@ def print_report(counts: RemainingWeights, layers: list[LayerCount], depth: int)
     for matrix in counts.matrices:
         floor = "  (floor)" if matrix.floored else ""
         print(f"{matrix.name:<{width}}  {matrix.percent:>11.3f}  {matrix.remaining:>12,}{floor}")
+    if any(matrix.floored for matrix in counts.matrices):
+        print("(floor): the least that this method keeps of a matrix, 0.5% or one score")
     print(f"\n{'layer':>5}  {'remaining %':>11}  {'heads':>13}  {'neurons':>13}" if layers else "")
     for number, layer in enumerate(layers):
         percent = 100 * layer.remaining / layer.total

@@ -109,6 +109,11 @@ def test_arguments(says, squad_dir, flags, said):
     assert said in says(flags.replace("{}", str(squad_dir)))
 
 
+def test_a_misspelt_flag_is_named_before_the_one_that_is_missing(refused):
+    said = refused(counts_parameters.main, ["--serialisation_dir", "x"])
+    assert "unknown argument --serialisation_dir; did you mean --serialization_dir?" in said
+
+
 def test_all_problems_are_reported_together(says):
     flags = "--do_train --final_threshold 3 --alpha_ce 1 --teacher_type bert --fp16 --bf16"
     said = says(flags, lines=3)

@@ -72,6 +72,7 @@ def test_training_counting_and_bertarizing(method, granularity, run, tmp_path, c
     written, said = read(file), capsys.readouterr().out
     assert counts.linear_percent == pytest.approx(results["remaining_percent_linear"])
     assert f"granularity {granularity}" in said and written["granularity"] == granularity
+    assert ("(floor): the least" in said) == any(matrix.floored for matrix in counts.matrices)
     assert sum(layer["remaining"] for layer in written["layers"]) == counts.remaining
     for layer in written["layers"]:
         assert f"{layer['heads']} of 4" in said and f"{layer['neurons']} of 64" in said

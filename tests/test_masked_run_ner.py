@@ -136,7 +136,8 @@ def test_plain_packed_and_onnx_models_predict_the_same(run, pruned, tmp_path, ne
     words = ["--model_name_or_path", str(pruned), "--target_model_path", str(plain)]
     bertarize.main(words)
     onnx = tmp_path / "model.onnx"
-    bertarize.main([*words[:2], "--onnx", str(onnx)])
+    bertarize.main(["--model_name_or_path", str(plain), "--onnx", str(onnx)])
+    assert not (tmp_path / "bertarized_plain").exists()  # it is plain already
     by_onnx = run(ALL, f"--onnx_file {onnx}", model=pruned, output="onnx")
     sparse = run(ALL, "--sparse_inference", model=pruned, output="sparse")
     alone = run(DENSE, ALL, model=plain, output="alone")

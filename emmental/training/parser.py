@@ -56,10 +56,7 @@ class Parser(argparse.ArgumentParser):
         """The arguments, and `given`: the names of those on the command line."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            flag = unknown[0].split("=")[0]
-            nearest = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-            hint = f"; did you mean {nearest[0]}?" if nearest else ""
-            self.error(f"unknown argument {unknown[0]}{hint}")
+            self.error(self._unknown(unknown[0]))
         words = sys.argv[1:] if args is None else args
         flags = {self._with_underscores(word).partition("=")[0] for word in words}
         actions = [action for flag, action in self._option_string_actions.items() if flag in flags]
@@ -71,7 +68,13 @@ class Parser(argparse.ArgumentParser):
         for word in words:  # the libraries write files with names in UTF-8 alone
             if word.encode(errors="ignore").decode() != word:
                 self.error(f"{word} is not UTF-8: set PYTHONUTF8=1, or use another name")
+        self.words = words
         return super().parse_known_args(words, namespace)
+
+    def _unknown(self, word: str) -> str:
+        flag = word.partition("=")[0]
+        nearest = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+        return f"unknown argument {word}" + (f"; did you mean {nearest[0]}?" if nearest else "")
 
     def _with_underscores(self, word: str) -> str:
         flag, equals, value = word.partition("=")
@@ -83,6 +86,11 @@ class Parser(argparse.ArgumentParser):
             super().print_help(file)
 
     def error(self, message: str):
+        if message.startswith("the following arguments are required"):
+            flags = (word for word in self.words if word.startswith("--"))
+            known = self._option_string_actions
+            misspelt = [flag for flag in flags if flag.partition("=")[0] not in known]
+            message = self._unknown(misspelt[0]) if misspelt else message
         fail([message])
 
 

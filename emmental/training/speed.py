@@ -28,8 +28,8 @@ def plan_speedup(args: Namespace, model: PreTrainedModel, resumed: bool, world: 
     if args.target_speedup is None:
         return args
     if not model.config.structure_times:
-        logger.info("measuring what heads and neurons cost")
         shape = args.speedup_of or "torch", args.speedup_batch or 1, args.speedup_length or 128
+        logger.info("measuring what heads and neurons cost: seconds, or minutes for ONNX Runtime")
         table = measure_table(model, *shape) if world.is_main else None
         model.config.structure_times = world.gather(table and table.as_dict())[0]
     table = SpeedTable(**model.config.structure_times)
