@@ -28,8 +28,7 @@ from emmental.checkpoints.counts import (
     count_layers,
     remaining_weights,
 )
-from emmental.checkpoints.loading import load_masked, load_model, read_config
-from emmental.models.families import COMPACT
+from emmental.checkpoints.loading import load_masked, load_model
 from emmental.modules.granularity import GRANULARITIES
 from emmental.modules.masks import find_masks, masked_layers
 from emmental.system.errors import UserError
@@ -37,7 +36,7 @@ from emmental.system.files import write_file
 
 from .curves import read_curves
 from .points import GLOBAL, TASKS, paper_line
-from .runs import TITLES, Run, methods_of
+from .runs import PLAIN, TITLES, Run, methods_of
 
 WIDTH = 6  # inches, of 100 pixels on a page
 STYLE = {
@@ -55,8 +54,9 @@ PALETTE = ("#757575", "#f2ae3d", "#52a5dd", "#08306b", "#5d7f3b", "#b5123f")
 COLOURS = dict(zip(TITLES, itertools.cycle(PALETTE)))
 LINES = ("-", "--", ":", "-.")
 MARKERS = "os^DvP"
-SMALLER = ("fewer layers", "compact, fine-tuned")  # dense models
-KIND_MARKERS = dict(zip(["dense", *SMALLER, *GRANULARITIES], itertools.cycle("Px*" + MARKERS)))
+SMALLER = {"dense": "fewer layers", "compact": "compact, fine-tuned"}
+KINDS = ("dense", *SMALLER.values(), *GRANULARITIES)
+KIND_MARKERS = dict(zip(KINDS, itertools.cycle("Px*" + MARKERS)))
 TICKS = (1, 2, 3, 5, 10, 20, 30, 50, 100)
 OVERALL = "remaining/overall"
 SAMPLE = 4000  # remaining weights in a scatter, and as many pruned ones
@@ -84,7 +84,7 @@ def draw(runs: list[Run], folder: Path, speeds: "Speeds | None" = None) -> list[
     while len({run.folder.parts[-depth:] for run in runs}) < len(runs):
         depth += 1
     for run in runs:
-        if run.method == "dense":
+        if run.method in PLAIN:
             continue
         name = "-".join(run.folder.parts[-depth:])
         model = load_masked(str(run.folder))
@@ -127,7 +127,7 @@ def metric_figure(task: str, runs: list[Run]) -> Figure:
     if not runs:
         raise UserError("its runs have no metric")
     metric = _metric(task, runs)
-    pruned = [run for run in runs if run.method != "dense"]
+    pruned = [run for run in runs if run.method not in PLAIN]
     common = set.intersection(*(set(_extras(run)) for run in pruned)) if pruned else set()
     shared = [extra for extra in _extras(pruned[0]) if extra in common] if common else []
     title = f"{task} (ours: {', '.join(shared)})" if shared else task
@@ -208,7 +208,7 @@ def speed_figure(task: str, runs: list[Run], speeds: Speeds) -> Figure:
     figure, axes = panel(xlabel, f"{metric}, %", task)
     styles = dict(zip(speeds.gains, itertools.cycle(LINES)))
     for (method, kind, runtime), points in sorted(series.items()):
-        label = kind if method == "dense" else f"{method}, {kind}"
+        label = kind if method in PLAIN else f"{method}, {kind}"
         label += f", {runtime}" if len(speeds.gains) > 1 else ""
         style = {"marker": KIND_MARKERS[kind], "linestyle": styles[runtime]}
         style["fillstyle"] = "none" if is_int8(runtime) else "full"
@@ -412,8 +412,7 @@ def _metric(task: str, runs: list[Run]) -> str:
 
 def _kind(run: Run) -> str:
     """The granularity of a pruned model, or what makes a dense model smaller."""
-    compact = read_config(str(run.folder))["model_type"].startswith(COMPACT)
-    return run.granularity or SMALLER[compact]
+    return run.granularity or SMALLER[run.method]
 
 
 def _extras(run: Run) -> list[str]:

@@ -5,10 +5,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from emmental.checkpoints.counts import remaining_weights
-from emmental.checkpoints.loading import load_masked
+from emmental.checkpoints.counts import plain_percents, remaining_weights
+from emmental.checkpoints.loading import head_of, load_masked, load_model, read_config
 from emmental.data.glue_tasks import CUSTOM
-from emmental.models.families import is_masked
+from emmental.models.families import COMPACT, is_masked
 from emmental.modules.methods import METHODS
 from emmental.system.errors import UserError
 from emmental.system.files import file_digest
@@ -19,7 +19,8 @@ from .points import GLOBAL, METRICS
 
 RESULTS = "eval_results.json"
 BATCH = ("per_gpu_train_batch_size", "gradient_accumulation_steps")
-TITLES = tuple(dict.fromkeys([*points.METHODS, *(method.title for method in METHODS.values())]))
+PLAIN = ("dense", "compact")  # methods of runs without masks
+TITLES = (*dict.fromkeys([*points.METHODS, *(x.title for x in METHODS.values())]), "compact")
 UNSET = (None, False, 0, -1)  # values of flags that are as good as absent
 TOLERANCE = 0.01  # percentage points between the recorded and the counted remaining weights
 
@@ -35,7 +36,7 @@ class Run:
 
     folder: Path
     task: str
-    method: str  # as in `Point`
+    method: str  # as in `Point`, or "compact": a compact model that was trained further
     distil: bool
     metrics: dict[str, float]
     args: dict
@@ -52,11 +53,13 @@ class Run:
     @property
     def granularity(self) -> str:
         """What a score of a masked model stands for."""
-        return "" if self.method == "dense" else self.args.get("granularity") or "weight"
+        return "" if self.method in PLAIN else self.args.get("granularity") or "weight"
 
     @property
     def start(self) -> str:
         """fine-tuned, if the run started from its teacher or from another run; or pre-trained."""
+        if self.method == "compact":  # its folder is made of a run
+            return "fine-tuned"
         model = Path(self.args["model_name_or_path"])
         teacher = self.args["teacher_name_or_path"]
         is_teacher = teacher and model.resolve() == Path(teacher).resolve()
@@ -147,4 +150,8 @@ def read_run(folder: Path) -> Run:
                 f"{RESULTS} records {recorded:.2f}% remaining weights, but its checkpoint has "
                 f"{counts.linear_percent:.2f}%"
             )
+    elif (config := read_config(str(folder)))["model_type"].startswith(COMPACT):
+        model = load_model(str(folder), head_of(str(folder), config), masked=False, trained=True)
+        run.method = "compact"
+        run.remaining_linear, run.remaining = plain_percents(model)
     return run

@@ -11,6 +11,8 @@ import masked_run_squad
 from emmental.inference import times
 from emmental.inference.times import SpeedTable, measure_table
 from emmental.training import speed
+from paper.report import headline
+from paper.runs import find_runs
 
 TABLE = SpeedTable(
     heads=[[0, 1, 4], [0.0, 40.0, 100.0]],
@@ -59,11 +61,22 @@ def test_the_compact_model_takes_the_time_that_was_asked_for(squad, asked, caplo
     assert predicted == pytest.approx(results["speedup_predicted"])
 
 
-def test_whole_sublayers_go(squad):
+def test_whole_sublayers_go_and_the_compact_model_trains_on(squad, squad_dir):
     squad(8)
     folder = bertarize.main(["--model_name_or_path", str(squad.folder / "out"), "--compact"])
     small = AutoModelForQuestionAnswering.from_pretrained(folder).config
     assert 0 in small.layer_heads  # the floor keeps one head in each layer
+
+    words = "--do_train --do_eval --model_type dense --max_steps 1 --warmup_steps 0"
+    masked_run_squad.main(tiny.command(squad.folder, folder, squad_dir, "second", words))
+    first, second = find_runs(str(squad.folder))[0]
+    assert (first.method, second.method) == ("PLATON, global", "compact")
+    assert second.start == "fine-tuned" and second.granularity == ""
+    assert second.remaining_linear == pytest.approx(first.remaining_linear, abs=1)
+    rows = headline([first, second])
+    assert rows[0][-2:] == ["PLATON, global", "compact"]
+    dense, compact = ([row[column] for row in rows[1:]] for column in (2, -1))
+    assert not any(dense) and any(" at " in cell for cell in compact)
 
 
 def test_an_interrupted_run_keeps_its_table(squad, monkeypatch):

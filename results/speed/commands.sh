@@ -31,3 +31,4 @@ for seed in ${SEEDS:-42 7}; do
   done
 done
 two_stages floor-13 42 --final_threshold 0.13
+two_stages floor-13-7 7 --final_threshold 0.13
