@@ -12,7 +12,6 @@ a model, --onnx alone writes no copy.
 """
 
 import shutil
-from argparse import Namespace
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -21,7 +20,12 @@ from emmental.checkpoints.card import CARD_FILE, derived_card, loading_of, push_
 from emmental.checkpoints.corpus import corpus_files
 from emmental.checkpoints.counts import plain_percents
 from emmental.checkpoints.export import bertarize
-from emmental.checkpoints.int8 import (
+from emmental.checkpoints.loading import advising, load_masked, load_plain, read_config
+from emmental.checkpoints.onnx_file import check_onnx, write_onnx
+from emmental.checkpoints.tokenizer import tokenizer_to_copy
+from emmental.checkpoints.vocabulary import cut_vocabulary
+from emmental.inference import compacted
+from emmental.inference.int8 import (
     BATCH,
     LENGTH,
     PRESETS,
@@ -30,11 +34,6 @@ from emmental.checkpoints.int8 import (
     preset_of_this_cpu,
     write_int8,
 )
-from emmental.checkpoints.loading import advising, head_of, load_masked, load_model, read_config
-from emmental.checkpoints.onnx_file import check_onnx, write_onnx
-from emmental.checkpoints.tokenizer import tokenizer_to_copy
-from emmental.checkpoints.vocabulary import cut_vocabulary
-from emmental.inference import compacted
 from emmental.models.families import family_of, is_masked, layers_of
 from emmental.system.errors import UserError, one_line_errors
 from emmental.system.files import write_folder, write_text
@@ -94,19 +93,6 @@ def encoder_files(folder: Path) -> list[Path]:
     return [file for pattern in ENCODER_FILES.split() for file in sorted(folder.glob(pattern))]
 
 
-def load_plain(args: Namespace) -> PreTrainedModel:
-    """The plain model of a masked checkpoint. If flags ask for more, a plain one is loaded, too."""
-    checkpoint = args.model_name_or_path
-    masks = given_masks(args)
-    if (args.compact or args.onnx or args.keep_vocabulary_of) and is_plain(checkpoint):
-        given = [f"--{name}" for name, value in masks.items() if value is not None]
-        if given:
-            raise UserError(f"{checkpoint} has no masks: leave out {', '.join(given)}")
-        head = head_of(checkpoint, read_config(checkpoint), base=True)
-        return load_model(checkpoint, head, masked=False, trained=True)
-    return bertarize(load_masked(checkpoint, **masks))
-
-
 def is_plain(checkpoint: str) -> bool:
     """Whether this is the folder of a model without masks."""
     return Path(checkpoint).is_dir() and not is_masked(read_config(checkpoint)["model_type"])
@@ -134,7 +120,7 @@ def drop(model: PreTrainedModel) -> PreTrainedModel:
         for count, part in ((heads, "attention"), (neurons, "feed-forward part")):
             if not count:
                 print(f"{'':>5}  nothing remains of the {part}: it becomes a bias")
-    before, after = (sum(p.numel() for p in part.parameters()) for part in (model, small))
+    before, after = model.num_parameters(), small.num_parameters()
     print(f"parameters: {before:,} before, {after:,} after ({4e-6 * after:.1f} MB in float32)")
     if before == after:
         print("no head and no neuron is empty: nothing could be dropped")
@@ -172,13 +158,19 @@ def main(argv: list[str] | None = None) -> Path:
     with one_line_errors(), advising("give --threshold"):
         checkpoint = Path(args.model_name_or_path)
         kind = "compact" if args.compact else "bertarized"
-        target = target_folder(checkpoint, args.target_model_path, kind)
+        changed = args.compact or args.keep_vocabulary_of or not is_plain(args.model_name_or_path)
+        copied = changed or args.target_model_path or args.push_to_hub
+        target = target_folder(checkpoint, args.target_model_path, kind) if copied else checkpoint
         if args.int8 and not args.onnx:
             raise UserError("--int8 needs an ONNX file: give --onnx FILE, too")
         if args.onnx:
             check_onnx(Path(args.onnx))
         corpus = corpus_files(args.keep_vocabulary_of or ())
-        model = load_plain(args)
+        masks = given_masks(args)
+        if args.compact or args.onnx or corpus:  # these take a plain model, too
+            model = load_plain(args.model_name_or_path, base=True, **masks)
+        else:
+            model = bertarize(load_masked(args.model_name_or_path, **masks))
         tokenizer = tokenizer_to_copy(str(checkpoint), model)
         if corpus:
             tokenizer = cut(model, tokenizer, corpus)
@@ -198,14 +190,11 @@ def main(argv: list[str] | None = None) -> Path:
                 copy(file, folder / file.name)
             write_text(folder / CARD_FILE, card)
 
-        copied = args.compact or corpus or args.target_model_path or args.push_to_hub
-        if copied or not is_plain(args.model_name_or_path):
+        if copied:
             write_folder(target, fill)
             percent = plain_percents(model)[0]
             print(f"{type(model).__name__} with {percent:.2f} % of its encoder's weights: {target}")
             print(f"load it anywhere, with torch and transformers: {loading_of(model, target)}")
-        else:
-            target = checkpoint
         if args.onnx:
             write_onnx(model, Path(args.onnx))
             print(f"ONNX Runtime computes the same outputs: {args.onnx}")

@@ -19,7 +19,6 @@ from emmental.checkpoints.counts import (
 )
 from emmental.checkpoints.loading import advising, load_masked
 from emmental.modules.masks import find_masks
-from emmental.modules.methods import METHODS
 from emmental.system.errors import one_line_errors
 from emmental.system.files import write_json
 from emmental.training.flags import add_mask_flags, given_masks
@@ -38,10 +37,7 @@ def get_parser() -> Parser:
 
 
 def described(counts: RemainingWeights) -> str:
-    method, threshold, global_topk, granularity = counts.settings.values()
-    ranked = ", all matrices ranked together" if global_topk else ""
-    at = f" at threshold {threshold:g}{ranked}" if METHODS[method].threshold_is else ""
-    return f"{method}{at}, granularity {granularity}"
+    return f"{counts.settings['pruning_method']}{counts.conditions}"
 
 
 def print_report(counts: RemainingWeights, layers: list[LayerCount], depth: int) -> None:

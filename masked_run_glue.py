@@ -31,7 +31,7 @@ from emmental.data.glue_tasks import (
 )
 from emmental.data.metrics import glue_metrics, mean_entropy
 from emmental.data.padding import padding_of
-from emmental.data.reading import take_first
+from emmental.data.reading import name_outputs, take_first
 from emmental.losses import distillation_loss, regression_distillation_loss
 from emmental.system.errors import UserError
 from emmental.system.files import write_text
@@ -143,7 +143,8 @@ def read_custom_task(args: argparse.Namespace, checkpoint: str) -> glue.Task:
             change = "drop" if args.regression else "add"
             raise UserError(f"{checkpoint} has {len(labels)} outputs: {change} --regression")
         if args.do_eval and not args.regression:
-            labels = glue.name_outputs(labels, glue.split_file(task, args.data_dir, "dev"), task)
+            path = glue.split_file(task, args.data_dir, "dev")
+            labels = name_outputs(labels, tuple(glue.count_labels(path, task)), path)
     elif not args.regression:
         labels = glue.find_labels(glue.split_file(task, args.data_dir, "train"), task)
     return task if args.regression else custom_task(labels, text_columns, args.label_column)

@@ -148,17 +148,19 @@ def run_process(command: list[str], out: TextIO) -> tuple[int, int]:
 
     SIGTERM, Ctrl-C and a closed terminal go to the command, which writes a checkpoint and ends.
     """
-    process = subprocess.Popen(
-        command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-    )
-    received = 0
+    process, received = None, 0
 
     def pass_on(number: int, _) -> None:
         nonlocal received
         received = number
-        process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+        if process:
+            process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
+    output = {"stdout": out, "stderr": subprocess.STDOUT}
     with handled_signals(pass_on, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        process = subprocess.Popen(command, start_new_session=True, **output)
+        if received:  # while it started
+            pass_on(received, None)
         return process.wait(), received
 
 

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from emmental.checkpoints.int8 import preset_of_this_cpu, quantize
 from emmental.checkpoints.loading import load_plain
 from emmental.checkpoints.onnx_file import check_onnx, open_session, write_onnx
 from emmental.inference import compacted, sparsify
+from emmental.inference.int8 import preset_of_this_cpu, quantize
 from emmental.models.families import layers_of
 from emmental.system.errors import UserError
 

@@ -27,7 +27,6 @@ class LambdaSteering:
     total_step: int
     first_lambda: float
     integral: float = 0.0
-    last_lambda: float = 0.0
 
     PROPORTIONAL, INTEGRAL = 8.0, 60.0
     LARGEST_ERROR = 1.0
@@ -41,9 +40,8 @@ class LambdaSteering:
 
     def steer(self, step: int, fraction: float) -> float:
         """final_lambda after `step` updates, with `fraction` of the weights above the reference."""
-        self.last_lambda = self.first_lambda
         if step <= self.start:
-            return self.last_lambda
+            return self.first_lambda
         arrival = max(1.0, self.ARRIVAL * self.total_step - self.start)
         left = max(0.0, 1 - (step - self.start) / arrival)
         error = _log_odds(fraction) - (_log_odds(self.target) + self.HEAD_START * left**2)
@@ -52,8 +50,7 @@ class LambdaSteering:
         self.integral += self.INTEGRAL * error / max(1.0, self.end - self.start)
         self.integral = _clamp(self.integral, -bound, bound)
         change = self.integral + self.PROPORTIONAL * error
-        self.last_lambda *= math.exp(_clamp(change, -bound, bound))
-        return self.last_lambda
+        return self.first_lambda * math.exp(_clamp(change, -bound, bound))
 
 
 def _clamp(value: float, low: float, high: float) -> float:

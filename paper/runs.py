@@ -139,6 +139,8 @@ def read_run(folder: Path) -> Run:
         args=args,
         summary=summary,
     )
+    if run.task is None:
+        raise UserError("it is of a script of your own, whose tasks the report does not know")
     if is_masked(args["model_type"]):
         run.method = METHODS[args["pruning_method"]].title + (GLOBAL if args["global_topk"] else "")
         counts = remaining_weights(load_masked(str(folder)))

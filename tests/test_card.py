@@ -41,7 +41,10 @@ def test_the_card_of_a_run(run):
     assert metrics == {name: results[name] for name in ("exact", "f1")}
     percent = remaining_weights(load_masked(str(out))).linear_percent
     assert f"{percent:.1f}% of the weights of its encoder's linear layers remain" in text
-    assert "movement pruning (`topK` at threshold 0.3" in text and "| data | SQuAD v1.1 |" in text
+    assert (
+        "movement pruning (`topK` at threshold 0.3, granularity weight, " in text
+        and "| data | SQuAD v1.1 |" in text
+    )
     assert f"| teacher | `{flags[3]}` |" in text
     command = text.split("```bash\n")[1].split("\n```")[0].split()
     assert command[:2] == ["python", "masked_run_squad.py"]

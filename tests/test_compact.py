@@ -302,6 +302,8 @@ def test_what_cannot_be(with_tokenizer, refused, tmp_path, squad_dir):
     words = ["--compact", "--model_name_or_path", str(with_tokenizer)]
     said = refused(bertarize.main, [*words, "--threshold", "0.1"])
     assert "has no masks: leave out --threshold" in said
+    pack = ["pack", str(with_tokenizer), str(tmp_path / "file"), "--global_topk"]
+    assert "has no masks: leave out --global_topk" in refused(saving_prunebert.main, pack)
     wrong = "must give a number from 0 to"
     for name, value, problem in (
         ("layer_heads", [2, 0], f"layer_heads {wrong}"),

@@ -312,6 +312,23 @@ def test_a_read_only_folder(run, refused, tmp_path):
     assert "cannot be written to" in refused(run, status=2)
 
 
+class OutOfMemoryError(RuntimeError):
+    """As torch's of a GPU."""
+
+
+@pytest.mark.parametrize("error", [
+    OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+    MemoryError(),
+], ids=["gpu", "cpu", "python"])  # fmt: skip
+def test_memory_that_runs_out(run, refused, monkeypatch, error):
+    def spoiled(*args):
+        raise error
+
+    monkeypatch.setattr(masked_run_squad, "span_loss", spoiled)
+    assert "out of memory: use smaller batches (and --grad" in refused(run, status=1)
+
+
 # ---- numbers
 
 TEACH = "--alpha_ce 0.5 --alpha_distil 0.5 --teacher_type bert --teacher_name_or_path"

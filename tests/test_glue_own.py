@@ -7,8 +7,9 @@ import pytest
 from datasets import Value
 from tiny import refusal, write
 
-from emmental.data.glue import find_labels, name_outputs, read_examples, split_file, submission
+from emmental.data.glue import count_labels, find_labels, read_examples, split_file, submission
 from emmental.data.glue_tasks import custom_task
+from emmental.data.reading import name_outputs
 
 pytestmark = pytest.mark.usefixtures("cache")
 OWN = custom_task((), ("a", "b"), "y")
@@ -20,6 +21,11 @@ def own(path, labels=(), task=OWN):
     labels = labels or find_labels(path, task)
     task = custom_task(labels, task.text_columns, task.label_column)
     return list(read_examples(task, path.parent, path.stem)), labels
+
+
+def names_of(outputs, path):
+    """The names of a model's outputs for a file."""
+    return name_outputs(outputs, tuple(count_labels(path, SINGLE)), path)
 
 
 def test_files_of_your_own(tmp_path):
@@ -119,7 +125,7 @@ def test_labels_of_a_column_with_a_gap_are_whole_numbers(tmp_path):
     path = write(tmp_path / "test.jsonl", '{"a": "x", "y": 2.0}\n{"a": "x", "y": 1}\n')
     assert find_labels(path, SINGLE) == ("1", "2")
     outputs = ("LABEL_0", "LABEL_1", "LABEL_2")
-    assert name_outputs(outputs, csv_of(train, ["2.0", "0.0"]), SINGLE) == ("0", "1", "2")
+    assert names_of(outputs, csv_of(train, ["2.0", "0.0"])) == ("0", "1", "2")
 
 
 @pytest.mark.parametrize("labels", [
@@ -139,7 +145,7 @@ def test_whole_numbers_sort_as_numbers(tmp_path, labels):
 def test_outputs_without_names_take_those_of_a_file(tmp_path):
     def named(outputs, labels):
         text = "a,y\n" + "".join(f"x,{label}\n" for label in labels)
-        return name_outputs(outputs, write(tmp_path / "dev.csv", text), SINGLE)
+        return names_of(outputs, write(tmp_path / "dev.csv", text))
 
     three = ("LABEL_0", "LABEL_1", "LABEL_2")
     assert named(("no", "yes"), ["yes"]) == ("no", "yes")  # the model's own

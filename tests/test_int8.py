@@ -8,9 +8,9 @@ from tiny import SHORT
 
 import bertarize
 import masked_run_squad
-from emmental.checkpoints import int8
 from emmental.checkpoints.loading import load_model
 from emmental.checkpoints.onnx_file import write_onnx
+from emmental.inference import int8
 from emmental.inference.onnx_model import OnnxModel
 from emmental.system.errors import UserError
 
@@ -111,7 +111,8 @@ def test_what_cannot_be(folders, squad_dir, tmp_path, refused):
     assert "does not exist: bertarize.py --onnx writes one" in said("--onnx_file", "none.onnx")
     (tmp_path / "bad.onnx").write_bytes(b"no model")
     assert "cannot be read" in said("--onnx_file", str(tmp_path / "bad.onnx"))
-    assert "drop --do_train" in said("--onnx_file", "x.onnx", "--sparse_inference")
+    for flag in "--sparse_inference", "--eval_all_checkpoints":
+        assert "--onnx_file evaluates one file" in said("--onnx_file", "x.onnx", flag)
     words = ["--model_name_or_path", str(folders / "run"), "--int8"]
     assert "--int8 needs an ONNX file: give --onnx FILE, too" in refused(bertarize.main, words)
 

@@ -1,6 +1,7 @@
 """--target_speedup: heads and neurons are pruned until the compact model is as fast as asked."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import tiny
@@ -110,10 +111,10 @@ def test_a_table_is_measured(monkeypatch):
     monkeypatch.setattr(times, "ROUNDS", 3)
     model = tiny.model_of("mpnet", "SequenceClassification")
     table = measure_table(model, "torch", 2, 16)
-    json.dumps(table.as_dict())
+    json.dumps(asdict(table))
     layers = model.config.num_hidden_layers
     assert table.heads[0] == [0, 1, 2, 3, 4] and table.neurons[0][-1] == 64
     assert table.rest > 0 and table.dense > 0
-    assert SpeedTable(**table.as_dict()) == table
+    assert SpeedTable(**asdict(table)) == table
     if table.heads[1] == sorted(table.heads[1]) and table.neurons[1] == sorted(table.neurons[1]):
         assert table.time_of([4] * layers, [64] * layers) == pytest.approx(table.dense)

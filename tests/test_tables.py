@@ -207,6 +207,7 @@ def interrupt(folder):
     (interrupt, "it is not finished: it has no eval_results.json"),
     (lambda folder: (folder / "training_summary.json").write_text("{"), "its files are damaged"),
     (lambda folder: (folder / "training_args.json").write_text("{}"), "its files are damaged"),
+    (lambda folder: edit(folder / "training_args.json", "doc_stride"), "it is of a script of your"),
 ])  # fmt: skip
 def test_runs_that_do_not_fit_their_files_are_left_out(runs, refused, capsys, spoil, said):
     spoil(runs / "squad" / "10D3")

@@ -122,11 +122,9 @@ def _card(metadata: ModelCardData, name: str, model: PreTrainedModel, made: str)
         counts = remaining_weights(model)
         linear, published = counts.linear_percent, counts.published_percent
         method = METHODS[config.pruning_method]
-        at = f" at threshold {config.threshold:g}" if method.threshold_is else ""
-        if config.granularity != "weight":
-            at += f", granularity {config.granularity}"
         intro = (
-            f"A `{kind}` after {method.title} pruning (`{config.pruning_method}`{at}, {PAPER}). "
+            f"A `{kind}` after {method.title} pruning (`{config.pruning_method}`"
+            f"{counts.conditions}, {PAPER}). "
             "The files hold all weights, and the scores from which masks follow."
         )
         note = "\n\nInstall `emmental` with `pip install .` in a clone of its project."

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..models.families import COMPACT, encoder_of, family_of, layers_of, stock_class
 from ..modules.masks import Masks, count, find_masks, masked_layers
+from ..modules.methods import METHODS
 from ..modules.topk import floor_count
 
 
@@ -50,6 +51,14 @@ class RemainingWeights:
     def published_percent(self) -> float:
         """The paper's convention: bias and LayerNorm count as remaining (10.1 for topK at 0.1)."""
         return 100 * (self.remaining + self.encoder_others) / (self.total + self.encoder_others)
+
+    @property
+    def conditions(self) -> str:
+        """Behind the name of the method: " at threshold 0.1, granularity weight"."""
+        method, threshold, global_topk, granularity = self.settings.values()
+        ranked = ", all matrices ranked together" if global_topk else ""
+        at = f" at threshold {threshold:g}{ranked}" if METHODS[method].threshold_is else ""
+        return f"{at}, granularity {granularity}"
 
     def as_dict(self) -> dict:
         return self.settings | {

@@ -4,29 +4,22 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from ..models.families import stock_class, stock_type
+from ..models.families import remade, stock_class, stock_type
 from ..models.masked import mask_fields
 from ..modules.lists import apply_masks
 from ..modules.masks import Masks, find_masks, masked_layers
 from ..modules.methods import score_suffixes
 
 
-def bertarize(model: PreTrainedModel, masks: Masks | None = None) -> PreTrainedModel:
+def bertarize(model: PreTrainedModel) -> PreTrainedModel:
     """The plain model with the outputs of a masked one, with any head, on the same device.
 
-    masks: see `bertarized_state_dict`. A plain model is returned as it is.
+    A plain model is returned as it is.
     """
     if not masked_layers(model):
         return model
-    plain = stock_class(type(model)).from_pretrained(
-        None,
-        config=bertarized_config(model.config),
-        state_dict=bertarized_state_dict(model, masks),
-        dtype=model.dtype,
-    )
-    if getattr(model, "pooler", True) is None:
-        plain.pooler = None
-    return plain.to(model.device).train(model.training)
+    config, state = bertarized_config(model.config), bertarized_state_dict(model)
+    return remade(model, stock_class(type(model)), config, state)
 
 
 def bertarized_config(config: PreTrainedConfig) -> PreTrainedConfig:

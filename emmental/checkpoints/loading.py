@@ -147,15 +147,18 @@ def load_masked(
     return load_model(folder, head, masked=True, trained=True, **overrides)
 
 
-def load_plain(checkpoint: str, **masks) -> PreTrainedModel:
+def load_plain(checkpoint: str, base: bool = False, **masks) -> PreTrainedModel:
     """A plain or compact model, or a masked one bertarized, with its head, in evaluation mode.
 
-    masks: arguments of `load_masked`, for a masked checkpoint. Raises UserError.
+    base: whether a model without a head will do. masks: arguments of `load_masked`, for a masked
+    checkpoint alone. Raises UserError.
     """
     recorded = read_config(checkpoint)
-    head = head_of(checkpoint, recorded)
+    head = head_of(checkpoint, recorded, base)
     if is_masked(recorded["model_type"]):
         return bertarize(load_masked(checkpoint, **masks))
+    if given := [f"--{name}" for name, value in masks.items() if value is not None]:
+        raise UserError(f"{checkpoint} has no masks: leave out {', '.join(given)}")
     return load_model(checkpoint, head, masked=False, trained=True)
 
 

@@ -26,7 +26,6 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from ..models.families import Family, family_of
-from .modeling import attention_of
 
 
 @dataclass
@@ -76,12 +75,6 @@ def read_layer(fetch: Fetch, family: Family, heads: int) -> Layer:
     first, second = (read_affine(fetch, family, name) for name in family.neurons)
     sizes = [len(parts["query"].bias) // heads] * heads if heads else []
     return Layer(**parts, first=first, second=second, sizes=sizes, sizes_v=sizes)
-
-
-def head_count(block: nn.Module, family: Family) -> int:
-    """The heads of a layer of a stock or compact model."""
-    size = attention_of(block, family.parts).attention_head_size
-    return block.get_submodule(family.heads[-1]).in_features // max(1, size)
 
 
 def activation_of(config: PreTrainedConfig) -> str | None:

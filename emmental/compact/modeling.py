@@ -16,6 +16,8 @@ from transformers import initialization
 from . import configuration
 from .configuration import CompactSettings
 
+SIZES = ("layer_heads", "layer_head_sizes", "layer_neurons")  # in the configuration
+
 
 class Headless:
     """Attention without heads, mixed into the stock class of a layer's attention.
@@ -62,6 +64,13 @@ class NoOutputs(nn.Module):
 def attention_of(layer: nn.Module, parts: dict) -> nn.Module:
     """The part of a layer that has the heads."""
     return layer.get_submodule(parts["heads"][0].rpartition(".")[0])
+
+
+def sizes_of(layer: nn.Module, parts: dict) -> tuple[int, int, int]:
+    """The heads of a layer, the rows of each head, and the neurons."""
+    size = attention_of(layer, parts).attention_head_size
+    total, neurons = (layer.get_submodule(parts[x][-1]).in_features for x in ("heads", "neurons"))
+    return total // max(1, size), size, neurons
 
 
 def resize_attention(
@@ -140,15 +149,9 @@ class Compact:
     def __init__(self, config: CompactSettings, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         layers, parts = layers_of(self, config.layer_parts), config.layer_parts
-        whole = {name: [] for name in ("layer_heads", "layer_head_sizes", "layer_neurons")}
-        for layer in layers:
-            size = attention_of(layer, parts).attention_head_size
-            whole["layer_heads"].append(layer.get_submodule(parts["heads"][-1]).in_features // size)
-            whole["layer_head_sizes"].append(size)
-            whole["layer_neurons"].append(layer.get_submodule(parts["neurons"][-1]).in_features)
-        for name, most in whole.items():
-            _check_sizes(config, name, most)
-        sizes = zip(*(getattr(config, name) for name in whole), strict=True)
+        for place, name in enumerate(SIZES):
+            _check_sizes(config, name, [sizes_of(layer, parts)[place] for layer in layers])
+        sizes = zip(*(getattr(config, name) for name in SIZES), strict=True)
         indices = config.layer_head_indices or [None] * len(layers)
         for layer, (heads, size, neurons), places in zip(layers, sizes, indices, strict=True):
             resize_attention(layer, parts, heads, size, places)

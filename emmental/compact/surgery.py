@@ -15,6 +15,7 @@ from ..models.families import (
     class_of,
     family_of,
     layers_of,
+    remade,
     stock_type,
 )
 from .algebra import (
@@ -24,13 +25,12 @@ from .algebra import (
     compact,
     compact_heads,
     compact_neurons,
-    head_count,
     read_affine,
     read_layer,
 )
 from .classes import auto_map
 from .configuration import CompactSettings
-from .modeling import attention_of, resize_attention, resize_neurons
+from .modeling import SIZES, attention_of, resize_attention, resize_neurons, sizes_of
 
 MULTIPLE = 8  # compacted dense matrices have multiples of this size, which fast products need
 
@@ -50,10 +50,10 @@ def compact_model(model: PreTrainedModel) -> list[np.ndarray]:
     for number, block in enumerate(layers_of(model) if activation else ()):
         fetch = dict(block.named_parameters()).get
         if family.head_rows:
-            layer = compact(read_layer(fetch, family, head_count(block, family)), activation)
+            layer = compact(read_layer(fetch, family, sizes_of(block, family.parts)[0]), activation)
             _shrink_rows(block, family, layer)
         else:
-            indices = given[number] if given else range(head_count(block, family))
+            indices = given[number] if given else range(sizes_of(block, family.parts)[0])
             remaining.append(_drop_heads(block, family, np.array(indices, int)))
         parts = [read_affine(fetch, family, name) for name in family.neurons]
         _shrink_neurons(block, family, *compact_neurons(*parts, activation))
@@ -125,26 +125,11 @@ def compacted(model: PreTrainedModel) -> PreTrainedModel:
     small = copy.deepcopy(model)
     remaining = compact_model(small)
     family = family_of(model.config)
-    sizes = {
-        "layer_heads": [head_count(layer, family) for layer in layers_of(small)],
-        "layer_head_sizes": [
-            attention_of(layer, family.parts).attention_head_size for layer in layers_of(small)
-        ],
-        "layer_neurons": [
-            layer.get_submodule(family.neurons[1]).in_features for layer in layers_of(small)
-        ],
-    }
+    found = [sizes_of(layer, family.parts) for layer in layers_of(small)]
+    sizes = {name: [numbers[place] for numbers in found] for place, name in enumerate(SIZES)}
     if family.bias_per_head:
         sizes["layer_head_indices"] = [indices.tolist() for indices in remaining]
-    result = compact_class.from_pretrained(
-        None,
-        config=compact_config(model.config, **sizes),
-        state_dict=small.state_dict(),
-        dtype=model.dtype,
-    )
-    if getattr(model, "pooler", True) is None:
-        result.pooler = None
-    return result.to(model.device).train(model.training)
+    return remade(model, compact_class, compact_config(model.config, **sizes), small.state_dict())
 
 
 def compact_config(config: PreTrainedConfig, **sizes: list) -> CompactSettings:

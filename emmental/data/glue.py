@@ -22,7 +22,6 @@ from transformers import PreTrainedTokenizerBase
 
 from ..models.outputs import whole_number
 from ..system.errors import UserError
-from . import reading
 from .cache import cached_map, cached_rows, content_hash, ragged, row_tuples
 from .glue_tasks import CUSTOM, Task
 from .padding import collate_features, fast_backend
@@ -95,7 +94,7 @@ def load_hub_examples(task: Task, split: str, cache_dir: str | None = None) -> D
 
 def find_labels(path: Path, task: Task) -> tuple[str, ...]:
     """The labels in a file of your own task, in order; raises UserError if all are the same."""
-    counts = _count_labels(path, task)
+    counts = count_labels(path, task)
     rows = counts.total()
     if len(counts) < 2:
         raise UserError(f"{path}: has {len(counts)} different labels; it must have two or more")
@@ -107,12 +106,7 @@ def find_labels(path: Path, task: Task) -> tuple[str, ...]:
     return tuple(counts)
 
 
-def name_outputs(outputs: tuple[str, ...], path: Path, task: Task) -> tuple[str, ...]:
-    """The names of a model's outputs for a file of your own task: see `reading.name_outputs`."""
-    return reading.name_outputs(outputs, tuple(_count_labels(path, task)), path)
-
-
-def _count_labels(path: Path, task: Task) -> collections.Counter:
+def count_labels(path: Path, task: Task) -> collections.Counter:
     """The labels in a file of your own task, sorted (1, 2, 10 as numbers), with their counts."""
     records = _records(path, task, True)
     counts = collections.Counter(_class_name(record, task, where) for where, record in records)

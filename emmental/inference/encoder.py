@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from ..compact.algebra import Affine, Layer, activation_of
-from ..modules.numeric import is_traced
+from ..modules.lists import is_traced
 from .backends import Library, Matrix, Native
 
 NOT_IN_GRAPHS = "a sparse model cannot be traced or exported: take the bertarized model instead"
@@ -42,11 +42,6 @@ class SparseLayer:
     def matrices(self) -> list[Matrix]:
         return [self.qkv, self.output, self.first, self.second]
 
-    def multiply_adds(self, length: int) -> int:
-        """Multiply-adds per token of a sequence of `length`, in products and attention."""
-        attention = length * int(self.sizes.sum() + self.sizes_v.sum())
-        return attention + sum(matrix.values.numel() for matrix in self.matrices())
-
 
 class SparseEncoder(nn.Module):
     """The outputs of the stock encoder with these layers, up to float32 rounding.
@@ -64,10 +59,6 @@ class SparseEncoder(nn.Module):
         super().__init__()
         self.config, self.backend, self.layers = config, backend, layers
         self.eval()
-
-    def multiply_adds(self, length: int) -> int:
-        """Multiply-adds per token of a sequence of `length`, which bound the speed."""
-        return sum(layer.multiply_adds(length) for layer in self.layers)
 
     @torch.compiler.disable(reason=NOT_IN_GRAPHS)
     @torch.no_grad()

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..checkpoints.onnx_file import open_session
+from ..checkpoints.onnx_file import open_session, sample_inputs
 from ..models.inputs import MODEL_INPUTS, input_names
-from ..system.errors import UserError
+from ..system.errors import UserError, first_line
 
 
 class OnnxModel(nn.Module):
@@ -30,15 +30,14 @@ class OnnxModel(nn.Module):
                 f"--onnx_file {file} takes {', '.join(sorted(lacking))}, which "
                 f"{type(model).__name__} does not: give the file of this model"
             )
-        example = torch.ones(2, 3, 8) if _has_choices(model) else torch.ones(2, 8)
-        inputs = {name: example.long() for name in input_names(model)}
+        inputs = sample_inputs(model, batch=2, length=8)
         with torch.no_grad():
             wanted = model(**{name: x.to(model.device) for name, x in inputs.items()})
         shapes = {name: tuple(output.shape) for name, output in wanted.items()}
         try:
             given = {name: tuple(x.shape) for name, x in self(**inputs).items()}
         except Exception as error:  # ONNX Runtime's have no common class
-            raise UserError(f"--onnx_file {file}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"--onnx_file {file}: {first_line(error)}") from error
         if given != shapes:
             raise UserError(
                 f"--onnx_file {file} has the outputs {_described(given)}, and "
@@ -66,13 +65,7 @@ def _open(file: Path):
     except ImportError as error:
         raise UserError("--onnx_file needs onnxruntime: run pip install onnxruntime") from error
     except Exception as error:  # ONNX Runtime's have no common class
-        raise UserError(
-            f"--onnx_file {file} cannot be read: {str(error).splitlines()[0]}"
-        ) from error
-
-
-def _has_choices(model: PreTrainedModel) -> bool:
-    return type(model).__name__.endswith("ForMultipleChoice")
+        raise UserError(f"--onnx_file {file} cannot be read: {first_line(error)}") from error
 
 
 def _described(shapes: dict[str, tuple[int, ...]]) -> str:

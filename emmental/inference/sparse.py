@@ -20,18 +20,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..checkpoints.export import bertarize
-from ..compact.algebra import Affine, Fetch, activation_of, compact, density, head_count, read_layer
+from ..compact.algebra import Affine, Fetch, activation_of, compact, density, read_layer
 from ..compact.configuration import CompactSettings
-from ..compact.modeling import Bias, NoOutputs
-from ..compact.surgery import compact_model, compacted
+from ..compact.modeling import Bias, NoOutputs, sizes_of
+from ..compact.surgery import compact_model
 from ..models.families import FAMILIES, encoder_of, family_of, layers_of, prefix_of, stock_type
 from ..modules.masked_nn import MaskedLinear
 from ..system.errors import UserError
 from .backends import BACKENDS, Library, Matrix, Native
 from .build import load_native
 from .encoder import SparseEncoder, SparseLayer
-
-__all__ = ["compacted", "sparse_model", "sparsify"]
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +76,7 @@ def sparsify(
     backend, family, layers = _backend(kernel), family_of(model.config), []
     for block in layers_of(model):
         fetch = dict(block.named_parameters()).get
-        heads = head_count(block, family)
+        heads = sizes_of(block, family.parts)[0]
         layers.append(_sparse_layer(model.config, heads, fetch, backend, csr_below))
     sparse = copy.deepcopy(model, {id(encoder): SparseEncoder(model.config, backend, layers)})
     sparse.config._attn_implementation = "sdpa"  # the base model then makes a mask that fits
@@ -89,15 +87,13 @@ def sparse_model(
     model_class: type[PreTrainedModel],
     config: PreTrainedConfig,
     tensors: dict[str, Tensor | csr_array],
-    kernel: str = "auto",
-    csr_below: float = CSR_BELOW,
 ) -> PreTrainedModel:
     """The sparse model of these tensors, by their names in `model_class`.
 
     Only for families with kernels. The encoder's matrices are csr_arrays; those with a density
-    below `csr_below` are never made dense.
+    below `CSR_BELOW` are never made dense.
     """
-    backend = _backend(kernel)
+    backend = _backend("auto")
     family = family_of(config)
     prefix = prefix_of(model_class, "layers")
     whole = [config.num_attention_heads] * config.num_hidden_layers
@@ -107,7 +103,7 @@ def sparse_model(
         def fetch(name: str, own: str = f"{prefix}{number}.") -> Tensor | csr_array | None:
             return tensors.get(own + name)
 
-        layers.append(_sparse_layer(config, heads, fetch, backend, csr_below))
+        layers.append(_sparse_layer(config, heads, fetch, backend, CSR_BELOW))
     rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
     shallow = copy.deepcopy(config)
     shallow.num_hidden_layers = 0

@@ -4,7 +4,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,7 +16,6 @@ from ..compact.surgery import compact_config
 from ..models.families import COMPACT, class_of, family_of, layers_of
 from ..modules.budget import cost_table
 
-RUNTIMES = ("torch", "onnx")
 ROUNDS = 15  # calls of each model, in turns
 FRACTIONS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)
 COARSE = (1 / 16, 1 / 4, 1)  # for ONNX Runtime, where each model is exported
@@ -54,9 +53,6 @@ class SpeedTable:
     def most(self) -> float:
         """How many times as fast the model is without heads and neurons."""
         return self.dense / self.rest
-
-    def as_dict(self) -> dict:
-        return asdict(self)
 
 
 def measure_table(model: PreTrainedModel, runtime: str, batch: int, length: int) -> SpeedTable:
@@ -130,10 +126,10 @@ def forward_of(
     return forward
 
 
-def time_in_turns(calls: list[Callable[[], object]], rounds: int = ROUNDS) -> list[float]:
+def time_in_turns(calls: list[Callable[[], object]]) -> list[float]:
     """The median microseconds of each call. Each round makes every call once."""
     seconds: list[list[float]] = [[] for _ in calls]
-    for number in range(rounds + 2):
+    for number in range(ROUNDS + 2):
         for call, times in zip(calls, seconds):
             begun = time.perf_counter()
             call()

@@ -140,6 +140,16 @@ def stock_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return next(kind for kind in model_class.__mro__ if kind.__module__.startswith("transformers."))
 
 
+def remade(
+    model: PreTrainedModel, kind: type[PreTrainedModel], config: PreTrainedConfig, state: dict
+) -> PreTrainedModel:
+    """A model of another class with these weights, on the device and in the mode of `model`."""
+    made = kind.from_pretrained(None, config=config, state_dict=state, dtype=model.dtype)
+    if getattr(model, "pooler", True) is None:
+        made.pooler = None
+    return made.to(model.device).train(model.training)
+
+
 def prefix_of(model_class: type[PreTrainedModel], part: str = "embeddings") -> str:
     """The start of the names of the tensors of a `Family`'s part, in a class with a head."""
     family = FAMILIES[stock_type(model_class.config_class.model_type)]

@@ -45,10 +45,6 @@ class MaskedLayers(dict[str, MaskedLinear]):
         self.holders = list({layer.owner: layer.group[0] for layer in self.layers}.values())
         self.observed = [layer for layer in self.holders if layer.method.observe]
 
-    @property
-    def training(self) -> bool:
-        return self.layers[0].training
-
 
 def masked_layers(model: nn.Module | MaskedLayers) -> MaskedLayers:
     """The masked layers of a model by name, in the order of its modules."""
@@ -186,7 +182,8 @@ def masked(
     if not layers:
         yield None
         return
-    sampled, config, outer = layers.training, layers.config, layers.layers[0].in_force
+    first, config = layers.layers[0], layers.config
+    sampled, outer = first.training, first.in_force
     masks = find_masks(layers, threshold, cutoff, generator, sampled=sampled)
     found = [MaskInForce(m, masks.threshold, sampled, lasting) for m in masks.by_layer.values()]
     _expand(layers, found)

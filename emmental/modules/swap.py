@@ -21,5 +21,4 @@ def swap_linears(
             new.weight, new.bias = old.weight, old.bias
             if new.mask_init == "magnitude":
                 new.reset_scores()
-            parent, _, attribute = name.rpartition(".")
-            setattr(module.get_submodule(parent), attribute, new.train(old.training))
+            module.set_submodule(name, new.train(old.training))

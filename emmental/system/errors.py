@@ -76,9 +76,10 @@ def one_line_errors(advice: str = "") -> Iterator[None]:
             raise SystemExit(128 + signal.SIGPIPE) from None
         file = f": {error.filename}" if error.filename else ""
         fail([f"{error.strerror or error}{file}"], 1)
-    except MemoryError:
-        fail(["out of memory: use smaller batches, or close other programs"], 1)
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        if _is_out_of_memory(error):
+            advice = "use smaller batches (and --gradient_accumulation_steps), or free some memory"
+            fail([f"out of memory: {advice}"], 1)
         if not _lost_connection(error):
             raise
         fail([f"another process died; see its error above{advice}"], 1)
@@ -113,6 +114,12 @@ def _is_unread() -> bool:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
     return False
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Also for torch, whose errors are RuntimeErrors, on a GPU and on a CPU."""
+    of_torch = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return of_torch or isinstance(error, MemoryError)
 
 
 def _lost_connection(error: RuntimeError) -> bool:

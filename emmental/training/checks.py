@@ -42,10 +42,11 @@ def check_common_arguments(args: Namespace) -> list[str]:
         problems.append("--fp16 and --bf16 exclude each other: give one")
     if args.sparse_inference and (args.fp16 or args.bf16):
         problems.append("--sparse_inference computes in float32: drop --fp16 and --bf16")
-    if args.onnx_file and (args.do_train or args.sparse_inference or args.fp16 or args.bf16):
+    others = args.do_train, args.eval_all_checkpoints, args.sparse_inference, args.fp16, args.bf16
+    if args.onnx_file and any(others):
         problems.append(
-            "--onnx_file evaluates a file, by ONNX Runtime: drop --do_train, --sparse_inference, "
-            "--fp16 and --bf16"
+            "--onnx_file evaluates one file, by ONNX Runtime: drop --do_train, "
+            "--eval_all_checkpoints, --sparse_inference, --fp16 and --bf16"
         )
     if (args.teacher_type is None) != (args.teacher_name_or_path is None):
         problems.append("--teacher_type and --teacher_name_or_path go together: give both or none")
@@ -235,9 +236,15 @@ def _warn_of_no_effect(args: Namespace) -> None:
         warn(_names(add_distillation_flags), "--teacher_name_or_path")
     if not _evaluates(args):
         warn(["sparse_inference", "onnx_file"], "--do_eval")
+    if not args.do_eval:
+        warn(["eval_all_checkpoints"], "--do_eval")
     if not is_masked(args.model_type):
         warn(_names(add_pruning_flags) + _names(add_method_flags), "--model_type masked")
         return
+    if args.target_speedup is None:
+        warn(["speedup_of", "speedup_batch", "speedup_length"], "--target_speedup")
+    if (args.lr_cycles or 1) == 1:
+        warn(["first_cut"], "--lr_cycles of 2 or more")
     for name in _names(add_method_flags):
         methods = methods_with(name)
         if args.pruning_method not in methods:

@@ -91,9 +91,10 @@ class GradientGuard:
         ]
         cause = ", ".join(causes) or "the gradient is not finite, though every part of the loss is"
         series = f" for {self.skipped} updates in a row" if self.patience else ""
+        advice = "lower the learning rates" + " or drop --fp16" * bool(self.patience)
         raise TrainingError(
-            f"update {step + 1}{series}: {cause}: training stops; lower the learning rates or drop "
-            "--fp16, and continue from the last checkpoint"
+            f"update {step + 1}{series}: {cause}: training stops; {advice}, and continue from the "
+            "last checkpoint"
         )
 
 

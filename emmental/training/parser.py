@@ -57,8 +57,7 @@ class Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self.error(self._unknown(unknown[0]))
-        words = sys.argv[1:] if args is None else args
-        flags = {self._with_underscores(word).partition("=")[0] for word in words}
+        flags = {word.partition("=")[0] for word in self.words}
         actions = [action for flag, action in self._option_string_actions.items() if flag in flags]
         parsed.given = {action.dest for action in actions}
         return parsed

@@ -2,13 +2,14 @@
 
 import logging
 from argparse import Namespace
+from dataclasses import asdict
 
 from transformers import PreTrainedModel
 
 from ..checkpoints.export import bertarize
 from ..inference import compacted
 from ..inference.times import SpeedTable, measure_speedup, measure_table
-from ..models.families import class_of, is_masked
+from ..models.families import is_masked
 from ..system.errors import UserError
 from .distributed import World
 
@@ -31,7 +32,7 @@ def plan_speedup(args: Namespace, model: PreTrainedModel, resumed: bool, world: 
         shape = args.speedup_of or "torch", args.speedup_batch or 1, args.speedup_length or 128
         logger.info("measuring what heads and neurons cost: seconds, or minutes for ONNX Runtime")
         table = measure_table(model, *shape) if world.is_main else None
-        model.config.structure_times = world.gather(table and table.as_dict())[0]
+        model.config.structure_times = world.gather(table and asdict(table))[0]
     table = SpeedTable(**model.config.structure_times)
     if args.target_speedup >= table.most:
         raise UserError(
@@ -53,8 +54,7 @@ def report_speedup(args: Namespace, model: PreTrainedModel) -> dict[str, float]:
     small = compacted(plain)
     config = small.config
     predicted = table.dense / table.time_of(config.layer_heads, config.layer_neurons)
-    head = type(plain).__name__.partition("For")[2]
-    dense = class_of(plain.config.model_type, head)(plain.config).to(model.device)
+    dense = type(plain)(plain.config).to(model.device)
     measured = measure_speedup(dense, small, table.runtime, table.batch, table.length)
     logger.info(
         f"times as fast ({describe(table)}): asked {args.target_speedup:g}, predicted "
