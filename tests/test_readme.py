@@ -159,7 +159,7 @@ def test_the_readme_is_short_and_its_figures_are_those_of_results():
                 float(run["metrics"].removeprefix("acc "))
                 for run in runs
                 if (run["method"], run["updates"]) == (name, "30000")
-                and float(run["of the Linears %"]) == level
+                and round(float(run["of the Linears %"])) == level
             ]
             shown = [float(figure) for figure in cell.split(",") if figure]
             assert shown == pytest.approx(figures, abs=0.0501), (name, level)
