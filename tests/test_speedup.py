@@ -1,7 +1,7 @@
 """--target_speedup: heads and neurons are pruned until the compact model is as fast as asked."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import tiny
@@ -52,6 +52,8 @@ def test_the_compact_model_takes_the_time_that_was_asked_for(squad, asked, caplo
     assert config["structure_times"]["dense"] == 450.0
     assert config["threshold"] == pytest.approx((450 / asked - 50) / 400)
     assert results["speedup"] == 2.5
+    assert ("measure again on an idle machine" in caplog.text) == (asked > 2.5)
+    assert "this machine is busy" not in caplog.text
     # One head costs up to 40 of the 450 microseconds, and neurons come in multiples of 8.
     assert 450 / results["speedup_predicted"] == pytest.approx(450 / asked, abs=40)
     folder = bertarize.main(["--model_name_or_path", str(squad.folder / "out"), "--compact"])
@@ -94,6 +96,13 @@ def test_a_dense_model_is_not_measured(squad, monkeypatch):
     monkeypatch.setattr(speed, "measure_table", lambda *args: pytest.fail("measured"))
     squad(2, "--model_type bert")
     assert "structure_times" not in tiny.read(squad.folder / "out" / "config.json")
+
+
+def test_a_table_of_a_busy_machine_is_warned_of(squad, monkeypatch, caplog):
+    busy = replace(TABLE, heads=[[0, 1, 4], [0.0, 140.0, 100.0]])
+    monkeypatch.setattr(speed, "measure_table", lambda *args: busy)
+    squad(2)
+    assert "this machine is busy" in caplog.text
 
 
 def test_what_cannot_be(squad, refused):

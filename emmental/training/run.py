@@ -133,6 +133,7 @@ def run(task: Task, args: argparse.Namespace, world: World) -> dict[str, float |
 def prepare_of(args: argparse.Namespace) -> Callable[[PreTrainedModel], nn.Module] | None:
     """What makes the model for an evaluation with --sparse_inference or --onnx_file."""
     if args.onnx_file:
+        logger.info(f"evaluating {args.onnx_file} in ONNX Runtime")
         return functools.partial(OnnxModel, Path(args.onnx_file))
     return sparsify if args.sparse_inference else None
 
