@@ -32,7 +32,7 @@ from emmental.checkpoints.loading import load_plain
 from emmental.checkpoints.onnx_file import check_onnx, open_session, write_onnx
 from emmental.inference import compacted, sparsify
 from emmental.inference.int8 import preset_of_this_cpu, quantize
-from emmental.models.families import layers_of
+from emmental.models.families import family_of, layers_of
 from emmental.system.errors import UserError
 
 REACHED = 0.9  # fraction of the promised gain: lower gains are listed at the end
@@ -60,10 +60,11 @@ def onnx(model: PreTrainedModel, int8: bool = False) -> Side:
         if int8:
             file = quantize(file, preset_of_this_cpu())
         session = open_session(file)
+    names = [value.name for value in session.get_inputs()]  # some families take no token types
 
     def run(ids: Tensor) -> list[Tensor]:
         batch = {"input_ids": ids, "attention_mask": ids * 0 + 1, "token_type_ids": ids * 0}
-        outputs = session.run(None, {name: tensor.numpy() for name, tensor in batch.items()})
+        outputs = session.run(None, {name: batch[name].numpy() for name in names})
         return [torch.from_numpy(output) for output in outputs]
 
     return run
@@ -97,7 +98,8 @@ def multiply_adds(model: PreTrainedModel, length: int) -> int:
     model(input_ids=torch.zeros(1, length, dtype=torch.long, device=model.device))
     for hook in hooks:
         hook.remove()
-    attention = sum(layer.attention.self.all_head_size for layer in layers_of(model))
+    output = family_of(model.config).heads[-1]
+    attention = sum(layer.get_submodule(output).in_features for layer in layers_of(model))
     return sum(counts) + 2 * length**2 * attention  # scores, and values by their weights
 
 
