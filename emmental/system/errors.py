@@ -58,6 +58,11 @@ def fail(problems: list[str], status: int = 2):
     raise SystemExit(status)
 
 
+OUT_OF_MEMORY = (
+    "out of memory: use smaller batches (and --gradient_accumulation_steps), or free some memory"
+)
+
+
 @contextmanager
 def one_line_errors(advice: str = "") -> Iterator[None]:
     """End the script with one line, not a traceback, when an expected error leaves the block.
@@ -78,8 +83,7 @@ def one_line_errors(advice: str = "") -> Iterator[None]:
         fail([f"{error.strerror or error}{file}"], 1)
     except (MemoryError, RuntimeError) as error:
         if _is_out_of_memory(error):
-            advice = "use smaller batches (and --gradient_accumulation_steps), or free some memory"
-            fail([f"out of memory: {advice}"], 1)
+            fail([OUT_OF_MEMORY], 1)
         if not _lost_connection(error):
             raise
         fail([f"another process died; see its error above{advice}"], 1)
