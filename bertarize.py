@@ -93,11 +93,6 @@ def encoder_files(folder: Path) -> list[Path]:
     return [file for pattern in ENCODER_FILES.split() for file in sorted(folder.glob(pattern))]
 
 
-def is_plain(checkpoint: str) -> bool:
-    """Whether this is the folder of a model without masks."""
-    return Path(checkpoint).is_dir() and not is_masked(read_config(checkpoint)["model_type"])
-
-
 def drop(model: PreTrainedModel) -> PreTrainedModel:
     """The compact form of a plain model. Prints what is dropped. Raises UserError."""
     try:
@@ -159,8 +154,11 @@ def main(argv: list[str] | None = None) -> Path:
     set_up_logging()
     with one_line_errors(), advising("give --threshold"):
         checkpoint = Path(args.model_name_or_path)
+        if not checkpoint.is_dir():
+            raise UserError(f"{checkpoint} is not a folder: give one of a fine-pruned checkpoint")
         kind = "compact" if args.compact else "bertarized"
-        changed = args.compact or args.keep_vocabulary_of or not is_plain(args.model_name_or_path)
+        masked = is_masked(read_config(args.model_name_or_path)["model_type"])
+        changed = masked or args.compact or args.keep_vocabulary_of
         copied = changed or args.target_model_path or args.push_to_hub
         target = target_folder(checkpoint, args.target_model_path, kind) if copied else checkpoint
         if args.int8 and not args.onnx:

@@ -302,6 +302,10 @@ def test_what_cannot_be(with_tokenizer, refused, tmp_path, squad_dir):
     words = ["--compact", "--model_name_or_path", str(with_tokenizer)]
     said = refused(bertarize.main, [*words, "--threshold", "0.1"])
     assert "has no masks: leave out --threshold" in said
+    absent = str(tmp_path / "absent")
+    for flags in [], ["--compact"], ["--onnx", str(tmp_path / "x.onnx")]:
+        said = refused(bertarize.main, ["--model_name_or_path", absent, *flags])
+        assert "absent is not a folder: give one of a fine-pruned checkpoint" in said
     pack = ["pack", str(with_tokenizer), str(tmp_path / "file"), "--global_topk"]
     assert "has no masks: leave out --global_topk" in refused(saving_prunebert.main, pack)
     wrong = "must give a number from 0 to"
