@@ -15,5 +15,5 @@ demo: $(INSTALLED)
 
 $(INSTALLED): requirements.txt tests/requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --no-compile -r requirements.txt -r tests/requirements.txt
+	$(VENV)/bin/python -m pip install --quiet -r requirements.txt -r tests/requirements.txt
 	touch $@
