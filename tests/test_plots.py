@@ -192,7 +192,7 @@ def test_a_new_row_is_drawn(results):
     lines = {line.get_label(): line for line in front.front_figure(folder).axes[1].lines}
     int8 = lines["blocks, ONNX Runtime int8"]
     assert [*map(float, (*int8.get_xdata(), *int8.get_ydata()))] == [5.5, 88]
-    assert int8.get_fillstyle() == "none" != lines["dense, torch float32"].get_fillstyle()
+    assert int8.get_fillstyle() == "none" != lines["MiniLM, torch"].get_fillstyle()
     add("long/curves.csv", run="soft-10", updates=30000, accuracy=0.85)
     figure = front.accuracy_figure(folder / "long" / "curves.csv")
     assert "soft-10" in {text.get_text() for text in figure.axes[0].texts}

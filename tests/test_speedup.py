@@ -54,6 +54,7 @@ def test_the_compact_model_takes_the_time_that_was_asked_for(squad, asked, caplo
     assert results["speedup"] == 2.5
     assert ("measure again on an idle machine" in caplog.text) == (asked > 2.5)
     assert "this machine is busy" not in caplog.text
+    assert f", time {config['threshold']:.1%}, remaining " in caplog.text  # no threshold
     # One head costs up to 40 of the 450 microseconds, and neurons come in multiples of 8.
     assert 450 / results["speedup_predicted"] == pytest.approx(450 / asked, abs=40)
     folder = bertarize.main(["--model_name_or_path", str(squad.folder / "out"), "--compact"])

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import fields
+from pathlib import Path
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.activations import ACT2FN
@@ -43,9 +44,14 @@ def read_config(checkpoint: str, cache_dir: str | None = None) -> dict:
         if not config:
             raise ValueError("there is no config.json")
     except Exception as error:  # errors of the hub, JSON and transformers
+        advice = "it needs a valid config.json"
+        if not Path(checkpoint).exists():
+            advice = (
+                "there is no such folder, and the hub gives no model of this name; without a "
+                "network, run `hf download NAME` first where there is one"
+            )
         raise UserError(
-            f"no usable checkpoint at {checkpoint!r} ({first_line(error)}): give a folder with a "
-            "valid config.json, or the name of a model on the hub"
+            f"no usable checkpoint at {checkpoint!r} ({first_line(error)}): {advice}"
         ) from error
     if "hidden_size" in config and all(name.startswith("Bert") for name in _classes(config)):
         config.setdefault("model_type", "bert")  # the first BERT checkpoints do not say it

@@ -59,6 +59,7 @@ class Masks:
     cutoff: the lowest score that is kept, with `global_topk`.
     threshold: the threshold of the masks.
     ones: how many scores each mask keeps, if the method knows this number.
+    by_time: whether the threshold is the fraction of the layers' time that remains.
     """
 
     by_layer: dict[str, Tensor]
@@ -66,6 +67,7 @@ class Masks:
     cutoff: float | None = None
     threshold: float | None = None
     ones: list[int] | None = None
+    by_time: bool = False
 
 
 @dataclass
@@ -116,7 +118,7 @@ def find_masks(
             "an adapter (PEFT) over a masked layer could not be merged: convert the model with "
             "bertarize.py first, and add the adapter to the result"
         )
-    method, config, ones = layers.layers[0].method, layers.config, None
+    method, config, ones, times = layers.layers[0].method, layers.config, None, None
     if sampled and method.scores == "observed":
         _check_observed(layers.holders[0])
     values = method.sources(layers.holders)
@@ -149,6 +151,7 @@ def find_masks(
         cutoff,
         1.0 if threshold is None else float(threshold),
         ones and [ones[layer.owner] for layer in layers.layers],
+        by_time=bool(times),
     )
 
 

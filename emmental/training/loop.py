@@ -53,7 +53,7 @@ def train(
                 check_ranks(state, masks)
 
             means.add(losses, grad_norm, skipped)
-            show_progress(bar, state.step, guard.loss, threshold, masks)
+            show_progress(bar, state.step, guard.loss, masks)
             logs = state.step % settings.logging_steps == 0
             if logs or state.step == total:
                 values = {"threshold": threshold, "lambda": penalty_weight} if masks else {}

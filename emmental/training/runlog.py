@@ -88,13 +88,13 @@ class RunLog:
                 values[f"remaining/{name}"] = counts.remaining[name] / total
         self.scalars(values, step)
         if not sys.stderr.isatty():
-            logger.info(self._line(step, values))
+            logger.info(self._line(step, values, masks))
 
-    def _line(self, step: int, values: dict[str, float]) -> str:
+    def _line(self, step: int, values: dict[str, float], masks: Masks | None) -> str:
         """Progress, loss, threshold, remaining weights, speed and the time left, in a line."""
         parts = [f"loss {values['loss']:.3f}"] if "loss" in values else ["all updates skipped"]
-        if "remaining/overall" in values:
-            parts.append(f"threshold {values['threshold']:.3f}")
+        if masks:
+            parts.append(" ".join(_threshold(masks)))
             parts.append(f"remaining {values['remaining/overall']:.1%}")
         rate = (step - self.first) / (time.perf_counter() - self.begun)
         left = tqdm.format_interval((self.total - step) / rate)
@@ -136,7 +136,7 @@ def progress_bar(world: World, **kwargs) -> tqdm:
     return tqdm(dynamic_ncols=True, disable=disable, file=sys.stderr, **kwargs)
 
 
-def show_progress(bar: tqdm, step: int, loss: float, threshold: float, masks: Masks | None) -> None:
+def show_progress(bar: tqdm, step: int, loss: float, masks: Masks | None) -> None:
     """Show loss, threshold and remaining weights beside the bar, at every tenth update.
 
     Remaining weights that must be counted, which waits for a GPU, are shown at every hundredth.
@@ -147,9 +147,17 @@ def show_progress(bar: tqdm, step: int, loss: float, threshold: float, masks: Ma
     if masks:
         if masks.ones or step % 100 == 0:
             bar.remaining = f"{count(masks).overall:.1%}"
-        figures["threshold"] = f"{threshold:.3f}"
+        name, value = _threshold(masks)
+        figures[name] = value
         figures["remaining"] = getattr(bar, "remaining", "?")
     bar.set_postfix(figures, refresh=False)
+
+
+def _threshold(masks: Masks) -> tuple[str, str]:
+    """The threshold under its name: with --target_speedup, it is a fraction of the time."""
+    if masks.by_time:
+        return "time", f"{masks.threshold:.1%}"
+    return "threshold", f"{masks.threshold:.3f}"
 
 
 def write_results(output_dir: Path, results: dict[str, float | str]) -> None:

@@ -32,7 +32,9 @@ def plan_speedup(args: Namespace, model: PreTrainedModel, resumed: bool, world: 
         return args
     if not model.config.structure_times:
         shape = args.speedup_of or "torch", args.speedup_batch or 1, args.speedup_length or 128
-        logger.info("measuring what heads and neurons cost: seconds, or minutes for ONNX Runtime")
+        logger.info(
+            "measuring what heads and neurons cost: seconds in torch, a minute in ONNX Runtime"
+        )
         table = measure_table(model, *shape) if world.is_main else None
         model.config.structure_times = world.gather(table and asdict(table))[0]
     table = SpeedTable(**model.config.structure_times)
@@ -62,6 +64,7 @@ def report_speedup(args: Namespace, model: PreTrainedModel) -> dict[str, float]:
     config = small.config
     predicted = table.dense / table.time_of(config.layer_heads, config.layer_neurons)
     dense = type(plain)(plain.config).to(model.device)
+    logger.info("measuring how fast the compact model is")
     measured = measure_speedup(dense, small, table.runtime, table.batch, table.length)
     missed = measured < MET * args.target_speedup
     logger.log(
