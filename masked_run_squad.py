@@ -93,15 +93,14 @@ class Squad(Task):
 
     def load_examples(self, args, checkpoint):
         self.v2 = args.version_2_with_negative
-        self.examples = {}
-        for split, file in data_files(args).items():
-            training = split == "train"
+        files, self.examples = data_files(args), {}
+        for split, limit in self.splits(args, ["predict"]).items():
+            file, training = files[split], split == "train"
             if file:
                 rows = squad_read.read_examples(file, self.v2, not training, args.cache_dir)
             else:
                 hub_split = "train" if training else "validation"
                 rows = squad_read.load_hub_examples(hub_split, self.v2, args.cache_dir)
-            limit = args.max_train_samples if training else args.max_eval_samples
             self.examples[split] = take_first(rows, limit)
         if args.do_train:
             self.examples["train"], skipped = squad_features.drop_misaligned(self.examples["train"])
@@ -159,14 +158,12 @@ class Squad(Task):
 def data_files(args: argparse.Namespace) -> dict[str, Path | None]:
     """The file of each split that the arguments ask for; None if it comes from the hub."""
     version = "v2.0" if args.version_2_with_negative else "v1.1"
+    usual = {"train": f"train-{version}.json", "predict": f"dev-{version}.json"}
     files = {}
-    if args.do_train:
-        files["train"] = args.train_file or (args.data_dir and f"train-{version}.json")
-    if args.do_eval or args.evaluate_during_training:
-        files["predict"] = args.predict_file or (args.data_dir and f"dev-{version}.json")
-    return {
-        split: Path(args.data_dir or "") / file if file else None for split, file in files.items()
-    }
+    for split in Task.splits(args, ["predict"]):
+        file = getattr(args, f"{split}_file") or (args.data_dir and usual[split])
+        files[split] = Path(args.data_dir or "") / file if file else None
+    return files
 
 
 def span_logits(outputs, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
