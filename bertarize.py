@@ -7,8 +7,8 @@
 writes the folder bertarized_OUT (or compact_OUT) beside OUT. transformers loads the plain model as
 any other, and the compact one with `trust_remote_code=True`, without this package. The checkpoint's
 config.json says which method and threshold it was trained with. Checkpoints of the 2020 code need
---threshold. --compact, --onnx and --keep_vocabulary_of also take a plain or compact model; of such
-a model, --onnx alone writes no copy.
+--threshold, and some need --pruning_method. --compact, --onnx and --keep_vocabulary_of also take a
+plain or compact model. With such a model, --onnx alone writes only the ONNX file.
 """
 
 import shutil
@@ -54,7 +54,7 @@ ENCODER_FILES = "modules.json sentence_bert_config.json config_sentence_transfor
 def get_parser() -> Parser:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--model_name_or_path", required=True, help="folder of the fine-pruned (masked) checkpoint")
+    add("--model_name_or_path", required=True, help="checkpoint folder: masked, plain or compact")
     beside = "bertarized_<name>, or compact_<name>, beside it"
     add("--target_model_path", help=f"folder to write (default: {beside})")
     compact = "drop empty heads and neurons: a smaller model, faster in any runtime"
@@ -62,7 +62,7 @@ def get_parser() -> Parser:
     pieces = "drop the pieces of the vocabulary that these texts (files, folders) do not need"
     add("--keep_vocabulary_of", nargs="+", metavar="PATH", help=pieces)
     add("--onnx", metavar="FILE", help="also write the model to this file, for ONNX Runtime")
-    int8 = "also write the int8 form of FILE, FILE_int8, for a kind of CPU (default: this CPU)"
+    int8 = "also write FILE as int8 (m.onnx: m_int8.onnx) for a kind of CPU (default: this CPU)"
     add("--int8", nargs="?", const="this", choices=["this", *PRESETS], help=int8)
     add("--push_to_hub", metavar="ID", help="also upload the folder to this repository of the hub")
     add_mask_flags(add)

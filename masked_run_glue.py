@@ -52,7 +52,7 @@ class Glue(Task):
     def add_arguments(self, parser):
         add = parser.add_argument_group("GLUE").add_argument
         add("--task_name", type=lambda text: choice(*TASKS, CUSTOM)(task_name(text)), required=True,
-            help=f"{', '.join(TASKS)} (in any case), or {CUSTOM}; mnli-mm evaluates the mismatched "
+            help=f"{', '.join(TASKS)} (any case), or {CUSTOM}; mnli-mm evaluates the mismatched "
                  "set only")
         add("--data_dir", help="folder of the task's files (default: the task comes from the hub)")
         add("--do_predict", action="store_true",

@@ -42,7 +42,7 @@ LENGTHS = "max_seq_length", "max_query_length", "doc_stride", "stride"
 # Flags of a training that an evaluation of its model needs again.
 TASK_FLAGS = "task_name", *CUSTOM_ARGUMENTS, "version_2_with_negative", *LENGTHS
 TASK_FLAGS += "word_column", "tag_column"
-CHECKPOINT = "checkpoint", "folder of a masked, bertarized or dense model with a fine-tuned head"
+CHECKPOINT = "checkpoint", "folder of a masked, bertarized, compact or dense model with a task head"
 FILE = "file", "packed file"
 FOLDER = "folder", "folder to write"
 

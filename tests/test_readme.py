@@ -187,7 +187,8 @@ def test_help_says_what_a_flag_is_for(capsys):
         with pytest.raises(SystemExit) as stop:
             script.main(["--help"])
         assert stop.value.code == 0
-    assert "(default: 0.7)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "(default: 0.7)" in said and "(default: 0.0)" in said
 
 
 EXTENDED = """

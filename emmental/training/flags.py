@@ -64,7 +64,8 @@ def add_model_flags(parser: Parser, task: Task) -> None:
     add("--config_name", help="configuration, if not the model's own")
     add("--tokenizer_name", help="tokenizer, if not the model's own")
     add("--cache_dir", help="where downloads and features are cached")
-    add("--do_lower_case", action="store_true", help="lower-case, whatever the tokenizer says")
+    add("--do_lower_case", action="store_true",
+        help="lower-case the text, even if its WordPiece tokenizer is cased")
     add("--max_seq_length", type=COUNT, default=task.max_seq_length, help="longest input in tokens")
     add("--max_train_samples", type=COUNT, help="train on the first so many examples only")
     add("--max_eval_samples", type=COUNT,
@@ -146,7 +147,7 @@ def add_distillation_flags(parser: Parser) -> None:
 
 
 def add_optimisation_flags(parser: Parser) -> None:
-    add = parser.add_argument_group("optimisation").add_argument
+    add = parser.add_argument_group("optimization").add_argument
     add("--per_gpu_train_batch_size", type=COUNT, default=8, help="examples per device and batch")
     add("--per_gpu_eval_batch_size", type=COUNT, default=8,
         help="examples per device and batch in evaluation")

@@ -99,5 +99,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
         if action.required:
             return f"{action.help} (required)"
-        quiet = action.default in (None, False, argparse.SUPPRESS) or "default: " in action.help
+        default = action.default
+        quiet = default in (None, argparse.SUPPRESS) or default is False  # 0 is shown
+        quiet = quiet or "default: " in action.help
         return action.help if quiet else f"{action.help} (default: %(default)s)"

