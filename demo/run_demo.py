@@ -4,8 +4,8 @@
 
 Makes the data and a small pre-trained BERT (demo/make_data.py), fine-tunes a dense teacher, and
 fine-prunes with magnitude, movement and soft movement to about 10% remaining, with distillation.
-Then counts the remaining weights, bertarizes, and prints a table. Every command is shown before it
-runs.
+Then counts the remaining weights of the last, bertarizes it, and prints a table. Every command is
+shown before it runs.
 """
 
 import argparse
@@ -70,8 +70,8 @@ def main() -> None:
     shutil.rmtree(place, ignore_errors=True)
     run("demo/make_data.py", "--output_dir", str(place))
 
-    def train(out: Path, *flags: str) -> tuple[float, float, float]:
-        """Train, evaluate, and return EM, F1 and seconds."""
+    def train(out: Path, *flags: str) -> tuple[float, float, float, float]:
+        """Train, evaluate, and return the remaining weights in percent, EM, F1 and seconds."""
         files = {
             "--train_file": place / "train.json",
             "--predict_file": place / "dev.json",
@@ -82,18 +82,17 @@ def main() -> None:
         paths = [str(word) for pair in files.items() for word in pair]
         seconds = run("masked_run_squad.py", *flags, *COMMON.split(), *paths)
         results = read(out / "eval_results.json")
-        return results["exact"], results["f1"], seconds
+        remaining = results.get("remaining_percent_linear", 100.0)
+        return remaining, results["exact"], results["f1"], seconds
 
     teacher = place / "teacher"
-    rows = [("dense", 100.0, *train(teacher, *TEACHER.split()))]
+    rows = [("dense", *train(teacher, *TEACHER.split()))]
     distil = ["--teacher_type", "bert", "--teacher_name_or_path", str(teacher)]
     for method, flags in METHODS.items():
         out = place / method.replace(" ", "_")
-        results = train(out, *PRUNE.split(), *flags.split(), *distil)
-        counts = out / "counts.json"
-        run("counts_parameters.py", "--serialization_dir", str(out), "--json", str(counts))
-        run("bertarize.py", "--model_name_or_path", str(out))
-        rows.append((method, read(counts)["remaining_percent_linear"], *results))
+        rows.append((method, *train(out, *PRUNE.split(), *flags.split(), *distil)))
+    run("counts_parameters.py", "--serialization_dir", str(out))
+    run("bertarize.py", "--model_name_or_path", str(out))
 
     print(HEADER)
     for method, remaining, exact, f1, seconds in rows:
@@ -101,7 +100,7 @@ def main() -> None:
             f"| {method:<13} | {remaining:>11.1f} | {exact:>5.1f} | {f1:>5.1f} | {seconds:>7.0f} |"
         )
     print(f"\nThe demo took {time.perf_counter() - started:.0f} s. Its files are in {place}.")
-    print("The bertarized_* folders are plain BERTs for AutoModelForQuestionAnswering.")
+    print("bertarized_soft_movement in it is a plain BERT for AutoModelForQuestionAnswering.")
 
 
 if __name__ == "__main__":
