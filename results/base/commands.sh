@@ -28,6 +28,7 @@ pruned() { # pruned NAME FLAGS...: from the dense model, which is also the teach
 
 run dense --model_type dense --model_name_or_path "$MODEL" --max_steps 1200 --warmup_steps 120 --learning_rate 3e-5
 pruned recipe-10 "$RECIPE" --final_threshold 0.1
+pruned recipe-10-3000 "$RECIPE" --final_threshold 0.1 --max_steps 3000 --warmup_steps 300
 pruned recipe-3 "$RECIPE" --final_threshold 0.03
 pruned magnitude-10 --pruning_method magnitude --final_threshold 0.1
 pruned magnitude-3 --pruning_method magnitude --final_threshold 0.03

@@ -26,6 +26,8 @@ run movement-10 $LONG --pruning_method topK --final_threshold 0.1 --final_warmup
 run magnitude-10 $LONG --pruning_method magnitude --final_threshold 0.1 --final_warmup 3
 run magnitude-3 $LONG --pruning_method magnitude --final_threshold 0.03 --final_warmup 3
 run movement-3 $LONG --pruning_method topK --final_threshold 0.03 --final_warmup 3
+run magnitude-3-s7 $LONG --pruning_method magnitude --final_threshold 0.03 --final_warmup 3 --seed 7
+run movement-3-s7 $LONG --pruning_method topK --final_threshold 0.03 --final_warmup 3 --seed 7
 run soft-3 $LONG --pruning_method sigmoied_threshold --initial_threshold 0 --final_threshold 0.1 --final_warmup 3 \
   --regularization l1 --target_remaining 0.03
 run movement-10-3000 $SHORT --pruning_method topK --final_threshold 0.1 --final_warmup 4
