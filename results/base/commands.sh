@@ -41,4 +41,3 @@ run structure-30-second --model_type dense --model_name_or_path "$RUNS/structure
 echo "python bertarize.py --model_name_or_path $RUNS/structure-30-compact --onnx $RUNS/structure-30.onnx --int8"
 echo "python masked_run_glue.py --task_name sst-2 --data_dir $SST2 --max_seq_length 64 --do_eval --do_lower_case --no_cuda \
 --model_type dense --model_name_or_path $RUNS/structure-30-compact --onnx_file $RUNS/structure-30_int8.onnx --output_dir $RUNS/structure-30-int8"
-
